@@ -1,0 +1,1 @@
+"""Actors for LLM agent workflows over NATS."""

@@ -1,0 +1,79 @@
+"""Names and subjects: the whole grammar of what travels over the broker.
+
+A token is `[A-Za-z0-9_-]{1,128}`. Process names, actor names, session ids and job ids are tokens, so that each of them can
+stand in a subject and be matched by the broker's permissions. `NS` is the namespace, `nalar` unless told otherwise.
+
+    NS.box.<to>.<from>      channel frames from process <from> to process <to>. A process subscribes to `NS.box.<me>.*` and
+                            publishes to `NS.box.*.<me>`; two permissions at the broker hold it to its own name.
+
+Key-value buckets (their names are the namespace, a dash and the word):
+
+    NS-members              <process>              who is alive, its incarnation, and which actors it serves
+    NS-places               <actor>.<instance>     the process that holds the memory of a session
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from nalar_mq.errors import AddressError
+
+DEFAULT_NAMESPACE = "nalar"
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def is_token(name: str) -> bool:
+    """True if `name` can stand as one token of a subject."""
+    return _TOKEN.fullmatch(name) is not None
+
+
+def check_token(name: str, what: str = "name") -> str:
+    """Returns `name` unchanged.
+
+    Raises:
+        AddressError: `name` is not a token; `what` names its role in the message.
+    """
+    if _TOKEN.fullmatch(name) is None:
+        shown = name if len(name) <= 140 else name[:137] + "..."
+        raise AddressError(f"{what} {shown!r} is not allowed: 1 to 128 characters of A-Z, a-z, 0-9, '_' and '-' are")
+    return name
+
+
+def random_token(prefix: str, entropy: bytes | None = None) -> str:
+    """A fresh token `prefix-xxxxxxxx`; `entropy` replaces the operating system's randomness."""
+    return f"{prefix}-{(entropy or os.urandom(6)).hex()}"
+
+
+class Address(NamedTuple):
+    """One life of a process: its name, and the incarnation that tells this life from earlier ones.
+
+    Incarnations of one name grow: of two addresses with the same name the higher incarnation is the successor.
+    """
+
+    name: str
+    incarnation: int
+
+
+class Subjects:
+    """The subjects and buckets of one namespace. Immutable; cheap to share."""
+
+    __slots__ = ("members_bucket", "namespace", "places_bucket")
+
+    def __init__(self, namespace: str = DEFAULT_NAMESPACE) -> None:
+        self.namespace = check_token(namespace, "namespace")
+        self.members_bucket = f"{namespace}-members"
+        self.places_bucket = f"{namespace}-places"
+
+    def box(self, to: str, sender: str) -> str:
+        """Subject of frames from process `sender` to process `to`."""
+        return f"{self.namespace}.box.{to}.{sender}"
+
+    def box_filter(self, me: str) -> str:
+        """What process `me` subscribes to."""
+        return f"{self.namespace}.box.{me}.*"
+
+    def box_sender(self, subject: str) -> str:
+        """The sender's name in a subject that `box` made."""
+        return subject.rpartition(".")[2]

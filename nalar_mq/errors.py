@@ -1,0 +1,248 @@
+"""Every error the runtime raises, as one tree.
+
+Errors carry fields, not sentences to parse. Who is at fault is in the type: `ConfigError` is the user's file or command,
+`BrokerError` the broker or the way to it, `WireError` bytes that came from elsewhere, `CallError` one call.
+
+    NalarError
+    ├── ConfigError
+    │   ├── ManifestError            nalar.toml, with file and line
+    │   ├── AppError                 the user's module cannot be loaded
+    │   ├── DirectiveError           a directive is unknown, wrong or contradicts another
+    │   └── EngineError              a model server or its model is missing or does not start
+    ├── NotConnectedError            a call was made outside a runtime
+    ├── BrokerError
+    │   ├── BrokerStartError         the embedded broker cannot start (port in use, no binary)
+    │   ├── BrokerUnreachableError   nobody answers at the URL
+    │   ├── BrokerAuthError          the broker refuses our credentials
+    │   ├── BrokerFeatureError       the broker lacks something we need (JetStream)
+    │   └── KeyConflictError         a compare-and-set met another revision
+    ├── WireError
+    │   ├── MalformedMessageError
+    │   ├── UnsupportedVersionError
+    │   └── AddressError             a name that cannot be a subject token
+    └── CallError                    one call ended without a value; `call_id`, `actor`
+        ├── UnknownActorError        nobody serves that name
+        ├── UnknownMethodError
+        ├── ArgumentError            (also a TypeError) arguments do not fit the signature
+        ├── ValueNotEncodableError   (also a TypeError) an argument or result cannot travel
+        ├── ValueTooLargeError       (also a ValueError)
+        ├── RemoteError              the callee raised something that has no counterpart here
+        ├── CallTimeoutError         (also a TimeoutError) the deadline passed
+        ├── CallCancelledError       `started` says whether it had begun
+        ├── WorkerLostError          its worker died or became unreachable
+        ├── OwnerLostError           whoever wanted the result is gone
+        ├── OverloadedError          shed; `retry_after_s`
+        ├── WaitCycleError           calls wait for each other; `cycle`
+        ├── StateLostError           the memory of a session went with its worker
+        └── StreamRestartedError     a stream whose chunks were already taken began again
+"""
+
+from __future__ import annotations
+
+
+class NalarError(Exception):
+    """Root of everything the runtime raises on its own account."""
+
+
+class ConfigError(NalarError):
+    """A setting, a file or a command line is wrong; the message says what to change."""
+
+
+class ManifestError(ConfigError):
+    """`nalar.toml` is wrong at `path`:`line`."""
+
+    def __init__(self, message: str, path: str = "", line: int = 0) -> None:
+        where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+        super().__init__(where + message)
+        self.path = path
+        self.line = line
+
+
+class AppError(ConfigError):
+    """The user's module cannot be imported or lacks what was named."""
+
+
+class DirectiveError(ConfigError):
+    """A directive is unknown, of the wrong type, or contradicts another one."""
+
+
+class EngineError(ConfigError):
+    """A model server or its model is missing or does not start; the message names the command that installs it."""
+
+
+class NotConnectedError(NalarError):
+    """An actor was called outside a runtime."""
+
+    def __init__(self, actor: str = "") -> None:
+        what = f"{actor!r} was called" if actor else "an actor was called"
+        super().__init__(
+            f"{what} outside a runtime: start the program with `nalar run`, or call it inside "
+            "`async with nalar_mq.connect() as client`"
+        )
+        self.actor = actor
+
+
+class BrokerError(NalarError):
+    """Something is wrong with the broker or the way to it."""
+
+
+class BrokerStartError(BrokerError):
+    """The embedded broker cannot start."""
+
+
+class BrokerUnreachableError(BrokerError):
+    """Nobody answers at `url`."""
+
+    def __init__(self, message: str, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
+
+
+class BrokerAuthError(BrokerError):
+    """The broker refuses the credentials it was given."""
+
+
+class BrokerFeatureError(BrokerError):
+    """The broker lacks something the runtime needs, such as JetStream."""
+
+
+class KeyConflictError(BrokerError):
+    """A compare-and-set on `key` met another revision than the caller knew."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"key {key!r} has another revision")
+        self.key = key
+
+
+class WireError(NalarError):
+    """Bytes or names that came from elsewhere and cannot be understood."""
+
+
+class MalformedMessageError(WireError):
+    """Bytes that are not a message of ours."""
+
+
+class UnsupportedVersionError(WireError):
+    """A message of a wire version this process does not speak."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"wire version {version} is not supported by this process")
+        self.version = version
+
+
+class AddressError(WireError, ValueError):
+    """A name that cannot be a token of a subject."""
+
+
+class CallError(NalarError):
+    """One call ended without a value.
+
+    Attributes:
+        call_id: id of the call in hexadecimal, empty where none was made.
+        actor: `actor` or `actor.method` as the caller named it, empty where unknown.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "") -> None:
+        super().__init__(message)
+        self.call_id = call_id
+        self.actor = actor
+
+
+class UnknownActorError(CallError):
+    """Nobody serves an actor of that name."""
+
+
+class UnknownMethodError(CallError):
+    """The actor has no such method."""
+
+
+class ArgumentError(CallError, TypeError):
+    """The arguments do not fit the signature of the callee."""
+
+
+class ValueNotEncodableError(CallError, TypeError):
+    """An argument or a result is of a type that cannot travel between processes."""
+
+
+class ValueTooLargeError(CallError, ValueError):
+    """An argument or a result is larger than what one message carries.
+
+    Attributes:
+        size_bytes: the encoded size.
+        limit_bytes: the largest size that is accepted.
+    """
+
+    def __init__(
+        self, message: str, *, call_id: str = "", actor: str = "", size_bytes: int = 0, limit_bytes: int = 0
+    ) -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class RemoteError(CallError):
+    """The callee raised an exception whose type is unknown in this process.
+
+    Attributes:
+        type_name: `module:qualname` of the exception at the callee.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", type_name: str = "") -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.type_name = type_name
+
+
+class CallTimeoutError(CallError, TimeoutError):
+    """The deadline of the call passed before it ended."""
+
+
+class CallCancelledError(CallError):
+    """The call was cancelled.
+
+    Attributes:
+        started: True if it had begun to run, so that side effects may have happened.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", started: bool = False) -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.started = started
+
+
+class WorkerLostError(CallError):
+    """The worker that had the call died or became unreachable; whether the call ran is unknown."""
+
+
+class OwnerLostError(CallError):
+    """Whoever wanted the result is gone, so the call was ended."""
+
+
+class OverloadedError(CallError):
+    """The call was shed because its worker has more than it can hold.
+
+    Attributes:
+        retry_after_s: seconds after which another attempt makes sense.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.retry_after_s = retry_after_s
+
+
+class WaitCycleError(CallError):
+    """Calls wait for each other in a circle.
+
+    Attributes:
+        cycle: the members of the circle, as `actor[session]`.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", cycle: tuple[str, ...] = ()) -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.cycle = cycle
+
+
+class StateLostError(CallError):
+    """The session's state lived in the memory of a worker that is gone; the next call starts with an empty one."""
+
+
+class StreamRestartedError(CallError):
+    """A stream from which chunks were already taken began again and cannot be continued."""

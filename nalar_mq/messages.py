@@ -1,0 +1,323 @@
+"""Everything that travels, as tagged, array-encoded msgspec structs in MessagePack.
+
+Two layers. A *packet* is what one NATS message holds: `Frame` (sequenced, with messages inside), `Gone` or `Bye`. A *message*
+is what one actor runtime says to another inside a frame. Each struct is an array whose first element is its integer tag, so
+fields may be appended with defaults and old readers ignore what they do not know; a change that old readers would
+misunderstand raises `WIRE_VERSION`, and a frame of another version is refused as a whole.
+
+Arguments and results are `payload`: bytes made by `nalar_mq.values`, opaque here, decoded once, where they are used.
+
+Who says what:
+
+    owner -> executor       Call, Cancel, Consume, Credit
+    executor -> owner       Resolve, Fail, Chunk
+    executor -> consumer    Resolve, Fail
+
+A future's id is the id of its call. The process that sends a call is the owner of that call's future, and is also the one
+who answers for every future the call depends on: `deps` are ids the executor does not have yet and will get pushed.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import msgspec
+
+from nalar_mq.errors import MalformedMessageError, UnsupportedVersionError
+
+WIRE_VERSION: Final = 1
+
+
+class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
+    """Run `method` of `actor`.
+
+    Attributes:
+        id: 16 bytes, unique; also the id of the future.
+        actor: name of the actor type.
+        method: name of the method; empty for tools and workflows.
+        payload: encoded `[args, kwargs]`.
+        session: the session the call belongs to.
+        instance: which instance of a stateful actor within the session; empty for the only one.
+        init: encoded constructor arguments of that instance; empty for none.
+        deps: ids of futures that stand in `payload` and have no value yet.
+        parent: id of the call that made this one; empty at the root.
+        job: the job it belongs to; empty outside jobs.
+        priority: higher runs earlier.
+        timeout_s: seconds that remain until its deadline; None for no deadline.
+        number: position in the order of its sender's calls to its session, from 1; 0 where order does not matter.
+        holds: `actor/session/instance` of every session that the callers above hold while they wait.
+        wants: what the owner wants back: 0 nothing (a cast), 1 the value, 2 a stream of chunks and then the end.
+        attempt: 0 for the first, higher for retries of the same id.
+        trace: W3C `traceparent` of the caller; empty for none.
+        budget: what the call may still spend, in the unit of its workflow; None for no limit.
+    """
+
+    id: bytes
+    actor: str
+    method: str
+    payload: bytes
+    session: str = ""
+    instance: str = ""
+    init: bytes = b""
+    deps: tuple[bytes, ...] = ()
+    parent: bytes = b""
+    job: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
+    number: int = 0
+    holds: tuple[str, ...] = ()
+    wants: int = 1
+    attempt: int = 0
+    trace: str = ""
+    budget: float | None = None
+
+
+WANTS_NOTHING: Final = 0
+WANTS_VALUE: Final = 1
+WANTS_STREAM: Final = 2
+
+
+class Resolve(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
+    """The future `id` has the value `payload`; it was also pushed to the processes named in `pushed`."""
+
+    id: bytes
+    payload: bytes
+    pushed: tuple[str, ...] = ()
+
+
+class Fail(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
+    """The future `id` has no value and never will.
+
+    Attributes:
+        id: of the future.
+        kind: `module:qualname` of the exception's type.
+        text: its message, for people.
+        payload: encoded `[args, fields]` of the exception, or empty.
+        traceback: of the callee, for people.
+        pushed: as in `Resolve`.
+    """
+
+    id: bytes
+    kind: str
+    text: str
+    payload: bytes = b""
+    traceback: str = ""
+    pushed: tuple[str, ...] = ()
+
+
+class Cancel(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):
+    """Nobody wants the result of `id` any more; `reason` is for people."""
+
+    id: bytes
+    reason: str = ""
+
+
+class Consume(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=5):
+    """Push the value of `id` straight to the process `name` of `incarnation` as well."""
+
+    id: bytes
+    name: str
+    incarnation: int
+
+
+class Chunk(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=6):
+    """Piece `number` (from 1) of the stream `id`, of the given attempt."""
+
+    id: bytes
+    number: int
+    payload: bytes
+    attempt: int = 0
+
+
+class Credit(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=7):
+    """The consumer of stream `id` takes chunks up to `limit`."""
+
+    id: bytes
+    limit: int
+
+
+Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit
+
+
+class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):
+    """Messages of one loop turn from one incarnation to another.
+
+    Attributes:
+        version: `WIRE_VERSION` of the sender.
+        source: incarnation of the sender.
+        target: incarnation of the receiver that the sender means.
+        seq: number of the frame on this channel, from 1; 0 for a bare acknowledgement.
+        ack: highest frame received in order from the other side.
+        messages: in order.
+    """
+
+    version: int
+    source: int
+    target: int
+    seq: int
+    ack: int
+    messages: tuple[Message, ...] = ()
+
+
+class Gone(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=102):
+    """Answer to a frame for an incarnation that is no more: `target` was meant, `source` lives here now."""
+
+    version: int
+    source: int
+    target: int
+
+
+class Bye(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=103):
+    """The incarnation `source` has closed; nothing more comes from it."""
+
+    version: int
+    source: int
+
+
+Packet = Frame | Gone | Bye
+
+
+class _Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):
+    """A frame whose messages are left as they are, to salvage the good ones from a frame with a bad one."""
+
+    version: int
+    source: int
+    target: int
+    seq: int
+    ack: int
+    messages: tuple[msgspec.Raw, ...] = ()
+
+
+_encoder = msgspec.msgpack.Encoder()
+_packets: msgspec.msgpack.Decoder[Packet] = msgspec.msgpack.Decoder(Packet)
+_envelopes = msgspec.msgpack.Decoder(_Envelope)
+_messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+encode_packet = _encoder.encode
+
+
+def decode_packet(data: bytes) -> Packet:
+    """Reads one packet.
+
+    Raises:
+        MalformedMessageError: the bytes are no packet, or a message in it is none.
+        UnsupportedVersionError: the sender speaks another wire version.
+    """
+    try:
+        packet = _packets.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessageError(str(error)) from None
+    if packet.version != WIRE_VERSION:
+        raise UnsupportedVersionError(packet.version)
+    return packet
+
+
+def salvage_frame(data: bytes) -> tuple[Frame, int]:
+    """Reads a frame of which some messages may be unreadable; returns it with the readable ones, and how many were not.
+
+    A frame that could not be read at all would be sent again for ever; so what is readable is delivered, the rest counted.
+
+    Raises:
+        MalformedMessageError: not even the outer frame can be read.
+        UnsupportedVersionError: the sender speaks another wire version.
+    """
+    try:
+        envelope = _envelopes.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessageError(str(error)) from None
+    if envelope.version != WIRE_VERSION:
+        raise UnsupportedVersionError(envelope.version)
+    good: list[Message] = []
+    for raw in envelope.messages:
+        try:
+            good.append(_messages.decode(raw))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    frame = Frame(envelope.version, envelope.source, envelope.target, envelope.seq, envelope.ack, tuple(good))
+    return frame, len(envelope.messages) - len(good)
+
+
+class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a member tells of one actor it serves: enough to route and to describe, nothing to import.
+
+    Attributes:
+        kind: `agent`, `tool` or `workflow`.
+        methods: method name to readable signature; tools and workflows have the one name "".
+        stateful: calls of one session go to the process that holds it.
+        doc: first line of its docstring.
+    """
+
+    kind: str
+    methods: dict[str, str]
+    stateful: bool = False
+    doc: str = ""
+
+
+class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
+    """Value of a key in the members bucket: one live process.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        incarnation: which life of the process.
+        node: name of the machine or GPU it runs on.
+        role: `worker` or `client`.
+        pid: its operating-system process id.
+        actors: what it serves, by name.
+        draining: it takes no new calls.
+    """
+
+    version: int
+    incarnation: int
+    node: str
+    role: str
+    pid: int
+    actors: dict[str, ActorInfo] = {}
+    draining: bool = False
+
+
+class Place(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=202):
+    """Value of a key in the places bucket: the process that holds the memory of one session."""
+
+    version: int
+    name: str
+    incarnation: int
+
+
+_members = msgspec.msgpack.Decoder(Member)
+_places = msgspec.msgpack.Decoder(Place)
+
+
+def encode_record(record: Member | Place) -> bytes:
+    """Bytes of a record for a key-value bucket."""
+    return _encoder.encode(record)
+
+
+def decode_member(data: bytes) -> Member:
+    """Reads a `Member`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_members, data)
+
+
+def decode_place(data: bytes) -> Place:
+    """Reads a `Place`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_places, data)
+
+
+_R = TypeVar("_R", Member, Place)
+
+
+def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:
+    try:
+        record = decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessageError(str(error)) from None
+    if record.version != WIRE_VERSION:
+        raise UnsupportedVersionError(record.version)
+    return record

@@ -1,0 +1,244 @@
+"""The seam to the outside world: what the runtime needs of a message system, and nothing more.
+
+Two implementations pass one contract suite: `nats_transport.NatsTransport` and `memory_transport.MemoryTransport`.
+
+What a caller may rely on:
+
+* `publish` is at most once, never blocks and never raises for a broker that is away: what is published meanwhile is kept up
+  to a bound and then dropped, oldest first; order holds per publisher and subject. The channel makes up for the rest.
+* Handlers are plain functions called on the event loop, one message at a time per subscription, in order. An exception in
+  a handler is logged and harms nobody else.
+* Subscriptions outlive reconnects.
+* Key-value, queue and object operations answer or raise `BrokerError`; they never hang longer than the transport's own
+  request time-out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Protocol
+
+import msgspec
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    """One message as a handler sees it: `reply` is the subject to answer to, or empty."""
+
+    subject: str
+    data: bytes
+    reply: str = ""
+    headers: Mapping[str, str] | None = None
+
+
+Handler = Callable[[Delivered], None]
+
+
+class Subscription(Protocol):
+    """A live subscription."""
+
+    async def unsubscribe(self) -> None:
+        """Ends it; idempotent. No handler call begins after it returns."""
+        ...
+
+
+class KeyEntry(msgspec.Struct, frozen=True):
+    """A key's present value; `value` is None for a key that was deleted or expired (in watches only)."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class KeyValue(Protocol):
+    """One bucket. Revisions grow with every write to the bucket."""
+
+    async def get(self, key: str) -> KeyEntry | None:
+        """The present entry, or None for a key that is absent, deleted or expired."""
+        ...
+
+    async def create(self, key: str, value: bytes) -> int:
+        """Writes a key that must not exist; returns its revision. Raises `KeyConflictError` if it does."""
+        ...
+
+    async def put(self, key: str, value: bytes) -> int:
+        """Writes a key whatever it holds; returns its revision."""
+        ...
+
+    async def update(self, key: str, value: bytes, last: int) -> int:
+        """Writes a key whose revision is `last`; returns the new one. Raises `KeyConflictError` if it is not."""
+        ...
+
+    async def delete(self, key: str, last: int | None = None) -> None:
+        """Removes a key, if its revision is `last` where given. Raises `KeyConflictError` if it is not."""
+        ...
+
+    async def entries(self) -> list[KeyEntry]:
+        """All present entries."""
+        ...
+
+    def watch(self) -> AsyncIterator[KeyEntry | None]:
+        """Present entries, then None once, then every change until the iterator is closed. Expiry may go unreported."""
+        ...
+
+
+class QueueMessage(Protocol):
+    """A message taken from a work queue; nobody else gets it until it is returned or its time runs out."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def sequence(self) -> int:
+        """Its number in the queue."""
+        ...
+
+    @property
+    def deliveries(self) -> int:
+        """How often it has been delivered, this time included."""
+        ...
+
+    async def ack(self) -> None:
+        """Done: it leaves the queue."""
+        ...
+
+    async def nak(self, delay_s: float = 0.0) -> None:
+        """Back into the queue, to be delivered again after `delay_s`."""
+        ...
+
+    async def term(self, reason: str = "") -> None:
+        """Never deliver it again."""
+        ...
+
+    async def in_progress(self) -> None:
+        """Still working: its time starts anew."""
+        ...
+
+
+class WorkQueue(Protocol):
+    """A durable queue: what `publish` returned from is kept until somebody acknowledges it."""
+
+    async def publish(
+        self, subject: str, data: bytes, *, message_id: str = "", headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bool]:
+        """Returns the sequence, and True if `message_id` was there already (then nothing was added)."""
+        ...
+
+    async def pull(self, subject: str, *, batch: int, timeout_s: float, ack_wait_s: float) -> list[QueueMessage]:
+        """Up to `batch` messages for a subject filter; an empty list after `timeout_s`."""
+        ...
+
+    async def depth(self) -> int:
+        """How many messages it holds."""
+        ...
+
+
+class ObjectStore(Protocol):
+    """Values too large for a message."""
+
+    async def put(self, name: str, data: bytes) -> None: ...
+    async def get(self, name: str) -> bytes | None:
+        """The bytes, checked against their digest; None if absent."""
+        ...
+
+    async def delete(self, name: str) -> None: ...
+
+
+class ServiceRequest(msgspec.Struct, frozen=True):
+    """A request to a service endpoint."""
+
+    subject: str
+    data: bytes
+    headers: Mapping[str, str]
+
+
+class ServiceFailure(Exception):
+    """Raised by a service handler to answer with an error: `code` as in HTTP, `description` for people."""
+
+    def __init__(self, code: int, description: str) -> None:
+        super().__init__(description)
+        self.code = code
+        self.description = description
+
+
+class ServiceEndpoint(msgspec.Struct, frozen=True):
+    """One subject of a service; `name` is a token."""
+
+    name: str
+    subject: str
+    handler: Callable[[ServiceRequest], Awaitable[bytes]]
+    metadata: Mapping[str, str] = {}
+
+
+class Service(Protocol):
+    """A running service that answers discovery."""
+
+    async def stop(self) -> None: ...
+
+
+class Transport(Protocol):
+    """A connection of one process to the broker."""
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that one message may hold."""
+        ...
+
+    @property
+    def is_connected(self) -> bool: ...
+
+    @property
+    def url(self) -> str:
+        """Where it is connected to, without secrets."""
+        ...
+
+    def on_connection(self, listener: Callable[[bool], None]) -> None:
+        """Calls `listener(True)` after each reconnect and `listener(False)` after each loss, on the event loop."""
+        ...
+
+    def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Hands a message over for sending.
+
+        Raises:
+            ValueTooLargeError: it is larger than `max_payload`.
+        """
+        ...
+
+    async def flush(self) -> None:
+        """Returns when the broker has seen everything published so far. Raises `BrokerError` if it does not answer."""
+        ...
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        """Delivers messages for `subject` (wildcards allowed) to `handler`; with `queue`, to one member of it each.
+
+        When it returns, the broker knows of the subscription.
+        """
+        ...
+
+    async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Delivered:
+        """One request and its answer; not for the path of calls. Raises `BrokerError` for no responder or no answer."""
+        ...
+
+    async def key_value(self, bucket: str, *, ttl_s: float | None = None) -> KeyValue:
+        """Opens a bucket, creating it where it does not exist; entries expire `ttl_s` after their last write."""
+        ...
+
+    async def work_queue(self, name: str, subjects: list[str]) -> WorkQueue:
+        """Opens a durable queue over subject filters, creating it where it does not exist."""
+        ...
+
+    async def object_store(self, bucket: str) -> ObjectStore:
+        """Opens an object store, creating it where it does not exist."""
+        ...
+
+    async def serve(
+        self, name: str, endpoints: list[ServiceEndpoint], *, version: str, description: str = ""
+    ) -> Service:
+        """Runs a service that the `nats micro` commands can list, inspect and call."""
+        ...
+
+    async def aclose(self) -> None:
+        """Sends what is pending and closes; idempotent."""
+        ...
