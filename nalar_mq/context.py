@@ -1,0 +1,192 @@
+"""What a running call knows of itself; its children inherit it without the user's help."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nalar_mq.errors import CallCancelledError, NotConnectedError
+
+if TYPE_CHECKING:
+    from nalar_mq.future import Future
+
+
+class Slot(Protocol):
+    """A running call's claim on its replica: given up while the call waits, taken back before it goes on."""
+
+    def give_up(self) -> None:
+        """The call waits now; others may run in its place. Any thread."""
+        ...
+
+    def take_back(self) -> None:
+        """The call goes on. Any thread."""
+        ...
+
+
+class Caller(Protocol):
+    """Makes calls: the runtime of this process as stubs see it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop it runs on."""
+        ...
+
+    def call(
+        self,
+        context: CallContext,
+        actor: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: CallOptions,
+    ) -> Future[Any]:
+        """Makes a call and returns its future at once. Any thread.
+
+        Raises:
+            ValueNotEncodableError, ValueTooLargeError: an argument cannot travel.
+        """
+        ...
+
+    def cancel(self, future: Future[Any], reason: str) -> None:
+        """Nobody wants the result any more. Any thread."""
+        ...
+
+    def credit(self, future: Future[Any], limit: int) -> None:
+        """The consumer of a stream takes chunks up to number `limit`. Any thread."""
+        ...
+
+
+class CallOptions:
+    """How one call is made; None means: as the context or the actor's directives say."""
+
+    __slots__ = ("cast", "init", "instance", "priority", "retries", "session", "timeout_s")
+
+    def __init__(
+        self,
+        *,
+        session: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = -1.0,
+        retries: int | None = None,
+        instance: str = "",
+        init: bytes = b"",
+        cast: bool = False,
+    ) -> None:
+        self.session = session
+        self.priority = priority
+        self.timeout_s = timeout_s
+        self.retries = retries
+        self.instance = instance
+        self.init = init
+        self.cast = cast
+
+    def but(self, **changes: Any) -> CallOptions:
+        """The same options with some of them changed."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        fields.update(changes)
+        return CallOptions(**fields)
+
+
+DEFAULT_OPTIONS = CallOptions()
+
+
+class CallContext:
+    """The context of one running call, or of a client's program, for which `call_id` is empty.
+
+    Attributes:
+        caller: makes calls on behalf of this context.
+        call_id: id of the running call.
+        session: its session; empty in a client that gave none: each call then gets one of its own.
+        job: its job, or empty.
+        priority: inherited by children.
+        deadline: on the clock of `caller.loop`; None for no deadline.
+        holds: `actor/session/instance` of the sessions that this call and its callers hold.
+        trace: W3C `traceparent`, or empty.
+        budget: what may still be spent, or None.
+        slot: its claim on the replica, or None outside a worker.
+        cancelled: why it must stop, or empty while it may go on.
+        constructed: how many agent instances its driver has made so far.
+    """
+
+    __slots__ = (
+        "budget",
+        "call_id",
+        "caller",
+        "cancelled",
+        "constructed",
+        "deadline",
+        "holds",
+        "job",
+        "priority",
+        "session",
+        "slot",
+        "trace",
+    )
+
+    def __init__(
+        self,
+        caller: Caller,
+        *,
+        call_id: bytes = b"",
+        session: str = "",
+        job: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        holds: tuple[str, ...] = (),
+        trace: str = "",
+        budget: float | None = None,
+        slot: Slot | None = None,
+    ) -> None:
+        self.caller = caller
+        self.call_id = call_id
+        self.session = session
+        self.job = job
+        self.priority = priority
+        self.deadline = deadline
+        self.holds = holds
+        self.trace = trace
+        self.budget = budget
+        self.slot = slot
+        self.cancelled = ""
+        self.constructed = 0
+
+    def check_cancelled(self) -> None:
+        """Raises `CallCancelledError` if this call must stop."""
+        if self.cancelled:
+            raise CallCancelledError(self.cancelled, call_id=self.call_id.hex(), started=True)
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every attempt of this call: hand it to services that can tell a repeated request."""
+        return self.call_id.hex()
+
+
+current_context: ContextVar[CallContext | None] = ContextVar("nalar_call", default=None)
+
+
+def require_context(actor: str) -> CallContext:
+    """The context of the running code.
+
+    Raises:
+        NotConnectedError: there is none; `actor` is named in the message.
+        CallCancelledError: the running call has been cancelled.
+    """
+    context = current_context.get()
+    if context is None:
+        raise NotConnectedError(actor)
+    if context.cancelled:
+        context.check_cancelled()
+    return context
+
+
+def context() -> CallContext:
+    """The context of the running call: its session, job, deadline and idempotency key.
+
+    Raises:
+        NotConnectedError: no call is running here.
+    """
+    found = current_context.get()
+    if found is None:
+        raise NotConnectedError()
+    return found

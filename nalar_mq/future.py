@@ -1,0 +1,519 @@
+"""The result of a call: a value that is not there yet.
+
+States and their only transitions:
+
+    pending ──resolve(payload)──▶ resolved
+       └──────fail(error)───────▶ failed
+
+The first terminal state wins; later ones are ignored. `resolve` and `fail` are called on the event loop of the runtime that
+owns the future; everything else may be called from any thread. The value arrives as bytes and is decoded when somebody
+first looks at it; who passes a future on without looking passes the bytes on. From the moment somebody has looked, the
+decoded object is the value, so that a caller who changes a list it was given passes the changed list on, as in plain Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from typing import Any, Generic, TypeVar, cast, overload
+
+from nalar_mq import values
+from nalar_mq.context import CallContext, Caller, current_context
+from nalar_mq.errors import CallTimeoutError, StreamRestartedError
+
+T = TypeVar("T")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+T_co = TypeVar("T_co", covariant=True)
+
+PENDING = 0
+RESOLVED = 1
+FAILED = 2
+
+_UNREAD: Any = object()
+_lock = threading.Lock()  # held for a few instructions; one for all futures keeps each of them small
+STREAM_WINDOW = 64  # chunks a producer may be ahead of its consumer
+
+
+class Future(values.Deferred, Generic[T_co]):
+    """The result of one call. Await it, ask for its `value`, or pass it on as an argument.
+
+    Attributes:
+        id: 16 bytes, the id of the call.
+        actor: `actor` or `actor.method`, for people.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_caller",
+        "_chunks",
+        "_error",
+        "_payload",
+        "_state",
+        "_value",
+        "_waiters",
+        "actor",
+        "id",
+        "seen",
+    )
+
+    def __init__(self, caller: Caller, id: bytes, actor: str) -> None:
+        self.id = id
+        self.actor = actor
+        self.seen = False
+        self._caller = caller
+        self._state = PENDING
+        self._payload: bytes | None = None
+        self._value: Any = _UNREAD
+        self._error: BaseException | None = None
+        self._waiters: list[Callable[[], object]] | None = None
+        self._chunks: ChunkBuffer | None = None
+
+    # What the owner's runtime does with it, on its loop.
+
+    def resolve(self, payload: bytes) -> bool:
+        """Gives it its encoded value; False if it had ended before."""
+        if self._state:
+            return False
+        self._payload = payload
+        self._end(RESOLVED)
+        return True
+
+    def fail(self, error: BaseException) -> bool:
+        """Ends it without a value; False if it had ended before."""
+        if self._state:
+            return False
+        self._error = error
+        self._end(FAILED)
+        return True
+
+    def _end(self, state: int) -> None:
+        with _lock:
+            self._state = state
+            waiters, self._waiters = self._waiters, None
+        if waiters is not None:
+            for waiter in waiters:
+                waiter()
+        if self._chunks is not None:
+            self._chunks.close()
+
+    def chunk(self, number: int, payload: bytes, attempt: int) -> None:
+        """Takes one piece of a stream."""
+        if self._chunks is not None:
+            self._chunks.put(number, payload, attempt)
+
+    # What anybody may ask of it, from any thread.
+
+    def available(self) -> bool:
+        """True once it has ended, with a value or with an error; never waits."""
+        return self._state != PENDING
+
+    def failed(self) -> bool:
+        """True once it has ended with an error; never waits."""
+        return self._state == FAILED
+
+    def value(self, timeout: float | None = None) -> T_co:
+        """Waits for the value and returns it; the same object each time.
+
+        Blocks the calling thread; on an event loop use `await`. `timeout` is in seconds and ends the waiting, not the call.
+
+        Raises:
+            CallTimeoutError: `timeout` or the deadline of the call passed.
+            BaseException: whatever the call raised; `CallError` for what went wrong on the way.
+        """
+        if self._state == PENDING:
+            self._block(timeout)
+        return self._look()
+
+    def _block(self, timeout: float | None) -> None:
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is self._caller.loop:
+                raise RuntimeErrorOnLoop(self.actor)
+        done = threading.Event()
+        if not self.on_end(done.set):
+            return
+        slot = _slot_of_running_call()
+        if slot is not None:
+            slot.give_up()
+        try:
+            ended = done.wait(timeout)
+        finally:
+            if slot is not None:
+                slot.take_back()
+        if not ended:
+            self.forget(done.set)
+            raise CallTimeoutError(
+                f"{self.actor} had no value after {timeout} s; it still runs", call_id=self.id.hex(), actor=self.actor
+            )
+
+    def _look(self) -> T_co:
+        self.seen = True
+        if self._state == FAILED:
+            assert self._error is not None
+            raise self._error
+        if self._value is _UNREAD:
+            assert self._payload is not None
+            self._value = values.decode(self._payload)
+        return cast(T_co, self._value)
+
+    def __await__(self) -> Generator[Any, None, T_co]:
+        """Waits without blocking the loop; the same value and errors as `value`."""
+        if self._state == PENDING:
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[None] = loop.create_future()
+            wake = _Wake(waiter, loop, direct=loop is self._caller.loop)
+            if self.on_end(wake):
+                slot = _slot_of_running_call()
+                if slot is not None:
+                    slot.give_up()
+                try:
+                    yield from waiter
+                finally:
+                    self.forget(wake)
+                    if slot is not None:
+                        slot.take_back()
+        return self._look()
+
+    def on_end(self, waiter: Callable[[], object]) -> bool:
+        """Calls `waiter` once, on the loop, when it ends; False (and no call) if it has ended already."""
+        with _lock:
+            if self._state:
+                return False
+            if self._waiters is None:
+                self._waiters = [waiter]
+            else:
+                self._waiters.append(waiter)
+            return True
+
+    def forget(self, waiter: Callable[[], object]) -> None:
+        """Takes a waiter back; harmless if it was called or never there."""
+        with _lock:
+            if self._waiters is not None and waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def error(self) -> BaseException | None:
+        """The error it ended with, or None; never waits, and does not count as having looked."""
+        return self._error
+
+    def cancel(self, reason: str = "cancelled by its caller") -> None:
+        """Says that nobody wants the result: the call ends where it stands, its children too; the future fails at once."""
+        self._caller.cancel(self, reason)
+
+    def stream(self) -> Stream[Any]:
+        """The pieces that the callee yields, as they come; for callees that are generators.
+
+        The iterator works with `for` in a thread and `async for` on a loop, and slows the callee down to its own pace. The
+        value of a call that is streamed is None; of a generator's call that is not, the list of its pieces.
+
+        Raises (while iterating):
+            StreamRestartedError: pieces had been taken when the call had to begin again.
+        """
+        if self._chunks is None:
+            self._chunks = ChunkBuffer()
+            if self._state:
+                self._chunks.close()
+            self._caller.credit(self, STREAM_WINDOW)
+        return Stream(self, self._chunks, self._caller)
+
+    @property
+    def later(self) -> T_co:
+        """This future, typed as its value: for passing it on as an argument."""
+        return cast(T_co, self)
+
+    # How it travels inside the arguments of another call.
+
+    def ref(self) -> bytes:
+        """Its id."""
+        return self.id
+
+    def payload(self) -> bytes | None:
+        """Its encoded value; None while it has none; raises its error."""
+        if self._state == PENDING:
+            return None
+        if self._state == FAILED:
+            self._look()
+        if self._value is not _UNREAD and type(self._value) not in _IMMUTABLE:
+            return values.encode(self._value)
+        return self._payload
+
+    def __repr__(self) -> str:
+        state = ("pending", "resolved", "failed")[self._state]
+        return f"<Future {self.actor} {self.id.hex()[-8:]} {state}>"
+
+
+_IMMUTABLE = frozenset({int, str, bytes, float, bool, type(None)})
+
+
+class RuntimeErrorOnLoop(RuntimeError):
+    """A thread's way of waiting was used on the event loop, where it would wait for ever."""
+
+    def __init__(self, actor: str) -> None:
+        super().__init__(f"value() of {actor} would block the event loop it depends on: use `await future`")
+
+
+def _slot_of_running_call() -> Any:
+    context: CallContext | None = current_context.get()
+    return None if context is None else context.slot
+
+
+class _Wake:
+    """Wakes one awaiting task, on whichever loop it runs."""
+
+    __slots__ = ("direct", "loop", "waiter")
+
+    def __init__(self, waiter: asyncio.Future[None], loop: asyncio.AbstractEventLoop, *, direct: bool) -> None:
+        self.waiter = waiter
+        self.loop = loop
+        self.direct = direct
+
+    def __call__(self) -> None:
+        if self.direct:
+            self._set()
+        else:
+            with contextlib.suppress(RuntimeError):  # that loop has closed: nobody waits there
+                self.loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        if not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class ChunkBuffer:
+    """The pieces of one stream that have come and were not taken yet."""
+
+    __slots__ = ("attempt", "closed", "received", "restarted", "taken", "waiting", "wakers")
+
+    def __init__(self) -> None:
+        self.waiting: deque[bytes] = deque()
+        self.wakers: list[Callable[[], object]] = []
+        self.attempt = 0
+        self.received = 0
+        self.taken = 0
+        self.closed = False
+        self.restarted = False
+
+    def put(self, number: int, payload: bytes, attempt: int) -> None:
+        """Adds a piece; a later attempt replaces what nobody has taken, and ends the stream if somebody has."""
+        if attempt > self.attempt:
+            if self.taken:
+                self.restarted = True
+                self.close()
+                return
+            self.attempt = attempt
+            self.received = 0
+            self.waiting.clear()
+        if attempt == self.attempt and number == self.received + 1:
+            self.received = number
+            self.waiting.append(payload)
+            self._wake()
+
+    def close(self) -> None:
+        """No more pieces will come."""
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with _lock:
+            wakers, self.wakers = self.wakers, []
+        for waker in wakers:
+            waker()
+
+    def on_change(self, waker: Callable[[], object]) -> bool:
+        """Calls `waker` at the next change; False if there is something to take already."""
+        with _lock:
+            if self.waiting or self.closed:
+                return False
+            self.wakers.append(waker)
+            return True
+
+
+class Stream(Generic[T]):
+    """Iterates over the pieces of a call; see `Future.stream`."""
+
+    def __init__(self, future: Future[Any], chunks: ChunkBuffer, caller: Caller) -> None:
+        self._future = future
+        self._chunks = chunks
+        self._caller = caller
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        while not self._chunks.waiting:
+            if self._chunks.closed:
+                self._raise_end()
+                await self._future
+                raise StopAsyncIteration
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[None] = loop.create_future()
+            if self._chunks.on_change(_Wake(waiter, loop, direct=loop is self._caller.loop)):
+                with waiting():
+                    await waiter
+        return self._take()
+
+    def __next__(self) -> T:
+        while not self._chunks.waiting:
+            if self._chunks.closed:
+                self._raise_end()
+                self._future.value()
+                raise StopIteration
+            changed = threading.Event()
+            if self._chunks.on_change(changed.set):
+                with waiting():
+                    changed.wait()
+        return self._take()
+
+    def _take(self) -> T:
+        chunks = self._chunks
+        payload = chunks.waiting.popleft()
+        chunks.taken += 1
+        if chunks.taken % (STREAM_WINDOW // 2) == 0:
+            self._caller.credit(self._future, chunks.taken + STREAM_WINDOW)
+        return cast(T, values.decode(payload))
+
+    def _raise_end(self) -> None:
+        if self._chunks.restarted:
+            raise StreamRestartedError(
+                f"the stream of {self._future.actor} began again after pieces of it had been taken",
+                call_id=self._future.id.hex(),
+                actor=self._future.actor,
+            )
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """The running call gives up its slot inside the block: for waits that the runtime cannot see."""
+    slot = _slot_of_running_call()
+    if slot is None:
+        yield
+        return
+    slot.give_up()
+    try:
+        yield
+    finally:
+        slot.take_back()
+
+
+@overload
+def gather(f1: Awaitable[T1], /) -> Awaitable[tuple[T1]]: ...
+@overload
+def gather(f1: Awaitable[T1], f2: Awaitable[T2], /) -> Awaitable[tuple[T1, T2]]: ...
+@overload
+def gather(f1: Awaitable[T1], f2: Awaitable[T2], f3: Awaitable[T3], /) -> Awaitable[tuple[T1, T2, T3]]: ...
+@overload
+def gather(
+    f1: Awaitable[T1], f2: Awaitable[T2], f3: Awaitable[T3], f4: Awaitable[T4], /
+) -> Awaitable[tuple[T1, T2, T3, T4]]: ...
+@overload
+def gather(*futures: Awaitable[T]) -> Awaitable[tuple[T, ...]]: ...
+async def gather(*futures: Awaitable[Any]) -> tuple[Any, ...]:
+    """The values of all futures, in their order.
+
+    The first error to arrive is raised at once; the other calls go on.
+    """
+    pending = [f for f in futures if isinstance(f, Future)]
+    if len(pending) != len(futures):
+        return tuple(await asyncio.gather(*futures))
+    await _all_ended_or_one_failed(pending)
+    for future in pending:
+        if future.failed():
+            await future
+    return tuple([await future for future in pending])
+
+
+async def _all_ended_or_one_failed(futures: list[Future[Any]]) -> None:
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+    left = len(futures)
+
+    def ended(future: Future[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if (left == 0 or future.failed()) and not waiter.done():
+            waiter.set_result(None)
+
+    def watch(future: Future[Any]) -> None:
+        def arrived() -> None:
+            if loop is future._caller.loop:  # pyright: ignore[reportPrivateUsage]
+                ended(future)
+            else:
+                loop.call_soon_threadsafe(ended, future)
+
+        if not future.on_end(arrived):
+            ended(future)
+
+    for future in futures:
+        watch(future)
+    if left and not waiter.done():
+        with waiting():
+            await waiter
+
+
+class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurrent.futures
+    """Iterates over futures in the order in which they end; works with `async for` on a loop and `for` in a thread.
+
+    Each item is a future that has ended: `await` it or ask for its `value` to get its value or error.
+    """
+
+    def __init__(self, futures: Iterable[Future[T]]) -> None:
+        self._ended: deque[Future[T]] = deque()
+        self._wake: Callable[[], object] | None = None
+        self._left = 0
+        for future in futures:
+            self._left += 1
+            if not future.on_end(self._arrival(future)):
+                self._ended.append(future)
+
+    def _arrival(self, future: Future[T]) -> Callable[[], None]:
+        def arrived() -> None:
+            with _lock:
+                self._ended.append(future)
+                wake, self._wake = self._wake, None
+            if wake is not None:
+                wake()
+
+        return arrived
+
+    def _on_next(self, wake: Callable[[], object]) -> bool:
+        with _lock:
+            if self._ended:
+                return False
+            self._wake = wake
+            return True
+
+    def __aiter__(self) -> AsyncIterator[Future[T]]:
+        return self
+
+    def __iter__(self) -> Iterator[Future[T]]:
+        return self
+
+    async def __anext__(self) -> Future[T]:
+        if not self._left:
+            raise StopAsyncIteration
+        while not self._ended:
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[None] = loop.create_future()
+            if self._on_next(_Wake(waiter, loop, direct=False)):
+                with waiting():
+                    await waiter
+        self._left -= 1
+        return self._ended.popleft()
+
+    def __next__(self) -> Future[T]:
+        if not self._left:
+            raise StopIteration
+        while not self._ended:
+            changed = threading.Event()
+            if self._on_next(changed.set):
+                with waiting():
+                    changed.wait()
+        self._left -= 1
+        return self._ended.popleft()
