@@ -1,10 +1,34 @@
-"""Settings as frozen objects. A file comes first, then the environment, then a flag; the environment is read only here."""
+"""Settings as frozen objects. A file comes first, then the environment, then a flag; the environment is read only here.
+
+Where the broker is found, first match wins:
+
+    1. `--nats URL` or `--context NAME`
+    2. `NALAR_NATS_URL`
+    3. `NATS_URL`
+    4. `NATS_CONTEXT`, a context of the `nats` command by name
+    5. `.nalar/runtime.json` beside the app, written by `nalar up`
+    6. the context that `nats context select` made the default one
+
+A URL of 1 to 3 is completed by what it does not say itself: `NATS_CREDS`, `NATS_NKEY`, `NATS_USER`, `NATS_PASSWORD`,
+`NATS_TOKEN`, `NATS_CA`, `NATS_CERT`, `NATS_KEY`. A runtime file and a context bring their own credentials.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import SplitResult, unquote, urlsplit
+
 import msgspec
 
-from nalar_mq.address import DEFAULT_NAMESPACE
+from nalar_mq.address import DEFAULT_NAMESPACE, check_token
+from nalar_mq.errors import AddressError, ConfigError
+
+DEFAULT_PORT: Final = 4222
+_SCHEMES: Final = {"nats": DEFAULT_PORT, "tls": DEFAULT_PORT, "ws": 80, "wss": 443}
+_URL_EXAMPLE: Final = "write it as nats://host:4222 (or tls://, ws://, wss://; several with commas between them)"
 
 
 class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -20,6 +44,10 @@ class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     tls_cert_file: str = ""
     tls_key_file: str = ""
 
+    def __repr__(self) -> str:
+        means = [name for name in self.__struct_fields__ if name != "urls" and getattr(self, name)]
+        return f"BrokerAccess(urls={self.urls!r}, with={means!r})"
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What every process of a runtime needs to know."""
@@ -27,3 +55,231 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     broker: BrokerAccess
     namespace: str = DEFAULT_NAMESPACE
     node: str = ""
+
+
+def load_settings(
+    *,
+    nats: str | None = None,
+    context: str | None = None,
+    runtime: BrokerAccess | None = None,
+    namespace: str | None = None,
+    node: str = "",
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Settings of a process that uses a broker which is already there.
+
+    Args:
+        nats: URL given by hand.
+        context: name of a context of the `nats` command, given by hand.
+        runtime: what the runtime file beside the app says; None if there is none.
+        namespace: given by hand or by the manifest; else `NALAR_NAMESPACE`, else the default.
+        node: name of the machine or GPU.
+        environ: stands in for the environment of the process.
+
+    Raises:
+        ConfigError: no broker is named anywhere, or what names it cannot be understood.
+    """
+    env = os.environ if environ is None else environ
+    access = find_broker(nats=nats, context=context, runtime=runtime, environ=env)
+    if access is None:
+        raise ConfigError("no broker is known: start one with `nalar up APP`, or name one by --nats or NATS_URL")
+    return Settings(broker=access, namespace=find_namespace(namespace, environ=env), node=node)
+
+
+def find_namespace(namespace: str | None = None, *, environ: Mapping[str, str] | None = None) -> str:
+    """The namespace given, else `NALAR_NAMESPACE`, else the default one.
+
+    Raises:
+        ConfigError: it cannot be a token of a subject.
+    """
+    env = os.environ if environ is None else environ
+    chosen = namespace or env.get("NALAR_NAMESPACE") or DEFAULT_NAMESPACE
+    try:
+        return check_token(chosen, "namespace")
+    except AddressError as error:
+        raise ConfigError(str(error)) from None
+
+
+def find_broker(
+    *,
+    nats: str | None = None,
+    context: str | None = None,
+    runtime: BrokerAccess | None = None,
+    selected_context: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> BrokerAccess | None:
+    """How to reach the broker that is named first in the order above, or None if none is named.
+
+    Args:
+        nats: URL given by hand.
+        context: name of a context given by hand.
+        runtime: what the runtime file beside the app says.
+        selected_context: the context that is selected for the `nats` command counts too.
+        environ: stands in for the environment of the process.
+
+    Raises:
+        ConfigError: what names the broker cannot be understood.
+    """
+    env = os.environ if environ is None else environ
+    if nats and context:
+        raise ConfigError("--nats and --context both name a broker: give one of them")
+    if nats:
+        return _with_environment(access_from_url(nats, "--nats"), env)
+    if context:
+        return _access_from_context(context, env)
+    for variable in ("NALAR_NATS_URL", "NATS_URL"):
+        if env.get(variable):
+            return _with_environment(access_from_url(env[variable], variable), env)
+    if env.get("NATS_CONTEXT"):
+        return _access_from_context(env["NATS_CONTEXT"], env)
+    if runtime is not None:
+        return runtime
+    selected = _selected_context(env) if selected_context else ""
+    return _access_from_context(selected, env) if selected else None
+
+
+def access_from_url(text: str, source: str = "the broker's URL") -> BrokerAccess:
+    """Reads one URL or several with commas; what stands before `@` becomes credentials and leaves the URL.
+
+    Args:
+        text: as a user wrote it; scheme and port may be missing.
+        source: where it was written, for the message.
+
+    Raises:
+        ConfigError: it is not a URL of a NATS server, or two of them carry different credentials.
+    """
+    urls: list[str] = []
+    secrets: set[tuple[str, str, str]] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        split = _split_url(part, source)
+        urls.append(_plain_url(split))
+        if split.username is not None:
+            secrets.add(_credentials(split))
+    if not urls:
+        raise ConfigError(f"{source}: the URL is empty: {_URL_EXAMPLE}")
+    if len(secrets) > 1:
+        raise ConfigError(f"{source}: the URLs carry different credentials: give the same ones in each, or use --context")
+    token, user, password = secrets.pop() if secrets else ("", "", "")
+    return BrokerAccess(urls=tuple(urls), token=token, user=user, password=password)
+
+
+def _split_url(part: str, source: str) -> SplitResult:
+    shown = part.rpartition("@")[2]
+    wrong = ConfigError(f"{source}: {shown!r} is not the URL of a NATS server: {_URL_EXAMPLE}")
+    try:
+        split = urlsplit(part if "://" in part else f"nats://{part}")
+        port_is_good = split.port is None or 0 < split.port < 65536
+    except ValueError:
+        raise wrong from None
+    host = split.hostname or ""
+    if split.scheme not in _SCHEMES or not host or not port_is_good or not _is_host(host):
+        raise wrong
+    if split.query or split.fragment or (split.path not in ("", "/") and split.scheme in ("nats", "tls")):
+        raise wrong
+    return split
+
+
+def _is_host(host: str) -> bool:
+    return ":" in host or all(
+        label and label.replace("-", "a").replace("_", "a").isalnum() for label in host.rstrip(".").split(".")
+    )
+
+
+def _plain_url(split: SplitResult) -> str:
+    host = split.hostname or ""
+    bracketed = f"[{host}]" if ":" in host else host
+    return f"{split.scheme}://{bracketed}:{split.port or _SCHEMES[split.scheme]}{split.path.rstrip('/')}"
+
+
+def _credentials(split: SplitResult) -> tuple[str, str, str]:
+    user = unquote(split.username or "")
+    if split.password is None:
+        return user, "", ""
+    return "", user, unquote(split.password)
+
+
+def _with_environment(access: BrokerAccess, env: Mapping[str, str]) -> BrokerAccess:
+    if access.token or access.user:
+        names: tuple[tuple[str, str], ...] = _TLS_VARIABLES
+    else:
+        names = _CREDENTIAL_VARIABLES + _TLS_VARIABLES
+    found = {field: env[variable] for field, variable in names if env.get(variable)}
+    for field, variable in names:
+        if field.endswith("_file") and field in found:
+            found[field] = _existing_file(found[field], variable, env)
+    if found.get("user") and not found.get("password") and "token" not in found:
+        found["token"] = found.pop("user")
+    return msgspec.structs.replace(access, **found)
+
+
+_CREDENTIAL_VARIABLES: Final = (
+    ("creds_file", "NATS_CREDS"),
+    ("nkey_seed_file", "NATS_NKEY"),
+    ("user", "NATS_USER"),
+    ("password", "NATS_PASSWORD"),
+    ("token", "NATS_TOKEN"),
+)
+_TLS_VARIABLES: Final = (("tls_ca_file", "NATS_CA"), ("tls_cert_file", "NATS_CERT"), ("tls_key_file", "NATS_KEY"))
+
+
+class _Context(msgspec.Struct, frozen=True):
+    """What we read of a context file of the `nats` command; its other fields concern that command alone."""
+
+    url: str = ""
+    token: str = ""
+    user: str = ""
+    password: str = ""
+    creds: str = ""
+    nkey: str = ""
+    cert: str = ""
+    key: str = ""
+    ca: str = ""
+    nsc: str = ""
+
+
+def _context_folder(env: Mapping[str, str]) -> Path:
+    home = Path(env.get("HOME") or Path.home())
+    return Path(env.get("XDG_CONFIG_HOME") or home / ".config") / "nats"
+
+
+def _selected_context(env: Mapping[str, str]) -> str:
+    try:
+        return (_context_folder(env) / "context.txt").read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _access_from_context(name: str, env: Mapping[str, str]) -> BrokerAccess:
+    folder = _context_folder(env) / "context"
+    path = folder / f"{name}.json"
+    if "/" in name or name.startswith("."):
+        raise ConfigError(f"{name!r} is not the name of a context of the nats command")
+    try:
+        context = msgspec.json.decode(path.read_bytes(), type=_Context)
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
+        raise ConfigError(f"the nats command has no context {name!r} (known: {known}): see `nats context ls`") from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a context of the nats command: {error}") from None
+    if context.nsc and not context.creds:
+        raise ConfigError(f"{path}: credentials by 'nsc' are not supported: name a 'creds' file")
+    return _access_of(context, str(path), env)
+
+
+def _access_of(context: _Context, source: str, env: Mapping[str, str]) -> BrokerAccess:
+    access = access_from_url(context.url or "nats://127.0.0.1:4222", source)
+    files = {"creds_file": context.creds, "nkey_seed_file": context.nkey}
+    files |= {"tls_ca_file": context.ca, "tls_cert_file": context.cert, "tls_key_file": context.key}
+    found = {field: _existing_file(name, source, env) for field, name in files.items() if name}
+    secrets = {"token": context.token, "user": context.user, "password": context.password}
+    if context.user and not context.password and not context.token:
+        secrets = {"token": context.user}
+    return msgspec.structs.replace(access, **found, **{field: value for field, value in secrets.items() if value})
+
+
+def _existing_file(name: str, source: str, env: Mapping[str, str]) -> str:
+    home = env.get("HOME") or str(Path.home())
+    path = Path(home + name[1:]) if name == "~" or name.startswith("~/") else Path(name)
+    if not path.is_file():
+        raise ConfigError(f"{source}: there is no file {str(path)!r}")
+    return str(path.resolve())

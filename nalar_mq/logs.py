@@ -1,0 +1,87 @@
+"""Logs of a process: structlog on stderr, for people on a terminal and as JSON lines elsewhere; secrets are blotted out.
+
+The name of an event is the name of the telemetry event it tells of (`worker.ready`), what it is about stands in fields.
+What libraries log through `logging` takes the same way out.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Final, Literal, TextIO, TypeAlias
+
+import structlog
+
+Level: TypeAlias = Literal["debug", "info", "warning", "error"]
+_LEVELS: Final[dict[Level, int]] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+_SECRET_KEYS: Final = ("token", "password", "secret", "credential", "authorization", "api_key", "seed")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+_BLOT: Final = "***"
+
+
+def configure_logs(level: Level = "info", *, as_json: bool | None = None, stream: TextIO | None = None) -> None:
+    """Sets up the logs of this process; called once, by whoever owns the process, never by a library.
+
+    Args:
+        level: what is less than this is dropped.
+        as_json: one JSON object a line; None decides by whether `stream` is a terminal.
+        stream: where to; stderr if not given.
+    """
+    out = stream if stream is not None else sys.stderr
+    on_terminal = out.isatty()
+    wants_json = not on_terminal if as_json is None else as_json
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        redact,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, *_rendering(wants_json, on_terminal)],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.PrintLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
+    _configure_libraries(shared, _rendering(wants_json, on_terminal), out, max(_LEVELS[level], logging.WARNING))
+
+
+def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Replaces values whose names say that they are secret, and user names and passwords in URLs."""
+    for key, value in event.items():
+        if any(word in key.lower() for word in _SECRET_KEYS):
+            event[key] = _BLOT
+        elif isinstance(value, str) and "://" in value:
+            event[key] = _USER_INFO.sub(f"{_BLOT}@", value)
+    return event
+
+
+def _rendering(as_json: bool, colors: bool) -> list[structlog.typing.Processor]:
+    if as_json:
+        return [structlog.processors.JSONRenderer(default=repr)]
+    return [structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24)]
+
+
+def _configure_libraries(
+    shared: list[structlog.typing.Processor], rendering: list[structlog.typing.Processor], out: TextIO, level: int
+) -> None:
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                *rendering,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
