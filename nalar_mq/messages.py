@@ -12,6 +12,7 @@ Who says what:
     owner -> executor       Call, Cancel, Consume, Credit
     executor -> owner       Resolve, Fail, Chunk
     executor -> consumer    Resolve, Fail
+    consumer -> owner       Want
 
 A future's id is the id of its call. The process that sends a call is the owner of that call's future, and is also the one
 who answers for every future the call depends on: `deps` are ids the executor does not have yet and will get pushed.
@@ -46,7 +47,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         timeout_s: seconds that remain until its deadline; None for no deadline.
         number: position in the order of its sender's calls to its session, from 1; 0 where order does not matter.
         holds: `actor/session/instance` of every session that the callers above hold while they wait.
-        wants: what the owner wants back: 0 nothing (a cast), 1 the value, 2 a stream of chunks and then the end.
+        cast: nobody wants the result.
         attempt: 0 for the first, higher for retries of the same id.
         trace: W3C `traceparent` of the caller; empty for none.
         budget: what the call may still spend, in the unit of its workflow; None for no limit.
@@ -66,15 +67,10 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
     timeout_s: float | None = None
     number: int = 0
     holds: tuple[str, ...] = ()
-    wants: int = 1
+    cast: bool = False
     attempt: int = 0
     trace: str = ""
     budget: float | None = None
-
-
-WANTS_NOTHING: Final = 0
-WANTS_VALUE: Final = 1
-WANTS_STREAM: Final = 2
 
 
 class Resolve(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
@@ -130,13 +126,19 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=6):
 
 
 class Credit(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=7):
-    """The consumer of stream `id` takes chunks up to `limit`."""
+    """The consumer of `id` wants its pieces as a stream, and takes those up to number `limit`."""
 
     id: bytes
     limit: int
 
 
-Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit
+class Want(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=8):
+    """A consumer still waits for `id`: its owner pushes what it has, or remembers who asked."""
+
+    id: bytes
+
+
+Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):

@@ -1,0 +1,107 @@
+"""Which process runs a call: the routing table and the choice from it. Pure: no I/O, no clock, randomness is handed in.
+
+Calls of actors without state go to the less loaded of two replicas chosen at random, where load is what this process itself
+has in flight there: close to the best choice, at the price of two look-ups, and nobody has to be asked. Calls of a stateful
+actor go where the session is; the first one goes to the replica that ranks highest for the session's key (rendezvous
+hashing), so that callers who begin at the same moment propose the same place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from random import Random
+
+from nalar_mq.address import Address
+from nalar_mq.messages import ActorInfo, Member
+
+
+class RoutingTable:
+    """Who serves what, as this process knows it.
+
+    Attributes:
+        version: grows with every change, so that a waiter can tell.
+    """
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._members: dict[str, Member] = {}
+        self._replicas: dict[str, list[Address]] = {}
+        self.version = 0
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """All live members by name."""
+        return self._members
+
+    def join(self, name: str, member: Member) -> Address | None:
+        """Adds or replaces a member; returns the address of the former incarnation if there was another one."""
+        former = self._members.get(name)
+        if former is not None and former.incarnation > member.incarnation:
+            return None
+        self._members[name] = member
+        self._rebuild()
+        if former is not None and former.incarnation < member.incarnation:
+            return Address(name, former.incarnation)
+        return None
+
+    def leave(self, address: Address) -> bool:
+        """Removes a member if it is still of that incarnation; True if it was there."""
+        member = self._members.get(address.name)
+        if member is None or member.incarnation != address.incarnation:
+            return False
+        del self._members[address.name]
+        self._rebuild()
+        return True
+
+    def _rebuild(self) -> None:
+        replicas: dict[str, list[Address]] = {}
+        for name in sorted(self._members):
+            member = self._members[name]
+            if not member.draining:
+                for actor in member.actors:
+                    replicas.setdefault(actor, []).append(Address(name, member.incarnation))
+        self._replicas = replicas
+        self.version += 1
+
+    def is_alive(self, address: Address) -> bool:
+        """True if that incarnation is a live member; draining ones are."""
+        member = self._members.get(address.name)
+        return member is not None and member.incarnation == address.incarnation
+
+    def replicas(self, actor: str) -> list[Address]:
+        """Where the actor is served, in the order of names; empty if nowhere."""
+        return self._replicas.get(actor, [])
+
+    def info(self, actor: str) -> ActorInfo | None:
+        """What the members tell of an actor."""
+        for address in self._replicas.get(actor, ()):
+            return self._members[address.name].actors[actor]
+        return None
+
+    def known_actors(self) -> list[str]:
+        """Names of all actors that somebody serves."""
+        return sorted(self._replicas)
+
+    def choose(self, actor: str, load: Mapping[str, int]) -> Address | None:
+        """The replica for a call without state; `load` counts by process name what is in flight there."""
+        replicas = self._replicas.get(actor)
+        if not replicas:
+            return None
+        count = len(replicas)
+        if count == 1:
+            return replicas[0]
+        first = int(self._random.random() * count)
+        second = int(self._random.random() * (count - 1))
+        if second >= first:
+            second += 1
+        one, other = replicas[first], replicas[second]
+        return one if load.get(one.name, 0) <= load.get(other.name, 0) else other
+
+    def rank(self, actor: str, key: str) -> Address | None:
+        """The replica that ranks highest for `key`; the same at everybody who has the same members."""
+        return max(self._replicas.get(actor, ()), key=lambda address: _weight(address.name, key), default=None)
+
+
+def _weight(name: str, key: str) -> bytes:
+    return hashlib.blake2b(f"{name}/{key}".encode(), digest_size=8).digest()
