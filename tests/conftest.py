@@ -1,0 +1,33 @@
+"""One real broker for the whole run; a namespace of its own for every test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from nalar_mq.broker import EmbeddedBroker
+from nalar_mq.config import BrokerAccess
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def broker_access(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[BrokerAccess]:
+    """How to reach the broker of this test run; it demands a token. Leave it running: others use it too."""
+    folder: Path = tmp_path_factory.mktemp("broker")
+    async with EmbeddedBroker(folder) as broker:
+        yield broker.access
+
+
+@pytest.fixture(scope="session")
+def _numbers() -> Iterator[int]:
+    return itertools.count(1)
+
+
+@pytest.fixture
+def namespace(_numbers: Iterator[int]) -> str:
+    """A namespace that no other test uses."""
+    return f"t{os.getpid()}-{next(_numbers)}"
