@@ -9,6 +9,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── AppError                 the user's module cannot be loaded
     │   ├── DirectiveError           a directive is unknown, wrong or contradicts another
     │   └── EngineError              a model server or its model is missing or does not start
+    ├── WorkerStartError             a worker process ends again and again before it serves
     ├── NotConnectedError            a call was made outside a runtime
     ├── BrokerError
     │   ├── BrokerStartError         the embedded broker cannot start (port in use, no binary)
@@ -18,6 +19,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   └── KeyConflictError         a compare-and-set met another revision
     ├── WireError
     │   ├── MalformedMessageError
+    │   │   └── UnknownClassError    a value of a class that this process has not loaded; `class_name`
     │   ├── UnsupportedVersionError
     │   └── AddressError             a name that cannot be a subject token
     └── CallError                    one call ended without a value; `call_id`, `actor`
@@ -68,6 +70,14 @@ class DirectiveError(ConfigError):
 
 class EngineError(ConfigError):
     """A model server or its model is missing or does not start; the message names the command that installs it."""
+
+
+class WorkerStartError(NalarError):
+    """A worker process ended again and again, or did not become ready in time; `worker` is its name."""
+
+    def __init__(self, message: str, worker: str = "") -> None:
+        super().__init__(message)
+        self.worker = worker
 
 
 class NotConnectedError(NalarError):
@@ -122,6 +132,18 @@ class MalformedMessageError(WireError):
     """Bytes that are not a message of ours."""
 
 
+class UnknownClassError(MalformedMessageError):
+    """A value names a class or function that no module loaded in this process has, or that may not travel.
+
+    Attributes:
+        class_name: `module:qualname` as it stood in the bytes.
+    """
+
+    def __init__(self, class_name: str) -> None:
+        super().__init__(f"no class or function {class_name!r} that may travel is loaded in this process")
+        self.class_name = class_name
+
+
 class UnsupportedVersionError(WireError):
     """A message of a wire version this process does not speak."""
 
@@ -172,9 +194,7 @@ class ValueTooLargeError(CallError, ValueError):
         limit_bytes: the largest size that is accepted.
     """
 
-    def __init__(
-        self, message: str, *, call_id: str = "", actor: str = "", size_bytes: int = 0, limit_bytes: int = 0
-    ) -> None:
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", size_bytes: int = 0, limit_bytes: int = 0) -> None:
         super().__init__(message, call_id=call_id, actor=actor)
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes

@@ -21,7 +21,7 @@ _LEVELS: Final[dict[Level, int]] = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
-_SECRET_KEYS: Final = ("token", "password", "secret", "credential", "authorization", "api_key", "seed")
+_SECRET_KEY = re.compile(r"(^|_)(token|password|secret|credentials?|authorization|api_key|nkey_seed)$", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _BLOT: Final = "***"
 
@@ -55,7 +55,7 @@ def configure_logs(level: Level = "info", *, as_json: bool | None = None, stream
 def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replaces values whose names say that they are secret, and user names and passwords in URLs."""
     for key, value in event.items():
-        if any(word in key.lower() for word in _SECRET_KEYS):
+        if _SECRET_KEY.search(key):
             event[key] = _BLOT
         elif isinstance(value, str) and "://" in value:
             event[key] = _USER_INFO.sub(f"{_BLOT}@", value)

@@ -1,0 +1,280 @@
+"""The controller of one node: keeps its worker processes running and ends them in order.
+
+What happens to each of them is decided in `supervision`; here it is carried out. A worker is a child process running
+`worker_process`, joined to this one by a socket pair:
+
+    controller -> worker     one line of JSON, the `Order`; the end of the stream means that the controller is gone
+    worker -> controller     one line of JSON for each `Report`
+
+The settings go through that socket, not through the command line, since they hold secrets. Each child leads a session of
+its own, so that an interrupt at the terminal reaches this process alone, and what a child started ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+import structlog
+
+from nalar_mq.config import Settings
+from nalar_mq.errors import ConfigError, WorkerStartError
+
+from .supervision import Action, Event, Exited, Limits, Phase, Ready, Slot, Stop, Tick, decide
+
+WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "nalar_mq.controllers.worker_process")
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker process is told when it starts."""
+
+    app: str
+    name: str
+    settings: Settings
+    parent_pid: int
+    drain_timeout_s: float
+    log_level: str = "info"
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a worker process says of itself; `failure` is why it cannot serve, empty for "I serve"."""
+
+    failure: str = ""
+
+
+class _Child:
+    """A process in a slot, from its start to its last exit."""
+
+    def __init__(self, process: asyncio.subprocess.Process, link: socket.socket) -> None:
+        self.process = process
+        self.link = link
+        self.failure = ""
+
+
+class LocalController:
+    """Supervises `workers` worker processes of one app; an async context manager that ends them all on leaving.
+
+    A worker that ends is started again under the same name after a pause. One that keeps ending, or whose app cannot be
+    loaded, is given up: `failed` tells.
+    """
+
+    def __init__(
+        self,
+        app: Path,
+        settings: Settings,
+        *,
+        workers: int,
+        limits: Limits | None = None,
+        rng: random.Random | None = None,
+        command: Sequence[str] = WORKER_COMMAND,
+        log_level: str = "info",
+    ) -> None:
+        names = [f"{settings.node}-{number}" for number in range(1, workers + 1)]
+        self._app = app
+        self._settings = settings
+        self._limits = limits or Limits()
+        self._rng = rng or random.Random()
+        self._command = tuple(command)
+        self._log_level = log_level
+        self._log = structlog.get_logger().bind(node=settings.node)
+        self._slots = {name: Slot(name=name) for name in names}
+        self._children: dict[str, _Child] = {}
+        self._events: asyncio.Queue[tuple[str, Event]] = asyncio.Queue()
+        self._changed = asyncio.Condition()
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the workers."""
+        return tuple(self._slots)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers that run now, by name."""
+        return {name: child.process.pid for name, child in self._children.items()}
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """Where each worker is in its life, by name."""
+        return {name: slot.phase for name, slot in self._slots.items()}
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Begins to start the workers; idempotent."""
+        if self._running is None:
+            self._running = asyncio.create_task(self._supervise(), name=f"local-controller-{self._settings.node}")
+
+    async def ready(self) -> None:
+        """Returns when all workers serve.
+
+        Raises:
+            ConfigError: a worker cannot load the app.
+            WorkerStartError: a worker ended again and again.
+        """
+        await self._until(lambda: self._failure() is not None or self._all_in(Phase.READY))
+        self._raise_failure()
+
+    async def failed(self) -> None:
+        """Returns when the controller has been stopped; raises as `ready` does as soon as a worker is given up."""
+        await self._until(lambda: self._failure() is not None or all(slot.is_over for slot in self._slots.values()))
+        self._raise_failure()
+
+    async def drain(self, timeout_s: float | None = None) -> None:
+        """Lets every worker finish what it has begun, ends those that take longer than `timeout_s`, and returns then."""
+        if self._running is None or self._running.done():
+            return
+        stop = Stop(self._limits.drain_timeout_s if timeout_s is None else timeout_s)
+        for name in self._slots:
+            self._events.put_nowait((name, stop))
+        await asyncio.shield(self._running)
+
+    async def aclose(self) -> None:
+        """Ends every worker now; idempotent."""
+        try:
+            await self.drain(0.0)
+        finally:
+            if self._running is not None and not self._running.done():
+                self._running.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._running
+
+    async def _supervise(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as watchers:
+                while not all(slot.is_over for slot in self._slots.values()) or self._children:
+                    name, event = await self._next_event()
+                    for slot_name in (name,) if name else tuple(self._slots):
+                        await self._apply(slot_name, event, watchers)
+                    async with self._changed:
+                        self._changed.notify_all()
+        finally:
+            for child in self._children.values():
+                _kill_group(child.process.pid)
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _next_event(self) -> tuple[str, Event]:
+        due = min((slot.due for slot in self._slots.values()), default=float("inf"))
+        try:
+            async with asyncio.timeout_at(None if due == float("inf") else due):
+                return await self._events.get()
+        except TimeoutError:
+            return "", Tick()
+
+    async def _apply(self, name: str, event: Event, watchers: asyncio.TaskGroup) -> None:
+        now = asyncio.get_running_loop().time()
+        before = self._slots[name]
+        self._slots[name], action = decide(before, event, now, self._limits)
+        self._tell(before, self._slots[name], event)
+        child = self._children.get(name)
+        if action is Action.START:
+            await self._start_child(name, watchers)
+        elif child is not None and action is Action.TERMINATE:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(signal.SIGTERM)
+        elif child is not None and action is Action.KILL:
+            _kill_group(child.process.pid)
+
+    async def _start_child(self, name: str, watchers: asyncio.TaskGroup) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            self._events.put_nowait((name, Exited(1, f"it cannot be started: {error}", self._rng.random())))
+            return
+        finally:
+            theirs.close()
+        self._children[name] = child = _Child(process, ours)
+        self._log.info("worker.started", worker=name, pid=process.pid)
+        watchers.create_task(self._watch(name, child), name=f"watch-{name}")
+
+    async def _watch(self, name: str, child: _Child) -> None:
+        try:
+            await self._talk(name, child)
+        finally:
+            code = await child.process.wait()
+            _kill_group(child.process.pid)
+            del self._children[name]
+        self._events.put_nowait((name, Exited(code, child.failure, self._rng.random())))
+
+    async def _talk(self, name: str, child: _Child) -> None:
+        reader, writer = await asyncio.open_connection(sock=child.link)
+        try:
+            writer.write(msgspec.json.encode(self._order(name)) + b"\n")
+            while line := await reader.readline():
+                report = msgspec.json.decode(line, type=Report)
+                child.failure = report.failure
+                if not report.failure:
+                    self._events.put_nowait((name, Ready()))
+            await child.process.wait()
+        except (OSError, ValueError) as error:
+            self._log.warning("worker.link_lost", worker=name, error=str(error))
+        finally:
+            writer.close()
+
+    def _order(self, name: str) -> Order:
+        return Order(
+            app=str(self._app),
+            name=name,
+            settings=self._settings,
+            parent_pid=os.getpid(),
+            drain_timeout_s=self._limits.drain_timeout_s,
+            log_level=self._log_level,
+        )
+
+    def _tell(self, before: Slot, after: Slot, event: Event) -> None:
+        log = self._log.bind(worker=after.name)
+        if isinstance(event, Exited) and before.phase is not Phase.STOPPING and not before.is_over:
+            log.warning("worker.exited", code=event.code, reason=event.reason, failures=after.failures)
+        if after.phase is before.phase:
+            return
+        if after.phase is Phase.FAILED:
+            log.error("worker.given_up", reason=after.reason)
+        elif after.phase in (Phase.READY, Phase.STOPPED):
+            log.info(f"worker.{after.phase.value}")
+
+    def _failure(self) -> Slot | None:
+        return next((slot for slot in self._slots.values() if slot.phase is Phase.FAILED), None)
+
+    def _raise_failure(self) -> None:
+        slot = self._failure()
+        if slot is None:
+            return
+        if slot.failures == 0:
+            raise ConfigError(slot.reason)
+        raise WorkerStartError(f"worker {slot.name!r} is given up: {slot.reason}; its last words are in the log", slot.name)
+
+    def _all_in(self, phase: Phase) -> bool:
+        return all(slot.phase is phase for slot in self._slots.values())
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

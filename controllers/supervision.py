@@ -1,0 +1,177 @@
+"""When a worker process is started, restarted, ended or given up: pure decisions over one slot.
+
+A slot is a place for one worker process on a node. Its life:
+
+                 Tick, due           Ready
+    WAITING ───────────────> STARTING ─────> READY
+       ^                        │              │
+       └──── Exited ────────────┴──────────────┤      after a pause that doubles with each failure in a row
+                                               │
+    FAILED <── Exited, too often or for good ──┤
+                                               │ Stop
+    STOPPED <── Exited ──── STOPPING <─────────┘      SIGTERM first, SIGKILL when the time to drain is over
+
+A failure is an exit, asked for by nobody, of a process that was not ready for `healthy_after_s`. `max_failures` of them in
+a row are a crash loop. A process that ends with `EXIT_CONFIG` says itself that another start would not help.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Final, TypeAlias
+
+import msgspec
+
+EXIT_CONFIG: Final = 2
+
+
+class Phase(Enum):
+    """Where a slot is in its life."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How patient the supervision is."""
+
+    start_timeout_s: float = 180.0
+    drain_timeout_s: float = 30.0
+    healthy_after_s: float = 10.0
+    first_pause_s: float = 0.2
+    longest_pause_s: float = 10.0
+    max_failures: int = 5
+
+
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
+    """One place for a worker process.
+
+    Attributes:
+        name: name of the worker, the same for every process in this slot.
+        due: when the phase ends by itself, on the loop's clock.
+        ready_at: when the present process became ready; infinite before that.
+        failures: how many in a row.
+        reason: why it failed, once it has.
+    """
+
+    name: str
+    phase: Phase = Phase.WAITING
+    due: float = -math.inf
+    ready_at: float = math.inf
+    failures: int = 0
+    reason: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing will happen in it any more."""
+        return self.phase in (Phase.STOPPED, Phase.FAILED)
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed."""
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The process serves."""
+
+
+class Exited(msgspec.Struct, frozen=True):
+    """The process is gone; `spread`, between 0 and 1, keeps slots from starting again all at once."""
+
+    code: int
+    reason: str = ""
+    spread: float = 0.0
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Somebody wants the slot empty; the process may take `timeout_s` to finish what has begun."""
+
+    timeout_s: float
+
+
+Event: TypeAlias = Tick | Ready | Exited | Stop
+
+
+class Action(Enum):
+    """What is to be done to the process of a slot."""
+
+    NONE = "none"
+    START = "start"
+    TERMINATE = "terminate"
+    KILL = "kill"
+
+
+def decide(slot: Slot, event: Event, now: float, limits: Limits) -> tuple[Slot, Action]:
+    """The slot after `event` at `now`, and what to do; an event that does not concern the phase changes nothing."""
+    if slot.is_over:
+        return slot, Action.NONE
+    match event:
+        case Tick():
+            return _on_tick(slot, now, limits)
+        case Ready() if slot.phase is Phase.STARTING:
+            return _to(slot, Phase.READY, ready_at=now), Action.NONE
+        case Exited():
+            return _on_exit(slot, event, now, limits), Action.NONE
+        case Stop():
+            return _on_stop(slot, event, now)
+        case _:
+            return slot, Action.NONE
+
+
+def _on_tick(slot: Slot, now: float, limits: Limits) -> tuple[Slot, Action]:
+    if now < slot.due:
+        return slot, Action.NONE
+    match slot.phase:
+        case Phase.WAITING:
+            return _to(slot, Phase.STARTING, due=now + limits.start_timeout_s), Action.START
+        case Phase.STARTING | Phase.STOPPING:
+            return _to(slot, slot.phase), Action.KILL
+        case _:
+            return slot, Action.NONE
+
+
+def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
+    if slot.phase is Phase.STOPPING:
+        return _to(slot, Phase.STOPPED)
+    why = event.reason or _why(event.code, slot)
+    if event.code == EXIT_CONFIG:
+        return _to(slot, Phase.FAILED, reason=why)
+    was_healthy = now - slot.ready_at >= limits.healthy_after_s
+    failures = 1 if was_healthy else slot.failures + 1
+    if failures >= limits.max_failures:
+        return _to(slot, Phase.FAILED, failures=failures, reason=f"{why}, {failures} times in a row")
+    pause_s = min(limits.first_pause_s * 2 ** (failures - 1), limits.longest_pause_s)
+    return _to(slot, Phase.WAITING, due=now + pause_s * (1 + event.spread / 2), failures=failures)
+
+
+def _on_stop(slot: Slot, event: Stop, now: float) -> tuple[Slot, Action]:
+    match slot.phase:
+        case Phase.WAITING:
+            return _to(slot, Phase.STOPPED), Action.NONE
+        case Phase.STOPPING:
+            return msgspec.structs.replace(slot, due=min(slot.due, now + event.timeout_s)), Action.NONE
+        case _:
+            return _to(slot, Phase.STOPPING, due=now + event.timeout_s), Action.TERMINATE
+
+
+def _to(
+    slot: Slot,
+    phase: Phase,
+    *,
+    due: float = math.inf,
+    ready_at: float = math.inf,
+    failures: int | None = None,
+    reason: str = "",
+) -> Slot:
+    kept = slot.failures if failures is None else failures
+    return Slot(name=slot.name, phase=phase, due=due, ready_at=ready_at, failures=kept, reason=reason)
+
+
+def _why(code: int, slot: Slot) -> str:
+    when = "while it served" if slot.phase is Phase.READY else "before it served"
+    return f"it was ended by signal {-code} {when}" if code < 0 else f"it ended with code {code} {when}"

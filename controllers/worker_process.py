@@ -1,0 +1,104 @@
+"""What a worker process runs: takes its order from the local controller, serves, and ends with it.
+
+Started as `python -m nalar_mq.controllers.worker_process FD`, where FD is its end of the socket pair that
+`local_controller` describes. SIGTERM drains. When the controller is gone the process ends at once: on Linux the kernel
+sees to it, elsewhere the end of the stream does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Final, cast
+
+import msgspec
+
+from nalar_mq import event_loop
+from nalar_mq.app import load_app
+from nalar_mq.errors import BrokerError, ConfigError
+from nalar_mq.logs import Level, configure_logs
+from nalar_mq.worker import Worker
+
+from .local_controller import Order, Report
+from .supervision import EXIT_CONFIG
+
+EXIT_BROKER: Final = 3
+_PR_SET_PDEATHSIG: Final = 1
+_MAX_ORDER_BYTES: Final = 1 << 20
+
+
+def main() -> None:
+    """Serves until told to stop; the exit code is 0, `EXIT_CONFIG` or `EXIT_BROKER`."""
+    link = socket.socket(fileno=int(sys.argv[1]))
+    link.set_inheritable(False)
+    order = _read_order(link)
+    _die_with(order.parent_pid)
+    configure_logs(cast(Level, order.log_level))
+    try:
+        event_loop.run(_serve(order, link))
+    except ConfigError as error:
+        _report(link, Report(failure=str(error)))
+        sys.exit(EXIT_CONFIG)
+    except BrokerError as error:
+        _report(link, Report(failure=str(error)))
+        sys.exit(EXIT_BROKER)
+
+
+async def _serve(order: Order, link: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(signal.SIGINT, stopping.set)
+    link.setblocking(False)
+    worker = Worker(load_app(Path(order.app)), order.settings, name=order.name)
+    try:
+        await worker.start()
+        _report(link, Report())
+        ends = {
+            asyncio.ensure_future(loop.sock_recv(link, 1)): "orphaned",
+            asyncio.ensure_future(stopping.wait()): "stopped",
+            asyncio.ensure_future(_closed(worker)): "closed",
+        }
+        done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if "stopped" in {ends[task] for task in done}:
+            await worker.drain(order.drain_timeout_s)
+    finally:
+        await worker.aclose()
+
+
+async def _closed(worker: Worker) -> None:
+    await worker.closed
+
+
+def _read_order(link: socket.socket) -> Order:
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = link.recv(65536)
+        if not piece or len(data) > _MAX_ORDER_BYTES:
+            sys.exit(1)
+        data += piece
+    return msgspec.json.decode(data, type=Order)
+
+
+def _report(link: socket.socket, report: Report) -> None:
+    with contextlib.suppress(OSError):
+        link.send(msgspec.json.encode(report) + b"\n")
+
+
+def _die_with(parent_pid: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
