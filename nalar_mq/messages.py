@@ -20,6 +20,7 @@ who answers for every future the call depends on: `deps` are ids the executor do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -162,11 +163,20 @@ class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):
 
 
 class Gone(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=102):
-    """Answer to a frame for an incarnation that is no more: `target` was meant, `source` lives here now."""
+    """Answer to a frame that came too late: nothing more will pass between `target` and `answered`.
+
+    Attributes:
+        version: `WIRE_VERSION` of the sender.
+        source: incarnation that lives here now; higher than `target` if that one is no more, equal if it is `answered` that
+            is held to be no more.
+        target: incarnation that the frame was for.
+        answered: incarnation that the frame came from.
+    """
 
     version: int
     source: int
     target: int
+    answered: int
 
 
 class Bye(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=103):
@@ -196,6 +206,19 @@ _envelopes = msgspec.msgpack.Decoder(_Envelope)
 _messages: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 encode_packet = _encoder.encode
+encode_message = _encoder.encode
+
+
+def encode_frame(source: int, target: int, seq: int, ack: int, parts: Sequence[bytes]) -> bytes:
+    """Bytes of a `Frame` whose messages are `parts`, each made by `encode_message` already."""
+    head = _encoder.encode(Frame(WIRE_VERSION, source, target, seq, ack))
+    return b"".join((head[:-1], _array_head(len(parts)), *parts))
+
+
+def _array_head(length: int) -> bytes:
+    if length < 16:
+        return bytes((0x90 | length,))
+    return b"\xdc" + length.to_bytes(2, "big") if length < 1 << 16 else b"\xdd" + length.to_bytes(4, "big")
 
 
 def decode_packet(data: bytes) -> Packet:
