@@ -212,6 +212,23 @@ class RemoteError(CallError):
         self.type_name = type_name
 
 
+class RemoteTraceback(Exception):
+    """The traceback of an exception as it stood in the callee; the `__cause__` of what a failed call raises.
+
+    Attributes:
+        traceback: the text.
+        call_id: id of the failed call in hexadecimal.
+        actor: who ran it.
+    """
+
+    def __init__(self, traceback: str, call_id: str = "", actor: str = "") -> None:
+        who = f"in {actor} (call {call_id})\n" if actor else ""
+        super().__init__(who + traceback)
+        self.traceback = traceback
+        self.call_id = call_id
+        self.actor = actor
+
+
 class CallTimeoutError(CallError, TimeoutError):
     """The deadline of the call passed before it ended."""
 
