@@ -1,0 +1,1 @@
+"""The controllers: of one node, and the pure code that decides for it."""

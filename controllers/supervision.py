@@ -11,19 +11,21 @@ A slot is a place for one worker process on a node. Its life:
                                                │ Stop
     STOPPED <── Exited ──── STOPPING <─────────┘      SIGTERM first, SIGKILL when the time to drain is over
 
-A failure is an exit, asked for by nobody, of a process that was not ready for `healthy_after_s`. `max_failures` of them in
-a row are a crash loop. A process that ends with `EXIT_CONFIG` says itself that another start would not help.
+A failure is an exit, asked for by nobody, of a process that was not ready for `healthy_after_s`. A slot that never had a
+process that served is given up after `max_failures` of them in a row, or at once if the process ends with `EXIT_CONFIG`,
+which says that another start would not help. A slot that has served is never given up: what ends its processes may pass,
+and between two of them it serves.
 """
 
 from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
-EXIT_CONFIG: Final = 2
+from nalar_mq.exits import EXIT_CONFIG
 
 
 class Phase(Enum):
@@ -56,6 +58,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         due: when the phase ends by itself, on the loop's clock.
         ready_at: when the present process became ready; infinite before that.
         failures: how many in a row.
+        has_served: a process in this slot has been ready.
         reason: why it failed, once it has.
     """
 
@@ -64,6 +67,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     due: float = -math.inf
     ready_at: float = math.inf
     failures: int = 0
+    has_served: bool = False
     reason: str = ""
 
     @property
@@ -139,13 +143,13 @@ def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
     if slot.phase is Phase.STOPPING:
         return _to(slot, Phase.STOPPED)
     why = event.reason or _why(event.code, slot)
-    if event.code == EXIT_CONFIG:
+    if event.code == EXIT_CONFIG and not slot.has_served:
         return _to(slot, Phase.FAILED, reason=why)
     was_healthy = now - slot.ready_at >= limits.healthy_after_s
     failures = 1 if was_healthy else slot.failures + 1
-    if failures >= limits.max_failures:
+    if failures >= limits.max_failures and not slot.has_served:
         return _to(slot, Phase.FAILED, failures=failures, reason=f"{why}, {failures} times in a row")
-    pause_s = min(limits.first_pause_s * 2 ** (failures - 1), limits.longest_pause_s)
+    pause_s = min(limits.first_pause_s * 2 ** min(failures - 1, 30), limits.longest_pause_s)
     return _to(slot, Phase.WAITING, due=now + pause_s * (1 + event.spread / 2), failures=failures)
 
 
@@ -169,7 +173,8 @@ def _to(
     reason: str = "",
 ) -> Slot:
     kept = slot.failures if failures is None else failures
-    return Slot(name=slot.name, phase=phase, due=due, ready_at=ready_at, failures=kept, reason=reason)
+    has_served = slot.has_served or phase is Phase.READY
+    return Slot(name=slot.name, phase=phase, due=due, ready_at=ready_at, failures=kept, has_served=has_served, reason=reason)
 
 
 def _why(code: int, slot: Slot) -> str:

@@ -22,13 +22,12 @@ import msgspec
 from nalar_mq import event_loop
 from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError
+from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG
 from nalar_mq.logs import Level, configure_logs
 from nalar_mq.worker import Worker
 
 from .local_controller import Order, Report
-from .supervision import EXIT_CONFIG
 
-EXIT_BROKER: Final = 3
 _PR_SET_PDEATHSIG: Final = 1
 _MAX_ORDER_BYTES: Final = 1 << 20
 

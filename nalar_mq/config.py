@@ -63,6 +63,7 @@ def load_settings(
     context: str | None = None,
     runtime: BrokerAccess | None = None,
     namespace: str | None = None,
+    app_namespace: str = "",
     node: str = "",
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
@@ -72,7 +73,8 @@ def load_settings(
         nats: URL given by hand.
         context: name of a context of the `nats` command, given by hand.
         runtime: what the runtime file beside the app says; None if there is none.
-        namespace: given by hand or by the manifest; else `NALAR_NAMESPACE`, else the default.
+        namespace: given by hand; else `NALAR_NAMESPACE` counts.
+        app_namespace: what the manifest or the runtime file says, which counts after these.
         node: name of the machine or GPU.
         environ: stands in for the environment of the process.
 
@@ -83,17 +85,17 @@ def load_settings(
     access = find_broker(nats=nats, context=context, runtime=runtime, environ=env)
     if access is None:
         raise ConfigError("no broker is known: start one with `nalar up APP`, or name one by --nats or NATS_URL")
-    return Settings(broker=access, namespace=find_namespace(namespace, environ=env), node=node)
+    return Settings(broker=access, namespace=find_namespace(namespace, app_namespace, environ=env), node=node)
 
 
-def find_namespace(namespace: str | None = None, *, environ: Mapping[str, str] | None = None) -> str:
-    """The namespace given, else `NALAR_NAMESPACE`, else the default one.
+def find_namespace(namespace: str | None = None, app_namespace: str = "", *, environ: Mapping[str, str] | None = None) -> str:
+    """The namespace given by hand, else `NALAR_NAMESPACE`, else what the app says, else the default one.
 
     Raises:
         ConfigError: it cannot be a token of a subject.
     """
     env = os.environ if environ is None else environ
-    chosen = namespace or env.get("NALAR_NAMESPACE") or DEFAULT_NAMESPACE
+    chosen = namespace or env.get("NALAR_NAMESPACE") or app_namespace or DEFAULT_NAMESPACE
     try:
         return check_token(chosen, "namespace")
     except AddressError as error:

@@ -1,0 +1,438 @@
+"""The command `nalar`: its options, what it prints, and how it ends.
+
+Data goes to stdout, everything else to stderr. What a user did wrong is answered by one line that says what to do, never by
+a traceback. The runtime is imported inside the commands, so that `nalar --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+import click
+
+from nalar_mq.errors import ConfigError
+from nalar_mq.exits import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
+
+if TYPE_CHECKING:
+    from nalar_mq.commands import BrokerChoice, CallWish
+    from nalar_mq.messages import Member
+
+_EPILOG: Final = """\b
+Exit codes:
+  0    done
+  1    the call failed
+  2    the command line, a setting or a file of yours is wrong
+  3    the broker or a worker cannot be started or reached
+  70   a fault of nalar itself
+  130  interrupted
+
+\b
+Every option can be set by the environment: --workers of `nalar up` is
+NALAR_UP_WORKERS. The broker is found by, in this order: --nats or --context,
+NALAR_NATS_URL, NATS_URL, NATS_CONTEXT, .nalar/runtime.json beside the app,
+the selected context of the nats command.
+"""
+
+
+def main() -> NoReturn:
+    """Entry point of the command; leaves with one of the documented exit codes."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    options = _Options()
+    try:
+        ended = cli.main(list(arguments), prog_name="nalar", standalone_mode=False, auto_envvar_prefix="NALAR", obj=options)
+        sys.stdout.flush()
+        return ended if isinstance(ended, int) else EXIT_OK
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except (KeyboardInterrupt, asyncio.CancelledError, click.Abort):
+        click.echo("nalar: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            traceback.print_exception(error)
+        code, text = _explain_usage(error) if isinstance(error, click.ClickException) else explain(error)
+        click.echo(text, err=True)
+        return code
+
+
+def _explain_usage(error: click.ClickException) -> tuple[int, str]:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f"\n       see `{context.command_path} --help`" if context is not None else ""
+    return EXIT_CONFIG, f"nalar: error: {error.format_message()}{hint}"
+
+
+class _Options:
+    """Options of the command itself, for all of its subcommands."""
+
+    def __init__(self) -> None:
+        self.debug = False
+        self.log_level = "info"
+
+
+_with_options = click.make_pass_decorator(_Options)
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="What is logged on stderr.  [default: info for up and worker, else warning]",
+)
+@click.pass_context
+def cli(context: click.Context, debug: bool, log_level: str | None) -> None:
+    """Serve LLM agent workflows written in plain Python over NATS."""
+    options = cast(_Options, context.obj)
+    serves = context.invoked_subcommand in ("up", "worker")
+    options.debug = debug
+    options.log_level = log_level or ("debug" if debug else "info" if serves else "warning")
+
+
+_Command = Callable[..., None]
+
+
+def _broker_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--namespace", metavar="NAME", help="First word of all subjects.  [default: nalar]"),
+        click.option("--context", metavar="NAME", help="Use the broker of a context of the nats command."),
+        click.option("--nats", metavar="URL", help="Use the broker at URL."),
+    ):
+        command = option(command)
+    return command
+
+
+def _call_options(command: _Command) -> _Command:
+    for option in (
+        click.argument("arguments", nargs=-1),
+        click.option("--json-output", is_flag=True, help="Print the result as JSON even if it is text."),
+        click.option("--json", "json_text", metavar="JSON", help="All arguments, as one JSON object or array."),
+        click.option("--stream", is_flag=True, help="Print the pieces of the result as they come."),
+        click.option("--session", metavar="ID", help="The session that the call belongs to."),
+        click.option("--priority", type=int, default=0, help="Higher runs earlier."),
+        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Deadline of the call."),
+    ):
+        command = option(command)
+    return command
+
+
+_app_argument = click.argument("app", type=click.Path(path_type=Path))
+_app_option = click.option("--app", type=click.Path(path_type=Path), help="The app whose runtime is meant.")
+_workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Worker processes.  [default: as the manifest says, else 2]"
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@cli.command()
+@_app_argument
+@_workers_option
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker.  [default: 4222 if free, else any]")
+@_broker_options
+@_with_options
+def up(options: _Options, /, app: Path, workers: int | None, port: int | None, **broker: str | None) -> None:
+    """Run APP on this machine: broker, workers and their controller.
+
+    APP is a nalar.toml, a folder that holds one, or a Python file with decorated actors. The URL of the broker is printed
+    on stdout. Ctrl-C or SIGTERM lets the workers finish what has begun; a second one ends them at once.
+    """
+    from nalar_mq import commands
+
+    _run(
+        options,
+        commands.up(
+            commands.app_file(app),
+            _choice(broker),
+            workers=workers,
+            port=port,
+            log_level=options.log_level,
+            show=_show,
+            tell=_tell,
+        ),
+    )
+
+
+@cli.command()
+@_app_argument
+@_workers_option
+@click.option("--node", metavar="NAME", help="Name of this node.  [default: the host's, with a random end]")
+@_broker_options
+@_with_options
+def worker(options: _Options, /, app: Path, workers: int | None, node: str | None, **broker: str | None) -> None:
+    """Serve APP as a node of a runtime whose broker is there already."""
+    from nalar_mq import commands
+
+    _run(
+        options,
+        commands.worker(
+            commands.app_file(app),
+            _choice(broker),
+            workers=workers,
+            node=node,
+            log_level=options.log_level,
+            show=_show,
+            tell=_tell,
+        ),
+    )
+
+
+@cli.command()
+@_app_argument
+@click.argument("workflow")
+@_call_options
+@_workers_option
+@_broker_options
+@_with_options
+def run(
+    options: _Options,
+    /,
+    app: Path,
+    workflow: str,
+    workers: int | None,
+    nats: str | None,
+    context: str | None,
+    namespace: str | None,
+    **call: Any,
+) -> None:
+    """Call WORKFLOW of APP and print its result; starts and stops what that needs.
+
+    \b
+    ARGUMENTS:
+      name=value   taken as text where the parameter is annotated str,
+                   else as JSON, else as text
+      name:=json   taken as JSON
+      value        by position, taken like name=value
+
+    What `nalar up` runs beside APP is used if it is there; else broker and workers live as long as the call. A result that
+    is text is printed as it is, any other as JSON.
+    """
+    from nalar_mq import commands
+
+    choice = _choice({"nats": nats, "context": context, "namespace": namespace})
+    _run(
+        options,
+        commands.run(
+            commands.app_file(app),
+            choice,
+            _wish(workflow, call),
+            workers=workers,
+            log_level=options.log_level,
+            stream=call["stream"],
+            take=_printer(call["stream"], call["json_output"]),
+        ),
+    )
+
+
+@cli.command()
+@click.argument("name")
+@_call_options
+@_app_option
+@_broker_options
+@_with_options
+def call(
+    options: _Options,
+    /,
+    name: str,
+    app: Path | None,
+    nats: str | None,
+    context: str | None,
+    namespace: str | None,
+    **call: Any,
+) -> None:
+    """Call NAME, a workflow, a tool or agent.method, of a runtime that is there.
+
+    ARGUMENTS are written as for `nalar run`. With --app the app's modules are loaded, so that its own classes can be read.
+    """
+    from nalar_mq import commands
+
+    choice = _choice({"nats": nats, "context": context, "namespace": namespace})
+    _run(
+        options,
+        commands.call(
+            choice,
+            _wish(name, call),
+            app=commands.app_file(app) if app else None,
+            stream=call["stream"],
+            take=_printer(call["stream"], call["json_output"]),
+        ),
+    )
+
+
+@cli.command()
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def ps(options: _Options, /, as_json: bool, app: Path | None, **broker: str | None) -> None:
+    """List the processes of a runtime and what they serve."""
+    from nalar_mq import commands
+
+    file = commands.app_file(app) if app else None
+    settings, members = _run(options, commands.members(_choice(broker), app=file))
+    if as_json:
+        urls = list(settings.broker.urls)
+        _show_json({"broker": urls, "namespace": settings.namespace, "members": [_member_row(m) for m in members]})
+        return
+    _tell(f"broker {settings.broker.urls[0]}, namespace {settings.namespace}, {len(members)} processes")
+    rows = [
+        [row["name"], row["role"], row["node"], str(row["pid"]), row["state"], ", ".join(row["actors"])]
+        for row in map(_member_row, members)
+    ]
+    _show_table(["NAME", "ROLE", "NODE", "PID", "STATE", "ACTORS"], rows)
+
+
+@cli.command()
+@_app_argument
+@_json_option
+@_with_options
+def check(options: _Options, /, app: Path, as_json: bool) -> None:
+    """Load APP, check it, and list its actors."""
+    from nalar_mq import commands
+
+    rows = [
+        {"name": f"{spec.name}.{method}" if method else spec.name, "kind": spec.kind}
+        | {"signature": str(found.signature), "stateful": spec.stateful, "doc": spec.doc}
+        for spec in commands.load_quietly(commands.app_file(app)).actors.values()
+        for method, found in spec.methods.items()
+    ]
+    if as_json:
+        _show_json(rows)
+        return
+    _show_table(["NAME", "KIND", "SIGNATURE", "DOC"], [[r["name"], r["kind"], r["signature"], r["doc"]] for r in rows])
+
+
+@cli.command()
+@_app_argument
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file, not to stdout.")
+@_with_options
+def stubs(options: _Options, /, app: Path, output: Path | None) -> None:
+    """Write a typed client module for APP, for programs that cannot import it."""
+    from nalar_mq import commands
+    from nalar_mq.client_module import client_module
+
+    text = client_module(commands.load_quietly(commands.app_file(app)))
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+
+
+@cli.group()
+def model() -> None:
+    """The embedded model, for laptops and demonstrations."""
+
+
+@model.command()
+def install() -> None:
+    """Install the embedded model; does nothing if it is there."""
+    from nalar_mq.engines import install_model
+
+    click.echo(install_model())
+
+
+@model.command()
+def path() -> None:
+    """Print where the embedded model lies."""
+    from nalar_mq.engines import model_path
+
+    click.echo(model_path())
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    click.echo(installed("nalar-mq"))
+
+
+def _run(options: _Options, command: Coroutine[Any, Any, Any]) -> Any:
+    from nalar_mq import event_loop
+    from nalar_mq.logs import Level, configure_logs
+
+    configure_logs(cast("Level", options.log_level))
+    return event_loop.run(command)
+
+
+def _choice(values: dict[str, str | None]) -> BrokerChoice:
+    from nalar_mq.commands import BrokerChoice
+
+    return BrokerChoice(**values)
+
+
+def _wish(name: str, values: dict[str, Any]) -> CallWish:
+    from nalar_mq.commands import CallWish
+
+    return CallWish(
+        name=name,
+        words=values["arguments"],
+        json_text=values["json_text"],
+        session=values["session"],
+        timeout_s=values["timeout"],
+        priority=values["priority"],
+    )
+
+
+def _show(text: str) -> None:
+    click.echo(text)
+    sys.stdout.flush()
+
+
+def _tell(text: str) -> None:
+    click.echo(f"nalar: {text}", err=True)
+
+
+def _printer(stream: bool, json_output: bool) -> Callable[[Any], None]:
+    from nalar_mq import values
+
+    def show_value(value: object) -> None:
+        is_text = isinstance(value, str) and not json_output
+        click.echo(value if is_text else values.to_json(value), nl=not (stream and is_text))
+        sys.stdout.flush()
+
+    return show_value
+
+
+def _show_json(value: object) -> None:
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def _show_table(head: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    on_terminal = sys.stdout.isatty()
+    table = Table(*head, box=SIMPLE_HEAD if on_terminal else None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if on_terminal else 1000, highlight=False, markup=False).print(table)
+
+
+def _member_row(member: Member) -> dict[str, Any]:
+    return {
+        "name": getattr(member, "name", ""),
+        "role": member.role,
+        "node": member.node,
+        "pid": member.pid,
+        "state": "draining" if member.draining else "serving",
+        "actors": {
+            name: {"kind": info.kind, "methods": info.methods, "stateful": info.stateful, "doc": info.doc}
+            for name, info in member.actors.items()
+        },
+    }

@@ -1,0 +1,321 @@
+"""What the commands of `nalar` do, without the command line: `cli` reads the options, this carries them out.
+
+up, worker    a node that serves until it is told to stop
+run           a node for the time of one call, or the node that `up` started beside the app
+call, ps      a client of what runs already
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from nalar_mq.address import check_token, random_token
+from nalar_mq.app import App, load_app
+from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
+from nalar_mq.broker import (
+    EmbeddedBroker,
+    RuntimeFile,
+    port_is_free,
+    read_runtime_file,
+    remove_runtime_file,
+    write_runtime_file,
+)
+from nalar_mq.client import Client, connect
+from nalar_mq.config import DEFAULT_PORT, BrokerAccess, Settings, find_broker, find_namespace, load_settings
+from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.directives import did_you_mean
+from nalar_mq.errors import BrokerError, ConfigError
+from nalar_mq.exits import CallFailed, Interrupted
+from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
+from nalar_mq.messages import Member
+
+DEFAULT_WORKERS: Final = 2
+_SERVED_WITHIN_S: Final = 10.0
+_RUN_DRAIN_S: Final = 2.0
+
+
+class BrokerChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The broker and the namespace as the command line names them; None for what it does not."""
+
+    nats: str | None = None
+    context: str | None = None
+    namespace: str | None = None
+
+
+class CallWish(msgspec.Struct, frozen=True, kw_only=True):
+    """A call as the command line describes it."""
+
+    name: str
+    words: tuple[str, ...] = ()
+    json_text: str | None = None
+    session: str | None = None
+    timeout_s: float | None = None
+    priority: int = 0
+
+
+Show = Callable[[str], None]
+Take = Callable[[Any], None]
+
+
+def app_file(path: Path) -> Path:
+    """The file that APP names: a manifest, the manifest in a folder, or a Python file.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    file = path / MANIFEST_NAME if path.is_dir() else path
+    if not file.exists():
+        raise ConfigError(f"{file}: there is no such file: APP is a nalar.toml, a folder with one, or a Python file")
+    if file.suffix not in (".toml", ".py"):
+        raise ConfigError(f"{file}: neither a .toml nor a .py file: APP is a nalar.toml, a folder with one, or a Python file")
+    return file.resolve()
+
+
+def load_quietly(app: Path) -> App:
+    """Loads an app; what its modules print while they are imported goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return load_app(app)
+
+
+async def up(
+    app: Path, choice: BrokerChoice, *, workers: int | None, port: int | None, log_level: str, show: Show, tell: Show
+) -> None:
+    """Broker, controller and workers on this machine, until SIGINT or SIGTERM."""
+    running = read_runtime_file(app.parent)
+    if running is not None:
+        raise ConfigError(f"this app is up already at {running.url} (process {running.pid}): `nalar call` uses it")
+    entry = _runtime_entry(app)
+    async with AsyncExitStack() as stack:
+        broker: EmbeddedBroker | None = None
+        access = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
+        if access is None:
+            broker = await stack.enter_async_context(EmbeddedBroker(app.parent / ".nalar" / "broker", port=_port(port)))
+            access = broker.access
+        elif port is not None:
+            raise ConfigError("--port is for the embedded broker, but another broker is named: leave out one of the two")
+        settings = Settings(broker=access, namespace=_namespace(choice, entry), node=_node_name())
+        stack.callback(remove_runtime_file, app.parent)
+        _announce(app.parent, settings)
+        show(access.urls[0])
+        controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
+        await _serve(controller, broker, tell)
+
+
+async def worker(
+    app: Path, choice: BrokerChoice, *, workers: int | None, node: str | None, log_level: str, show: Show, tell: Show
+) -> None:
+    """One node of a runtime whose broker is there already, until SIGINT or SIGTERM."""
+    entry = _runtime_entry(app)
+    settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else _node_name())
+    controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
+    show(settings.broker.urls[0])
+    await _serve(controller, None, tell)
+
+
+async def run(
+    app: Path, choice: BrokerChoice, wish: CallWish, *, workers: int | None, log_level: str, stream: bool, take: Take
+) -> None:
+    """Calls an actor of an app and hands the result, or each piece of it, to `take`.
+
+    What `up` runs beside the app is used if it is there and no broker is named; else broker and workers live as long as
+    the call.
+    """
+    loaded = load_quietly(app)
+    arguments = parse_arguments(wish.words, wish.json_text, _parameters_in(loaded, wish.name))
+    entry = _runtime_entry(app)
+    named = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
+    running = read_runtime_file(app.parent) if named is None else None
+    async with AsyncExitStack() as stack:
+        if running is not None:
+            settings = Settings(broker=running.access, namespace=running.namespace, node=_node_name())
+            guards: list[Coroutine[Any, Any, None]] = []
+        else:
+            access = named or await _short_lived_broker(stack)
+            settings = Settings(broker=access, namespace=_namespace(choice, entry), node=_node_name())
+            controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
+            await stack.enter_async_context(controller)
+            stack.push_async_callback(controller.drain, _RUN_DRAIN_S)
+            await _first(controller.ready(), _interrupt())
+            guards = [controller.failed()]
+        client = await stack.enter_async_context(connect(settings=settings))
+        await _first(_call(client, wish, arguments, stream, take), _interrupt(), *guards)
+
+
+async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream: bool, take: Take) -> None:
+    """Calls an actor of a runtime that is there and hands the result, or each piece of it, to `take`."""
+    if app is not None:
+        load_quietly(app)
+    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    async with connect(settings=settings) as client:
+        await client.wait_for(wish.name, _SERVED_WITHIN_S if wish.timeout_s is None else wish.timeout_s)
+        parameters = _parameters_among(await client.members(), wish.name)
+        arguments = parse_arguments(wish.words, wish.json_text, parameters)
+        await _first(_call(client, wish, arguments, stream, take), _interrupt())
+
+
+async def members(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Member]]:
+    """The processes of a runtime that is there, and how it was reached."""
+    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    async with connect(settings=settings) as client:
+        return settings, await client.members()
+
+
+async def _serve(controller: LocalController, broker: EmbeddedBroker | None, tell: Show) -> None:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    with _on_signals(lambda: (hurry if stop.is_set() else stop).set()):
+        async with controller:
+            await _first(stop.wait(), _watch(controller, tell), *_guards(broker))
+            if stop.is_set():
+                tell("draining; a second signal ends it at once")
+                await _first(hurry.wait(), controller.drain())
+
+
+async def _watch(controller: LocalController, tell: Show) -> None:
+    await controller.ready()
+    tell(f"{len(controller.names)} workers are ready")
+    await controller.failed()
+
+
+def _guards(broker: EmbeddedBroker | None) -> list[Coroutine[Any, Any, None]]:
+    return [] if broker is None else [_broker_failed(broker)]
+
+
+async def _broker_failed(broker: EmbeddedBroker) -> None:
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    broker.on_failure(failed.set_exception)
+    await failed
+
+
+async def _interrupt() -> None:
+    """Raises `Interrupted` at SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    with _on_signals(stop.set):
+        await stop.wait()
+    raise Interrupted
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[], object]) -> Generator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _first(*things: Awaitable[Any]) -> None:
+    """Returns or raises as the first of them that ends; the others are cancelled and have ended by then."""
+    tasks = [asyncio.ensure_future(thing) for thing in things]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        ended = [task for task in tasks if task.done()]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in ended:
+        task.result()
+
+
+async def _call(client: Client, wish: CallWish, arguments: tuple[list[Any], dict[str, Any]], stream: bool, take: Take) -> None:
+    await client.wait_for(wish.name, _SERVED_WITHIN_S)
+    args, kwargs = arguments
+    options: dict[str, Any] = {"session": wish.session, "priority": wish.priority}
+    if wish.timeout_s is not None:
+        options["timeout_s"] = wish.timeout_s
+    try:
+        if stream:
+            async for piece in client.stream(wish.name, *args, **options, **kwargs):
+                take(piece)
+        else:
+            take(await client.call(wish.name, *args, **options, **kwargs))
+    except (BrokerError, BrokenPipeError):
+        raise
+    except Exception as error:
+        raise CallFailed(error, wish.name) from error
+
+
+async def _short_lived_broker(stack: AsyncExitStack) -> BrokerAccess:
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nalar-", ignore_cleanup_errors=True))
+    broker = await stack.enter_async_context(EmbeddedBroker(Path(folder)))
+    return broker.access
+
+
+def _runtime_entry(app: Path) -> RuntimeEntry:
+    return load_manifest(app).runtime if app.suffix == ".toml" else RuntimeEntry()
+
+
+def _count(workers: int | None, entry: RuntimeEntry) -> int:
+    return workers or entry.workers or DEFAULT_WORKERS
+
+
+def _port(port: int | None) -> int | None:
+    if port is not None:
+        return port
+    return DEFAULT_PORT if port_is_free("127.0.0.1", DEFAULT_PORT) else None
+
+
+def _namespace(choice: BrokerChoice, entry: RuntimeEntry) -> str:
+    return find_namespace(choice.namespace, entry.namespace)
+
+
+def _settings(folder: Path, choice: BrokerChoice, entry: RuntimeEntry, *, node: str) -> Settings:
+    running = read_runtime_file(folder)
+    return load_settings(
+        nats=choice.nats,
+        context=choice.context,
+        runtime=running.access if running else None,
+        namespace=choice.namespace,
+        app_namespace=_known_namespace(running, entry),
+        node=node,
+    )
+
+
+def _known_namespace(running: RuntimeFile | None, entry: RuntimeEntry) -> str:
+    return entry.namespace or (running.namespace if running else "")
+
+
+def _announce(folder: Path, settings: Settings) -> None:
+    access = settings.broker
+    if access == BrokerAccess(urls=access.urls[:1], token=access.token):
+        write_runtime_file(folder, url=access.urls[0], token=access.token, namespace=settings.namespace)
+
+
+def _node_name() -> str:
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().partition(".")[0])[:64] or "node"
+    return random_token(host)
+
+
+def _parameters_in(app: App, name: str) -> Parameters:
+    actor, _, method = name.partition(".")
+    spec = app.actors.get(actor)
+    if spec is None:
+        raise ConfigError(f"the app has no actor {actor!r}: {did_you_mean(actor, tuple(app.actors))}")
+    if method not in spec.methods:
+        known = ", ".join(f"{actor}.{known}" for known in spec.methods if known)
+        raise ConfigError(f"{name!r} cannot be called: " + (f"write one of {known}" if known else f"{actor!r} has no methods"))
+    return parameters_of(str(spec.methods[method].signature))
+
+
+def _parameters_among(processes: list[Member], name: str) -> Parameters:
+    actor, _, method = name.partition(".")
+    for member in processes:
+        info = member.actors.get(actor)
+        if info is not None and method in info.methods:
+            return parameters_of(info.methods[method])
+    return Parameters()

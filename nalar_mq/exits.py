@@ -1,0 +1,62 @@
+"""How a command of ours ends: its exit codes, and the lines that tell a user why."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from nalar_mq.errors import BrokerError, ConfigError, NalarError, NotConnectedError, WireError, WorkerStartError
+
+EXIT_OK: Final = 0
+EXIT_CALL_FAILED: Final = 1
+EXIT_CONFIG: Final = 2
+EXIT_BROKER: Final = 3
+EXIT_INTERNAL: Final = 70
+EXIT_INTERRUPTED: Final = 130
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+class Interrupted(Exception):
+    """Somebody wants the command to end before it is done."""
+
+
+class CallFailed(Exception):
+    """What was called raised `error`."""
+
+    def __init__(self, error: Exception, name: str) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.name = name
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code for an error, and what to tell of it."""
+    match error:
+        case CallFailed():
+            return EXIT_CALL_FAILED, _call_failure(error)
+        case Interrupted():
+            return EXIT_INTERRUPTED, "nalar: interrupted"
+        case ConfigError() | NotConnectedError() | WireError():
+            return EXIT_CONFIG, f"nalar: error: {one_line(error)}"
+        case BrokerError() | WorkerStartError():
+            return EXIT_BROKER, f"nalar: error: {one_line(error)}"
+        case NalarError():
+            return EXIT_CALL_FAILED, f"nalar: error: {type(error).__name__}: {one_line(error)}"
+        case _:
+            what = f"{type(error).__name__}: {one_line(error)}"
+            return EXIT_INTERNAL, f"nalar: internal error: {what} (`nalar --debug ...` shows where)"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks; the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _call_failure(failure: CallFailed) -> str:
+    error = failure.error
+    actor = getattr(error, "actor", "") or failure.name
+    text = f"nalar: error: {actor} failed: {type(error).__name__}: {one_line(error)}"
+    frames = _FRAME.findall("\n".join(str(note) for note in getattr(error, "__notes__", ())))
+    theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
+    return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}" if theirs else text
