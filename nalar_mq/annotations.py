@@ -6,12 +6,14 @@ instances, an int is a float. It is strict where a mistake would surface late: a
 
 from __future__ import annotations
 
+import enum
 import inspect
 import json
 import sys
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, cast
 
 import msgspec
@@ -32,12 +34,8 @@ def check(value: Any, annotation: Any, what: str) -> Any:
     """
     if annotation is Any or annotation is inspect.Parameter.empty or annotation is object:
         return value
-    if isinstance(annotation, type):
-        plain: type[Any] = annotation
-        if isinstance(value, plain) or (plain is float and isinstance(value, int)):
-            return value
-        if plain is complex and isinstance(value, (int, float)):
-            return value
+    if isinstance(annotation, type) and _is_instance(value, annotation):
+        return value
     try:
         return _convert(value, annotation)
     except _Unfit as unfit:
@@ -81,6 +79,17 @@ class _Unfit(Exception):
     """The value does not fit; the text says where, if that is not obvious."""
 
 
+def _is_instance(value: Any, cls: type[Any]) -> bool:
+    if cls is float or cls is complex:
+        return isinstance(value, (cls, int, float))
+    if cls.__class__ is type:
+        return isinstance(value, cls)
+    try:
+        return isinstance(value, cls)
+    except TypeError:
+        return False
+
+
 def _convert(value: Any, annotation: Any) -> Any:
     if isinstance(annotation, (str, typing.TypeVar, typing.ForwardRef)):
         return value
@@ -89,10 +98,15 @@ def _convert(value: Any, annotation: Any) -> Any:
         return _convert(value, typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(annotation))
-    if _is_plain_class(annotation):
-        return _instance(annotation, value)
+    if getattr(annotation, "_is_protocol", False):
+        return value
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return _member(annotation, value)
     try:
-        return msgspec.convert(value, annotation, dec_hook=_instance)
+        if isinstance(annotation, type) and _is_model(annotation):
+            return _instance(cast("type[Any]", annotation), value)
+        target: Any = annotation
+        return msgspec.convert(value, target, dec_hook=_instance)
     except msgspec.ValidationError as error:
         raise _Unfit(_where(str(error))) from None
     except RecursionError:
@@ -119,26 +133,31 @@ def _none(value: Any) -> None:
         raise _Unfit
 
 
-def _is_plain_class(annotation: Any) -> bool:
-    """True for a class of the user's that msgspec knows nothing of."""
-    if not isinstance(annotation, type) or typing.is_typeddict(annotation):
-        return False
-    return _is_model(annotation) or bool(getattr(annotation, "_is_protocol", False))
+def _member(cls: type[enum.Enum], value: Any) -> enum.Enum:
+    """The member that has the value, or else the name."""
+    try:
+        return cls(value)
+    except ValueError:
+        if isinstance(value, str) and value in cls.__members__:
+            return cls[value]
+        raise _Unfit(f"one of {', '.join(repr(member.value) for member in cls)}") from None
 
 
-def _instance(cls: Any, value: Any) -> Any:
-    """The value if it is an instance of `cls`, or a model made of it. Raises `_Unfit` or what msgspec understands."""
-    if getattr(cls, "_is_protocol", False) or not isinstance(cls, type):
+def _instance(cls: type[Any], value: Any) -> Any:
+    """For classes that msgspec does not know: the value if it is an instance, or a path, a member or a model made of it."""
+    make: Any = cls
+    if getattr(cls, "_is_protocol", False) or not inspect.isclass(cls) or isinstance(value, cls):
         return value
-    if isinstance(value, cls):
-        return value
-    if _is_model(cast("Any", cls)):
-        model: Any = cls
-        try:
-            return model.model_validate(value)
-        except ValueError as error:
-            raise msgspec.ValidationError(str(error)) from None
-    raise msgspec.ValidationError(f"Expected `{cast('type[Any]', cls).__qualname__}`, got `{type(value).__name__}`")
+    if issubclass(cls, enum.Enum):
+        return _member(cls, value)
+    if issubclass(cls, PurePath) and isinstance(value, str):
+        return make(value)
+    if not _is_model(cls):
+        raise msgspec.ValidationError(f"Expected `{cls.__qualname__}`, got `{type(value).__name__}`")
+    try:
+        return make.model_validate(value)
+    except ValueError as error:
+        raise msgspec.ValidationError(str(error)) from None
 
 
 def _by_origin(value: Any, origin: Any) -> Any:

@@ -302,7 +302,8 @@ def _subclass_shape(cls: type) -> Shape | None:
     base = next((part for part in cls.__mro__ if part in _BUILTIN_BASES), None)
     if base is None:
         return None
-    if _pickles_itself(cls) or _is_foreign(cls, cls.__mro__.index(base)):
+    depth = cls.__mro__.index(base)
+    if _pickles_itself(cls, depth) or _is_foreign(cls, depth):
         return Shape("refused", name_of(cls))
     return Shape("subclass", name_of(cls), slots=_slots(cls), skip=_cached_names(cls), base=base)
 
@@ -312,9 +313,10 @@ def _object_shape(cls: type) -> Shape:
     in_stdlib = cls.__module__.partition(".")[0] in sys.stdlib_module_names
     if in_stdlib and name not in _PLAIN_STDLIB and not hasattr(cls, "__dataclass_fields__"):
         return Shape("refused", name)
-    if _pickles_itself(cls):
+    depth = cls.__mro__.index(object)
+    if _pickles_itself(cls, depth):
         return Shape("refused", f"{name} (it defines its own pickling)")
-    if _is_foreign(cls, cls.__mro__.index(object)) or not _fits_object(cls):
+    if _is_foreign(cls, depth) or not _fits_object(cls):
         return Shape("refused", f"{name} (its state is not in Python attributes)")
     return Shape("object", name, slots=_slots(cls), skip=_cached_names(cls))
 
@@ -323,12 +325,13 @@ def _defines(cls: type, name: str) -> bool:
     return any(name in vars(part) for part in cls.__mro__)
 
 
-def _pickles_itself(cls: type) -> bool:
+def _pickles_itself(cls: type, depth: int) -> bool:
+    """True if one of the first `depth` classes of its order does."""
     generated = hasattr(cls, "__dataclass_fields__") or hasattr(cls, "__attrs_attrs__")
     if generated:
         return False
     hooks = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
-    return any(name in vars(part) for part in cls.__mro__ for name in hooks if part.__module__ != "builtins")
+    return any(name in vars(part) for part in cls.__mro__[:depth] for name in hooks)
 
 
 def _is_foreign(cls: type, depth: int) -> bool:

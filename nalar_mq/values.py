@@ -120,10 +120,11 @@ def encode(value: object, deps: list[Deferred] | None = None, what: str = "value
         ValueNotEncodableError: a part of it cannot travel, or is unresolved and `deps` is None; the message begins with
             `what` and the path to the part.
     """
+    known = len(deps) if deps else 0
     try:
         return _encode(value if type(value) in _SCALARS else _Writer(deps).pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
-        return _encode_carefully(value, deps, what)
+        return _encode_carefully(value, deps, known, what)
 
 
 def encode_arguments(
@@ -134,13 +135,13 @@ def encode_arguments(
     Raises:
         ValueNotEncodableError: as in `encode`, with the name of the argument.
     """
-
     value = [list(args), dict(kwargs)]
+    known = len(deps) if deps else 0
     try:
         return _encode(_Writer(deps).pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
         labels = [*names[: len(args)], *(str(number) for number in range(len(names) + 1, len(args) + 1))]
-        return _encode_carefully(value, deps, "arguments", [*labels, *kwargs])
+        return _encode_carefully(value, deps, known, "arguments", [*labels, *kwargs])
 
 
 def decode(data: bytes, resolve: Callable[[bytes], object] | None = None) -> Any:
@@ -175,20 +176,19 @@ def decode_arguments(data: bytes, resolve: Callable[[bytes], object] | None = No
     raise MalformedMessageError("arguments are not a list and a map of names")
 
 
-def _encode_carefully(value: list[Any] | Any, deps: list[Deferred] | None, what: str, labels: Sequence[str] = ()) -> bytes:
-    """Second attempt, after the writer that lets scalars pass unseen has failed."""
-    found: list[Deferred] | None = None if deps is None else []
+def _encode_carefully(value: Any, deps: list[Deferred] | None, known: int, what: str, labels: Sequence[str] = ()) -> bytes:
+    """Second attempt, after the writer that lets scalars pass unseen has failed; it had `known` deps when it began."""
+    if deps is not None:
+        del deps[known:]
     try:
-        data = _encode(_CarefulWriter(found).pack(value, 0))
+        return _encode(_CarefulWriter(deps).pack(value, 0))
     except (_Refused, RecursionError):
         if not labels:
-            raise ValueNotEncodableError(_blame(value, what, found)) from None
+            raise ValueNotEncodableError(_blame(value, what, deps is not None)) from None
         parts = zip(labels, [*value[0], *value[1].values()], strict=True)
-        what, part = next(((f"argument {label!r}", part) for label, part in parts if _refusal(part, found)), (what, value))
-        raise ValueNotEncodableError(_blame(part, what, found)) from None
-    if deps is not None and found is not None:
-        deps.extend(found)
-    return data
+        refused = ((f"argument {label!r}", part) for label, part in parts if _refusal(part, deps is not None))
+        what, part = next(refused, (what, value))
+        raise ValueNotEncodableError(_blame(part, what, deps is not None)) from None
 
 
 class _Refused(Exception):
@@ -605,13 +605,14 @@ def _counter(*items: Any) -> Any:
 
 
 def _array(descr: Any, shape: Any, data: bytes) -> Any:
-    import numpy
+    import numpy as np
 
-    dtype: Any = numpy.lib.format.descr_to_dtype(descr)
+    numpy: Any = np
+    dtype = numpy.lib.format.descr_to_dtype(descr)
     if dtype.hasobject:
         raise MalformedMessageError("an array of objects cannot travel")
-    if not dtype.itemsize or not data:
-        return numpy.zeros(shape, dtype) if 0 in shape or not dtype.itemsize else numpy.frombuffer(data, dtype)
+    if not data:
+        return numpy.zeros(shape if 0 in shape else 0, dtype).reshape(shape)
     return numpy.frombuffer(data, dtype).reshape(shape).copy()
 
 
@@ -690,10 +691,10 @@ def _describe(value: Any) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"instance of {classes.shape_of(cls).name}"
 
 
-def _refusal(value: object, deps: list[Deferred] | None) -> str | None:
-    """Why a value cannot travel, or None if it can."""
+def _refusal(value: object, may_defer: bool) -> str | None:
+    """Why a value cannot travel, with futures in it if it `may_defer`, or None if it can."""
     try:
-        _encode(_CarefulWriter(deps).pack(value, 0))
+        _encode(_CarefulWriter([] if may_defer else None).pack(value, 0))
     except _Refused as refused:
         return str(refused)
     except RecursionError:
@@ -701,16 +702,16 @@ def _refusal(value: object, deps: list[Deferred] | None) -> str | None:
     return None
 
 
-def _blame(value: object, what: str, deps: list[Deferred] | None) -> str:
+def _blame(value: object, what: str, may_defer: bool) -> str:
     """`what -> ['a'][3]: generator`: the path to the first part that cannot travel, and what it is."""
     path = ""
-    refusal = _refusal(value, deps) or ""
+    refusal = _refusal(value, may_defer) or ""
     while len(path) < _PATH_SHOWN:
-        culprit = next((found for found in _parts_of(value) if _refusal(found[1], deps)), None)
+        culprit = next((found for found in _parts_of(value) if _refusal(found[1], may_defer)), None)
         if culprit is None:
             break
         path, value = path + culprit[0], culprit[1]
-        refusal = _refusal(value, deps) or refusal
+        refusal = _refusal(value, may_defer) or refusal
     return f"{what} -> {path[:_PATH_SHOWN]}: {refusal}" if path else f"{what}: {refusal}"
 
 
@@ -753,8 +754,8 @@ def encode_error(error: BaseException) -> Failure:
         return Failure(classes.name_of(cls), text, b"", lines)
     args, state = classes.split_exception(error, shape)
     state.pop("__notes__", None)
-    kept = {name: item for name, item in state.items() if _refusal(item, None) is None}
-    payload = encode([[arg if _refusal(arg, None) is None else _safe_text(arg, repr) for arg in args], kept])
+    kept = {name: item for name, item in state.items() if _refusal(item, False) is None}
+    payload = encode([[arg if _refusal(arg, False) is None else _safe_text(arg, repr) for arg in args], kept])
     return Failure(shape.name, text, payload, lines)
 
 
