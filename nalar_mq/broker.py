@@ -244,8 +244,10 @@ class EmbeddedBroker:
             os.close(log)
 
     def _config(self, port: int | None) -> str:
-        # Strings of JSON are strings of this format too.
-        quote = json.dumps
+        def quote(text: str) -> str:
+            # A string of JSON is a string of this format too, except for what it writes as \u.
+            return json.dumps(text, ensure_ascii=False)
+
         return (
             f"listen: {quote(f'{_bracketed(self.host)}:{-1 if port is None else port}')}\n"
             f"authorization {{ token: {quote(self._token)} }}\n"

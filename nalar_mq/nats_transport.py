@@ -1170,9 +1170,8 @@ async def _connected_client(access: BrokerAccess, url: str, name: str, deadline_
     return client
 
 
-async def _ignore_error(error: Exception) -> None:
+async def _ignore_error(_error: Exception) -> None:
     """What matters of nats-py's errors shows in the state of the connection."""
-    _log.debug("transport.error", reason=repr(error))
 
 
 def _credentials(access: BrokerAccess) -> dict[str, Any]:
