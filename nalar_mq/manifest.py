@@ -154,8 +154,9 @@ class _Reader:
     def _source(self, key: tuple[str, ...], value: object) -> tuple[str, str]:
         if not isinstance(value, str):
             self._refuse(key, f"'source' must be text such as \"flow:answer\", not {value!r}")
-        if _SOURCE.fullmatch(value) is None:
-            hint = " (the module's name, without .py)" if ".py:" in value else ""
+        is_file = ".py:" in value
+        if is_file or _SOURCE.fullmatch(value) is None:
+            hint = " (the name of the module, without .py)" if is_file else ""
             self._refuse(key, f'\'source\' must be "module:attribute", such as "flow:answer", not {value!r}{hint}')
         module, _, attribute = value.partition(":")
         return module, attribute
