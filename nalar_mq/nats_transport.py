@@ -1161,6 +1161,7 @@ async def _connected_client(access: BrokerAccess, url: str, name: str, deadline_
                 **options,
             )
     except BaseException as error:
+        client.abort()
         await _close(client)
         if not isinstance(error, Exception):
             raise
