@@ -285,3 +285,37 @@ def _existing_file(name: str, source: str, env: Mapping[str, str]) -> str:
     if not path.is_file():
         raise ConfigError(f"{source}: there is no file {str(path)!r}")
     return str(path.resolve())
+
+
+class EngineAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to reach a model server. An empty `model` means the first one it names; the key never appears in logs."""
+
+    url: str
+    api_key: str = ""
+    model: str = ""
+
+    def __repr__(self) -> str:
+        return f"EngineAccess(url={self.url!r}, model={self.model!r}, with_key={bool(self.api_key)})"
+
+
+def find_engine(environ: Mapping[str, str] | None = None) -> EngineAccess | None:
+    """The model server of `NALAR_ENGINE_URL`, else of `OPENAI_BASE_URL`; None if neither is set.
+
+    `OPENAI_API_KEY` alone names no server: prompts leave the machine only when a URL says so.
+    """
+    env = os.environ if environ is None else environ
+    own = env.get("NALAR_ENGINE_URL", "")
+    url = own or env.get("OPENAI_BASE_URL", "")
+    if not url:
+        return None
+    prefix = "NALAR_ENGINE" if own else "OPENAI"
+    return EngineAccess(url=url, api_key=env.get(f"{prefix}_API_KEY", ""), model=env.get(f"{prefix}_MODEL", ""))
+
+
+def engine_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where the processes of one user on this machine meet to share an engine: `NALAR_ENGINE_DIR`, else under the home."""
+    env = os.environ if environ is None else environ
+    if folder := env.get("NALAR_ENGINE_DIR"):
+        return Path(folder)
+    state = env.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "nalar" / "engine"

