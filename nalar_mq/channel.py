@@ -313,7 +313,7 @@ class Endpoint:
                 self._refuse(to, message)
                 return
         if type(message) is Call:
-            if channel.calls_out >= self._window_calls or channel.waiting:
+            if channel.calls_out >= self._window_calls:
                 channel.waiting[message.id] = data
                 return
             channel.add_call(data)
