@@ -27,6 +27,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from nalar_mq.address import check_token
+from nalar_mq.annotations import check
 from nalar_mq.context import DEFAULT_OPTIONS, CallOptions, require_context
 from nalar_mq.directives import Directives, Kind
 from nalar_mq.errors import AddressError, ArgumentError, DirectiveError
@@ -72,6 +73,43 @@ class MethodSpec:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise ArgumentError(f"{actor}{self.signature}: {error}", actor=actor) from None
+
+    def fitted(self, actor: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, checked against the signature and made to fit the annotations.
+
+        Raises:
+            ArgumentError: they do not fit.
+        """
+        self.check_arguments(actor, tuple(args), kwargs)
+        by_position, rest, by_name, others = self._wanted
+        for position, value in enumerate(args):
+            name, wanted = by_position[position] if position < len(by_position) else rest
+            if wanted is not Any:
+                args[position] = check(value, wanted, f"argument {name!r} of {actor}")
+        for name, value in kwargs.items():
+            wanted = by_name.get(name, others)
+            if wanted is not Any:
+                kwargs[name] = check(value, wanted, f"argument {name!r} of {actor}")
+        return args, kwargs
+
+    @functools.cached_property
+    def _wanted(self) -> tuple[list[tuple[str, Any]], tuple[str, Any], dict[str, Any], Any]:
+        """Annotations by position, of further positions, by name, and of further names; `Any` where nothing is wanted."""
+        by_position: list[tuple[str, Any]] = []
+        rest: tuple[str, Any] = ("", Any)
+        by_name: dict[str, Any] = {}
+        others: Any = Any
+        for parameter in self.signature.parameters.values():
+            wanted = self.annotations.get(parameter.name, Any)
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                rest = (parameter.name, wanted)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                others = wanted
+            else:
+                by_name[parameter.name] = wanted
+                if parameter.kind is not parameter.KEYWORD_ONLY:
+                    by_position.append((parameter.name, wanted))
+        return by_position, rest, by_name, others
 
     @functools.cached_property
     def annotations(self) -> dict[str, Any]:

@@ -97,6 +97,7 @@ class CallContext:
     Attributes:
         caller: makes calls on behalf of this context.
         call_id: id of the running call.
+        is_root: no other call made it.
         session: its session; empty in a client that gave none: each call then gets one of its own.
         job: its job, or empty.
         priority: inherited by children.
@@ -117,6 +118,7 @@ class CallContext:
         "constructed",
         "deadline",
         "holds",
+        "is_root",
         "job",
         "priority",
         "session",
@@ -129,6 +131,7 @@ class CallContext:
         caller: Caller,
         *,
         call_id: bytes = b"",
+        is_root: bool = True,
         session: str = "",
         job: str = "",
         priority: int = 0,
@@ -140,6 +143,7 @@ class CallContext:
     ) -> None:
         self.caller = caller
         self.call_id = call_id
+        self.is_root = is_root
         self.session = session
         self.job = job
         self.priority = priority

@@ -100,7 +100,15 @@ class Future(values.Deferred, Generic[T_co]):
             for waiter in waiters:
                 waiter()
         if self._chunks is not None:
-            self._chunks.close()
+            self._close_stream(self._chunks)
+
+    def _close_stream(self, chunks: ChunkBuffer) -> None:
+        """Ends a stream; a producer that had finished before it heard of the stream has sent all pieces as one list."""
+        if self._state == RESOLVED and not chunks.received and self._payload is not None:
+            pieces: object = values.decode(self._payload)
+            if isinstance(pieces, list):
+                chunks.waiting.extend(values.encode(piece) for piece in cast("list[object]", pieces))
+        chunks.close()
 
     def chunk(self, number: int, payload: bytes, attempt: int) -> None:
         """Takes one piece of a stream."""
@@ -131,9 +139,8 @@ class Future(values.Deferred, Generic[T_co]):
         return self._look()
 
     def _block(self, timeout: float | None) -> None:
-        with contextlib.suppress(RuntimeError):
-            if asyncio.get_running_loop() is self._caller.loop:
-                raise RuntimeErrorOnLoop(self.actor)
+        if _running_loop() is self._caller.loop:
+            raise BlockingLoopError(self.actor)
         done = threading.Event()
         if not self.on_end(done.set):
             return
@@ -216,7 +223,7 @@ class Future(values.Deferred, Generic[T_co]):
         if self._chunks is None:
             self._chunks = ChunkBuffer()
             if self._state:
-                self._chunks.close()
+                self._close_stream(self._chunks)
             self._caller.credit(self, STREAM_WINDOW)
         return Stream(self, self._chunks, self._caller)
 
@@ -249,7 +256,14 @@ class Future(values.Deferred, Generic[T_co]):
 _IMMUTABLE = frozenset({int, str, bytes, float, bool, type(None)})
 
 
-class RuntimeErrorOnLoop(RuntimeError):
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class BlockingLoopError(RuntimeError):
     """A thread's way of waiting was used on the event loop, where it would wait for ever."""
 
     def __init__(self, actor: str) -> None:

@@ -1,0 +1,587 @@
+"""The calls that this process has made: the table of futures, routing, deadlines, cancellation, and the loss of workers.
+
+Life of an entry, all on the event loop:
+
+    made ──▶ routed ──▶ sent ──▶ ended (Resolve, Fail, deadline, cancelled, worker lost)
+      │         │
+      │         └─ no replica known: waits until one joins, the grace period or its deadline ends
+      └─ the session of a stateful actor has no known place: waits for the key-value store
+
+Who calls from a thread goes through an inbox with one wake-up for many calls; order per thread holds.
+
+A future may stand in the arguments of a further call before it has a value. The caller is then its registry: it tells the
+future's executor to push the value straight to the consumer as well (`Consume`), and itself pushes to those consumers that
+the executor's `Resolve` does not name. A consumer that waits for long asks (`Want`). So each of the three messages may be
+late or miss its addressee, and the value still arrives.
+
+Loss. When the incarnation that has a call is lost, a call that was never sent to it is routed anew; one that may have run is
+sent again under the same id if it may be retried, and else fails with `WorkerLostError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Sequence
+from random import Random
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from nalar_mq import values
+from nalar_mq.address import Address
+from nalar_mq.channel import Endpoint
+from nalar_mq.context import CallContext, CallOptions
+from nalar_mq.errors import (
+    CallCancelledError,
+    CallError,
+    CallTimeoutError,
+    UnknownActorError,
+    ValueTooLargeError,
+    WorkerLostError,
+)
+from nalar_mq.future import Future
+from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Message, Resolve, Want
+from nalar_mq.placement import RoutingTable
+from nalar_mq.places import Places
+from nalar_mq.threads import LoopInbox
+
+VALUE_LIMIT_BYTES = 512 * 1024
+GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
+_CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
+_TICK_S = 0.05
+_log = structlog.get_logger(__name__)
+
+
+class Host(Protocol):
+    """The part of a worker that runs calls."""
+
+    def on_call(self, owner: Address, call: Call) -> None:
+        """A call has arrived."""
+        ...
+
+    def on_cancel(self, owner: Address, cancel: Cancel) -> None:
+        """Its owner does not want it any more."""
+        ...
+
+    def on_consume(self, owner: Address, consume: Consume) -> None:
+        """Its result is to be pushed to one more process."""
+        ...
+
+    def on_credit(self, owner: Address, credit: Credit) -> None:
+        """Its owner takes more pieces of its stream."""
+        ...
+
+    def on_pushed(self, message: Resolve | Fail) -> None:
+        """A value that a queued call depends on, or may soon."""
+        ...
+
+    def on_owner_lost(self, owner: Address) -> None:
+        """Nobody is left who wants that process's calls."""
+        ...
+
+
+class Entry:
+    """One call that has not ended."""
+
+    __slots__ = (
+        "address",
+        "call",
+        "cancelling",
+        "consumers",
+        "credit",
+        "deadline",
+        "depends",
+        "future",
+        "parent",
+        "place",
+        "retries",
+        "tick",
+    )
+
+    def __init__(self, future: Future[Any], call: Call, deadline: float | None) -> None:
+        self.future = future
+        self.call: Call | None = call
+        self.parent = call.parent
+        self.deadline = deadline
+        self.address: Address | None = None
+        self.consumers: list[Address] | None = None
+        self.depends: list[Future[Any]] | None = None
+        self.retries = 0
+        self.tick = 0
+        self.credit = 0
+        self.place = ""
+        self.cancelling = False
+
+
+class Calls:
+    """The calls of one process. Implements `context.Caller`; every method not said to be for any thread is for the loop."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        table: RoutingTable,
+        places: Places,
+        me: Address,
+        random: Random,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.me = me
+        self.host: Host | None = None
+        self._endpoint = endpoint
+        self._table = table
+        self._places = places
+        self._thread = threading.get_ident()
+        self._root = random.getrandbits(64).to_bytes(8, "big")
+        self._numbers = itertools.count(1)
+        self._inbox = LoopInbox(self.loop)
+        self._entries: dict[bytes, Entry] = {}
+        self._load: dict[str, int] = {}
+        self._unrouted: dict[str, list[Entry]] = {}
+        self._wheel: dict[int, dict[bytes, None]] = {}
+        self._ticking: asyncio.TimerHandle | None = None
+        self._next_tick = 0
+        self._session_numbers: dict[str, int] = {}
+        self._local: list[Message] = []
+        self._closed: CallError | None = None
+
+    # Making a call (any thread).
+
+    def call(
+        self,
+        context: CallContext,
+        actor: str,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        options: CallOptions,
+    ) -> Future[Any]:
+        """Makes a call and returns its future at once. Any thread.
+
+        Raises:
+            ValueNotEncodableError, ValueTooLargeError: an argument cannot travel.
+        """
+        number = next(self._numbers)
+        id = self._root + number.to_bytes(8, "big")
+        label = f"{actor}.{method}" if method else actor
+        future: Future[Any] = Future(self, id, label)
+        deps: list[values.Deferred] = []
+        payload = values.encode([list(args), kwargs], deps)
+        if len(payload) > VALUE_LIMIT_BYTES:
+            raise too_large(f"the arguments of {label}", len(payload), label)
+        info = self._table.info(actor) or _UNKNOWN
+        deadline = self._deadline(context, options, info)
+        call = Call(
+            id,
+            actor,
+            method,
+            payload,
+            options.session or context.session or f"auto-{self._root.hex()}-{number}",
+            options.instance,
+            options.init,
+            tuple([dep.ref() for dep in deps]),
+            context.call_id,
+            context.job,
+            options.priority if options.priority is not None else context.priority or info.priority,
+            None if deadline is None else deadline - self.loop.time(),
+            cast=options.cast,
+            holds=context.holds,
+            trace=context.trace,
+            budget=context.budget,
+        )
+        entry = Entry(future, call, deadline)
+        entry.retries = info.retries if options.retries is None else options.retries
+        if deps:
+            entry.depends = [dep for dep in deps if isinstance(dep, Future)]
+        if threading.get_ident() == self._thread:
+            self._launch(entry)
+        else:
+            self._inbox.put(lambda: self._launch(entry))
+        return future
+
+    def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo) -> float | None:
+        timeout_s = options.timeout_s if options.timeout_s is None or options.timeout_s >= 0 else info.timeout_s
+        if timeout_s is None:
+            return context.deadline
+        own = self.loop.time() + timeout_s
+        return own if context.deadline is None or own < context.deadline else context.deadline
+
+    def cancel(self, future: Future[Any], reason: str) -> None:
+        """Nobody wants the result any more. Any thread."""
+        self._inbox.put(lambda: self._cancel(future.id, reason))
+
+    def credit(self, future: Future[Any], limit: int) -> None:
+        """The consumer of a stream takes pieces up to number `limit`. Any thread."""
+        if threading.get_ident() == self._thread:
+            self._credit(future.id, limit)
+        else:
+            self._inbox.put(lambda: self._credit(future.id, limit))
+
+    # Routing and sending.
+
+    def _launch(self, entry: Entry) -> None:
+        future = entry.future
+        if self._closed is not None:
+            future.fail(self._closed)
+            return
+        self._entries[future.id] = entry
+        if entry.deadline is not None:
+            self._watch_deadline(entry, entry.deadline)
+        self._route(entry)
+
+    def _route(self, entry: Entry) -> None:
+        call = entry.call
+        assert call is not None
+        info = self._table.info(call.actor)
+        if info is None:
+            self._hold_unrouted(entry, call.actor)
+        elif info.stateful:
+            self._route_to_session(entry, call)
+        else:
+            address = self._table.choose(call.actor, self._load)
+            assert address is not None
+            self._send(entry, call, address)
+
+    def _hold_unrouted(self, entry: Entry, actor: str) -> None:
+        waiting = self._unrouted.get(actor)
+        if waiting is None:
+            self._unrouted[actor] = [entry]
+            self.loop.call_later(GRACE_S, self._give_up_unrouted, actor)
+        else:
+            waiting.append(entry)
+
+    def _give_up_unrouted(self, actor: str) -> None:
+        for entry in self._unrouted.pop(actor, ()):
+            known = ", ".join(self._table.known_actors()) or "nothing"
+            self._end_with(entry, UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor))
+
+    def on_table_changed(self) -> None:
+        """The routing table has changed: calls that found no replica look again."""
+        for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
+            for entry in self._unrouted.pop(actor):
+                if entry.future.id in self._entries:
+                    self._route(entry)
+
+    def _route_to_session(self, entry: Entry, call: Call) -> None:
+        key = self._places.key(call.actor, call.session, call.instance)
+        if not call.number:
+            number = self._session_numbers.get(key, 0) + 1
+            self._session_numbers[key] = number
+            call = entry.call = msgspec.structs.replace(call, number=number)
+        entry.place = key
+        address = self._places.known(key)
+        if address is not None:
+            self._send(entry, call, address)
+        else:
+            self._places.find(key, call.actor, entry.future.id, self._placed)
+
+    def _placed(self, id: bytes, address: Address | None, error: CallError | None) -> None:
+        entry = self._entries.get(id)
+        if entry is None or entry.call is None:
+            return
+        if error is not None:
+            self._end_with(entry, error)
+        elif address is None:
+            self._route(entry)
+        else:
+            self._send(entry, entry.call, address)
+
+    def _send(self, entry: Entry, call: Call, address: Address) -> None:
+        entry.address = address
+        name = address.name
+        self._load[name] = self._load.get(name, 0) + 1
+        try:
+            self.tell(address, call)
+        except ValueTooLargeError as error:
+            self._end_with(entry, error)
+            return
+        if entry.credit:
+            self.tell(address, Credit(call.id, entry.credit))
+        if entry.depends is not None:
+            for dep in entry.depends:
+                self._lend(dep, address)
+        elif not entry.retries and not entry.place:
+            entry.call = None  # nothing here will send it again: let the arguments go
+        if call.cast:
+            self._end(entry)
+
+    def tell(self, address: Address, message: Message) -> None:
+        """Sends a message; to this process itself by the shortest way."""
+        if address != self.me:
+            self._endpoint.send(address, message)
+            return
+        if not self._local:
+            self.loop.call_soon(self._deliver_local)
+        self._local.append(message)
+
+    def _deliver_local(self) -> None:
+        messages, self._local = self._local, []
+        self.on_messages(self.me, messages)
+
+    def _lend(self, dep: Future[Any], consumer: Address) -> None:
+        """Sees to it that `consumer` gets the value of `dep`."""
+        entry = self._entries.get(dep.id)
+        if entry is None:
+            self._push(dep, consumer)
+            return
+        if entry.consumers is None:
+            entry.consumers = []
+        entry.consumers.append(consumer)
+        if entry.address is not None:
+            self.tell(entry.address, Consume(dep.id, consumer.name, consumer.incarnation))
+
+    def _push(self, dep: Future[Any], consumer: Address) -> None:
+        error = dep.error()
+        if error is not None:
+            self.tell(consumer, Fail(dep.id, *values.encode_error(error)))
+            return
+        payload = dep.payload()
+        assert payload is not None
+        self.tell(consumer, Resolve(dep.id, payload))
+
+    # What comes in.
+
+    def on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
+        """Messages of one frame, in order."""
+        host = self.host
+        for message in messages:
+            kind = type(message)
+            if kind is Resolve:
+                self._on_resolve(message)  # type: ignore[arg-type]
+            elif kind is Call:
+                if host is not None:
+                    host.on_call(sender, message)  # type: ignore[arg-type]
+                else:
+                    self._refuse(sender, message)  # type: ignore[arg-type]
+            else:
+                self._on_rare(sender, message)
+
+    def _on_rare(self, sender: Address, message: Message) -> None:
+        match message:
+            case Fail():
+                self._on_fail(message)
+            case Chunk():
+                entry = self._entries.get(message.id)
+                if entry is not None:
+                    entry.future.chunk(message.number, message.payload, message.attempt)
+            case Want():
+                self._on_want(sender, message)
+            case Cancel() if self.host is not None:
+                self.host.on_cancel(sender, message)
+            case Consume() if self.host is not None:
+                self.host.on_consume(sender, message)
+            case Credit() if self.host is not None:
+                self.host.on_credit(sender, message)
+            case _:
+                _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
+
+    def _refuse(self, sender: Address, call: Call) -> None:
+        error = UnknownActorError(f"process {self.me.name!r} serves no actors", actor=call.actor)
+        self.tell(sender, Fail(call.id, *values.encode_error(error)))
+
+    def _on_resolve(self, message: Resolve) -> None:
+        entry = self._entries.get(message.id)
+        if entry is not None:
+            entry.future.resolve(message.payload)
+            self._end(entry)
+            if entry.consumers is not None:
+                self._push_to_missed(entry.consumers, message)
+        elif self.host is not None and not message.id.startswith(self._root):
+            self.host.on_pushed(message)
+
+    def _on_fail(self, message: Fail) -> None:
+        entry = self._entries.get(message.id)
+        if entry is not None:
+            error = values.decode_error(
+                message.kind, message.text, message.payload, message.traceback, message.id.hex(), entry.future.actor
+            )
+            entry.future.fail(error)
+            self._end(entry)
+            if entry.consumers is not None:
+                self._push_to_missed(entry.consumers, message)
+        elif self.host is not None and not message.id.startswith(self._root):
+            self.host.on_pushed(message)
+
+    def _push_to_missed(self, consumers: list[Address], message: Resolve | Fail) -> None:
+        for consumer in consumers:
+            if consumer.name not in message.pushed:
+                self.tell(consumer, message)
+
+    def _on_want(self, sender: Address, want: Want) -> None:
+        entry = self._entries.get(want.id)
+        if entry is not None:
+            if entry.consumers is None:
+                entry.consumers = []
+            if sender not in entry.consumers:
+                entry.consumers.append(sender)
+            return
+        for other in self._entries.values():
+            for dep in other.depends or ():
+                if dep.id == want.id:
+                    self._push(dep, sender)
+                    return
+
+    # How an entry ends.
+
+    def _end(self, entry: Entry) -> None:
+        id = entry.future.id
+        if self._entries.pop(id, None) is None:
+            return
+        if entry.tick:
+            bucket = self._wheel.get(entry.tick)
+            if bucket is not None:
+                bucket.pop(id, None)
+        if entry.address is not None:
+            self._load[entry.address.name] -= 1
+
+    def _end_with(self, entry: Entry, error: BaseException) -> None:
+        if isinstance(error, CallError):
+            error.call_id = error.call_id or entry.future.id.hex()
+            error.actor = error.actor or entry.future.actor
+        entry.future.fail(error)
+        self._end(entry)
+        if entry.consumers is not None:
+            self._push_to_missed(entry.consumers, Fail(entry.future.id, *values.encode_error(error)))
+
+    def _watch_deadline(self, entry: Entry, deadline: float) -> None:
+        tick = entry.tick = int(deadline / _TICK_S) + 1
+        bucket = self._wheel.get(tick)
+        if bucket is None:
+            bucket = self._wheel[tick] = {}
+        bucket[entry.future.id] = None
+        if self._ticking is None or tick < self._next_tick:
+            self._arm(tick)
+
+    def _arm(self, tick: int) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+        self._next_tick = tick
+        self._ticking = self.loop.call_at(tick * _TICK_S, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._ticking = None
+        now = self.loop.time()
+        for tick in sorted(tick for tick in self._wheel if tick * _TICK_S <= now):
+            for id in list(self._wheel.pop(tick)):
+                self._expire(id)
+        empty = [tick for tick, bucket in self._wheel.items() if not bucket]
+        for tick in empty:
+            del self._wheel[tick]
+        if self._wheel:
+            self._arm(min(self._wheel))
+
+    def _expire(self, id: bytes) -> None:
+        entry = self._entries.get(id)
+        if entry is None:
+            return
+        entry.tick = 0
+        if entry.cancelling:
+            self._end_with(entry, CallCancelledError("cancelled; its worker did not answer", started=True))
+            return
+        self._stop_executor(entry, "its deadline has passed")
+        self._end_with(entry, CallTimeoutError(f"{entry.future.actor} did not end before its deadline"))
+
+    def _stop_executor(self, entry: Entry, reason: str) -> bool:
+        """Tells the executor to stop; False if the call has never left."""
+        address = entry.address
+        if address is None:
+            return False
+        if address != self.me and self._endpoint.withdraw(address, entry.future.id):
+            return False
+        self.tell(address, Cancel(entry.future.id, reason))
+        return True
+
+    def _cancel(self, id: bytes, reason: str) -> None:
+        entry = self._entries.get(id)
+        if entry is None or entry.cancelling:
+            return
+        if not self._stop_executor(entry, reason):
+            self._end_with(entry, CallCancelledError(reason, started=False))
+            return
+        entry.cancelling = True
+        if entry.tick:
+            self._wheel[entry.tick].pop(id, None)
+        self._watch_deadline(entry, self.loop.time() + _CANCEL_GRACE_S)
+
+    def _credit(self, id: bytes, limit: int) -> None:
+        entry = self._entries.get(id)
+        if entry is None:
+            return
+        entry.credit = limit
+        if entry.address is not None:
+            self.tell(entry.address, Credit(id, limit))
+
+    def cancel_children(self, parent: bytes, reason: str) -> None:
+        """Cancels every call that `parent` has made and that has not ended."""
+        for id in [id for id, entry in self._entries.items() if entry.parent == parent]:
+            self._cancel(id, reason)
+
+    # Losses.
+
+    def on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
+        """That incarnation is gone: its calls run elsewhere or fail, and nobody there wants ours any more."""
+        self._places.forget(address)
+        never_left = {message.id: message for message in unsent if type(message) is Call}
+        for entry in [entry for entry in self._entries.values() if entry.address == address]:
+            self._move_on(entry, never_left.get(entry.future.id))
+        self._load.pop(address.name, None)
+        if self.host is not None:
+            self.host.on_owner_lost(address)
+
+    def _move_on(self, entry: Entry, unsent: Call | None) -> None:
+        lost = entry.address
+        assert lost is not None
+        self._load[lost.name] -= 1
+        entry.address = None
+        if entry.cancelling:
+            self._end_with(entry, CallCancelledError("cancelled; its worker was lost", started=unsent is None))
+        elif unsent is not None:
+            entry.call = unsent
+            self._again(entry)
+        elif entry.retries > 0 and entry.call is not None:
+            entry.retries -= 1
+            entry.call = msgspec.structs.replace(entry.call, attempt=entry.call.attempt + 1)
+            self._again(entry)
+        else:
+            error = WorkerLostError(f"worker {lost.name!r} was lost while it had {entry.future.actor}; it may have run")
+            self._end_with(entry, error)
+
+    def _again(self, entry: Entry) -> None:
+        call = entry.call
+        assert call is not None
+        if entry.deadline is not None:
+            entry.call = msgspec.structs.replace(call, timeout_s=max(0.0, entry.deadline - self.loop.time()))
+        self._route(entry)
+
+    # The end.
+
+    @property
+    def pending(self) -> int:
+        """Calls that have not ended."""
+        return len(self._entries)
+
+    def close(self, error: CallError) -> None:
+        """Fails what has not ended, and every later call."""
+        self._closed = error
+        for entry in list(self._entries.values()):
+            self._stop_executor(entry, "its caller has closed")
+            self._end_with(entry, error)
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+
+
+_UNKNOWN = ActorInfo("", {})
+
+
+def too_large(what: str, size_bytes: int, label: str) -> ValueTooLargeError:
+    """The error for a value that does not fit; says what would."""
+    return ValueTooLargeError(
+        f"{what} take {size_bytes:,} bytes encoded, and {VALUE_LIMIT_BYTES:,} is the most that travels in one call: "
+        "pass a path or a key to the data instead",
+        actor=label,
+        size_bytes=size_bytes,
+        limit_bytes=VALUE_LIMIT_BYTES,
+    )

@@ -1,0 +1,233 @@
+"""Calls actors from any program.
+
+    async with nalar_mq.connect() as client:               # or: with nalar_mq.connect() as client, in a plain program
+        report = await client.call("answer", "What is ...?")
+        async for piece in client.stream("llm.stream", "Tell me ..."):
+            print(piece, end="")
+
+Inside the block the stubs of decorated actors work, too: `await search("...")`, `await Analyst.analyse("...")`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from contextvars import Token
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+from nalar_mq.address import check_token, random_token
+from nalar_mq.broker import read_runtime_file
+from nalar_mq.config import Settings, load_settings
+from nalar_mq.context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
+from nalar_mq.errors import CallCancelledError, UnknownActorError
+from nalar_mq.future import Future, Stream
+from nalar_mq.messages import Member
+from nalar_mq.process import Connect, Process
+
+T = TypeVar("T")
+
+
+def connect(
+    url: str | None = None,
+    *,
+    settings: Settings | None = None,
+    app: Path | str | None = None,
+    name: str | None = None,
+    connect: Connect | None = None,
+    random: Random | None = None,
+) -> Client:
+    """A client of a running runtime; use it with `async with`, or with `with` in a program without an event loop.
+
+    Args:
+        url: of the broker, as `nats://host:port`; None to look in `NALAR_NATS_URL` and `NATS_URL`, then in
+            `.nalar/runtime.json` beside `app`, where `nalar up` writes it, then in the selected context of the `nats` command.
+        settings: everything at once, in place of `url`.
+        app: the app's folder, manifest or file; the working directory if None.
+        name: how others see this client; a fresh name if None.
+        connect, random: as for `Process`.
+
+    Raises:
+        ConfigError: the URL is none, or there is none to be found.
+    """
+    if settings is None:
+        place = Path.cwd() if app is None else Path(app)
+        running = read_runtime_file(place if place.is_dir() else place.parent)
+        settings = load_settings(
+            nats=url,
+            runtime=running.access if running else None,
+            app_namespace=running.namespace if running and url is None else "",
+        )
+    return Client(settings, name=name, connect=connect, random=random)
+
+
+class Caller:
+    """Makes calls by name with certain options."""
+
+    def __init__(self, client: Client, options: CallOptions) -> None:
+        self._client = client
+        self._options = options
+
+    def options(
+        self,
+        *,
+        session: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = -1.0,
+        retries: int | None = None,
+    ) -> Caller:
+        """The same with other options.
+
+        Args:
+            session: the session the calls belong to; one for each call if None.
+            priority: higher runs earlier.
+            timeout_s: seconds until the deadline; None for no deadline; what the actor's directives say if left out.
+            retries: how often a call may be sent again after its worker was lost.
+        """
+        if session is not None:
+            check_token(session, "session")
+        changed = self._options.but(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
+        return Caller(self._client, changed)
+
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Calls a workflow, a tool or `agent.method`; the future is there at once. Any thread.
+
+        Raises:
+            ValueNotEncodableError, ValueTooLargeError: an argument cannot travel.
+        """
+        actor, _, method = name.partition(".")
+        context = self._client.context
+        return context.caller.call(context, actor, method, args, kwargs, self._options)
+
+    def cast(self, name: str, /, *args: Any, **kwargs: Any) -> None:
+        """Calls and wants no result."""
+        actor, _, method = name.partition(".")
+        context = self._client.context
+        context.caller.call(context, actor, method, args, kwargs, self._options.but(cast=True))
+
+    def stream(self, name: str, /, *args: Any, **kwargs: Any) -> Stream[Any]:
+        """Calls a generator and gives its pieces as they come, with `async for`, or with `for` in a plain program."""
+        return self.call(name, *args, **kwargs).stream()
+
+
+class Client(Caller):
+    """A process that only calls. Made by `connect`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str | None = None,
+        connect: Connect | None = None,
+        random: Random | None = None,
+    ) -> None:
+        super().__init__(self, DEFAULT_OPTIONS)
+        entropy = random.randbytes(6) if random is not None else None
+        self.name = check_token(name, "client name") if name is not None else random_token("client", entropy)
+        self._settings = settings
+        self._connect = connect
+        self._random = random
+        self._process: Process | None = None
+        self._context: CallContext | None = None
+        self._token: Token[CallContext | None] | None = None
+        self._thread: _LoopThread | None = None
+
+    @property
+    def context(self) -> CallContext:
+        """The context of calls made through this client.
+
+        Raises:
+            RuntimeError: the client is not open.
+        """
+        if self._context is None:
+            raise RuntimeError("the client is not open: use it as `async with connect() as client`")
+        return self._context
+
+    @property
+    def process(self) -> Process:
+        """Its part in the runtime."""
+        if self._process is None:
+            raise RuntimeError("the client is not open: use it as `async with connect() as client`")
+        return self._process
+
+    async def __aenter__(self) -> Client:
+        await self._open()
+        self._token = current_context.set(self._context)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._token is not None:
+            current_context.reset(self._token)
+            self._token = None
+        await self._close()
+
+    def __enter__(self) -> Client:
+        self._thread = _LoopThread(f"nalar-{self.name}")
+        try:
+            self._thread.run(self._open())
+        except BaseException:
+            self._thread.close()
+            raise
+        self._token = current_context.set(self._context)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._token is not None:
+            current_context.reset(self._token)
+            self._token = None
+        if self._thread is not None:
+            self._thread.run(self._close())
+            self._thread.close()
+            self._thread = None
+
+    async def _open(self) -> None:
+        process = Process(
+            self._settings,
+            name=self.name,
+            role="client",
+            connect=self._connect,
+            lease_in_thread=False,
+            random=self._random,
+        )
+        await process.start()
+        self._process = process
+        self._context = CallContext(process.calls)
+
+    async def _close(self) -> None:
+        process, self._process, self._context = self._process, None, None
+        if process is not None:
+            await process.aclose(CallCancelledError("the client has closed", started=True))
+
+    async def wait_for(self, name: str, timeout_s: float = 10.0) -> None:
+        """Returns once somebody serves the actor of `name`; on the client's loop.
+
+        Raises:
+            UnknownActorError: nobody did within `timeout_s`.
+        """
+        actor = name.partition(".")[0]
+        if not await self.process.wait_for(actor, timeout_s):
+            known = ", ".join(self.process.table.known_actors()) or "nothing"
+            raise UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor)
+
+    async def members(self) -> list[tuple[str, Member]]:
+        """All live processes by name, this one included."""
+        return sorted(self.process.table.members.items())
+
+
+class _LoopThread:
+    """An event loop in a thread, for clients of programs that have none."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,752 @@
+"""Runs the calls that arrive at a worker.
+
+Life of an execution, all on the event loop:
+
+    arrived ──▶ queued ──▶ running ──▶ ended: Resolve or Fail to its owner and to every consumer
+                  │  ▲        │
+                  │  │        └─ waits for a future: its slot is free for others, its session stays its own
+                  │  └─ ready once every future it depends on has a value
+                  └─ cancelled, or its owner lost: it leaves the mailbox and never runs
+
+Values are pushed here before, with or after the call that needs them, since they come from other processes; what has come
+is kept for a while, and what has not come is asked for. A dependency that failed fails the call with the same error.
+
+Async code runs on the loop, sync code in threads, and code that asks for it in a child process. A call that is cancelled
+ends at its next `await`; in a thread at its next call to an actor, and what it returns after that is dropped while its
+session stays held until the thread has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import hashlib
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import structlog
+
+from nalar_mq import values
+from nalar_mq.actor import ActorSpec, MethodSpec
+from nalar_mq.address import Address
+from nalar_mq.calls import VALUE_LIMIT_BYTES, Calls, too_large
+from nalar_mq.context import CallContext, current_context
+from nalar_mq.errors import (
+    CallCancelledError,
+    CallError,
+    CallTimeoutError,
+    OverloadedError,
+    UnknownActorError,
+    UnknownMethodError,
+)
+from nalar_mq.future import Future
+from nalar_mq.isolation import Children
+from nalar_mq.messages import Call, Cancel, Chunk, Consume, Credit, Fail, Resolve, Want
+from nalar_mq.replica import Replica
+from nalar_mq.stub import CONSTRUCT
+from nalar_mq.threads import LoopInbox, Threads
+from nalar_mq.transparent import run_driver
+
+_PUSHED_KEPT = 20_000
+_PUSHED_BYTES = 32 * 1024 * 1024
+_WANT_AFTER_S = 1.0
+_SESSION_IDLE_S = 900.0  # a session that nobody named is forgotten after this long without a call
+HIGH_WATER = 1_000_000
+_log = structlog.get_logger(__name__)
+
+
+class Execution:
+    """One call in this worker; also its slot in the replica (`context.Slot`)."""
+
+    __slots__ = (
+        "arrived",
+        "call",
+        "child",
+        "consumers",
+        "context",
+        "deadline",
+        "ended",
+        "has_begun",
+        "host",
+        "is_answered",
+        "method",
+        "missing",
+        "outflow",
+        "owner",
+        "replica",
+        "started",
+        "task",
+        "waits",
+        "wanted_at",
+    )
+
+    def __init__(self, host: Host, owner: Address, call: Call, replica: Replica, method: MethodSpec, now: float) -> None:
+        self.host = host
+        self.owner = owner
+        self.call = call
+        self.replica = replica
+        self.method = method
+        self.arrived = now
+        self.wanted_at = now
+        self.deadline = None if call.timeout_s is None else now + call.timeout_s
+        self.missing: set[bytes] | None = None
+        self.consumers: list[Address] | None = None
+        self.context: CallContext | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.child: Callable[[], None] | None = None
+        self.outflow: Outflow | None = None
+        self.started = False
+        self.has_begun = False
+        self.ended = False
+        self.is_answered = False
+        self.waits = 0
+
+    @property
+    def label(self) -> str:
+        """`actor` or `actor.method`."""
+        return f"{self.call.actor}.{self.call.method}" if self.call.method else self.call.actor
+
+    @property
+    def session_key(self) -> str:
+        """What the mailbox keeps apart: a session, or one instance within it."""
+        return f"{self.call.session}/{self.call.instance}" if self.call.instance else self.call.session
+
+    @property
+    def hold(self) -> str:
+        """How this execution's session is named in the `holds` of its children."""
+        return f"{self.call.actor}/{self.session_key}"
+
+    def give_up(self) -> None:
+        """It waits. Any thread."""
+        self.host.on_loop(self._wait)
+
+    def take_back(self) -> None:
+        """It goes on. Any thread."""
+        self.host.on_loop(self._resume)
+
+    def _wait(self) -> None:
+        self.waits += 1
+        if self.waits == 1 and not self.ended:
+            self.replica.mailbox.wait(self.call.id)
+            self.host.pump(self.replica)
+
+    def _resume(self) -> None:
+        self.waits -= 1
+        if self.waits == 0 and not self.ended:
+            self.replica.mailbox.resume(self.call.id)
+
+
+class Outflow:
+    """The pieces that a generator yields: kept for the value of the call, or sent as a stream once somebody asks for it."""
+
+    def __init__(self, execution: Execution, send: Callable[[Chunk], None], loop: asyncio.AbstractEventLoop) -> None:
+        self._execution = execution
+        self._send = send
+        self._loop = loop
+        self._kept: list[bytes] = []
+        self._sent = 0
+        self._limit = 0
+        self._is_closed = False
+        self._room: list[Callable[[], object]] = []
+
+    @property
+    def is_streaming(self) -> bool:
+        """True once somebody has asked for the pieces as they come."""
+        return self._limit > 0
+
+    def allow(self, limit: int) -> None:
+        """The consumer takes pieces up to number `limit`; on the loop."""
+        self._limit = max(self._limit, limit)
+        self._flush()
+
+    def _flush(self) -> None:
+        call = self._execution.call
+        while self._kept and self._sent < self._limit:
+            self._sent += 1
+            self._send(Chunk(call.id, self._sent, self._kept.pop(0), call.attempt))
+        if not self._kept:
+            room, self._room = self._room, []
+            for wake in room:
+                wake()
+
+    def close(self) -> None:
+        """Nobody takes more pieces; whoever waits for room goes on. On the loop."""
+        self._is_closed = True
+        self._kept.clear()
+        self._flush()
+
+    def put(self, payload: bytes) -> bool:
+        """Adds a piece; False if the producer should wait for room. On the loop."""
+        if self._is_closed:
+            return True
+        self._kept.append(payload)
+        if self.is_streaming:
+            self._flush()
+        return not (self.is_streaming and self._kept)
+
+    def on_room(self, wake: Callable[[], object]) -> None:
+        """Calls `wake` once there is room; on the loop."""
+        if self.is_streaming and self._kept:
+            self._room.append(wake)
+        else:
+            wake()
+
+    def rest(self) -> list[Any]:
+        """The pieces that were not sent, decoded."""
+        return [values.decode(piece) for piece in self._kept]
+
+    async def drained(self) -> None:
+        """Returns when a stream's last piece has been sent."""
+        if self.is_streaming and self._kept:
+            room: asyncio.Future[None] = self._loop.create_future()
+            self.on_room(functools.partial(_settle, room))
+            await room
+
+
+class Host:
+    """The executions of one worker. Implements `calls.Host`; everything is for the loop unless it says otherwise."""
+
+    def __init__(self, specs: dict[str, ActorSpec], calls: Calls, children: Children, *, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._calls = calls
+        self._children = children
+        self._replicas = {spec.name: Replica(spec, self._loop) for spec in specs.values()}
+        self._executions: dict[bytes, Execution] = {}
+        self._waiting: dict[bytes, list[Execution]] = {}
+        self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
+        self._pushed_bytes = 0
+        self._threads = Threads(f"{name}-call")
+        self._inbox = LoopInbox(self._loop)
+        self._base = contextvars.copy_context()
+        self._upkeep: asyncio.Task[None] | None = None
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
+        self.completed = 0
+
+    def start(self) -> None:
+        """Begins to look after what waits for long."""
+        self._upkeep = self._loop.create_task(self._keep_up())
+
+    def on_loop(self, function: Callable[[], None]) -> None:
+        """Runs `function` on the loop: now if this is its thread, else soon. Any thread."""
+        if threading.get_ident() == self._loop_thread:
+            function()
+        else:
+            self._inbox.put(function)
+
+    # What arrives.
+
+    def on_call(self, owner: Address, call: Call) -> None:
+        """A call has arrived: queues it, or refuses it with a typed error."""
+        if call.id in self._executions:
+            return
+        replica = self._replicas.get(call.actor)
+        if replica is None:
+            self._refuse(owner, call, UnknownActorError(f"worker {self._calls.me.name!r} does not serve {call.actor!r}"))
+            return
+        method = _method(replica.spec, call.method)
+        if method is None:
+            known = ", ".join(name for name in replica.spec.methods if name) or "none; it is called by its own name"
+            self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} has no method {call.method!r}; it has: {known}"))
+            return
+        if len(self._executions) >= HIGH_WATER:
+            self._refuse(owner, call, OverloadedError(f"worker {self._calls.me.name!r} holds {HIGH_WATER:,} calls"))
+            return
+        now = self._loop.time()
+        execution = Execution(self, owner, call, replica, method, now)
+        self._executions[call.id] = execution
+        if call.deps:
+            self._await_values(execution)
+        reentrant = replica.spec.stateful and bool(call.holds) and execution.hold in call.holds
+        replica.mailbox.put(
+            call.id,
+            session=execution.session_key,
+            sender=owner.name,
+            number=call.number,
+            priority=call.priority,
+            now=now,
+            ready=not execution.missing,
+            reentrant=reentrant,
+        )
+        self.pump(replica)
+
+    def _refuse(self, owner: Address, call: Call, error: CallError) -> None:
+        error.call_id, error.actor = call.id.hex(), call.actor
+        if not call.cast:
+            self._calls.tell(owner, Fail(call.id, *values.encode_error(error)))
+
+    def _await_values(self, execution: Execution) -> None:
+        missing = {id for id in execution.call.deps if id not in self._pushed}
+        if missing:
+            execution.missing = missing
+            for id in missing:
+                self._waiting.setdefault(id, []).append(execution)
+
+    def on_pushed(self, message: Resolve | Fail) -> None:
+        """A value that an execution here depends on, or may soon."""
+        if message.id in self._pushed:
+            return
+        self._pushed[message.id] = message
+        self._pushed_bytes += len(message.payload)
+        for execution in self._waiting.pop(message.id, ()):
+            missing = execution.missing
+            if missing is not None:
+                missing.discard(message.id)
+                if not missing and not execution.ended:
+                    execution.missing = None
+                    execution.replica.mailbox.mark_ready(execution.call.id)
+                    self.pump(execution.replica)
+        while len(self._pushed) > _PUSHED_KEPT or self._pushed_bytes > _PUSHED_BYTES:
+            self._forget_oldest_push()
+
+    def _forget_oldest_push(self) -> None:
+        _, oldest = self._pushed.popitem(last=False)
+        self._pushed_bytes -= len(oldest.payload)
+
+    def on_cancel(self, owner: Address, cancel: Cancel) -> None:
+        """The owner does not want the result any more."""
+        execution = self._executions.get(cancel.id)
+        if execution is not None and execution.owner == owner:
+            self._cancel(execution, cancel.reason)
+
+    def _cancel(self, execution: Execution, reason: str) -> None:
+        if not execution.started:
+            execution.replica.mailbox.remove(execution.call.id)
+            self._answer_error(execution, CallCancelledError(reason or "cancelled", started=False))
+            self._forget(execution)
+            self.pump(execution.replica)
+            return
+        context = execution.context
+        if context is None or context.cancelled:
+            return
+        context.cancelled = reason or "cancelled"
+        self._calls.cancel_children(execution.call.id, context.cancelled)
+        self._preempt(execution)
+        if execution.child is not None:
+            execution.child()
+        if execution.outflow is not None:
+            execution.outflow.close()
+        if execution.task is not None:
+            if execution.has_begun:
+                execution.task.cancel()
+        else:
+            self._answer_error(execution, CallCancelledError(context.cancelled, started=True))
+
+    def _preempt(self, execution: Execution) -> None:
+        """Calls the function that the user named for stopping a running call."""
+        hook = execution.replica.spec.directives.preemptable
+        if hook:
+            self._threads.run(functools.partial(_call_preempt_hook, execution, hook))
+
+    def on_consume(self, owner: Address, consume: Consume) -> None:
+        """The result is to be pushed to one more process; if it has been sent already, the owner sees to that."""
+        execution = self._executions.get(consume.id)
+        if execution is None or execution.owner != owner:
+            return
+        consumer = Address(consume.name, consume.incarnation)
+        if execution.consumers is None:
+            execution.consumers = [consumer]
+        elif consumer not in execution.consumers:
+            execution.consumers.append(consumer)
+
+    def on_credit(self, owner: Address, credit: Credit) -> None:
+        """The owner takes pieces of the stream up to a number."""
+        execution = self._executions.get(credit.id)
+        if execution is None or execution.owner != owner:
+            return
+        self._outflow(execution).allow(credit.limit)
+
+    def _outflow(self, execution: Execution) -> Outflow:
+        if execution.outflow is None:
+            send = functools.partial(self._calls.tell, execution.owner)
+            execution.outflow = Outflow(execution, send, self._loop)
+        return execution.outflow
+
+    def on_owner_lost(self, owner: Address) -> None:
+        """Nobody is left who wants that process's calls: they end, their children with them."""
+        for execution in [e for e in self._executions.values() if e.owner == owner]:
+            execution.is_answered = True
+            self._cancel(execution, f"its caller {owner.name!r} is gone")
+
+    # Running.
+
+    def pump(self, replica: Replica) -> None:
+        """Starts what may run now."""
+        take = replica.mailbox.take
+        while True:
+            id = take(self._loop.time())
+            if id is None:
+                return
+            execution = self._executions.get(id)
+            if execution is None:
+                replica.mailbox.finish(id)
+                continue
+            self._start(execution)
+
+    def _start(self, execution: Execution) -> None:
+        call = execution.call
+        execution.started = True
+        if self._idle.is_set():
+            self._idle.clear()
+        if execution.deadline is not None and self._loop.time() >= execution.deadline:
+            self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
+            return
+        failed = self._failed_dependency(execution)
+        if failed is not None:
+            self._end_with_fail(execution, failed)
+            return
+        try:
+            args, kwargs = self._arguments(execution)
+        except Exception as error:
+            self._end(execution, None, error)
+            return
+        context = execution.context = CallContext(
+            self._calls,
+            call_id=call.id,
+            is_root=not call.parent,
+            session=call.session,
+            job=call.job,
+            priority=call.priority,
+            deadline=execution.deadline,
+            holds=(*call.holds, execution.hold) if execution.replica.spec.stateful else call.holds,
+            trace=call.trace,
+            budget=call.budget,
+            slot=execution,
+        )
+        variables = self._base.copy()
+        variables.run(current_context.set, context)
+        if _runs_on_loop(execution):
+            run = self._run_on_loop(execution, args, kwargs)
+            execution.task = self._loop.create_task(run, context=variables)
+        else:
+            self._threads.run(functools.partial(variables.run, self._run_in_thread, execution, args, kwargs))
+
+    def _failed_dependency(self, execution: Execution) -> Fail | None:
+        for id in execution.call.deps:
+            pushed = self._pushed.get(id)
+            if type(pushed) is Fail:
+                return pushed
+        return None
+
+    def _arguments(self, execution: Execution) -> tuple[list[Any], dict[str, Any]]:
+        call = execution.call
+        args, kwargs = values.decode_arguments(call.payload, self._value_of if call.deps else None)
+        spec = execution.replica.spec
+        if spec.transparent and call.parent:
+            return args, kwargs
+        return execution.method.fitted(execution.label, args, kwargs)
+
+    def _value_of(self, id: bytes) -> Any:
+        pushed = self._pushed[id]
+        return values.decode(pushed.payload)
+
+    async def _run_on_loop(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
+        payload: bytes | None = None
+        error: BaseException | None = None
+        execution.has_begun = True
+        try:
+            if execution.context is not None:
+                execution.context.check_cancelled()
+            function = await self._function_on_loop(execution)
+            result = function(*args, **kwargs)
+            if execution.method.style == "async_generator":
+                result = await self._pour(execution, result)
+            else:
+                result = await result
+            payload = await self._encoded_on_loop(execution, result)
+        except BaseException as cause:
+            error = cause
+        self._end(execution, payload, error)
+
+    async def _function_on_loop(self, execution: Execution) -> Callable[..., Any]:
+        spec, key = execution.replica.spec, _instance_key(execution)
+        if spec.kind != "agent":
+            return execution.method.function
+        instance = execution.replica.instance(key)
+        if instance is None:
+            made: asyncio.Future[Any] = self._loop.create_future()
+            variables = contextvars.copy_context()
+            self._threads.run(functools.partial(variables.run, self._make_in_thread, execution, key, made))
+            instance = await made
+        return execution.method.function.__get__(instance)  # type: ignore[no-any-return]
+
+    def _make_in_thread(self, execution: Execution, key: str, made: asyncio.Future[Any]) -> None:
+        try:
+            instance = execution.replica.make(key, execution.call.init)
+        except BaseException as error:
+            cause = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            self._inbox.put(functools.partial(_settle, made, None, cause))
+        else:
+            self._inbox.put(functools.partial(_settle, made, instance))
+
+    async def _pour(self, execution: Execution, pieces: AsyncIterator[Any]) -> Any:
+        outflow = self._outflow(execution)
+        async for piece in pieces:
+            if not outflow.put(values.encode(piece, None, f"a piece of {execution.label}")):
+                room: asyncio.Future[None] = self._loop.create_future()
+                outflow.on_room(functools.partial(_settle, room))
+                await room
+        await outflow.drained()
+        return None if outflow.is_streaming else outflow.rest()
+
+    async def _encoded_on_loop(self, execution: Execution, result: Any) -> bytes:
+        deps: list[values.Deferred] = []
+        payload = values.encode(result, deps, f"the result of {execution.label}")
+        if deps:
+            for dep in deps:
+                if isinstance(dep, Future):
+                    await dep
+            payload = values.encode(result, None, f"the result of {execution.label}")
+        return _checked_size(payload, execution)
+
+    def _run_in_thread(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
+        payload: bytes | None = None
+        error: BaseException | None = None
+        try:
+            result = self._result_in_thread(execution, args, kwargs)
+            deps: list[values.Deferred] = []
+            payload = values.encode(result, deps, f"the result of {execution.label}")
+            if deps:
+                for dep in deps:
+                    if isinstance(dep, Future):
+                        dep.value()
+                payload = values.encode(result, None, f"the result of {execution.label}")
+            _checked_size(payload, execution)
+        except BaseException as cause:
+            error = cause
+        self._inbox.put(lambda: self._end(execution, payload if error is None else None, error))
+
+    def _result_in_thread(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        spec, method = execution.replica.spec, execution.method
+        if spec.directives.isolation == "process":
+            return self._result_in_child(execution, args, kwargs)
+        function = method.function
+        if spec.kind == "agent":
+            key = _instance_key(execution)
+            instance = execution.replica.instance(key)
+            if instance is None:
+                instance = execution.replica.make(key, execution.call.init)
+            function = function.__get__(instance)
+        if _is_driver(spec):
+            return run_driver(function, args, kwargs)
+        result = function(*args, **kwargs)
+        return self._pour_in_thread(execution, result) if method.style == "generator" else result
+
+    def _result_in_child(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        def stoppable(stop: Callable[[], None]) -> None:
+            execution.child = stop
+
+        call = execution.call
+        payload = values.encode_arguments(args, kwargs)
+        return self._children.run(call.actor, call.method, call.init, payload, stoppable)
+
+    def _pour_in_thread(self, execution: Execution, pieces: Iterator[Any]) -> Any:
+        outflow = self._outflow(execution)
+        for piece in pieces:
+            payload = values.encode(piece, None, f"a piece of {execution.label}")
+            room = threading.Event()
+            self._inbox.put(functools.partial(_put_and_tell, outflow, payload, room))
+            room.wait()
+            if execution.context is not None:
+                execution.context.check_cancelled()
+        drained = threading.Event()
+        self._inbox.put(lambda: outflow.on_room(drained.set))
+        drained.wait()
+        return None if outflow.is_streaming else outflow.rest()
+
+    # The end of an execution.
+
+    def _end(self, execution: Execution, payload: bytes | None, error: BaseException | None) -> None:
+        context = execution.context
+        if context is not None and context.cancelled:
+            error = CallCancelledError(context.cancelled, started=True)
+        if error is None:
+            assert payload is not None
+            self._answer(execution, Resolve(execution.call.id, payload, _names(execution.consumers)))
+        else:
+            self._answer_error(execution, error)
+        self._finish(execution)
+
+    def _end_with_fail(self, execution: Execution, cause: Fail) -> None:
+        pushed = _names(execution.consumers)
+        fail = Fail(execution.call.id, cause.kind, cause.text, cause.payload, cause.traceback, pushed)
+        self._answer(execution, fail)
+        self._finish(execution)
+
+    def _finish(self, execution: Execution) -> None:
+        self._forget(execution)
+        execution.replica.mailbox.finish(execution.call.id)
+        self.completed += 1
+        self.pump(execution.replica)
+
+    def _forget(self, execution: Execution) -> None:
+        execution.ended = True
+        self._executions.pop(execution.call.id, None)
+        if execution.missing:
+            for id in execution.missing:
+                waiting = self._waiting.get(id)
+                if waiting is not None:
+                    waiting.remove(execution)
+                    if not waiting:
+                        del self._waiting[id]
+        if not self._executions:
+            self._idle.set()
+
+    def _answer_error(self, execution: Execution, error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            error = CallCancelledError("cancelled itself", started=execution.started)
+        if isinstance(error, CallError):
+            error.call_id = error.call_id or execution.call.id.hex()
+            error.actor = error.actor or execution.label
+        if execution.call.cast:
+            _log.error("cast.failed", actor=execution.label, error=repr(error))
+        self._answer(execution, Fail(execution.call.id, *values.encode_error(error), _names(execution.consumers)))
+
+    def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
+        if execution.is_answered:
+            return
+        execution.is_answered = True
+        tell = self._calls.tell
+        if not execution.call.cast:
+            tell(execution.owner, message)
+        for consumer in execution.consumers or ():
+            if consumer != execution.owner:
+                tell(consumer, message)
+
+    # What waits for long.
+
+    async def _keep_up(self) -> None:
+        while True:
+            await asyncio.sleep(_WANT_AFTER_S)
+            now = self._loop.time()
+            for id, executions in list(self._waiting.items()):
+                for execution in executions:
+                    if now - execution.wanted_at >= _WANT_AFTER_S:
+                        execution.wanted_at = now + min(10.0, now - execution.arrived)
+                        self._calls.tell(execution.owner, Want(id))
+            self._end_idle_sessions(now)
+
+    def _end_idle_sessions(self, now: float) -> None:
+        for replica in self._replicas.values():
+            for key in replica.idle("auto-", now - _SESSION_IDLE_S):
+                self._threads.run(functools.partial(replica.stop_instance, key))
+
+    @property
+    def running(self) -> int:
+        """Calls that are queued or run."""
+        return len(self._executions)
+
+    async def drained(self) -> None:
+        """Returns when nothing is queued or runs."""
+        while self._executions:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def aclose(self) -> None:
+        """Ends all instances and threads; what still runs is cancelled."""
+        for execution in list(self._executions.values()):
+            self._cancel(execution, "its worker is stopping")
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._upkeep
+        tasks = [e.task for e in self._executions.values() if e.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=2.0)
+        for replica in self._replicas.values():
+            await asyncio.to_thread(replica.stop)
+        self._children.close()
+        self._threads.close()
+
+
+def _method(spec: ActorSpec, name: str) -> MethodSpec | None:
+    """What `name` asks for: a method, or for unmodified Python an attribute to read or write, or just the instance."""
+    method = spec.methods.get(name)
+    if method is None and spec.transparent and spec.kind == "agent":
+        if name == CONSTRUCT:
+            return MethodSpec(name, _made, bound=True)
+        if name[:1] == ".":
+            return MethodSpec(name, _attribute_reader(name[1:]), bound=True)
+        if name[:1] == "=":
+            return MethodSpec(name, _attribute_writer(name[1:]), bound=True)
+    return method
+
+
+def _made(instance: object) -> None:
+    """The instance is there; nothing else was asked for."""
+
+
+def _attribute_reader(name: str) -> Callable[..., Any]:
+    def read(instance: object) -> Any:
+        return getattr(instance, name)
+
+    return read
+
+
+def _attribute_writer(name: str) -> Callable[..., Any]:
+    def write(instance: object, value: Any) -> None:
+        setattr(instance, name, value)
+
+    return write
+
+
+def _runs_on_loop(execution: Execution) -> bool:
+    spec = execution.replica.spec
+    is_async = execution.method.style in ("async", "async_generator")
+    return is_async and not _is_driver(spec) and spec.directives.isolation == "thread"
+
+
+def _is_driver(spec: ActorSpec) -> bool:
+    return spec.transparent and spec.kind == "workflow"
+
+
+def _instance_key(execution: Execution) -> str:
+    call = execution.call
+    if execution.replica.spec.stateful:
+        return execution.session_key
+    return hashlib.blake2b(call.init, digest_size=16).hexdigest() if call.init else "-"
+
+
+def _names(consumers: list[Address] | None) -> tuple[str, ...]:
+    return tuple(consumer.name for consumer in consumers) if consumers else ()
+
+
+def _checked_size(payload: bytes, execution: Execution) -> bytes:
+    if len(payload) > VALUE_LIMIT_BYTES:
+        raise too_large(f"the result of {execution.label}", len(payload), execution.label)
+    return payload
+
+
+def _settle(future: asyncio.Future[Any], result: Any = None, error: BaseException | None = None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+def _put_and_tell(outflow: Outflow, payload: bytes, room: threading.Event) -> None:
+    if outflow.put(payload):
+        room.set()
+    else:
+        outflow.on_room(room.set)
+
+
+def _call_preempt_hook(execution: Execution, hook: str) -> None:
+    spec = execution.replica.spec
+    try:
+        if spec.kind == "agent":
+            instance = execution.replica.instance(_instance_key(execution))
+            if instance is not None:
+                getattr(instance, hook)()
+        else:
+            getattr(sys.modules[spec.target.__module__], hook)()
+    except Exception as error:
+        _log.warning("call.preempt_hook_failed", actor=spec.name, error=repr(error))

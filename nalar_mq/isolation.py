@@ -1,0 +1,189 @@
+"""Child processes for code that asked for one (`isolation="process"`).
+
+A child loads the app once and then runs one call at a time: the parent writes a frame with the call, the child answers with a
+frame that holds the result or the error. A frame is a length of four bytes and MessagePack. The child has no runtime, so
+code in it cannot call actors; unmodified Python runs there as it stands. A call that is cancelled ends with its child,
+and a child that dies ends its call with `WorkerLostError`. A child ends when its parent's pipe closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from nalar_mq import values
+from nalar_mq.errors import WorkerLostError
+
+_IDLE_CHILDREN = 4
+
+
+class Job(msgspec.Struct, array_like=True, frozen=True):
+    """One call for a child."""
+
+    actor: str
+    method: str
+    init: bytes
+    payload: bytes
+
+
+class Outcome(msgspec.Struct, array_like=True, frozen=True):
+    """What became of it: a value, or the parts of a `Fail`."""
+
+    payload: bytes
+    failure: tuple[str, str, bytes, str] | None = None
+
+
+class Children:
+    """The child processes of one worker. Every method is for any thread."""
+
+    def __init__(self, app_path: Path) -> None:
+        self._app_path = app_path
+        self._lock = threading.Lock()
+        self._idle: list[_Child] = []
+        self._closed = False
+
+    def run(self, actor: str, method: str, init: bytes, payload: bytes, stoppable: Callable[[Callable[[], None]], None]) -> Any:
+        """Runs a call in a child and returns its value; blocks. `stoppable` is given what kills the child.
+
+        Raises:
+            WorkerLostError: the child died.
+            BaseException: whatever the call raised.
+        """
+        with self._lock:
+            child = self._idle.pop() if self._idle else None
+        if child is None:
+            child = _Child(self._app_path)
+        stoppable(child.kill)
+        try:
+            outcome = child.ask(Job(actor, method, init, payload))
+        except (OSError, EOFError):
+            child.kill()
+            label = f"{actor}.{method}" if method else actor
+            raise WorkerLostError(f"the child process that ran {label} ended with {child.exit_code()}", actor=label) from None
+        self._keep(child)
+        if outcome.failure is not None:
+            kind, text, details, traceback = outcome.failure
+            raise values.decode_error(kind, text, details, traceback, "", actor)
+        return values.decode(outcome.payload)
+
+    def _keep(self, child: _Child) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < _IDLE_CHILDREN:
+                self._idle.append(child)
+                return
+        child.kill()
+
+    def close(self) -> None:
+        """Ends all idle children; busy ones end after their call."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for child in idle:
+            child.kill()
+
+
+class _Child:
+    def __init__(self, app_path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nalar_mq.isolation", str(app_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def ask(self, job: Job) -> Outcome:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        _write(self._process.stdin, msgspec.msgpack.encode(job))
+        return msgspec.msgpack.decode(_read(self._process.stdout), type=Outcome)
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def exit_code(self) -> str:
+        code = self._process.poll()
+        return "no exit code" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _write(pipe: IO[bytes], data: bytes) -> None:
+    pipe.write(len(data).to_bytes(4, "big") + data)
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> bytes:
+    size = pipe.read(4)
+    if len(size) < 4:
+        raise EOFError
+    data = pipe.read(int.from_bytes(size, "big"))
+    if len(data) < int.from_bytes(size, "big"):
+        raise EOFError
+    return data
+
+
+def serve(app_path: Path) -> None:
+    """Runs as a child until the parent's pipe closes. What the user's code prints goes to standard error."""
+    from nalar_mq.app import load_app
+
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    app = load_app(app_path)
+    instances: dict[tuple[str, bytes], Any] = {}
+    while True:
+        try:
+            job = msgspec.msgpack.decode(_read(requests), type=Job)
+        except EOFError:
+            return
+        try:
+            spec = app.actors[job.actor]
+            function = spec.methods[job.method].function
+            if spec.kind == "agent":
+                function = function.__get__(_instance(instances, spec.target, job))
+            args, kwargs = values.decode_arguments(job.payload)
+            outcome = Outcome(values.encode(_completed(function(*args, **kwargs)), None, f"the result of {job.actor}"))
+        except BaseException as error:
+            failure = values.encode_error(error)
+            outcome = Outcome(b"", (failure.kind, failure.text, failure.payload, failure.traceback))
+        _write(answers, msgspec.msgpack.encode(outcome))
+
+
+def _instance(instances: dict[tuple[str, bytes], Any], target: Callable[..., Any], job: Job) -> Any:
+    key = (job.actor, job.init)
+    if key not in instances:
+        args, kwargs = values.decode_arguments(job.init) if job.init else ([], {})
+        instances[key] = target(*args, **kwargs)
+    return instances[key]
+
+
+def _completed(result: Any) -> Any:
+    """The value of what a function returned: coroutines are run, generators drained."""
+    import asyncio
+    import inspect
+
+    if inspect.iscoroutine(result):
+        return asyncio.run(result)
+    if inspect.isgenerator(result):
+        return list(result)
+    if inspect.isasyncgen(result):
+
+        async def drain() -> list[Any]:
+            return [piece async for piece in result]
+
+        return asyncio.run(drain())
+    return result
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

@@ -1,0 +1,340 @@
+"""Who is alive: every process keeps a leased record in the members bucket and a routing table of everybody else's.
+
+A record is renewed three times per lease, by a thread with a connection of its own where one is given, so that code which
+blocks the event loop costs nobody his lease. Joining is learnt by watching the bucket. Death is learnt by reading: when a
+member's renewals have not been seen for a lease, its key is read, and only if the broker says that it is absent is the member
+declared lost; never before this process has been connected for one full lease itself, so that an outage of the broker
+kills nobody. A process whose key has expired during an outage writes it again under the same incarnation. A process that
+finds a higher incarnation under its own name has been replaced and is told so once (`on_replaced`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import structlog
+
+from nalar_mq.address import Address, Subjects
+from nalar_mq.errors import BrokerError, KeyConflictError, WireError
+from nalar_mq.messages import Member, decode_member, encode_record
+from nalar_mq.placement import RoutingTable
+from nalar_mq.transport import KeyEntry, KeyValue, Transport
+
+LEASE_S = 6.0
+_log = structlog.get_logger(__name__)
+
+ConnectTransport = Callable[[], Awaitable[Transport]]
+
+
+class Lease:
+    """Keeps one record alive. All methods belong to one event loop, which need not be the runtime's."""
+
+    def __init__(self, bucket: KeyValue, name: str, member: Member, on_replaced: Callable[[], None]) -> None:
+        self._bucket = bucket
+        self._name = name
+        self._member = member
+        self._revision = 0
+        self._on_replaced = on_replaced
+        self.is_replaced = False
+
+    async def acquire(self) -> None:
+        """Writes the record, in place of any earlier incarnation's."""
+        self._revision = await self._bucket.put(self._name, encode_record(self._member))
+
+    async def renew(self) -> None:
+        """Writes it again, unless somebody else has taken the name."""
+        value = encode_record(self._member)
+        try:
+            self._revision = await self._bucket.update(self._name, value, self._revision)
+        except KeyConflictError:
+            await self._recover(value)
+
+    async def _recover(self, value: bytes) -> None:
+        entry = await self._bucket.get(self._name)
+        if entry is None:
+            self._revision = await self._bucket.create(self._name, value)
+            return
+        with contextlib.suppress(WireError):
+            if entry.value is not None and decode_member(entry.value).incarnation > self._member.incarnation:
+                self.is_replaced = True
+                self._on_replaced()
+                return
+        self._revision = await self._bucket.update(self._name, value, entry.revision)
+
+    async def change(self, member: Member) -> None:
+        """Replaces what the record says."""
+        self._member = member
+        await self.renew()
+
+    async def release(self) -> None:
+        """Removes the record if it is still ours."""
+        with contextlib.suppress(BrokerError):
+            await self._bucket.delete(self._name, self._revision)
+
+    async def keep(self, period_s: float) -> None:
+        """Renews for ever; an unreachable broker is tried again."""
+        while not self.is_replaced:
+            await asyncio.sleep(period_s)
+            try:
+                await self.renew()
+            except BrokerError as error:
+                _log.debug("lease.renewal_failed", member=self._name, error=str(error))
+
+
+class LeaseThread:
+    """Runs a `Lease` in a thread with its own event loop and connection."""
+
+    def __init__(self, connect: ConnectTransport, bucket: str, name: str, member: Member, lease_s: float) -> None:
+        self._connect = connect
+        self._bucket = bucket
+        self._name = name
+        self._member = member
+        self._lease_s = lease_s
+        self._owner = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._owner.create_future()
+        self._on_replaced: Callable[[], None] = lambda: None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lease: Lease | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread = threading.Thread(target=self._run, name=f"lease-{name}", daemon=True)
+
+    async def start(self, on_replaced: Callable[[], None]) -> None:
+        """Returns when the record is written. Raises `BrokerError` if it cannot be."""
+        self._on_replaced = on_replaced
+        self._thread.start()
+        await self._ready
+
+    def _run(self) -> None:
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            transport = await self._connect()
+        except Exception as error:
+            self._tell(error)
+            return
+        try:
+            await self._hold(transport)
+        finally:
+            await transport.aclose()
+
+    async def _hold(self, transport: Transport) -> None:
+        assert self._stop is not None
+        try:
+            bucket = await transport.key_value(self._bucket, ttl_s=self._lease_s)
+            self._lease = Lease(bucket, self._name, self._member, self._replaced)
+            await self._lease.acquire()
+        except Exception as error:
+            self._tell(error)
+            return
+        self._tell(None)
+        keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
+        await self._stop.wait()
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
+        await self._lease.release()
+
+    def _tell(self, error: Exception | None) -> None:
+        def tell() -> None:
+            if self._ready.done():
+                return
+            if error is None:
+                self._ready.set_result(None)
+            else:
+                self._ready.set_exception(error)
+
+        with contextlib.suppress(RuntimeError):
+            self._owner.call_soon_threadsafe(tell)
+
+    def _replaced(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._owner.call_soon_threadsafe(self._on_replaced)
+
+    async def change(self, member: Member) -> None:
+        """Replaces what the record says."""
+        if self._lease is not None and self._loop is not None:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._lease.change(member), self._loop))
+
+    async def aclose(self) -> None:
+        """Removes the record and ends the thread."""
+        if self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, 10.0)
+
+
+class LeaseTask:
+    """Runs a `Lease` on the runtime's own loop: for clients' short lives and for simulation."""
+
+    def __init__(self, bucket: KeyValue, name: str, member: Member, lease_s: float) -> None:
+        self._bucket = bucket
+        self._name = name
+        self._member = member
+        self._lease_s = lease_s
+        self._lease: Lease | None = None
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def start(self, on_replaced: Callable[[], None]) -> None:
+        """Returns when the record is written."""
+        self._lease = Lease(self._bucket, self._name, self._member, on_replaced)
+        await self._lease.acquire()
+        self._keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
+
+    async def change(self, member: Member) -> None:
+        """Replaces what the record says."""
+        if self._lease is not None:
+            await self._lease.change(member)
+
+    async def aclose(self) -> None:
+        """Removes the record."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeping
+        if self._lease is not None:
+            await self._lease.release()
+
+
+class Membership:
+    """This process's own record, and the routing table of all.
+
+    Args:
+        on_change: the table has changed.
+        on_lost: that incarnation is dead or has left.
+        on_replaced: somebody else runs under our name; this process must stop.
+        lease_connect: opens the connection of the lease's own thread; None to renew on the loop.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        subjects: Subjects,
+        table: RoutingTable,
+        me: Address,
+        member: Member,
+        *,
+        on_change: Callable[[], None],
+        on_lost: Callable[[Address], None],
+        on_replaced: Callable[[], None],
+        lease_connect: ConnectTransport | None = None,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self._transport = transport
+        self._subjects = subjects
+        self._table = table
+        self._me = me
+        self._member = member
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._on_replaced = on_replaced
+        self._lease_connect = lease_connect
+        self._lease_s = lease_s
+        self._seen_at: dict[str, float] = {}
+        self._connected_at = 0.0
+        self._bucket: KeyValue | None = None
+        self._lease: LeaseThread | LeaseTask | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._snapshot: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Writes our record and returns when the table holds everybody who was there."""
+        loop = asyncio.get_running_loop()
+        self._connected_at = loop.time()
+        self._transport.on_connection(self._connection)
+        self._bucket = await self._transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
+        if self._lease_connect is None:
+            self._lease = LeaseTask(self._bucket, self._me.name, self._member, self._lease_s)
+        else:
+            bucket = self._subjects.members_bucket
+            self._lease = LeaseThread(self._lease_connect, bucket, self._me.name, self._member, self._lease_s)
+        self._snapshot = loop.create_future()
+        self._tasks.append(asyncio.create_task(self._watch()))
+        await self._lease.start(self._on_replaced)
+        await self._snapshot
+        self._tasks.append(asyncio.create_task(self._look_for_the_dead()))
+
+    async def drain(self) -> None:
+        """Tells everybody that this process takes no new calls."""
+        self._member = msgspec.structs.replace(self._member, draining=True)
+        if self._lease is not None:
+            await self._lease.change(self._member)
+
+    async def aclose(self) -> None:
+        """Removes our record and stops watching; idempotent."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await lease.aclose()
+
+    def _connection(self, is_connected: bool) -> None:
+        self._connected_at = asyncio.get_running_loop().time() if is_connected else float("inf")
+
+    async def _watch(self) -> None:
+        assert self._bucket is not None
+        while True:
+            try:
+                async for entry in self._bucket.watch():
+                    if entry is not None:
+                        self._take(entry)
+                    elif self._snapshot is not None and not self._snapshot.done():
+                        self._snapshot.set_result(None)
+            except BrokerError as error:
+                _log.debug("membership.watch_failed", error=str(error))
+            await asyncio.sleep(self._lease_s / 6)
+
+    def _take(self, entry: KeyEntry) -> None:
+        if entry.value is None:
+            member = self._table.members.get(entry.key)
+            if member is not None:
+                self._lose(Address(entry.key, member.incarnation))
+            return
+        try:
+            member = decode_member(entry.value)
+        except WireError as error:
+            _log.warning("membership.record_unreadable", member=entry.key, error=str(error))
+            return
+        self._seen_at[entry.key] = asyncio.get_running_loop().time()
+        if self._table.members.get(entry.key) == member:
+            return
+        former = self._table.join(entry.key, member)
+        if former is not None:
+            self._on_lost(former)
+        self._on_change()
+
+    def _lose(self, address: Address) -> None:
+        self._seen_at.pop(address.name, None)
+        if self._table.leave(address):
+            self._on_lost(address)
+            self._on_change()
+
+    async def _look_for_the_dead(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._lease_s / 6)
+            now = loop.time()
+            if now - self._connected_at < self._lease_s:
+                continue
+            silent = [name for name, at in self._seen_at.items() if now - at > self._lease_s and name != self._me.name]
+            for name in silent:
+                with contextlib.suppress(BrokerError):
+                    await self._read(name)
+
+    async def _read(self, name: str) -> None:
+        assert self._bucket is not None
+        member = self._table.members.get(name)
+        entry = await self._bucket.get(name)
+        if entry is not None:
+            self._take(entry)
+        elif member is not None:
+            self._lose(Address(name, member.incarnation))

@@ -1,0 +1,124 @@
+"""Where the sessions of stateful actors live: one entry per session in the places bucket, written by compare-and-set.
+
+The first caller proposes the replica that ranks highest for the session; whoever writes the entry first has decided, and all
+others read it. Entries name an incarnation, so a session whose process has died is found to be lost by the next caller, who
+writes the successor's entry and is told `StateLostError`, once; everybody after him starts with an empty state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from nalar_mq.address import Address, Subjects
+from nalar_mq.errors import CallError, KeyConflictError, NalarError, StateLostError, WireError, WorkerLostError
+from nalar_mq.messages import WIRE_VERSION, Place, decode_place, encode_record
+from nalar_mq.placement import RoutingTable
+from nalar_mq.transport import KeyValue, Transport
+
+OnPlaced = Callable[[bytes, Address | None, CallError | None], None]
+
+
+class Places:
+    """The places this process knows, and the way to learn others."""
+
+    def __init__(self, transport: Transport, subjects: Subjects, table: RoutingTable) -> None:
+        self._transport = transport
+        self._subjects = subjects
+        self._table = table
+        self._bucket: KeyValue | None = None
+        self._known: dict[str, Address] = {}
+        self._finding: dict[str, list[tuple[bytes, OnPlaced]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @staticmethod
+    def key(actor: str, session: str, instance: str) -> str:
+        """The key of one instance of a stateful actor."""
+        return f"{actor}.{session}.{instance}" if instance else f"{actor}.{session}"
+
+    def known(self, key: str) -> Address | None:
+        """Where it is, if this process knows and has heard nothing of that process's death."""
+        if key in self._finding:
+            return None
+        address = self._known.get(key)
+        return address if address is not None and self._table.is_alive(address) else None
+
+    def find(self, key: str, actor: str, id: bytes, on_placed: OnPlaced) -> None:
+        """Looks the place up or decides it; answers each asker once, in the order of asking."""
+        waiting = self._finding.get(key)
+        if waiting is not None:
+            waiting.append((id, on_placed))
+            return
+        self._finding[key] = [(id, on_placed)]
+        task = asyncio.get_running_loop().create_task(self._find(key, actor))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _find(self, key: str, actor: str) -> None:
+        address: Address | None = None
+        error: CallError | None = None
+        lost = False
+        try:
+            address, lost = await self._decide(key, actor)
+        except NalarError as cause:
+            error = WorkerLostError(f"the place of {key} could not be read: {cause}")
+        if address is not None:
+            self._known[key] = address
+        waiting = self._finding.pop(key)
+        for position, (id, on_placed) in enumerate(waiting):
+            first_after_loss = lost and position == 0
+            on_placed(id, address, _state_lost(key) if first_after_loss else error)
+
+    async def _decide(self, key: str, actor: str) -> tuple[Address | None, bool]:
+        """The place, and whether a former one was lost; None if there is no replica to propose."""
+        if self._bucket is None:
+            self._bucket = await self._transport.key_value(self._subjects.places_bucket)
+        while True:
+            entry = await self._bucket.get(key)
+            former = _read(entry.value) if entry is not None and entry.value is not None else None
+            if former is not None and self._table.is_alive(former):
+                return former, False
+            proposed = self._table.rank(actor, key)
+            if proposed is None:
+                return None, False
+            record = encode_record(Place(WIRE_VERSION, proposed.name, proposed.incarnation))
+            try:
+                if entry is None:
+                    await self._bucket.create(key, record)
+                else:
+                    await self._bucket.update(key, record, entry.revision)
+            except KeyConflictError:
+                continue
+            return proposed, entry is not None
+
+    async def release(self, key: str, address: Address) -> None:
+        """Removes the entry of a session that has ended at `address`."""
+        self._known.pop(key, None)
+        if self._bucket is None:
+            self._bucket = await self._transport.key_value(self._subjects.places_bucket)
+        entry = await self._bucket.get(key)
+        if entry is not None and entry.value is not None and _read(entry.value) == address:
+            await self._bucket.delete(key, entry.revision)
+
+    def forget(self, address: Address) -> None:
+        """That process is gone; its sessions are looked up again."""
+        self._known = {key: place for key, place in self._known.items() if place != address}
+
+    async def aclose(self) -> None:
+        """Gives up what is being looked up."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _read(value: bytes) -> Address | None:
+    try:
+        place = decode_place(value)
+    except WireError:
+        return None
+    return Address(place.name, place.incarnation)
+
+
+def _state_lost(key: str) -> StateLostError:
+    return StateLostError(f"the memory of {key} was lost with its worker; the next call starts with an empty state")

@@ -1,0 +1,164 @@
+"""One process of a runtime: its connection, its channels, its membership and its calls, put together and taken apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from random import Random, SystemRandom
+
+import structlog
+
+from nalar_mq.address import Address, Subjects, check_token
+from nalar_mq.calls import Calls
+from nalar_mq.channel import Endpoint
+from nalar_mq.config import Settings
+from nalar_mq.errors import CallError, WireError, WorkerLostError
+from nalar_mq.membership import LEASE_S, Membership
+from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
+from nalar_mq.placement import RoutingTable
+from nalar_mq.places import Places
+from nalar_mq.transport import Transport
+
+Connect = Callable[[str], Awaitable[Transport]]
+_log = structlog.get_logger(__name__)
+
+
+class Process:
+    """What a worker and a client have in common.
+
+    Args:
+        settings: broker, namespace and node.
+        name: a token; a later process of the same name replaces this one.
+        role: `worker` or `client`.
+        actors: what it serves.
+        connect: opens a connection to the broker under a name; the NATS transport if None.
+        lease_in_thread: renew the lease from a thread with a connection of its own, so that code which blocks the loop
+            does not cost the process its life.
+        random: source of ids and choices; the operating system's if None.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        role: str,
+        actors: dict[str, ActorInfo] | None = None,
+        connect: Connect | None = None,
+        lease_in_thread: bool = True,
+        lease_s: float = LEASE_S,
+        random: Random | None = None,
+    ) -> None:
+        self.settings = settings
+        self.name = check_token(name, "process name")
+        self.subjects = Subjects(settings.namespace)
+        self.replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._role = role
+        self._actors = actors or {}
+        self._connect = connect or self._connect_nats
+        self._lease_in_thread = lease_in_thread
+        self._lease_s = lease_s
+        self._random = random or SystemRandom()
+        self._table_changed = asyncio.Event()
+        self._stack = contextlib.AsyncExitStack()
+
+    async def _connect_nats(self, name: str) -> Transport:
+        from nalar_mq.nats_transport import NatsTransport
+
+        return await NatsTransport.connect(self.settings.broker, name=name)
+
+    async def start(self, before_joining: Callable[[], None] | None = None) -> None:
+        """Connects and joins. When it returns, calls can be made, and everybody who was there is in the table.
+
+        `before_joining` is called when calls can be made and nobody can reach this process yet.
+
+        Raises:
+            BrokerError: the broker is not there, refuses us, or lacks something.
+        """
+        try:
+            await self._start(before_joining)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def _start(self, before_joining: Callable[[], None] | None) -> None:
+        transport = self.transport = await self._connect(self.name)
+        self._stack.push_async_callback(transport.aclose)
+        me = self.me = Address(self.name, await self._next_incarnation(transport))
+        self.table = RoutingTable(self._random)
+        places = Places(transport, self.subjects, self.table)
+        self._stack.push_async_callback(places.aclose)
+        self.endpoint = Endpoint(transport, self.subjects, me, on_messages=self._on_messages, on_lost=self._on_lost)
+        self._stack.push_async_callback(self.endpoint.aclose)
+        self.places = places
+        self.calls = Calls(self.endpoint, self.table, places, me, self._random)
+        if before_joining is not None:
+            before_joining()
+        await self.endpoint.start()
+        self.membership = Membership(
+            transport,
+            self.subjects,
+            self.table,
+            me,
+            Member(WIRE_VERSION, me.incarnation, self.settings.node, self._role, os.getpid(), self._actors),
+            on_change=self._on_table_changed,
+            on_lost=self.endpoint.lose,
+            on_replaced=self._on_replaced,
+            lease_connect=self._connect_lease if self._lease_in_thread else None,
+            lease_s=self._lease_s,
+        )
+        self._stack.push_async_callback(self.membership.aclose)
+        await self.membership.start()
+
+    async def _connect_lease(self) -> Transport:
+        return await self._connect(f"{self.name}-lease")
+
+    async def _next_incarnation(self, transport: Transport) -> int:
+        """Higher than that of every process that had this name before, whatever the clocks say."""
+        bucket = await transport.key_value(self.subjects.members_bucket, ttl_s=self._lease_s)
+        entry = await bucket.get(self.name)
+        now = time.time_ns() // 1000
+        with contextlib.suppress(WireError):
+            if entry is not None and entry.value is not None:
+                return max(now, decode_member(entry.value).incarnation + 1)
+        return now
+
+    def _on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
+        self.calls.on_messages(sender, messages)
+
+    def _on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
+        self.table.leave(address)
+        self.calls.on_lost(address, unsent, unknown)
+
+    def _on_table_changed(self) -> None:
+        self._table_changed.set()
+        self.calls.on_table_changed()
+
+    def _on_replaced(self) -> None:
+        _log.error("process.replaced", process=self.name, hint="another process was started under the same name")
+        if not self.replaced.done():
+            self.replaced.set_result(None)
+
+    async def wait_for(self, actor: str, timeout_s: float) -> bool:
+        """Returns True once somebody serves `actor`, False after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.table.replicas(actor):
+                    self._table_changed.clear()
+                    await self._table_changed.wait()
+        return bool(self.table.replicas(actor))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Tells everybody to send nothing new; True if all that was sent has been received within `timeout_s`."""
+        return await self.endpoint.drain(timeout_s)
+
+    async def aclose(self, error: CallError | None = None) -> None:
+        """Fails what has not ended and leaves; idempotent."""
+        if hasattr(self, "calls"):
+            self.calls.close(error or WorkerLostError(f"process {self.name!r} has closed"))
+            if self.transport.is_connected:
+                await self.endpoint.drain(0.5)
+        await self._stack.aclose()

@@ -1,0 +1,88 @@
+"""One running copy of an actor type: its mailbox, its instances, and how it runs what the mailbox gives out."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from nalar_mq import values
+from nalar_mq.actor import ActorSpec
+from nalar_mq.mailbox import Mailbox
+
+_log = structlog.get_logger(__name__)
+
+
+class Replica:
+    """An actor type in this worker.
+
+    Instances of a stateful agent are kept per session and construction; an agent without state has one instance for each
+    set of constructor arguments. They are made in threads, since constructors may load models.
+    """
+
+    def __init__(self, spec: ActorSpec, loop: asyncio.AbstractEventLoop) -> None:
+        self.spec = spec
+        self.mailbox = Mailbox(concurrency=spec.concurrency, per_session=spec.stateful)
+        self._loop = loop
+        self._instances: dict[str, Any] = {}
+        self._last_used: dict[str, float] = {}
+        self._making: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def instance(self, key: str) -> Any | None:
+        """The instance under `key`, or None if it has to be made."""
+        found = self._instances.get(key)
+        if found is not None:
+            self._last_used[key] = self._loop.time()
+        return found
+
+    def make(self, key: str, init: bytes) -> Any:
+        """The instance under `key`, made if there is none; in a thread.
+
+        Raises:
+            BaseException: whatever the constructor or `on_start` raises.
+        """
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            found = self._instances.get(key)
+            if found is None:
+                args, kwargs = values.decode_arguments(init) if init else ([], {})
+                found = self.spec.target(*args, **kwargs)
+                self._hook(found, "on_start")
+                self._instances[key] = found
+                self._last_used[key] = self._loop.time()
+            return found
+
+    def _hook(self, instance: Any, name: str) -> None:
+        hook: Callable[[], Coroutine[Any, Any, None] | None] | None = getattr(instance, name, None)
+        if not callable(hook):
+            return
+        result = hook()
+        if inspect.iscoroutine(result):
+            asyncio.run_coroutine_threadsafe(result, self._loop).result()
+
+    def idle(self, prefix: str, before: float) -> list[str]:
+        """Keys that begin with `prefix` and have not been used since `before`."""
+        return [key for key, at in self._last_used.items() if at < before and key.startswith(prefix)]
+
+    def stop_instance(self, key: str) -> None:
+        """Ends an instance, with its `on_stop`; in a thread."""
+        instance = self._instances.pop(key, None)
+        self._last_used.pop(key, None)
+        self._making.pop(key, None)
+        if instance is None:
+            return
+        try:
+            self._hook(instance, "on_stop")
+        except Exception as error:
+            _log.warning("agent.on_stop_failed", actor=self.spec.name, error=repr(error))
+
+    def stop(self) -> None:
+        """Ends all instances; in a thread."""
+        for key in list(self._instances):
+            self.stop_instance(key)

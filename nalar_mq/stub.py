@@ -1,0 +1,261 @@
+"""What takes the places of agents, tools and workflows in unmodified Python.
+
+A stand-in behaves as what it replaces. Called from rewritten code it gives a future, called from anywhere else the value;
+called where no runtime is, it runs what it replaced. A class stand-in still answers `isinstance`, can be subclassed, and
+gives class attributes; what it constructs looks like an instance of the class, but lives in a worker: its methods are calls,
+and its attributes are read from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from nalar_mq import moves, values
+from nalar_mq.actor import ActorSpec, MethodSpec
+from nalar_mq.context import CallContext, CallOptions, current_context
+from nalar_mq.errors import NalarError
+
+CONSTRUCT = "+"  # names no method of Python's: the call that makes an instance
+_DUNDERS = (
+    *("__call__", "__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__bool__"),
+    *("__str__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__enter__", "__exit__"),
+    *("__add__", "__radd__", "__iadd__", "__sub__", "__mul__", "__int__", "__float__", "__format__"),
+)
+
+
+def public_functions(cls: type) -> dict[str, Callable[..., Any]]:
+    """What instances of `cls` can be asked to do: its functions, special methods that Python calls included."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name in dir(cls):
+        attribute = inspect.getattr_static(cls, name)
+        if inspect.isfunction(attribute) and (not name.startswith("__") or name in _DUNDERS):
+            found[name] = attribute
+    return found
+
+
+def stand_in(spec: ActorSpec) -> Any:
+    """What takes the place of `spec.target` in the user's modules."""
+    return ClassStandIn(spec) if isinstance(spec.target, type) else FunctionStandIn(spec)
+
+
+def _begin(context: CallContext, spec: ActorSpec, method: MethodSpec, options: CallOptions, args: Any, kwargs: Any) -> Any:
+    """Makes the call: a future, or what plain Python returns for an async function or a generator."""
+    label = f"{spec.name}.{method.name}" if method.name else spec.name
+    method.check_arguments(label, args, kwargs)
+
+    def call() -> Any:
+        return context.caller.call(context, spec.name, method.name, args, kwargs, options)
+
+    match method.style:
+        case "sync":
+            return call()
+        case "async":
+            return _awaited(call)
+        case "generator":
+            return _pieces(call().stream())
+        case "async_generator":
+            return _async_pieces(call().stream())
+
+
+async def _awaited(call: Callable[[], Any]) -> Any:
+    return await call()
+
+
+def _pieces(stream: Iterator[Any]) -> Iterator[Any]:
+    yield from stream
+
+
+async def _async_pieces(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for piece in stream:
+        yield piece
+
+
+_PLAIN_OPTIONS = CallOptions()
+
+
+class FunctionStandIn:
+    """Stands for a tool or workflow."""
+
+    __nalar_actor__ = True
+
+    def __init__(self, spec: ActorSpec) -> None:
+        self._spec = spec
+        self._method = spec.methods[""]
+        functools.update_wrapper(self, spec.target)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the function itself: a future in rewritten code, else the value."""
+        context = current_context.get()
+        if context is None:
+            return self._spec.target(*args, **kwargs)
+        context.check_cancelled()
+        begun = _begin(context, self._spec, self._method, _PLAIN_OPTIONS, args, kwargs)
+        return moves.delivered(begun) if self._method.style == "sync" else begun
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __repr__(self) -> str:
+        return repr(self._spec.target)
+
+
+class ClassStandIn:
+    """Stands for the class of an agent."""
+
+    __nalar_actor__ = True
+
+    def __init__(self, spec: ActorSpec) -> None:
+        self._nalar_spec = spec
+        self._nalar_type = _instance_type(spec)
+        self.__name__ = spec.target.__name__
+        self.__qualname__ = spec.target.__qualname__
+        self.__module__ = spec.target.__module__
+        self.__doc__ = spec.target.__doc__
+        self.__wrapped__ = spec.target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Constructs an instance in a worker; without a runtime, here."""
+        context = current_context.get()
+        if context is None:
+            return self._nalar_spec.target(*args, **kwargs)
+        context.check_cancelled()
+        spec = self._nalar_spec
+        inspect.signature(spec.target).bind(*args, **kwargs)
+        args, kwargs = moves.deep((args, kwargs))
+        init = values.encode_arguments(args, kwargs) if args or kwargs else b""
+        context.constructed += 1
+        number = str(context.constructed)
+        instance = number if context.is_root else f"{context.call_id.hex()}-{number}"
+        options = CallOptions(session=context.session, instance=instance if spec.stateful else "", init=init)
+        made = self._nalar_type(spec, options)
+        moves.noted(context.caller.call(context, spec.name, CONSTRUCT, (), {}, options))
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._nalar_spec.target, name)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, self._nalar_spec.target)  # type: ignore[arg-type]
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, self._nalar_spec.target)  # type: ignore[arg-type]
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._nalar_spec.target,)
+
+    def __or__(self, other: Any) -> Any:
+        return self._nalar_spec.target | other  # type: ignore[operator]
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._nalar_spec.target
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._nalar_spec.target
+
+    def __hash__(self) -> int:
+        return hash(self._nalar_spec.target)
+
+    def __repr__(self) -> str:
+        return repr(self._nalar_spec.target)
+
+
+class InstanceStandIn:
+    """Stands for an instance of an agent that lives in a worker."""
+
+    def __init__(self, spec: ActorSpec, options: CallOptions) -> None:
+        object.__setattr__(self, "_nalar_spec", spec)
+        object.__setattr__(self, "_nalar_options", options)
+
+    @property
+    def __class__(self) -> Any:  # isinstance() asks for it
+        return self._nalar_spec.target
+
+    def __getattr__(self, name: str) -> Any:
+        spec: ActorSpec = object.__getattribute__(self, "_nalar_spec")
+        method = spec.methods.get(name)
+        if method is not None:
+            return MethodStandIn(self, spec, method, self._nalar_options)
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        attribute = inspect.getattr_static(spec.target, name, None)
+        if isinstance(attribute, (staticmethod, classmethod)):
+            return getattr(spec.target, name)
+        context = _required(spec)
+        return context.caller.call(context, spec.name, "." + name, (), {}, self._nalar_options).value()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        spec: ActorSpec = self._nalar_spec
+        if not spec.stateful:
+            raise AttributeError(
+                f"{spec.name}.{name} is set from outside, but {spec.name!r} is not stateful: "
+                f"put `stateful = true` into its table in nalar.toml"
+            )
+        context = _required(spec)
+        context.caller.call(context, spec.name, "=" + name, (moves.deep(value),), {}, self._nalar_options).value()
+
+
+class MethodStandIn:
+    """A bound method of an instance that lives in a worker."""
+
+    __nalar_actor__ = True
+
+    def __init__(self, instance: InstanceStandIn, spec: ActorSpec, method: MethodSpec, options: CallOptions) -> None:
+        self.__self__ = instance
+        self.__name__ = method.name
+        self.__func__ = method.function
+        self.__doc__ = method.function.__doc__
+        self._spec = spec
+        self._method = method
+        self._options = options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method itself: a future in rewritten code, else the value."""
+        context = _required(self._spec)
+        begun = _begin(context, self._spec, self._method, self._options, args, kwargs)
+        return moves.delivered(begun) if self._method.style == "sync" else begun
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MethodStandIn) and (self.__self__, self.__name__) == (other.__self__, other.__name__)
+
+    def __hash__(self) -> int:
+        return hash((id(self.__self__), self.__name__))
+
+
+def _required(spec: ActorSpec) -> CallContext:
+    context = current_context.get()
+    if context is None:
+        raise InstanceOutlivedError(spec.name)
+    context.check_cancelled()
+    return context
+
+
+class InstanceOutlivedError(NalarError):
+    """An instance made inside a workflow was used after the workflow had ended."""
+
+    def __init__(self, actor: str) -> None:
+        super().__init__(f"this instance of {actor!r} was made in a workflow and cannot be used outside of one")
+        self.actor = actor
+
+
+def _instance_type(spec: ActorSpec) -> type[InstanceStandIn]:
+    """The type of a class's instances here, with those special methods that the class has."""
+    body: dict[str, Any] = {name: _special(name) for name in _DUNDERS if name in spec.methods}
+    body["__nalar_actor__"] = "__call__" in body
+    return type(spec.target.__name__, (InstanceStandIn,), body)
+
+
+def _special(name: str) -> Callable[..., Any]:
+    def special(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
+        begun = InstanceStandIn.__getattr__(self, name)
+        return moves.deep(begun(*args, **kwargs))
+
+    def call(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
+        spec: ActorSpec = object.__getattribute__(self, "_nalar_spec")
+        options: CallOptions = object.__getattribute__(self, "_nalar_options")
+        begun = _begin(_required(spec), spec, spec.methods[name], options, args, kwargs)
+        return moves.delivered(begun) if spec.methods[name].style == "sync" else begun
+
+    return call if name == "__call__" else special

@@ -1,0 +1,136 @@
+"""A process that serves an app's actors."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import structlog
+
+from nalar_mq.actor import ActorSpec
+from nalar_mq.app import App
+from nalar_mq.config import Settings
+from nalar_mq.host import Host
+from nalar_mq.isolation import Children
+from nalar_mq.membership import LEASE_S
+from nalar_mq.messages import ActorInfo
+from nalar_mq.process import Connect, Process
+
+_log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """Serves the actors of `app` under `name` from `start` to `drain` or `aclose`; an async context manager.
+
+    Args:
+        app: what to serve.
+        settings: broker, namespace and node.
+        name: a token, unique in the namespace; the process that had it before is replaced.
+        connect, lease_in_thread, lease_s, random: as for `Process`.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        settings: Settings,
+        *,
+        name: str,
+        connect: Connect | None = None,
+        lease_in_thread: bool = True,
+        lease_s: float = LEASE_S,
+        random: Random | None = None,
+    ) -> None:
+        self._app = app
+        self._process = Process(
+            settings,
+            name=name,
+            role="worker",
+            actors={spec.name: info_of(spec) for spec in app.actors.values()},
+            connect=connect,
+            lease_in_thread=lease_in_thread,
+            lease_s=lease_s,
+            random=random,
+        )
+        self._host: Host | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._process.replaced.add_done_callback(lambda _: self._end())
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self._process.name
+
+    @property
+    def process(self) -> Process:
+        """Its part in the runtime."""
+        return self._process
+
+    @property
+    def closed(self) -> asyncio.Future[None]:
+        """Ends when the worker has closed or must close, because another process runs under its name."""
+        return self._ended
+
+    @property
+    def running(self) -> int:
+        """Calls that are queued or run here."""
+        return self._host.running if self._host is not None else 0
+
+    async def start(self) -> None:
+        """Joins the runtime; when it returns, calls arrive.
+
+        Raises:
+            BrokerError: the broker is not there, refuses us, or lacks something.
+        """
+        await self._process.start(self._begin_hosting)
+        _log.info("worker.started", worker=self.name, actors=sorted(self._app.actors))
+
+    def _begin_hosting(self) -> None:
+        calls = self._process.calls
+        self._host = calls.host = Host(self._app.actors, calls, Children(self._app.path), name=self.name)
+        self._host.start()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and finishes what it has; False if that took longer than `timeout_s`."""
+        if self._host is None:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._process.membership.drain()
+                await self._host.drained()
+                await self._process.drain(timeout_s)
+        except TimeoutError:
+            _log.warning("worker.drain_timed_out", worker=self.name, running=self.running)
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        """Ends what runs and leaves; idempotent."""
+        host, self._host = self._host, None
+        if host is not None:
+            await host.aclose()
+        await self._process.aclose()
+        self._end()
+
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    async def __aenter__(self) -> Worker:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+
+def info_of(spec: ActorSpec) -> ActorInfo:
+    """What a worker tells others of an actor."""
+    return ActorInfo(
+        spec.kind,
+        {name: str(method.signature) for name, method in spec.methods.items()},
+        spec.stateful,
+        spec.doc,
+        spec.directives.timeout_s,
+        spec.directives.retries,
+        spec.directives.priority,
+    )
