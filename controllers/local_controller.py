@@ -208,7 +208,7 @@ class LocalController:
         finally:
             theirs.close()
         self._children[name] = child = _Child(process, ours)
-        self._log.info("worker.started", worker=name, pid=process.pid)
+        self._log.info("worker.launched", worker=name, pid=process.pid)
         watchers.create_task(self._watch(name, child), name=f"watch-{name}")
 
     async def _watch(self, name: str, child: _Child) -> None:

@@ -281,12 +281,12 @@ def ps(options: _Options, /, as_json: bool, app: Path | None, **broker: str | No
     settings, members = _run(options, commands.members(_choice(broker), app=file))
     if as_json:
         urls = list(settings.broker.urls)
-        _show_json({"broker": urls, "namespace": settings.namespace, "members": [_member_row(m) for m in members]})
+        _show_json({"broker": urls, "namespace": settings.namespace, "members": [_member_row(*m) for m in members]})
         return
     _tell(f"broker {settings.broker.urls[0]}, namespace {settings.namespace}, {len(members)} processes")
     rows = [
         [row["name"], row["role"], row["node"], str(row["pid"]), row["state"], ", ".join(row["actors"])]
-        for row in map(_member_row, members)
+        for row in (_member_row(*m) for m in members)
     ]
     _show_table(["NAME", "ROLE", "NODE", "PID", "STATE", "ACTORS"], rows)
 
@@ -299,16 +299,28 @@ def check(options: _Options, /, app: Path, as_json: bool) -> None:
     """Load APP, check it, and list its actors."""
     from nalar_mq import commands
 
-    rows = [
-        {"name": f"{spec.name}.{method}" if method else spec.name, "kind": spec.kind}
-        | {"signature": str(found.signature), "stateful": spec.stateful, "doc": spec.doc}
-        for spec in commands.load_quietly(commands.app_file(app)).actors.values()
-        for method, found in spec.methods.items()
+    specs = commands.load_quietly(commands.app_file(app)).actors.values()
+    methods = [
+        (spec, f"{spec.name}.{method.name}" if method.name else spec.name, method)
+        for spec in specs
+        for method in spec.methods.values()
     ]
     if as_json:
-        _show_json(rows)
+        _show_json(
+            [
+                {
+                    "name": name,
+                    "kind": spec.kind,
+                    "signature": str(method.signature),
+                    "stateful": spec.stateful,
+                    "doc": spec.doc,
+                }
+                for spec, name, method in methods
+            ]
+        )
         return
-    _show_table(["NAME", "KIND", "SIGNATURE", "DOC"], [[r["name"], r["kind"], r["signature"], r["doc"]] for r in rows])
+    rows = [[name, spec.kind, str(method.signature), spec.doc] for spec, name, method in methods]
+    _show_table(["NAME", "KIND", "SIGNATURE", "DOC"], rows)
 
 
 @cli.command()
@@ -361,10 +373,11 @@ def version() -> None:
 
 def _run(options: _Options, command: Coroutine[Any, Any, Any]) -> Any:
     from nalar_mq import event_loop
+    from nalar_mq.commands import interruptible
     from nalar_mq.logs import Level, configure_logs
 
     configure_logs(cast("Level", options.log_level))
-    return event_loop.run(command)
+    return event_loop.run(interruptible(command))
 
 
 def _choice(values: dict[str, str | None]) -> BrokerChoice:
@@ -424,15 +437,15 @@ def _show_table(head: list[str], rows: list[list[str]]) -> None:
     Console(width=None if on_terminal else 1000, highlight=False, markup=False).print(table)
 
 
-def _member_row(member: Member) -> dict[str, Any]:
+def _member_row(name: str, member: Member) -> dict[str, Any]:
     return {
-        "name": getattr(member, "name", ""),
+        "name": name,
         "role": member.role,
         "node": member.node,
         "pid": member.pid,
         "state": "draining" if member.draining else "serving",
         "actors": {
-            name: {"kind": info.kind, "methods": info.methods, "stateful": info.stateful, "doc": info.doc}
-            for name, info in member.actors.items()
+            actor: {"kind": info.kind, "methods": info.methods, "stateful": info.stateful, "doc": info.doc}
+            for actor, info in member.actors.items()
         },
     }

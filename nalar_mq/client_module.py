@@ -59,11 +59,11 @@ class _Signature:
         for parameter in method.signature.parameters.values():
             self._add(parameter, _type(method.annotations.get(parameter.name, Any)))
 
-    def call(self, call: str, name: str, *more: str) -> str:
+    def call(self, call: str, name: str) -> str:
         """The expression that makes the call."""
         optional = ", ".join(f"{key!r}: {value}" for key, value in self.left_out.items())
         given = [f"**{{k: v for k, v in {{{optional}}}.items() if v is not None}}"] if optional else []
-        return f"{call}({', '.join([repr(name), *self.passed, *more, *given])})"
+        return f"{call}({', '.join([repr(name), *self.passed, *given])})"
 
     def _add(self, parameter: inspect.Parameter, hint: str) -> None:
         name = _identifier(parameter.name)
@@ -122,12 +122,11 @@ def _agent_class(spec: ActorSpec) -> str:
         f"    {_docstring(spec)}",
         "",
         "    def __init__(self, client: Client, session: str | None = None) -> None:",
-        "        self._client = client",
-        "        self._session = session",
+        "        self._caller = client.options(session=session)",
     ]
     for method in spec.methods.values():
         signature = _Signature(method, "self")
-        call = signature.call("self._client.call", f"{spec.name}.{method.name}", "session=self._session")
+        call = signature.call("self._caller.call", f"{spec.name}.{method.name}")
         lines += [
             "",
             f"    def {method.name}({', '.join(['self', *signature.declared])}) -> Future[{signature.result}]:",

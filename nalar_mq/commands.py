@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from nalar_mq.address import check_token, random_token
 from nalar_mq.app import App, load_app
-from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
+from nalar_mq.arguments import Arguments, Parameters, parameters_of, parse_arguments
 from nalar_mq.broker import (
     EmbeddedBroker,
     RuntimeFile,
@@ -40,6 +40,8 @@ from nalar_mq.errors import BrokerError, ConfigError
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Member
+
+T = TypeVar("T")
 
 DEFAULT_WORKERS: Final = 2
 _SERVED_WITHIN_S: Final = 10.0
@@ -89,6 +91,17 @@ def load_quietly(app: Path) -> App:
         return load_app(app)
 
 
+async def interruptible(command: Coroutine[Any, Any, T]) -> T:
+    """Carries out a command; SIGINT or SIGTERM unwinds it, a second one ends the process.
+
+    Raises:
+        Interrupted: it was unwound.
+    """
+    task = asyncio.ensure_future(command)
+    await _first(task, _interrupt())
+    return task.result()
+
+
 async def up(
     app: Path, choice: BrokerChoice, *, workers: int | None, port: int | None, log_level: str, show: Show, tell: Show
 ) -> None:
@@ -133,7 +146,7 @@ async def run(
     the call.
     """
     loaded = load_quietly(app)
-    arguments = parse_arguments(wish.words, wish.json_text, _parameters_in(loaded, wish.name))
+    arguments = _arguments_for(loaded, wish)
     entry = _runtime_entry(app)
     named = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
     running = read_runtime_file(app.parent) if named is None else None
@@ -147,10 +160,11 @@ async def run(
             controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
             await stack.enter_async_context(controller)
             stack.push_async_callback(controller.drain, _RUN_DRAIN_S)
-            await _first(controller.ready(), _interrupt())
+            await controller.ready()
             guards = [controller.failed()]
         client = await stack.enter_async_context(connect(settings=settings))
-        await _first(_call(client, wish, arguments, stream, take), _interrupt(), *guards)
+        await client.wait_for(wish.name, _SERVED_WITHIN_S)
+        await _first(_call(client, wish, arguments, stream, take), *guards)
 
 
 async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream: bool, take: Take) -> None:
@@ -159,13 +173,13 @@ async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream
         load_quietly(app)
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
-        await client.wait_for(wish.name, _SERVED_WITHIN_S if wish.timeout_s is None else wish.timeout_s)
+        await client.wait_for(wish.name, _SERVED_WITHIN_S)
         parameters = _parameters_among(await client.members(), wish.name)
         arguments = parse_arguments(wish.words, wish.json_text, parameters)
-        await _first(_call(client, wish, arguments, stream, take), _interrupt())
+        await _call(client, wish, arguments, stream, take)
 
 
-async def members(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Member]]:
+async def members(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[tuple[str, Member]]]:
     """The processes of a runtime that is there, and how it was reached."""
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
@@ -232,18 +246,17 @@ async def _first(*things: Awaitable[Any]) -> None:
         task.result()
 
 
-async def _call(client: Client, wish: CallWish, arguments: tuple[list[Any], dict[str, Any]], stream: bool, take: Take) -> None:
-    await client.wait_for(wish.name, _SERVED_WITHIN_S)
+async def _call(client: Client, wish: CallWish, arguments: Arguments, stream: bool, take: Take) -> None:
     args, kwargs = arguments
-    options: dict[str, Any] = {"session": wish.session, "priority": wish.priority}
+    caller = client.options(session=wish.session, priority=wish.priority)
     if wish.timeout_s is not None:
-        options["timeout_s"] = wish.timeout_s
+        caller = caller.options(timeout_s=wish.timeout_s)
     try:
         if stream:
-            async for piece in client.stream(wish.name, *args, **options, **kwargs):
+            async for piece in caller.stream(wish.name, *args, **kwargs):
                 take(piece)
         else:
-            take(await client.call(wish.name, *args, **options, **kwargs))
+            take(await caller.call(wish.name, *args, **kwargs))
     except (BrokerError, BrokenPipeError):
         raise
     except Exception as error:
@@ -301,20 +314,23 @@ def _node_name() -> str:
     return random_token(host)
 
 
-def _parameters_in(app: App, name: str) -> Parameters:
-    actor, _, method = name.partition(".")
+def _arguments_for(app: App, wish: CallWish) -> Arguments:
+    actor, _, method = wish.name.partition(".")
     spec = app.actors.get(actor)
     if spec is None:
         raise ConfigError(f"the app has no actor {actor!r}: {did_you_mean(actor, tuple(app.actors))}")
     if method not in spec.methods:
-        known = ", ".join(f"{actor}.{known}" for known in spec.methods if known)
-        raise ConfigError(f"{name!r} cannot be called: " + (f"write one of {known}" if known else f"{actor!r} has no methods"))
-    return parameters_of(str(spec.methods[method].signature))
+        known = tuple(f"{actor}.{name}" if name else actor for name in spec.methods)
+        raise ConfigError(f"{wish.name!r} cannot be called: {did_you_mean(wish.name, known)}")
+    found = spec.methods[method]
+    args, kwargs = parse_arguments(wish.words, wish.json_text, parameters_of(str(found.signature)))
+    found.check_arguments(wish.name, tuple(args), kwargs)
+    return args, kwargs
 
 
-def _parameters_among(processes: list[Member], name: str) -> Parameters:
+def _parameters_among(processes: list[tuple[str, Member]], name: str) -> Parameters:
     actor, _, method = name.partition(".")
-    for member in processes:
+    for _, member in processes:
         info = member.actors.get(actor)
         if info is not None and method in info.methods:
             return parameters_of(info.methods[method])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from nalar_mq.errors import BrokerError, ConfigError, NalarError, NotConnectedError, WireError, WorkerStartError
+from nalar_mq.errors import ArgumentError, BrokerError, ConfigError, NalarError, NotConnectedError, WireError, WorkerStartError
 
 EXIT_OK: Final = 0
 EXIT_CALL_FAILED: Final = 1
@@ -37,12 +37,12 @@ def explain(error: Exception) -> tuple[int, str]:
             return EXIT_CALL_FAILED, _call_failure(error)
         case Interrupted():
             return EXIT_INTERRUPTED, "nalar: interrupted"
-        case ConfigError() | NotConnectedError() | WireError():
+        case ConfigError() | NotConnectedError() | WireError() | ArgumentError():
             return EXIT_CONFIG, f"nalar: error: {one_line(error)}"
         case BrokerError() | WorkerStartError():
             return EXIT_BROKER, f"nalar: error: {one_line(error)}"
         case NalarError():
-            return EXIT_CALL_FAILED, f"nalar: error: {type(error).__name__}: {one_line(error)}"
+            return EXIT_CALL_FAILED, f"nalar: error: {one_line(error)}"
         case _:
             what = f"{type(error).__name__}: {one_line(error)}"
             return EXIT_INTERNAL, f"nalar: internal error: {what} (`nalar --debug ...` shows where)"
@@ -57,6 +57,6 @@ def _call_failure(failure: CallFailed) -> str:
     error = failure.error
     actor = getattr(error, "actor", "") or failure.name
     text = f"nalar: error: {actor} failed: {type(error).__name__}: {one_line(error)}"
-    frames = _FRAME.findall("\n".join(str(note) for note in getattr(error, "__notes__", ())))
+    frames = _FRAME.findall(str(error.__cause__ or ""))
     theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
     return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}" if theirs else text
