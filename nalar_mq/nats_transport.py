@@ -30,6 +30,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from datetime import UTC, datetime
 from io import BytesIO
 from typing import Any, Final, NamedTuple, TypeVar, cast
+from urllib.parse import ParseResult
 
 import nats.errors
 import nats.js.errors
@@ -99,6 +100,22 @@ _STREAM_EXISTS: Final = 10058
 _NO_JETSTREAM: Final = (10039, 10076)
 
 
+class _Tcp(TcpTransport):
+    """nats-py's connection with asyncio's own upgrade to TLS, which ends without warnings."""
+
+    def __bool__(self) -> bool:
+        # The client replaces what is not true.
+        return True
+
+    async def connect_tls(
+        self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
+    ) -> None:
+        assert self._io_writer is not None
+        host = uri if isinstance(uri, str) else uri.hostname
+        async with asyncio.timeout(connect_timeout):
+            await self._io_writer.start_tls(ssl_context, server_hostname=host)
+
+
 class _Client(Client):
     """nats-py's client with a direct way for messages in and out."""
 
@@ -144,9 +161,11 @@ class _Client(Client):
             self._send_now(f"UNSUB {sid}\r\n".encode())
 
     def abort(self) -> None:
-        """Cuts the connection without sending what the socket still holds."""
-        if isinstance(self._transport, TcpTransport) and self._transport._io_writer is not None:
-            self._transport._io_writer.transport.abort()
+        """Cuts the connection without sending what the socket still holds, and without waiting."""
+        if isinstance(self._transport, TcpTransport):
+            if self._transport._io_writer is not None:
+                self._transport._io_writer.transport.abort()
+            self._transport = None
 
     def send_pending(self) -> None:
         """Writes the outbox now."""
@@ -271,6 +290,8 @@ class _Client(Client):
     async def _connect_to_server(self, s: Srv) -> None:
         if self._transport is not None:
             cast("Any", self._transport).close()
+        elif s.uri.scheme in ("nats", "tls"):
+            self._transport = cast("Any", _Tcp)()
         self._congestion.clear()
         await super()._connect_to_server(s)
 

@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nalar_mq.broker import EmbeddedBroker, find_nats_server
@@ -200,7 +202,7 @@ async def test_tls_that_the_server_does_not_offer_is_not_given_up_silently(broke
     assert "TLS" in str(error)
 
 
-async def test_tls_with_a_certificate_of_our_own(tmp_path: Path) -> None:
+async def test_tls_with_a_certificate_of_our_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     command = [*make.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
@@ -209,7 +211,12 @@ async def test_tls_with_a_certificate_of_our_own(tmp_path: Path) -> None:
         for scheme in ("tls", "nats"):
             access = BrokerAccess(urls=(f"{scheme}://{place}",), tls_ca_file=str(cert))
             async with await NatsTransport.connect(access, name="test") as transport:
-                await transport.flush()
+                heard: list[int] = []
+                await transport.subscribe("a", lambda message, heard=heard: heard.append(len(message.data)))  # type: ignore[misc]
+                for _ in range(50):
+                    transport.publish("a", b"x" * 200_000)
+                await until(heard.__eq__, [200_000] * 50)
+        assert caplog.records == []
         error = await refusal(BrokerAccess(urls=(f"tls://{place}",)))
         assert isinstance(error, BrokerUnreachableError)
         assert "TLS" in str(error)
@@ -346,7 +353,10 @@ async def test_listener_that_raises_does_not_keep_others_from_hearing(own_broker
 @contextlib.contextmanager
 def stopped(broker: EmbeddedBroker) -> Iterator[None]:
     assert broker.pid is not None
+    threads = [psutil.Process(thread.id) for thread in psutil.Process(broker.pid).threads()]
     os.kill(broker.pid, signal.SIGSTOP)
+    while any(thread.status() != psutil.STATUS_STOPPED for thread in threads):
+        time.sleep(0.001)
     try:
         yield
     finally:
