@@ -1,0 +1,956 @@
+"""What a future may do while rewritten code runs: the functions that `nalar_mq.rewrite` puts around expressions.
+
+A future only *moves* in rewritten code. Whoever is no rewritten code sees values:
+
+    rewritten function ──call()──▶ rewritten function      futures go in and come out
+                       ──call()──▶ actor                   futures go in, a future comes out
+                       ──call()──▶ container's own method  elements move, keys are values
+                       ──call()──▶ anything else           values go in, in depth; called from the user's own frame
+    anything else      ─────────▶ rewritten function       `given_back` and `yielded` turn what leaves it into values
+    anything else      ─────────▶ actor                    `delivered` waits for the value
+
+Who calls is read from the frame: a rewritten function that runs directly below `call` was called by rewritten code; below any
+other frame, C code included, it was not. Functions are known as rewritten by the last constant of their code.
+
+`deep` puts values in the place of futures inside the same list, dict, deque or object, so that who shares it sees them too;
+tuples are made again. While no future is alive it does nothing, so rewritten code that calls no actor scans nothing.
+
+Errors come in the order of the program. Inside a `try` or `with` body (`Guard`) each statement waits for the calls made
+during it; when it raises, the error of an earlier call goes first, and later calls, which plain Python would not have made,
+are forgotten. The same order holds for a workflow as a whole (`RunScope`).
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import gc
+import itertools
+import operator
+import sys
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Final, Generic, Protocol, TypeGuard, cast
+
+from nalar_mq.future import Future
+
+MARK: Final = sys.intern("nalar:rewritten")
+PLAIN_NAMES: Final = "_@plain"  # in a rewritten module: the names of its definitions that were left as they are
+
+_AnyFuture = Future[Any]
+_Thunk = Callable[[], Any]
+
+_LEAVES: Final = frozenset(
+    {
+        int,
+        str,
+        float,
+        bool,
+        type(None),
+        bytes,
+        complex,
+        range,
+        type,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+        types.ModuleType,
+        type(...),
+    }
+)
+
+
+# Which futures there are, and where they were made.
+
+
+class _Origin(weakref.ref[_AnyFuture]):
+    """Remembers where in the user's code a living future was made."""
+
+    __slots__ = ("filename", "key", "line")
+
+    filename: str
+    key: int
+    line: int
+
+
+class _Living(dict[int, _Origin]):
+    """The origins of all futures that rewritten code made and something still holds, by identity."""
+
+    def note(self, future: _AnyFuture, frame: types.FrameType | None) -> None:
+        origin = _Origin(future, self.forget)
+        origin.key = id(future)
+        origin.filename = frame.f_code.co_filename if frame is not None else "?"
+        origin.line = frame.f_lineno if frame is not None else 0
+        self[origin.key] = origin
+
+    def forget(self, origin: weakref.ref[_AnyFuture]) -> None:
+        key = cast(_Origin, origin).key
+        if self.get(key) is origin:
+            del self[key]
+
+
+_living: Final = _Living()
+
+
+class _Journal(threading.local):
+    """The futures made by this thread inside the guards that are open, in the order of the program."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.made: list[_AnyFuture] = []
+
+
+_journal: Final = _Journal()
+
+
+def is_rewritten(code: types.CodeType) -> bool:
+    """True if functions with this code may be given futures."""
+    consts = code.co_consts
+    return bool(consts) and consts[-1] is MARK
+
+
+def _user_frame() -> types.FrameType | None:
+    frame: types.FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame
+
+
+# From a future to its value.
+
+
+def force(future: _AnyFuture) -> Any:
+    """Waits for the value; an error gets a note that names the line of the call, unless it arises there."""
+    try:
+        return future.value()
+    except Exception as error:
+        origin = _living.get(id(future))
+        if origin is not None:
+            _add_origin(error, origin, _user_frame())
+        raise
+
+
+def _add_origin(error: BaseException, origin: _Origin, frame: types.FrameType | None) -> None:
+    if frame is not None and frame.f_lineno == origin.line and frame.f_code.co_filename == origin.filename:
+        return
+    note = f'raised by the call at File "{origin.filename}", line {origin.line}'
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def value(x: Any) -> Any:
+    """`x`, or its value if it is a future."""
+    return force(cast(_AnyFuture, x)) if isinstance(x, Future) else x
+
+
+def deep(x: Any) -> Any:
+    """`x` with values in the place of all futures in it."""
+    if type(x) in _LEAVES:
+        return x
+    if isinstance(x, Future):
+        return force(cast(_AnyFuture, x))
+    return _Walk().visit(x) if _living else x
+
+
+_VIEWS: Final = tuple(type(view) for d in ({}, OrderedDict[Any, Any]()) for view in (d.keys(), d.values(), d.items()))
+_ITERATORS: Final = (
+    zip,
+    enumerate,
+    reversed,
+    map,
+    filter,
+    *(type(iter(x)) for x in ([], (), {}, {}.values(), {}.items(), deque[Any]())),
+    type(reversed(list[Any]())),
+    *(t for t in vars(itertools).values() if isinstance(t, type)),
+)
+_CONTAINERS: Final = (list, dict, tuple, deque, set, frozenset)
+
+
+class _Walk:
+    """One pass over everything reachable from a value through containers and the user's objects."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+
+    def visit(self, x: Any) -> Any:
+        if type(x) in _LEAVES:
+            return x
+        if isinstance(x, Future):
+            return force(cast(_AnyFuture, x))
+        if id(x) in self.seen:
+            return x
+        if isinstance(x, tuple):
+            return self._tuple(cast("tuple[Any, ...]", x))
+        self.seen[id(x)] = x
+        self._inside(x)
+        return x
+
+    def _inside(self, x: Any) -> None:
+        if isinstance(x, (list, deque)):
+            self._sequence(cast("list[Any]", x))
+        elif isinstance(x, dict):
+            self._dict(cast("dict[Any, Any]", x))
+        elif isinstance(x, (set, frozenset)):
+            for element in tuple(cast("frozenset[Any]", x)):
+                self.visit(element)
+        elif isinstance(x, functools.partial):
+            self.visit(x.args)
+            self.visit(x.keywords)
+        elif isinstance(x, types.MethodType):
+            if not _is_rewritten_callable(x):
+                self.visit(x.__self__)
+        elif isinstance(x, _VIEWS + _ITERATORS):
+            self._referents(x)
+        elif _shape(type(x)) != _FOREIGN:
+            self._instance(x)
+
+    def _sequence(self, x: list[Any]) -> None:
+        for i, old in enumerate(tuple(x)):
+            if type(old) in _LEAVES:
+                continue
+            new = self.visit(old)
+            if new is not old and i < len(x) and x[i] is old:
+                if isinstance(x, list):
+                    list.__setitem__(x, i, new)
+                else:
+                    x[i] = new
+
+    def _dict(self, x: dict[Any, Any]) -> None:
+        for key, old in tuple(dict.items(x)):
+            if type(key) not in _LEAVES:
+                self.visit(key)
+            if type(old) in _LEAVES:
+                continue
+            new = self.visit(old)
+            if new is not old and dict.get(x, key) is old:
+                dict.__setitem__(x, key, new)
+
+    def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts = [self.visit(part) for part in x]
+        if all(new is old for new, old in zip(parts, x, strict=True)):
+            return x
+        if type(x) is tuple:
+            return tuple(parts)
+        return tuple.__new__(type(x), parts)
+
+    def _referents(self, x: Any) -> None:
+        for inner in gc.get_referents(x):
+            if isinstance(inner, _CONTAINERS + _VIEWS + _ITERATORS):
+                self.visit(inner)
+
+    def _instance(self, x: Any) -> None:
+        attributes = getattr(x, "__dict__", None)
+        if type(attributes) is dict:
+            self._dict(cast("dict[Any, Any]", attributes))
+        for cls in type(x).__mro__[:-1]:
+            for name in _slots(cls):
+                self._slot(x, cls.__dict__.get(name))
+
+    def _slot(self, x: Any, descriptor: Any) -> None:
+        if isinstance(descriptor, types.MemberDescriptorType):
+            with contextlib.suppress(AttributeError):
+                old = descriptor.__get__(x)
+                new = self.visit(old)
+                if new is not old:
+                    descriptor.__set__(x, new)
+
+
+def _slots(cls: type) -> Sequence[str]:
+    slots: Any = cls.__dict__.get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return [f"_{cls.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
+
+
+# The user's classes.
+
+_FOREIGN: Final = 0  # never looked into: futures are not stored there
+_OURS: Final = 1  # looked into, but code that is not rewritten may read its attributes at any time
+_KEEPS: Final = 2  # only rewritten code reads its attributes, so futures may be stored there
+
+_shapes: Final[weakref.WeakKeyDictionary[type, int]] = weakref.WeakKeyDictionary()
+_NEUTRAL: Final = frozenset({object, Generic, Protocol})
+
+
+def _shape(cls: type) -> int:
+    shape = _shapes.get(cls)
+    if shape is None:
+        shape = _shapes[cls] = _shape_of(cls)
+    return shape
+
+
+def _shape_of(cls: type) -> int:
+    bases = [c for c in cls.__mro__ if c not in _NEUTRAL and c.__module__ != "abc"]
+    ours = [c for c in bases if _is_rewritten_class(c)]
+    if not ours:
+        known = cls is types.SimpleNamespace or issubclass(cls, BaseException) or hasattr(cls, "__dataclass_fields__")
+        return _OURS if known else _FOREIGN
+    if len(ours) < len(bases) or any(c.__dict__.get("__slots__") for c in bases):
+        return _OURS
+    return _KEEPS if _is_plain_storing(cls) else _OURS
+
+
+def _is_plain_storing(cls: type) -> bool:
+    setter: Any = cls.__setattr__
+    frozen = getattr(getattr(cls, "__dataclass_params__", None), "frozen", False)
+    return setter is object.__setattr__ or frozen or _is_rewritten_callable(setter)
+
+
+def _is_rewritten_class(cls: type) -> bool:
+    module = sys.modules.get(cls.__module__)
+    names = getattr(module, PLAIN_NAMES, None)
+    return names is not None and cls.__qualname__.partition(".")[0] not in names
+
+
+def _is_rewritten_callable(f: Any) -> bool:
+    function = getattr(f, "__func__", f)
+    return type(function) is types.FunctionType and is_rewritten(function.__code__)
+
+
+def _takes_futures(cls: type) -> bool:
+    """True if making an instance only stores the arguments or gives them to rewritten code."""
+    if type(cls).__call__ is not type.__call__ or _shape(cls) == _FOREIGN:
+        return False
+    maker: Any = cls.__new__
+    starter: Any = cls.__init__
+    if maker is not object.__new__ and not _is_rewritten_callable(maker):
+        return False
+    return _is_rewritten_callable(starter) or _is_generated_init(cls, starter)
+
+
+def _is_generated_init(cls: type, starter: Any) -> bool:
+    if "__dataclass_fields__" not in cls.__dict__ or _shape(cls) != _KEEPS or type(starter) is not types.FunctionType:
+        return False
+    if starter.__code__.co_filename != "<string>":
+        return False
+    after = getattr(cls, "__post_init__", None)
+    if after is not None and not _is_rewritten_callable(after):
+        return False
+    return not any(hasattr(getattr(cls, f.name, None), "__set__") for f in dataclasses.fields(cls))
+
+
+# Calls.
+
+
+def call(f: Any, /, *args: Any, **kwargs: Any) -> _Thunk:
+    """Prepares `f(*args, **kwargs)`; the caller calls what it gets for the result, which may be a future.
+
+    What is rewritten has run already then. What is not runs when the user's frame calls it, so that code that looks at its
+    caller (warnings, logging, named tuples, `locals()`) sees the user's frame.
+    """
+    kind = type(f)
+    if kind is types.FunctionType:
+        consts = f.__code__.co_consts
+        if consts and consts[-1] is MARK:
+            return [f(*args, **kwargs)].pop
+    elif kind is types.MethodType:
+        function: Any = f.__func__
+        if type(function) is types.FunctionType and is_rewritten(function.__code__):
+            return [function(f.__self__, *args, **kwargs)].pop
+    return _dispatch(f, args, kwargs)
+
+
+_CALL: Final = call.__code__
+
+
+def _direct(f: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result of a call from rewritten code, futures and all; frames below see it as such."""
+    return f(*args, **kwargs)
+
+
+_DIRECT: Final = _direct.__code__
+
+
+def _dispatch(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
+    if isinstance(f, Future):
+        return call(force(cast(_AnyFuture, f)), *args, **kwargs)
+    kind = type(f)
+    f = _actor_for(f, kind)
+    kind = type(f)
+    if getattr(kind, "__nalar_actor__", False):
+        return [_made(_direct(f, args, kwargs))].pop
+    if kind is types.BuiltinFunctionType:
+        return _builtin(f, args, kwargs)
+    if isinstance(f, type):
+        return _class(cast("type[Any]", f), args, kwargs)
+    if kind is functools.partial:
+        return call(f.func, *f.args, *args, **{**f.keywords, **kwargs})
+    method: Any = getattr(kind, "__call__", None)  # noqa: B004
+    if type(method) is types.FunctionType and is_rewritten(method.__code__):
+        return [_direct(method, (f, *args), kwargs)].pop
+    return _foreign(f, args, kwargs)
+
+
+def stand_in(original: Any, actor: Any) -> None:
+    """Has rewritten code call `actor` wherever it calls the function or class `original`, under whatever name."""
+    original.__nalar_stand_in__ = (original, actor)
+
+
+def _actor_for(f: Any, kind: type) -> Any:
+    if kind is types.FunctionType or isinstance(f, type):
+        entry: Any = f.__dict__.get("__nalar_stand_in__")
+        if entry is not None and entry[0] is f:  # decorators copy the attributes of what they wrap
+            return entry[1]
+    return f
+
+
+def _made(result: Any) -> Any:
+    """Enters the future of a call that was just made into all books."""
+    if isinstance(result, Future):
+        future = cast(_AnyFuture, result)
+        _living.note(future, _user_frame())
+        if _journal.depth:
+            _journal.made.append(future)
+        scope = _scope.get()
+        if scope is not None:
+            scope.add(future)
+    return result
+
+
+def _foreign(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
+    receiver = getattr(f, "__self__", None)
+    if isinstance(receiver, (threading.Thread, concurrent.futures.ThreadPoolExecutor)):
+        args = _carried(receiver, f.__name__, args)
+    elif f in _DRAINING_DESCRIPTORS if type(f) is types.MethodDescriptorType else False:
+        args = tuple(_drained(a) for a in args)
+    if not isinstance(receiver, types.ModuleType):
+        deep(f)
+    return functools.partial(f, *[deep(a) for a in args], **{k: deep(a) for k, a in kwargs.items()})
+
+
+def _class(f: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
+    rule = _TYPE_RULES.get(f)
+    if rule is not None:
+        return [rule(f, args, kwargs)].pop
+    if _takes_futures(f):
+        return [_direct(f, args, kwargs)].pop
+    return _foreign(f, args, kwargs)
+
+
+def _builtin(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
+    receiver = f.__self__
+    if receiver is None or type(receiver) is types.ModuleType:
+        rule = _FUNCTION_RULES.get(f)
+        return [rule(f, args, kwargs)].pop if rule is not None else _foreign(f, args, kwargs)
+    for base, rules in _METHOD_RULES.items():
+        if isinstance(receiver, base):
+            rule = rules.get(f.__name__)
+            if rule is not None:
+                return [rule(f, args, kwargs)].pop
+            break
+    if type(receiver) is str:
+        return functools.partial(f, *[deep(_drained(a)) for a in args], **{k: deep(a) for k, a in kwargs.items()})
+    return _foreign(f, args, kwargs)
+
+
+# Rules: how builtins that only store, hand over or count their arguments are called.
+
+_Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _shallow(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return f(*map(value, args), **kwargs)
+
+
+def _stores(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The last argument moves, those before it (index, key) are values."""
+    return f(*map(deep, args[:-1]), *args[-1:], **kwargs)
+
+
+def _looks_up(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument is a key, those after it move."""
+    return f(*map(deep, args[:1]), *args[1:], **kwargs)
+
+
+def _keyed(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All arguments are values; the receiver is not looked at."""
+    return f(*map(deep, args), **{k: deep(a) for k, a in kwargs.items()})
+
+
+def _gathers(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Elements move from an iterable into a container."""
+    return f(*[_drained(value(a)) for a in args], **kwargs)
+
+
+def _gathers_pairs(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return f(*[_pairs(_drained(value(a))) for a in args], **kwargs)
+
+
+def _consumes(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All elements are needed, so a generator may run to its end before the first value is waited for."""
+    return f(*[deep(_drained(value(a))) for a in args], **{k: deep(a) for k, a in kwargs.items()})
+
+
+def _maps(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) > 1 and (_is_rewritten_callable(args[0]) or getattr(type(args[0]), "__nalar_actor__", False)):
+        return _mapped(args[0], [iter(iterated(a)) for a in args[1:]])
+    return _keyed(f, args, kwargs)
+
+
+def _mapped(f: Any, sources: list[Iterator[Any]]) -> Iterator[Any]:
+    """`map` for functions that may return futures."""
+    for parts in zip(*sources, strict=False):
+        yield yielded(call(f, *parts)())
+
+
+def _evaluates(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    frame = _user_frame()
+    if len(args) == 1 and frame is not None and frame.f_locals is not frame.f_globals:
+        return f(deep(args[0]), frame.f_globals, deep(dict(frame.f_locals)))
+    if len(args) == 1 and frame is not None:
+        return f(deep(args[0]), frame.f_globals)
+    return _keyed(f, args, kwargs)
+
+
+def _drained(x: Any) -> Any:
+    return [*_driven(x)] if _is_rewritten_generator(x) else x
+
+
+def _pairs(x: Any) -> Any:
+    if type(x) not in (list, tuple, zip, enumerate):
+        return x if isinstance(x, dict) else deep(x)
+    return [_pair(value(element)) for element in x]
+
+
+def _pair(x: Any) -> Any:
+    if type(x) in (tuple, list) and len(x) == 2:
+        return deep(x[0]), x[1]
+    return deep(x)
+
+
+_METHOD_RULES: Final[dict[type, dict[str, _Rule]]] = {
+    list: {
+        **dict.fromkeys(("append", "insert"), _stores),
+        **dict.fromkeys(("pop", "copy", "clear", "reverse"), _keyed),
+        "extend": _gathers,
+        "__len__": _keyed,
+        "__getitem__": _keyed,
+    },
+    dict: {
+        **dict.fromkeys(("get", "setdefault", "pop"), _looks_up),
+        **dict.fromkeys(("copy", "clear", "items", "values", "keys", "popitem", "move_to_end"), _keyed),
+        "update": _gathers_pairs,
+        "__len__": _keyed,
+        "__contains__": _keyed,
+        "__getitem__": _keyed,
+    },
+    deque: {
+        **dict.fromkeys(("append", "appendleft", "insert"), _stores),
+        **dict.fromkeys(("extend", "extendleft"), _gathers),
+        **dict.fromkeys(("pop", "popleft", "copy", "clear", "reverse", "rotate"), _keyed),
+    },
+    set: {
+        **dict.fromkeys(("add", "discard", "remove", "pop", "clear", "copy"), _keyed),
+        **dict.fromkeys(("update", "union", "difference", "intersection"), _consumes),
+    },
+}
+_FUNCTION_RULES: Final[dict[Any, _Rule]] = {
+    **dict.fromkeys((len, id, isinstance, issubclass, callable, iter, getattr, hasattr), _shallow),
+    **dict.fromkeys((sum, sorted, min, max), _consumes),
+    **dict.fromkeys((print, repr, abs, round, chr, ord, hash, any, all, divmod, pow, next), _keyed),
+    **dict.fromkeys((eval, exec), _evaluates),
+}
+_TYPE_RULES: Final[dict[Any, _Rule]] = {
+    **dict.fromkeys((bool,), _shallow),
+    **dict.fromkeys((list, tuple, deque), _gathers),
+    **dict.fromkeys((dict, OrderedDict), _gathers_pairs),
+    **dict.fromkeys((set, frozenset, collections.Counter), _consumes),
+    **dict.fromkeys((str, int, float, complex, bytes, bytearray, range, slice, enumerate, zip, reversed, filter), _keyed),
+    map: _maps,
+    defaultdict: _looks_up,
+}
+_DRAINING_DESCRIPTORS: Final = frozenset({str.join, bytes.join})
+_LAZY: Final = frozenset({zip, enumerate, reversed, iter})
+
+
+def call_for_iteration(f: Any, /, *args: Any, **kwargs: Any) -> _Thunk:
+    """`call` where a loop takes the result apart at once, so that elements may pass through `zip` and the like."""
+    if type(f) in (type, types.BuiltinFunctionType) and f in _LAZY:
+        return functools.partial(f, *[iterated(a) for a in args], **{k: deep(a) for k, a in kwargs.items()})
+    return call(f, *args, **kwargs)
+
+
+# What leaves rewritten code.
+
+
+def _caller_takes_futures(code: types.CodeType) -> bool:
+    return code is _CALL or code is _DIRECT
+
+
+def given_back(x: Any) -> Any:
+    """What a rewritten function returns: as it is to rewritten code, in values to all others."""
+    if type(x) in _LEAVES or not _living:
+        return x
+    if _caller_takes_futures(sys._getframe(2).f_code):  # pyright: ignore[reportPrivateUsage]
+        return x
+    return deep(x)
+
+
+def yielded(x: Any) -> Any:
+    """What a rewritten generator yields: as it is to a loop in rewritten code, in values to all others."""
+    if type(x) in _LEAVES or not _living:
+        return x
+    frame = sys._getframe(1).f_back  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code is _DELEGATED:
+        outer = frame.f_back
+        frame = outer.f_back if outer is not None else None
+    if frame is not None and frame.f_code is _DRIVEN:
+        return x
+    return deep(x)
+
+
+def delivered(future: _AnyFuture) -> Any:
+    """What a stand-in's method gives to whoever called it: the future to rewritten code, its value to all others.
+
+    To be called directly from the method that was called.
+    """
+    if _caller_takes_futures(sys._getframe(2).f_code):  # pyright: ignore[reportPrivateUsage]
+        return future
+    return force(_made(future))
+
+
+# Iteration.
+
+
+def _is_rewritten_generator(x: Any) -> TypeGuard[types.GeneratorType[Any, Any, Any]]:
+    if type(x) is not types.GeneratorType:
+        return False
+    code = cast(types.CodeType, x.gi_code)  # pyright: ignore[reportUnknownMemberType]
+    return code is _MAPPED or is_rewritten(code)
+
+
+def _driven(generator: Iterable[Any]) -> Iterator[Any]:
+    for x in generator:  # noqa: UP028 - the frame of this function is what `yielded` looks for
+        yield x
+
+
+def _delegated(generator: Any) -> Any:
+    return (yield from generator)
+
+
+_DRIVEN: Final = _driven.__code__
+_DELEGATED: Final = _delegated.__code__
+_MAPPED: Final = _mapped.__code__
+
+
+def iterated(x: Any) -> Any:
+    """What a loop in rewritten code iterates over in the place of `x`."""
+    if isinstance(x, Future):
+        x = force(cast(_AnyFuture, x))
+    return _driven(x) if _is_rewritten_generator(x) else x
+
+
+def unpacked_each(x: Any) -> Any:
+    """`iterated`, for a loop whose target takes each element apart."""
+    x = iterated(x)
+    return x if type(x) in (enumerate, zip) else map(value, x)
+
+
+def deep_each(x: Any) -> Any:
+    """`iterated`, with elements that are values in depth."""
+    return map(deep, iterated(x))
+
+
+def delegated(x: Any) -> Any:
+    """What `yield from` in rewritten code delegates to in the place of `x`."""
+    x = value(x)
+    if _is_rewritten_generator(x):
+        return _delegated(x)
+    return map(deep, x) if isinstance(x, (*_CONTAINERS, *_VIEWS)) else x
+
+
+# Stores and operators that care about what they are given.
+
+
+def kept_item(x: Any, container: Any) -> Any:
+    """`x` as it may be stored under a key of `container`."""
+    if type(x) in _LEAVES or not _living:
+        return x
+    container = value(container)
+    if type(container) in (list, dict, deque, defaultdict, OrderedDict):
+        return x
+    setter: Any = getattr(type(container), "__setitem__", None)
+    if isinstance(container, (list, dict)) and setter in (list.__setitem__, dict.__setitem__):
+        return x
+    return x if _is_rewritten_callable(setter) else deep(x)
+
+
+def kept_attribute(x: Any, holder: Any, name: str) -> Any:
+    """`x` as it may be stored as the attribute `name` of `holder`."""
+    if type(x) in _LEAVES or not _living:
+        return x
+    cls = type(value(holder))
+    if _shape(cls) == _KEEPS and not hasattr(getattr(cls, name, None), "__set__"):
+        return x
+    return deep(x)
+
+
+def searched(x: Any) -> Any:
+    """`x` as the right side of `in`: the values of a dict are not looked at, the elements of a list are."""
+    x = value(x)
+    return x if isinstance(x, (dict, str, set, frozenset)) else deep(x)
+
+
+def added(x: Any, target: Any) -> Any:
+    """`x` as it is given to `target += x`: to a list its elements move."""
+    if type(target) is list:
+        return _drained(value(x))
+    deep(target)
+    return deep(x)
+
+
+def settle_item(container: Any, key: Any) -> None:
+    """Puts the value in the place of a future under a key, before an operator changes it."""
+    if isinstance(container, dict):
+        old: Any = dict.get(cast("dict[Any, Any]", container), key)
+        if isinstance(old, Future):
+            container[key] = force(cast(_AnyFuture, old))
+    elif isinstance(container, (list, deque)):
+        with contextlib.suppress(IndexError, TypeError):
+            old = container[operator.index(key)]  # pyright: ignore[reportUnknownVariableType]
+            if isinstance(old, Future):
+                container[key] = force(cast(_AnyFuture, old))
+
+
+def settle_attribute(holder: Any, name: str) -> None:
+    """Puts the value in the place of a future in an attribute, before an operator changes it."""
+    attributes = getattr(holder, "__dict__", None)
+    if type(attributes) is dict and isinstance(attributes.get(name), Future):
+        attributes[name] = force(attributes[name])
+
+
+# Bodies of `try` and `with`.
+
+
+def mark() -> int:
+    """The place in this thread's journal where a statement begins."""
+    return len(_journal.made)
+
+
+def settled(start: int, x: Any) -> Any:
+    """`x` in values, after all calls made since `start` have ended; raises the error of the first that failed."""
+    made = _journal.made[start:]
+    del _journal.made[start:]
+    _wait_in_order(made)
+    return deep(x)
+
+
+def _wait_in_order(made: list[_AnyFuture]) -> None:
+    for i, future in enumerate(made):
+        try:
+            if not future.seen:
+                force(future)
+        except BaseException:
+            _abandon(made[i + 1 :])
+            raise
+
+
+def _abandon(futures: Iterable[_AnyFuture]) -> None:
+    for future in futures:
+        future.seen = True
+
+
+def _earlier_error(made: list[_AnyFuture], error: BaseException) -> BaseException | None:
+    """The error of a call that plain Python would have met before `error`; forgets the calls after it."""
+    for i, future in enumerate(made):
+        if future.seen and future.error() is not error:
+            continue
+        found = _error_of(future)
+        if found is not None:
+            _abandon(made[i + 1 :])
+            return None if found is error else found
+    return None
+
+
+def _error_of(future: _AnyFuture) -> Exception | None:
+    try:
+        force(future)
+    except Exception as error:
+        return error
+    return None
+
+
+def _raise_instead(error: BaseException) -> None:
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        error.__context__ = context
+
+
+class Guard:
+    """Stands around the body of a `try` or `with`: what the body called has ended, and raised, before it is left."""
+
+    __slots__ = ("_start",)
+
+    def __enter__(self) -> None:
+        _journal.depth += 1
+        self._start = len(_journal.made)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        _journal.depth -= 1
+        made = _journal.made[self._start :]
+        del _journal.made[self._start :]
+        if error is None:
+            _wait_in_order(made)
+        elif isinstance(error, Exception):
+            earlier = _earlier_error(made, error)
+            if earlier is not None:
+                _raise_instead(earlier)
+
+
+def strip(error: BaseException | None) -> None:
+    """Takes the frames of this module out of the traceback of `error`, which then is the user's own."""
+    if error is not None:
+        error.__traceback__ = _stripped(error.__traceback__)
+
+
+def _stripped(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    frames: list[types.TracebackType] = []
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename != __file__:
+            frames.append(traceback)
+        traceback = traceback.tb_next
+    for frame in reversed(frames):
+        frame.tb_next = traceback
+        traceback = frame
+    return traceback
+
+
+def handled() -> None:
+    """First statement of an `except` block: the user sees a traceback of the user's own lines."""
+    strip(sys.exception())
+
+
+# Runs.
+
+
+class RunScope:
+    """All calls that one run of a workflow made, in whichever of its threads; use as a context manager.
+
+    Leaving the block waits for all of them. An error that nobody has looked at is raised then; when the block itself raises,
+    the error of an earlier call goes first, as in plain Python.
+
+    Args:
+        carried: context variables that threads started by rewritten code inherit, besides the scope itself.
+    """
+
+    def __init__(self, carried: Sequence[ContextVar[Any]] = ()) -> None:
+        self._made: list[_AnyFuture] = []
+        self._lock = threading.Lock()
+        self._prune_at = 256
+        self.carried = tuple(carried)
+
+    def add(self, future: _AnyFuture) -> None:
+        """Enters a call; one that has ended well or was looked at may be forgotten."""
+        with self._lock:
+            self._made.append(future)
+            if len(self._made) >= self._prune_at:
+                self._made = [f for f in self._made if not _is_over(f)]
+                self._prune_at = max(256, 2 * len(self._made))
+
+    def finish(self) -> None:
+        """Waits for all calls, also those made meanwhile; raises the first error that nobody has looked at."""
+        while self._made:
+            with self._lock:
+                made, self._made = self._made, []
+            _wait_in_order(made)
+
+    def __enter__(self) -> RunScope:
+        self._token = _scope.set(self)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            if error is None:
+                self.finish()
+            elif isinstance(error, Exception):
+                self._fail(error)
+        finally:
+            _scope.reset(self._token)
+
+    def _fail(self, error: Exception) -> None:
+        earlier = _earlier_error(self._made, error)
+        if earlier is not None:
+            _raise_instead(earlier)
+
+
+def _is_over(future: _AnyFuture) -> bool:
+    return future.available() and (future.seen or not future.failed())
+
+
+_scope: Final[ContextVar[RunScope | None]] = ContextVar("nalar_run_scope", default=None)
+
+
+def run_scope(carried: Sequence[ContextVar[Any]] = ()) -> RunScope:
+    """A scope for one run of a workflow; see `RunScope`."""
+    return RunScope(carried)
+
+
+def run(f: Callable[..., Any], *args: Any, carried: Sequence[ContextVar[Any]] = (), **kwargs: Any) -> Any:
+    """Runs one workflow to the end of all its calls and returns its result in values."""
+    with run_scope(carried):
+        return deep(f(*args, **kwargs))
+
+
+def _carried(receiver: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lets threads that rewritten code starts belong to its run."""
+    scope = _scope.get()
+    if scope is None:
+        return args
+    if isinstance(receiver, threading.Thread) and name == "start":
+        receiver.run = functools.partial(_run_in, scope, _values_of(scope), receiver.run)
+    elif name in ("submit", "map") and args:
+        return (functools.partial(_run_in, scope, _values_of(scope), args[0]), *args[1:])
+    return args
+
+
+def _values_of(scope: RunScope) -> list[tuple[ContextVar[Any], Any]]:
+    return [(variable, variable.get()) for variable in scope.carried if variable.get(None) is not None]
+
+
+def _run_in(
+    scope: RunScope, carried: list[tuple[ContextVar[Any], Any]], f: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    tokens = [(variable, variable.set(x)) for variable, x in [(_scope, scope), *carried]]
+    try:
+        return f(*args, **kwargs)
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+# Under these names rewritten modules find the functions above; no name of the user's can be one of them.
+NAMES: Final[Mapping[str, Any]] = types.MappingProxyType(
+    {
+        "_@call": call,
+        "_@call_iter": call_for_iteration,
+        "_@value": value,
+        "_@deep": deep,
+        "_@return": given_back,
+        "_@yield": yielded,
+        "_@iter": iterated,
+        "_@unpack_each": unpacked_each,
+        "_@deep_each": deep_each,
+        "_@delegate": delegated,
+        "_@item": kept_item,
+        "_@attribute": kept_attribute,
+        "_@in": searched,
+        "_@add": added,
+        "_@settle_item": settle_item,
+        "_@settle_attribute": settle_attribute,
+        "_@mark": mark,
+        "_@settled": settled,
+        "_@guard": Guard,
+        "_@handled": handled,
+        "_@NameError": builtins.NameError,
+    }
+)

@@ -1,0 +1,998 @@
+"""Rewrites a user's plain Python so that calls of actors may overlap and the result stays that of plain Python.
+
+Each expression stands in one of three places:
+
+    move    may be a future: the right side of a binding, an element of a list or tuple, a value of a dict, an argument,
+            what is returned or yielded
+    value   must not be a future itself: what is tested, iterated over, called, subscripted, asked for an attribute, `is`
+    deep    must not hold a future either: operands, keys, `match` subjects, f-strings, what is raised or thrown away
+
+`_Rewriter` gives every expression the place it stands in; what the functions it puts in do at run time is told in
+`nalar_mq.moves`. Where names are read by code that is not rewritten (modules, class bodies, names that an `async def` uses)
+bindings are deep. Bodies of `try` and `with` are guarded: what a statement there binds is deep and all calls made meanwhile
+have ended, and names from outside that the body reads have their values before it begins, as errors of calls made outside
+belong outside. `async def` stays as it is; functions inside it are rewritten.
+
+File name, lines and columns are the user's. The names put in begin with `_@`, which no Python source can write.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from nalar_mq import moves
+
+_FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+_Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+_N = TypeVar("_N", bound=ast.AST)
+
+_LAZY_CALLS: Final = frozenset({"zip", "enumerate", "reversed", "iter"})
+_SCALAR_CALLS: Final = frozenset({"len", "int", "float", "str", "bool", "ord", "chr", "repr", "hash", "id", "isinstance"})
+_RECURSION_LIMIT: Final = 3000
+
+
+def rewrite_source(source: str | bytes, filename: str, plain: Collection[str] = ()) -> types.CodeType:
+    """Compiles a module so that futures may move in it.
+
+    The code is to be run in a namespace that holds `moves.NAMES`. Definitions at the top of the module whose names are in
+    `plain` stay as they are.
+
+    Raises:
+        SyntaxError: as `compile` does.
+    """
+    tree = ast.parse(source, filename)
+    kept = [_lines(node) for node in tree.body if _is_kept(node, plain)]
+    rewritten = _Rewriter(tree, frozenset(plain)).module()
+    code = compile(ast.fix_missing_locations(rewritten), filename, "exec", dont_inherit=True)
+    return _marked(code, kept, outermost=True)
+
+
+def _is_kept(node: ast.stmt, plain: Collection[str]) -> bool:
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name in plain
+
+
+def _lines(node: Any) -> range:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return range(first, node.end_lineno + 1)
+
+
+def _marked(code: types.CodeType, kept: Sequence[range], *, outermost: bool = False) -> types.CodeType:
+    """The same code in which every rewritten function is known as such by its last constant."""
+    if any(code.co_firstlineno in lines for lines in kept) and not outermost:
+        return code
+    consts = tuple(_marked(const, kept) if isinstance(const, types.CodeType) else const for const in code.co_consts)
+    asynchronous = code.co_flags & (0x80 | 0x200)  # CO_COROUTINE, CO_ASYNC_GENERATOR
+    is_function = code.co_flags & 0x2  # CO_NEWLOCALS: functions, not modules and classes
+    if is_function and not asynchronous:
+        consts = (*consts, moves.MARK)
+    return code.replace(co_consts=consts)
+
+
+# Names.
+
+
+class _Scope:
+    """The names of one module, class, function or comprehension, and what is known of them."""
+
+    def __init__(self, kind: Literal["module", "class", "function", "comprehension"], parent: _Scope | None) -> None:
+        self.kind = kind
+        self.parent = parent
+        self.names: set[str] = set()
+        self.scalars: frozenset[str] = frozenset()
+        self.exposed: frozenset[str] = frozenset()
+        self.globals: set[str] = set()
+        self.self_name = ""
+        self.class_name = ""
+        self.is_generator = False
+        self.guarded = False
+        self.temporaries = 0
+
+    @property
+    def binds_futures(self) -> bool:
+        """True if names bound here are read by rewritten code only."""
+        return self.kind == "function" or self.kind == "comprehension"
+
+    def may_be_future(self, name: str) -> bool:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.globals:
+                return False
+            if name in scope.names and scope.binds_futures:
+                return name not in scope.scalars and name != scope.self_name
+            scope = scope.parent
+        return False
+
+    def is_scalar(self, name: str) -> bool:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.names and scope.binds_futures:
+                return name in scope.scalars
+            scope = scope.parent
+        return False
+
+    def mangled(self, name: str) -> str:
+        scope: _Scope | None = self
+        while scope is not None and not scope.class_name:
+            scope = scope.parent
+        if scope is None or not name.startswith("__") or name.endswith("__"):
+            return name
+        return f"_{scope.class_name.lstrip('_')}{name}"
+
+
+def _own_nodes(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """All nodes that run in the same scope as `body`, and the definitions in it without their insides."""
+    pending = list(body)
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pending.extend([*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)])
+        elif isinstance(node, ast.ClassDef):
+            pending.extend([*node.decorator_list, *node.bases, *node.keywords])
+        elif isinstance(node, ast.Lambda):
+            pending.extend([*node.args.defaults, *(d for d in node.args.kw_defaults if d)])
+        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            pending.extend(n for n in ast.walk(node) if isinstance(n, ast.NamedExpr))
+            pending.append(node.generators[0].iter)
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def _bound_names(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield (node.asname or node.name).partition(".")[0]
+        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+            yield node.name
+        elif isinstance(node, ast.MatchMapping) and node.rest:
+            yield node.rest
+
+
+def _parameters(arguments: ast.arguments) -> list[str]:
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return [a.arg for a in (*every, arguments.vararg, arguments.kwarg) if a is not None]
+
+
+def _function_scope(node: ast.FunctionDef | ast.Lambda, parent: _Scope, module_names: Collection[str]) -> _Scope:
+    scope = _Scope("function", parent)
+    body: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else [*node.body]
+    own = list(_own_nodes(body))
+    scope.globals = {name for n in own if isinstance(n, ast.Global) for name in n.names}
+    nonlocals = {name for n in own if isinstance(n, ast.Nonlocal) for name in n.names}
+    parameters = _parameters(node.args)
+    scope.names = ({*_bound_names(own), *parameters} | _walrus_names(own)) - scope.globals - nonlocals
+    scope.is_generator = any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in own)
+    scope.exposed = frozenset(_names_in_async(body))
+    scope.scalars = _scalar_names(own, scope.names - set(parameters) - _nonlocals_inside(body), module_names)
+    scope.self_name = _self_name(node, parent, own)
+    return scope
+
+
+def _walrus_names(nodes: Iterable[ast.AST]) -> set[str]:
+    return {n.target.id for n in nodes if isinstance(n, ast.NamedExpr)}
+
+
+def _names_in_async(body: Iterable[ast.AST]) -> Iterator[str]:
+    for node in body:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.AsyncFunctionDef):
+                yield from (n.id for n in ast.walk(inner) if isinstance(n, ast.Name))
+
+
+def _nonlocals_inside(body: Iterable[ast.AST]) -> set[str]:
+    return {name for top in body for n in ast.walk(top) if isinstance(n, ast.Nonlocal) for name in n.names}
+
+
+def _self_name(node: ast.FunctionDef | ast.Lambda, parent: _Scope, own: Sequence[ast.AST]) -> str:
+    """The first parameter of a method, which is never a future unless the method binds it anew."""
+    if parent.kind != "class" or isinstance(node, ast.Lambda):
+        return ""
+    first = [*node.args.posonlyargs, *node.args.args][:1]
+    if any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list) or not first:
+        return ""
+    return "" if first[0].arg in set(_bound_names(own)) else first[0].arg
+
+
+def _scalar_names(own: Sequence[ast.AST], candidates: set[str], module_names: Collection[str]) -> frozenset[str]:
+    """Names that only ever hold numbers and text made here, as loop counters do."""
+    bindings: dict[str, list[ast.expr | None]] = {}
+    simple: set[int] = set()
+    for node in own:
+        for name, target, source in _simple_bindings(node, module_names):
+            bindings.setdefault(name, []).append(source)
+            simple.add(id(target))
+    for node in own:
+        if id(node) not in simple:
+            candidates -= set(_bound_names([node]))
+    candidates &= bindings.keys()
+    while True:
+        wrong = {n for n in candidates if not all(b is None or _is_scalar(b, candidates, module_names) for b in bindings[n])}
+        if not wrong:
+            return frozenset(candidates)
+        candidates -= wrong
+
+
+def _simple_bindings(node: ast.AST, module_names: Collection[str]) -> Iterator[tuple[str, ast.Name, ast.expr | None]]:
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                yield target.id, target, node.value
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr)):
+        if isinstance(node.target, ast.Name) and node.value is not None:
+            yield node.target.id, node.target, node.value
+    elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and isinstance(node.iter.func, ast.Name):
+        called = node.iter.func.id
+        target = node.target
+        if called == "enumerate" and isinstance(target, ast.Tuple) and target.elts:
+            target = target.elts[0]
+        elif called != "range":
+            return
+        if isinstance(target, ast.Name) and called not in module_names:
+            yield target.id, target, None
+
+
+def _is_scalar(node: ast.expr, names: Collection[str], module_names: Collection[str]) -> bool:
+    match node:
+        case ast.Constant() | ast.JoinedStr() | ast.Compare():
+            return True
+        case ast.UnaryOp(op=ast.Not()):
+            return True
+        case ast.UnaryOp(operand=operand):
+            return _is_scalar(operand, names, module_names)
+        case ast.BinOp(left=left, right=right):
+            return _is_scalar(left, names, module_names) and _is_scalar(right, names, module_names)
+        case ast.IfExp(body=body, orelse=orelse):
+            return _is_scalar(body, names, module_names) and _is_scalar(orelse, names, module_names)
+        case ast.Name(id=name):
+            return name in names
+        case ast.Call(func=ast.Name(id=name)):
+            return name in _SCALAR_CALLS and name not in module_names
+        case _:
+            return False
+
+
+# The rewriting.
+
+
+class _Rewriter:
+    """Rewrites one module; nodes are changed in place where they stay what they are."""
+
+    def __init__(self, tree: ast.Module, plain: frozenset[str]) -> None:
+        self._tree = tree
+        self._plain = plain
+        self._scope = _Scope("module", None)
+        self._module_names = frozenset(_bound_names(ast.walk(tree)))
+
+    def module(self) -> ast.Module:
+        body: list[ast.stmt] = []
+        for statement in self._tree.body:
+            body.extend([statement] if _is_kept(statement, self._plain) else self._statement(statement))
+        self._tree.body = body
+        return self._tree
+
+    # Building blocks.
+
+    def _ask(self, name: str, at: ast.AST, *arguments: ast.expr) -> ast.Call:
+        function = ast.copy_location(ast.Name(f"_@{name}", ast.Load()), at)
+        return ast.copy_location(ast.Call(function, list(arguments), []), at)
+
+    def _text(self, text: str, at: ast.AST) -> ast.Constant:
+        return ast.copy_location(ast.Constant(text), at)
+
+    def _load(self, name: str, at: ast.AST) -> ast.Name:
+        return ast.copy_location(ast.Name(name, ast.Load()), at)
+
+    def _assign(self, name: str, source: ast.expr, at: ast.AST) -> ast.stmt:
+        target = ast.copy_location(ast.Name(name, ast.Store()), at)
+        return ast.copy_location(ast.Assign([target], source), at)
+
+    def _temporary(self) -> str:
+        self._scope.temporaries += 1
+        return f"_@{self._scope.temporaries}"
+
+    # What is known without running.
+
+    def _is_value(self, node: ast.expr) -> bool:
+        """True if the expression as written cannot be a future."""
+        match node:
+            case ast.Name(id=name):
+                return not self._scope.may_be_future(name)
+            case ast.BoolOp(values=operands):
+                return self._is_value(operands[-1])
+            case ast.IfExp(body=body, orelse=orelse):
+                return self._is_value(body) and self._is_value(orelse)
+            case ast.Call() as call:
+                return self._is_scalar_call(call) or _is_super(call)
+            case ast.Attribute() | ast.Subscript() | ast.NamedExpr() | ast.Starred():
+                return False
+            case _:
+                return True
+
+    def _is_clean(self, node: ast.expr) -> bool:
+        """True if the expression as written is a value that holds no future."""
+        match node:
+            case ast.Constant() | ast.JoinedStr() | ast.BinOp() | ast.UnaryOp() | ast.Compare():
+                return True
+            case ast.Lambda() | ast.GeneratorExp():
+                return True
+            case ast.Name(id=name):
+                return self._scope.is_scalar(name)
+            case ast.Tuple(elts=elements) | ast.List(elts=elements) | ast.Set(elts=elements):
+                return all(self._is_clean(e) for e in elements)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self._is_clean(body) and self._is_clean(orelse)
+            case ast.Call() as call:
+                return self._is_scalar_call(call)
+            case _:
+                return False
+
+    def _is_scalar_call(self, node: ast.Call) -> bool:
+        return isinstance(node.func, ast.Name) and node.func.id in _SCALAR_CALLS and node.func.id not in self._module_names
+
+    # The places an expression may stand in.
+
+    def _value(self, node: ast.expr) -> ast.expr:
+        known = self._is_value(node)
+        if isinstance(node, ast.NamedExpr) and self._scope.binds_futures:
+            node.value = self._value(node.value)
+            return node
+        moved = self._move(node)
+        return moved if known else self._ask("value", moved, moved)
+
+    def _deep(self, node: ast.expr) -> ast.expr:
+        known = self._is_clean(node)
+        moved = self._move(node)
+        return moved if known else self._ask("deep", moved, moved)
+
+    def _full(self, node: ast.expr) -> ast.expr:
+        """Deep, and in a guarded body after the end of all calls that were made for it."""
+        if not self._scope.guarded or not _has_call(node):
+            return self._deep(node)
+        moved = self._move(node)
+        if _has_yield(node):
+            return self._ask("deep", moved, moved)
+        return self._ask("settled", moved, self._ask("mark", moved), moved)
+
+    def _test(self, node: ast.expr) -> ast.expr:
+        return self._full(node) if self._scope.guarded and _has_call(node) else self._value(node)
+
+    def _bound(self, node: ast.expr, name: str = "") -> ast.expr:
+        """What is bound to a name of this scope."""
+        scope = self._scope
+        deep = scope.guarded or not scope.binds_futures or name in scope.globals or name in scope.exposed
+        return self._full(node) if deep else self._move(node)
+
+    def _iterated(self, node: ast.expr, target: ast.expr, *, guarded: bool) -> ast.expr:
+        """What a loop iterates over, given what it binds each element to."""
+        if self._is_range(node):
+            return self._move(node)
+        name = "iter"
+        if guarded or not self._scope.binds_futures or not _is_flat(target) or self._binds_deep(target):
+            name = "deep_each"
+        elif not isinstance(target, ast.Name):
+            name = "unpack_each"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LAZY_CALLS and not guarded:
+            moved = self._call(node, "call_iter")
+        else:
+            moved = self._full(node) if guarded else self._move(node)
+        return self._ask(name, moved, moved)
+
+    def _is_range(self, node: ast.expr) -> bool:
+        named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range"
+        return named and "range" not in self._module_names
+
+    def _binds_deep(self, target: ast.expr) -> bool:
+        scope = self._scope
+        return any(isinstance(n, ast.Name) and n.id in (scope.exposed | scope.globals) for n in ast.walk(target))
+
+    # Expressions in a moving place.
+
+    def _move(self, node: ast.expr) -> ast.expr:
+        rewrite = getattr(self, f"_move_{type(node).__name__.lower()}", None)
+        if rewrite is None:
+            return node
+        result: ast.expr = rewrite(node)
+        return result
+
+    def _move_call(self, node: ast.Call) -> ast.expr:
+        return node if _is_super(node) else self._call(node, "call")
+
+    def _call(self, node: ast.Call, helper: str) -> ast.Call:
+        function = ast.copy_location(ast.Name(f"_@{helper}", ast.Load()), node)
+        arguments = [self._move(node.func), *(self._argument(a) for a in node.args)]
+        keywords = node.keywords
+        for keyword in keywords:
+            keyword.value = self._move(keyword.value) if keyword.arg else self._value(keyword.value)
+        prepared = ast.copy_location(ast.Call(function, arguments, keywords), node)
+        return ast.copy_location(ast.Call(prepared, [], []), node)
+
+    def _argument(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Starred):
+            node.value = self._ask("iter", node.value, self._move(node.value))
+            return node
+        return self._move(node)
+
+    def _move_attribute(self, node: ast.Attribute) -> ast.expr:
+        node.value = self._value(node.value)
+        return node
+
+    def _move_subscript(self, node: ast.Subscript) -> ast.expr:
+        node.value = self._value(node.value)
+        node.slice = self._key(node.slice)
+        return node
+
+    def _key(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Slice):
+            return self._move_slice(node)
+        if isinstance(node, ast.Tuple) and any(isinstance(e, ast.Slice) for e in node.elts):
+            node.elts = [self._key(e) for e in node.elts]
+            return node
+        return self._deep(node)
+
+    def _move_slice(self, node: ast.Slice) -> ast.expr:
+        node.lower = self._deep(node.lower) if node.lower else None
+        node.upper = self._deep(node.upper) if node.upper else None
+        node.step = self._deep(node.step) if node.step else None
+        return node
+
+    def _move_boolop(self, node: ast.BoolOp) -> ast.expr:
+        node.values = [*(self._value(v) for v in node.values[:-1]), self._move(node.values[-1])]
+        return node
+
+    def _move_ifexp(self, node: ast.IfExp) -> ast.expr:
+        node.test = self._value(node.test)
+        node.body = self._move(node.body)
+        node.orelse = self._move(node.orelse)
+        return node
+
+    def _move_namedexpr(self, node: ast.NamedExpr) -> ast.expr:
+        node.value = self._move(node.value) if self._walrus_moves(node.target.id) else self._deep(node.value)
+        return node
+
+    def _walrus_moves(self, name: str) -> bool:
+        scope = self._scope
+        while scope.kind == "comprehension" and scope.parent is not None:
+            scope = scope.parent
+        return scope.kind == "function" and name not in scope.globals and name not in scope.exposed
+
+    def _move_binop(self, node: ast.BinOp) -> ast.expr:
+        node.left = self._deep(node.left)
+        node.right = self._deep(node.right)
+        return node
+
+    def _move_unaryop(self, node: ast.UnaryOp) -> ast.expr:
+        node.operand = self._value(node.operand) if isinstance(node.op, ast.Not) else self._deep(node.operand)
+        return node
+
+    def _move_compare(self, node: ast.Compare) -> ast.expr:
+        if all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            node.left = self._value(node.left)
+            node.comparators = [self._value(c) for c in node.comparators]
+            return node
+        node.left = self._deep(node.left)
+        last = len(node.ops) - 1
+        for i, (op, right) in enumerate(zip(node.ops, node.comparators, strict=True)):
+            searched = isinstance(op, (ast.In, ast.NotIn)) and i == last and not self._is_clean(right)
+            node.comparators[i] = self._ask("in", right, self._move(right)) if searched else self._deep(right)
+        return node
+
+    def _move_joinedstr(self, node: ast.JoinedStr) -> ast.expr:
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                part.value = self._deep(part.value)
+                if part.format_spec is not None:
+                    part.format_spec = self._move(part.format_spec)
+        return node
+
+    def _move_list(self, node: ast.List | ast.Tuple) -> ast.expr:
+        node.elts = [self._argument(e) for e in node.elts]
+        return node
+
+    _move_tuple = _move_list
+
+    def _move_set(self, node: ast.Set) -> ast.expr:
+        node.elts = [self._argument(e) if isinstance(e, ast.Starred) else self._deep(e) for e in node.elts]
+        return node
+
+    def _move_dict(self, node: ast.Dict) -> ast.expr:
+        for i, (key, content) in enumerate(zip(node.keys, node.values, strict=True)):
+            node.keys[i] = self._deep(key) if key else None
+            node.values[i] = self._move(content) if key else self._value(content)
+        return node
+
+    def _move_starred(self, node: ast.Starred) -> ast.expr:
+        return self._argument(node)
+
+    def _move_lambda(self, node: ast.Lambda) -> ast.expr:
+        self._defaults(node.args)
+        outer = self._scope
+        self._scope = _function_scope(node, outer, self._module_names)
+        clean = self._is_clean(node.body)
+        body = self._move(node.body)
+        if self._scope.is_generator:
+            clean = True
+        node.body = body if clean else self._ask("return", body, body)
+        self._scope = outer
+        return node
+
+    def _move_yield(self, node: ast.Yield) -> ast.expr:
+        if node.value is not None:
+            if self._scope.guarded:
+                node.value = self._full(node.value)
+            else:
+                moved = self._move(node.value)
+                node.value = self._ask("yield", moved, moved)
+        return node
+
+    def _move_yieldfrom(self, node: ast.YieldFrom) -> ast.expr:
+        moved = self._move(node.value)
+        node.value = self._ask("delegate", moved, moved)
+        return node
+
+    def _comprehension(self, node: _Comprehension) -> _Scope:
+        outer = self._scope
+        inner = _Scope("comprehension", outer)
+        inner.names = {n for g in node.generators for n in _bound_names(ast.walk(g.target))}
+        for i, generator in enumerate(node.generators):
+            self._scope = outer if i == 0 else inner
+            node.generators[i].iter = self._comprehended(generator)
+            self._scope = inner
+            generator.ifs = [self._value(test) for test in generator.ifs]
+        return outer
+
+    def _comprehended(self, generator: ast.comprehension) -> ast.expr:
+        scope = self._scope
+        binds = scope.kind
+        if not scope.binds_futures:
+            scope.kind = "comprehension"
+        try:
+            return self._iterated(generator.iter, generator.target, guarded=False)
+        finally:
+            scope.kind = binds
+
+    def _move_listcomp(self, node: ast.ListComp) -> ast.expr:
+        outer = self._comprehension(node)
+        node.elt = self._move(node.elt)
+        self._scope = outer
+        return node
+
+    def _move_setcomp(self, node: ast.SetComp) -> ast.expr:
+        outer = self._comprehension(node)
+        node.elt = self._deep(node.elt)
+        self._scope = outer
+        return node
+
+    def _move_dictcomp(self, node: ast.DictComp) -> ast.expr:
+        outer = self._comprehension(node)
+        node.key = self._deep(node.key)
+        node.value = self._move(node.value)
+        self._scope = outer
+        return node
+
+    def _move_generatorexp(self, node: ast.GeneratorExp) -> ast.expr:
+        outer = self._comprehension(node)
+        clean = self._is_clean(node.elt)
+        moved = self._move(node.elt)
+        node.elt = moved if clean else self._ask("yield", moved, moved)
+        self._scope = outer
+        return node
+
+    # Statements.
+
+    def _body(self, body: Iterable[ast.stmt], *, guarded: bool | None = None) -> list[ast.stmt]:
+        before = self._scope.guarded
+        self._scope.guarded = before if guarded is None else guarded
+        try:
+            return [out for statement in body for out in self._statement(statement)]
+        finally:
+            self._scope.guarded = before
+
+    def _statement(self, node: ast.stmt) -> list[ast.stmt]:
+        rewrite = getattr(self, f"_do_{type(node).__name__.lower()}", None)
+        if rewrite is None:
+            return [node]
+        result: list[ast.stmt] = rewrite(node)
+        return result
+
+    def _do_expr(self, node: ast.Expr) -> list[ast.stmt]:
+        if isinstance(node.value, (ast.Yield, ast.YieldFrom)):
+            node.value = self._move(node.value)
+        elif not isinstance(node.value, ast.Constant):
+            node.value = self._full(node.value)
+        return [node]
+
+    def _do_return(self, node: ast.Return) -> list[ast.stmt]:
+        if node.value is None:
+            return [node]
+        if self._scope.guarded or self._scope.is_generator:
+            node.value = self._full(node.value)
+        elif self._is_clean(node.value):
+            node.value = self._move(node.value)
+        else:
+            moved = self._move(node.value)
+            node.value = self._ask("return", moved, moved)
+        return [node]
+
+    def _do_assign(self, node: ast.Assign) -> list[ast.stmt]:
+        if len(node.targets) > 1:
+            return self._assign_many(node)
+        target = node.targets[0]
+        if isinstance(target, ast.Name):
+            node.value = self._bound(node.value, target.id)
+            return [node]
+        if isinstance(target, (ast.Tuple, ast.List)):
+            return self._assign_unpacked(node, target)
+        if isinstance(target, (ast.Attribute, ast.Subscript)):
+            return self._store(node, target)
+        return [node]
+
+    def _assign_many(self, node: ast.Assign) -> list[ast.stmt]:
+        names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+        deep = len(names) < len(node.targets) or any(self._binds_deep(t) for t in node.targets)
+        node.value = self._full(node.value) if deep else self._bound(node.value)
+        node.targets = [self._target(t) for t in node.targets]
+        return [node]
+
+    def _assign_unpacked(self, node: ast.Assign, target: ast.Tuple | ast.List) -> list[ast.stmt]:
+        source = node.value
+        moves_on = self._scope.binds_futures and not self._scope.guarded and not self._binds_deep(target)
+        if not moves_on or not _is_flat(target):
+            node.value = self._full(source)
+        elif isinstance(source, (ast.Tuple, ast.List)) and not any(isinstance(e, ast.Starred) for e in source.elts):
+            node.value = self._move(source)
+        else:
+            node.value = self._ask("iter", source, self._move(source))
+        node.targets = [self._target(target)]
+        return [node]
+
+    def _store(self, node: ast.Assign | ast.AnnAssign, target: ast.Attribute | ast.Subscript) -> list[ast.stmt]:
+        assert node.value is not None
+        native = self._scope.guarded or not self._scope.binds_futures or self._is_clean(node.value)
+        if native or isinstance(getattr(target, "slice", None), ast.Slice):
+            node.value = self._full(node.value)
+            self._target(target)
+            return [node]
+        before: list[ast.stmt] = []
+        moved = self._move(node.value)
+        holder = target.value
+        if not isinstance(holder, ast.Name):
+            content, place = self._temporary(), self._temporary()
+            before = [self._assign(content, moved, node), self._assign(place, self._value(holder), node)]
+            moved = self._load(content, node)
+            target.value = holder = self._load(place, node)
+            if isinstance(target, ast.Subscript):
+                target.slice = self._key(target.slice)
+        else:
+            self._target(target)
+        node.value = self._kept(moved, self._load(holder.id, holder), target)
+        return [*before, node]
+
+    def _kept(self, moved: ast.expr, holder: ast.expr, target: ast.Attribute | ast.Subscript) -> ast.expr:
+        if isinstance(target, ast.Subscript):
+            return self._ask("item", moved, moved, holder)
+        return self._ask("attribute", moved, moved, holder, self._text(self._scope.mangled(target.attr), target))
+
+    def _target(self, target: ast.expr) -> ast.expr:
+        """The expressions inside of what is assigned to."""
+        if isinstance(target, (ast.Attribute, ast.Starred)):
+            target.value = self._value(target.value) if isinstance(target, ast.Attribute) else self._target(target.value)
+        elif isinstance(target, ast.Subscript):
+            target.value = self._value(target.value)
+            target.slice = self._key(target.slice)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            target.elts = [self._target(e) for e in target.elts]
+        return target
+
+    def _do_annassign(self, node: ast.AnnAssign) -> list[ast.stmt]:
+        if node.value is None:
+            return [node]
+        if isinstance(node.target, ast.Name):
+            node.value = self._bound(node.value, node.target.id)
+            return [node]
+        return self._store(node, node.target)
+
+    def _do_augassign(self, node: ast.AugAssign) -> list[ast.stmt]:
+        if isinstance(node.target, ast.Name):
+            return self._augment_name(node, node.target)
+        before = self._settled_target(node.target, node)
+        node.value = self._full(node.value)
+        return [*before, node]
+
+    def _augment_name(self, node: ast.AugAssign, target: ast.Name) -> list[ast.stmt]:
+        before: list[ast.stmt] = []
+        if self._scope.may_be_future(target.id):
+            loaded = self._load(target.id, target)
+            how = "value" if isinstance(node.op, ast.Add) else "deep"
+            before = [self._assign(target.id, self._ask(how, target, loaded), node)]
+        moves_on = isinstance(node.op, ast.Add) and self._scope.binds_futures and not self._scope.guarded
+        if not moves_on or self._is_clean(node.value) or self._scope.is_scalar(target.id):
+            node.value = self._full(node.value)
+        else:
+            node.value = self._ask("add", node.value, self._move(node.value), self._load(target.id, target))
+        return [*before, node]
+
+    def _settled_target(self, target: ast.Attribute | ast.Subscript, at: ast.AST) -> list[ast.stmt]:
+        """Makes an augmented target safe to read: its holder and key are evaluated once, a future there replaced."""
+        holder = self._value(target.value)
+        key = self._key(target.slice) if isinstance(target, ast.Subscript) else None
+        if isinstance(key, (ast.Slice, ast.Tuple)):
+            target.value = holder
+            return []
+        before: list[ast.stmt] = []
+        place = self._temporary()
+        before.append(self._assign(place, holder, at))
+        target.value = self._load(place, at)
+        if isinstance(target, ast.Subscript) and key is not None:
+            name = self._temporary()
+            before.append(self._assign(name, key, at))
+            target.slice = self._load(name, at)
+            check = self._ask("settle_item", at, self._load(place, at), self._load(name, at))
+        else:
+            attribute = self._text(self._scope.mangled(getattr(target, "attr", "")), at)
+            check = self._ask("settle_attribute", at, self._load(place, at), attribute)
+        return [*before, ast.copy_location(ast.Expr(check), at)]
+
+    def _do_delete(self, node: ast.Delete) -> list[ast.stmt]:
+        node.targets = [self._target(t) for t in node.targets]
+        return [node]
+
+    def _do_raise(self, node: ast.Raise) -> list[ast.stmt]:
+        node.exc = self._full(node.exc) if node.exc else None
+        node.cause = self._full(node.cause) if node.cause else None
+        return [node]
+
+    def _do_assert(self, node: ast.Assert) -> list[ast.stmt]:
+        node.test = self._test(node.test)
+        node.msg = self._full(node.msg) if node.msg else None
+        return [node]
+
+    def _do_if(self, node: ast.If | ast.While) -> list[ast.stmt]:
+        node.test = self._test(node.test)
+        node.body = self._body(node.body)
+        node.orelse = self._body(node.orelse)
+        return [node]
+
+    _do_while = _do_if
+
+    def _do_for(self, node: ast.For) -> list[ast.stmt]:
+        node.iter = self._iterated(node.iter, node.target, guarded=self._scope.guarded)
+        node.target = self._target(node.target)
+        node.body = self._body(node.body)
+        node.orelse = self._body(node.orelse)
+        return [node]
+
+    def _do_match(self, node: ast.Match) -> list[ast.stmt]:
+        node.subject = self._full(node.subject)
+        for case in node.cases:
+            case.guard = self._test(case.guard) if case.guard else None
+            case.body = self._body(case.body)
+        return [node]
+
+    def _do_with(self, node: ast.With) -> list[ast.stmt]:
+        before = self._early(node.body, node)
+        for item in node.items:
+            item.context_expr = self._test(item.context_expr)
+            if item.optional_vars is not None:
+                item.optional_vars = self._target(item.optional_vars)
+        if not self._scope.is_generator:
+            node.items.append(ast.withitem(self._ask("guard", node)))
+        node.body = self._body(node.body, guarded=True)
+        return [*before, node]
+
+    def _do_try(self, node: ast.Try | Any) -> list[ast.stmt]:
+        before = self._early(node.body, node)
+        node.body = self._guarded(node.body, node)
+        for handler in node.handlers:
+            if handler.type is not None:
+                handler.type = self._deep(handler.type)
+            handled = ast.copy_location(ast.Expr(self._ask("handled", handler)), handler)
+            handler.body = [handled, *self._protected(handler.body, node)]
+        if node.orelse:
+            node.orelse = self._protected(node.orelse, node)
+        node.finalbody = self._body(node.finalbody)
+        return [*before, node]
+
+    _do_trystar = _do_try
+
+    def _protected(self, body: list[ast.stmt], node: Any) -> list[ast.stmt]:
+        """A body that only a `finally` stands around, if anything."""
+        return self._guarded(body, node) if node.finalbody else self._body(body)
+
+    def _guarded(self, body: list[ast.stmt], at: ast.AST) -> list[ast.stmt]:
+        inner = self._body(body, guarded=True)
+        if self._scope.is_generator:
+            return inner
+        return [ast.copy_location(ast.With([ast.withitem(self._ask("guard", at))], inner), at)]
+
+    def _early(self, body: list[ast.stmt], at: ast.AST) -> list[ast.stmt]:
+        """Gives the names that a guarded body reads their values before it begins."""
+        if self._scope.guarded or not self._scope.binds_futures:
+            return []
+        loaded = [n.id for top in body for n in ast.walk(top) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+        names = [n for n in dict.fromkeys(loaded) if self._scope.may_be_future(n) or n == self._scope.self_name]
+        return [self._value_if_bound(name, at) for name in names]
+
+    def _value_if_bound(self, name: str, at: ast.AST) -> ast.stmt:
+        look = ast.copy_location(ast.Expr(self._load(name, at)), at)
+        wait = ast.copy_location(ast.Expr(self._ask("deep", at, self._load(name, at))), at)
+        unbound = ast.ExceptHandler(self._load("_@NameError", at), None, [ast.copy_location(ast.Pass(), at)])
+        return ast.copy_location(ast.Try([look], [ast.copy_location(unbound, at)], [wait], []), at)
+
+    # Definitions.
+
+    def _defaults(self, arguments: ast.arguments) -> None:
+        arguments.defaults = [self._deep(d) for d in arguments.defaults]
+        arguments.kw_defaults = [self._deep(d) if d else None for d in arguments.kw_defaults]
+
+    def _do_functiondef(self, node: ast.FunctionDef) -> list[ast.stmt]:
+        node.decorator_list = [self._value(d) for d in node.decorator_list]
+        self._defaults(node.args)
+        outer = self._scope
+        self._scope = _function_scope(node, outer, self._module_names)
+        first = 1 if ast.get_docstring(node, clean=False) is not None else 0
+        start = [
+            self._assign(name, self._ask("deep", node.body[0], self._load(name, node.body[0])), node.body[0])
+            for name in _parameters(node.args)
+            if name in self._scope.exposed
+        ]
+        node.body = [*node.body[:first], *start, *self._body(node.body[first:])]
+        self._scope = outer
+        return [node]
+
+    def _do_asyncfunctiondef(self, node: ast.AsyncFunctionDef) -> list[ast.stmt]:
+        node.decorator_list = [self._value(d) for d in node.decorator_list]
+        self._defaults(node.args)
+        outer = self._scope
+        self._scope = _Scope("module", outer)
+        self._scope.names = {*_parameters(node.args), *_bound_names(_own_nodes(node.body))}
+        for body in _bodies(node):
+            body[:] = [out for s in body for out in (self._statement(s) if isinstance(s, _DEFINITIONS) else [s])]
+        self._scope = outer
+        return [node]
+
+    def _do_classdef(self, node: ast.ClassDef) -> list[ast.stmt]:
+        node.decorator_list = [self._value(d) for d in node.decorator_list]
+        node.bases = [self._argument(b) for b in node.bases]
+        for keyword in node.keywords:
+            keyword.value = self._deep(keyword.value)
+        outer = self._scope
+        self._scope = _Scope("class", outer)
+        self._scope.class_name = node.name
+        self._scope.names = set(_bound_names(_own_nodes(node.body)))
+        node.body = self._body(node.body)
+        self._scope = outer
+        return [node]
+
+
+_DEFINITIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """All lists of statements that run in the same scope as the body of `node`."""
+    pending: list[ast.AST] = [node]
+    while pending:
+        inner = pending.pop()
+        for field in ("body", "orelse", "finalbody"):
+            body = getattr(inner, field, None)
+            if isinstance(body, list):
+                yield body
+                pending.extend(s for s in body if not isinstance(s, _DEFINITIONS))
+        pending.extend(getattr(inner, "handlers", ()))
+        pending.extend(getattr(inner, "cases", ()))
+
+
+def _is_super(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _is_flat(target: ast.expr) -> bool:
+    if isinstance(target, (ast.Tuple, ast.List)):
+        return all(isinstance(e.value if isinstance(e, ast.Starred) else e, ast.Name) for e in target.elts)
+    return isinstance(target, ast.Name)
+
+
+def _has_call(node: ast.expr) -> bool:
+    return any(isinstance(n, (ast.Call, ast.YieldFrom)) for n in ast.walk(node))
+
+
+def _has_yield(node: ast.expr) -> bool:
+    return any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in ast.walk(node))
+
+
+# Importing.
+
+
+class _RewritingLoader(importlib.machinery.SourceFileLoader):
+    """Loads one module from its source, rewritten; no byte code is kept."""
+
+    def __init__(self, fullname: str, path: str, finder: RewritingFinder) -> None:
+        super().__init__(fullname, path)
+        self._finder = finder
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        path = self.get_filename(fullname)
+        return rewrite_source(self.get_data(path), path, self._finder.plain(fullname))
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        names = vars(module)
+        names.update(moves.NAMES)
+        names[moves.PLAIN_NAMES] = frozenset(self._finder.plain(module.__name__))
+        super().exec_module(module)
+        self._finder.on_module(module)
+
+
+def _nothing(_: object) -> None:
+    return None
+
+
+class RewritingFinder(importlib.abc.MetaPathFinder):
+    """Rewrites the app's own modules when they are imported.
+
+    Args:
+        roots: folders whose modules are the app's; installed packages under them are not.
+        on_module: called with each rewritten module after its body ran.
+        skip: True for modules, by full name, that are to be imported as they are.
+        plain: the names of the definitions at the top of a module, by its full name, that stay as they are: actors.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        on_module: Callable[[types.ModuleType], None] | None = None,
+        skip: Callable[[str], bool] | None = None,
+        plain: Callable[[str], Collection[str]] | None = None,
+    ) -> None:
+        self.roots = tuple(root.resolve() for root in roots)
+        self.on_module = on_module or _nothing
+        self.plain = plain or (lambda _: ())
+        self._skip = skip or (lambda _: False)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a module of the app; None for all others."""
+        if self._skip(fullname):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or type(spec.loader) is not importlib.machinery.SourceFileLoader or spec.origin is None:
+            return None
+        if not self._is_of_app(Path(spec.origin)):
+            return None
+        spec.loader = _RewritingLoader(fullname, spec.origin, self)
+        return spec
+
+    def _is_of_app(self, file: Path) -> bool:
+        file = Path(os.path.abspath(file))
+        for root in self.roots:
+            for candidate in (file, file.resolve()):
+                if candidate.is_relative_to(root):
+                    inside = candidate.relative_to(root).parent
+                    return not any(_is_environment(root, parent) for parent in [inside, *inside.parents])
+        return False
+
+    def install(self) -> None:
+        """Puts the finder first. Rewritten calls take two frames each, so the recursion limit is raised to match."""
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+            sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION_LIMIT))
+
+    def uninstall(self) -> None:
+        """Takes the finder away; modules it has loaded stay."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+def _is_environment(root: Path, folder: Path) -> bool:
+    return folder.name in {"site-packages", "dist-packages"} or (folder != Path() and (root / folder / "pyvenv.cfg").exists())
