@@ -1,0 +1,1 @@
+"""Agents and tools that come with the runtime; plain Python, named in `nalar.toml` or imported."""
