@@ -421,8 +421,7 @@ def _foreign(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
         args = _carried(receiver, f.__name__, args)
     elif f in _DRAINING_DESCRIPTORS if type(f) is types.MethodDescriptorType else False:
         args = tuple(_drained(a) for a in args)
-    if not isinstance(receiver, types.ModuleType):
-        deep(f)
+    deep(receiver if receiver is not None else f)
     return functools.partial(f, *[deep(a) for a in args], **{k: deep(a) for k, a in kwargs.items()})
 
 
@@ -569,6 +568,17 @@ _TYPE_RULES: Final[dict[Any, _Rule]] = {
 }
 _DRAINING_DESCRIPTORS: Final = frozenset({str.join, bytes.join})
 _LAZY: Final = frozenset({zip, enumerate, reversed, iter})
+
+
+def call_guarded(f: Any, start: int, /, *args: Any, **kwargs: Any) -> _Thunk:
+    """`call` in a guarded body: unless an actor is called, all calls made since `start`, for arguments, have ended before."""
+    f = value(f)
+    if getattr(type(_actor_for(f, type(f))), "__nalar_actor__", False):
+        return call(f, *args, **kwargs)
+    made = _journal.made[start:]
+    del _journal.made[start:]
+    _wait_in_order(made)
+    return call(f, *map(deep, args), **{k: deep(a) for k, a in kwargs.items()})
 
 
 def call_for_iteration(f: Any, /, *args: Any, **kwargs: Any) -> _Thunk:
@@ -933,6 +943,7 @@ NAMES: Final[Mapping[str, Any]] = types.MappingProxyType(
     {
         "_@call": call,
         "_@call_iter": call_for_iteration,
+        "_@call_guarded": call_guarded,
         "_@value": value,
         "_@deep": deep,
         "_@return": given_back,

@@ -345,8 +345,8 @@ class _Rewriter:
 
     def _value(self, node: ast.expr) -> ast.expr:
         known = self._is_value(node)
-        if isinstance(node, ast.NamedExpr) and self._scope.binds_futures:
-            node.value = self._value(node.value)
+        if isinstance(node, ast.NamedExpr):
+            node.value = self._value(node.value) if self._walrus_moves(node.target.id) else self._full(node.value)
             return node
         moved = self._move(node)
         return moved if known else self._ask("value", moved, moved)
@@ -411,12 +411,20 @@ class _Rewriter:
 
     def _call(self, node: ast.Call, helper: str) -> ast.Call:
         function = ast.copy_location(ast.Name(f"_@{helper}", ast.Load()), node)
-        arguments = [self._move(node.func), *(self._argument(a) for a in node.args)]
+        arguments = [self._move(node.func)]
+        if self._scope.guarded and helper == "call" and not self._is_plain_call(node):
+            function.id = "_@call_guarded"
+            arguments.append(self._ask("mark", node))
+        arguments.extend(self._argument(a) for a in node.args)
         keywords = node.keywords
         for keyword in keywords:
             keyword.value = self._move(keyword.value) if keyword.arg else self._value(keyword.value)
         prepared = ast.copy_location(ast.Call(function, arguments, keywords), node)
         return ast.copy_location(ast.Call(prepared, [], []), node)
+
+    def _is_plain_call(self, node: ast.Call) -> bool:
+        """True if no argument can be a call that fails."""
+        return not any(_has_call(a) for a in node.args) and not any(_has_call(k.value) for k in node.keywords)
 
     def _argument(self, node: ast.expr) -> ast.expr:
         if isinstance(node, ast.Starred):
@@ -458,14 +466,15 @@ class _Rewriter:
         return node
 
     def _move_namedexpr(self, node: ast.NamedExpr) -> ast.expr:
-        node.value = self._move(node.value) if self._walrus_moves(node.target.id) else self._deep(node.value)
+        node.value = self._move(node.value) if self._walrus_moves(node.target.id) else self._full(node.value)
         return node
 
     def _walrus_moves(self, name: str) -> bool:
         scope = self._scope
         while scope.kind == "comprehension" and scope.parent is not None:
             scope = scope.parent
-        return scope.kind == "function" and name not in scope.globals and name not in scope.exposed
+        exempt = scope.guarded or name in scope.globals or name in scope.exposed
+        return scope.kind == "function" and not exempt
 
     def _move_binop(self, node: ast.BinOp) -> ast.expr:
         node.left = self._deep(node.left)

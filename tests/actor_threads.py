@@ -35,21 +35,20 @@ class Calls:
 
     def start(self, what: str, f: Any, args: Any, kwargs: Any, pool: ThreadPoolExecutor | None = None) -> Future[Any]:
         future: Future[Any] = Future(_NoCaller(), os.urandom(16), what)  # type: ignore[arg-type]
-        deps: list[bytes] = []
+        deps: list[values.Deferred] = []
         payload = values.encode_arguments(args, kwargs, deps)
         with self._lock:
             self.by_id[future.id] = future
             self.count += 1
             delay_s = self._random.random() * self._max_delay_s
-        waited = [self.by_id[dep] for dep in deps]
-        work = (future, f, payload, waited, delay_s)
+        work = (future, f, payload, delay_s)
         if pool is None:
             threading.Thread(target=self._run, args=work, daemon=True).start()
         else:
             pool.submit(self._run, *work)
         return future
 
-    def _run(self, future: Future[Any], f: Any, payload: bytes, waited: list[Future[Any]], delay_s: float) -> None:
+    def _run(self, future: Future[Any], f: Any, payload: bytes, delay_s: float) -> None:
         time.sleep(delay_s)
         try:
             args, kwargs = values.decode_arguments(payload, lambda id: self._peek(id))

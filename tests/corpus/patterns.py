@@ -1359,7 +1359,7 @@ def p_error_stored_by_method():
     try:
         w.go()
     except ToolError as error:
-        return "handled", str(error), hasattr(w, "result")
+        return "handled", str(error)
     return "missed"
 
 
