@@ -321,7 +321,7 @@ class MemoryTransport:
         Raises:
             ValueTooLargeError: it is larger than `max_payload`.
         """
-        self._check_size(subject, data, headers)
+        self.check_size(subject, data, headers)
         message = Delivered(subject, data, reply, headers)
         if self.is_closed:
             return
@@ -343,7 +343,7 @@ class MemoryTransport:
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Delivered:
         """One request and its answer. Raises `BrokerError` for no responder or no answer."""
-        self._check_size(subject, data, None)
+        self.check_size(subject, data, None)
         await self.reach()
         if not self.hub.has_listener(subject):
             raise BrokerError(f"nobody answers on {subject!r}")
@@ -474,7 +474,8 @@ class MemoryTransport:
         while self._pending_bytes > _PENDING_BYTES:
             self._pending_bytes -= len(self._pending.popleft().data)
 
-    def _check_size(self, subject: str, data: bytes, headers: Mapping[str, str] | None) -> None:
+    def check_size(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """Raises `ValueTooLargeError` for what no message can hold."""
         size_bytes = len(data) + sum(len(key) + len(value) + 4 for key, value in (headers or {}).items())
         if size_bytes > self.hub.max_payload:
             raise ValueTooLargeError(
@@ -537,16 +538,19 @@ class _KeyValue:
         return self._bucket.get(key)
 
     async def create(self, key: str, value: bytes) -> int:
+        self._transport.check_size(key, value)
         await self._transport.reach()
         if self._bucket.get(key) is not None:
             raise KeyConflictError(key)
         return self._bucket.write(key, value)
 
     async def put(self, key: str, value: bytes) -> int:
+        self._transport.check_size(key, value)
         await self._transport.reach()
         return self._bucket.write(key, value)
 
     async def update(self, key: str, value: bytes, last: int) -> int:
+        self._transport.check_size(key, value)
         await self._transport.reach()
         self._check(key, last)
         return self._bucket.write(key, value)

@@ -318,6 +318,7 @@ class NatsTransport:
         self._request_timeout_s = request_timeout_s
         self._jetstream = client.jetstream(timeout=request_timeout_s)
         self._listeners: list[Callable[[bool], None]] = []
+        self._enders: list[Callable[[], None]] = []
         self._prefixes: dict[str, bytes] = {}
         self._services: list[_Service] = []
         self._is_closing = False
@@ -524,6 +525,10 @@ class NatsTransport:
             with contextlib.suppress(BrokerError):
                 await self.flush()
         self._is_closing = True
+        # Whoever waits for a connection learns that there will be none.
+        self._client.connected.set()
+        for ender in list(self._enders):
+            ender()
         await _close(self._client)
 
     async def __aenter__(self) -> NatsTransport:
@@ -531,6 +536,11 @@ class NatsTransport:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    @property
+    def is_closed(self) -> bool:
+        """True from `aclose` on."""
+        return self._is_closing
 
     @property
     def request_timeout_s(self) -> float:
@@ -559,6 +569,7 @@ class NatsTransport:
         try:
             async with asyncio.timeout(limit_s):
                 await self._client.connected.wait()
+                self._check_open()
                 return await operation()
         except TimeoutError:
             raise BrokerError(f"{doing}: the broker at {self._url} did not answer within {limit_s:g} s") from None
@@ -604,10 +615,14 @@ class NatsTransport:
             except Exception:
                 _log.exception("transport.listener_failed")
 
-    def off_connection(self, listener: Callable[[bool], None]) -> None:
-        """Undoes `on_connection`."""
-        with contextlib.suppress(ValueError):
-            self._listeners.remove(listener)
+    def on_end(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` when this connection is closed by us."""
+        self._enders.append(listener)
+
+    def forget(self, listener: Callable[[bool], None], ender: Callable[[], None]) -> None:
+        """Undoes `on_connection` and `on_end`."""
+        self._listeners.remove(listener)
+        self._enders.remove(ender)
 
 
 class _Subscription:
@@ -732,10 +747,11 @@ class _Watch:
 
     async def entries(self) -> AsyncGenerator[KeyEntry | None, None]:
         self._transport.on_connection(self._on_connection)
+        self._transport.on_end(self._wake)
         try:
             await self._open()
             is_complete = False
-            while True:
+            while not self._transport.is_closed:
                 if not is_complete and self._delivered >= self._initial:
                     is_complete = True
                     yield None
@@ -753,8 +769,8 @@ class _Watch:
                 if is_complete or entry.value is not None:
                     yield entry
         finally:
-            self._transport.off_connection(self._on_connection)
-            await self._close()
+            self._transport.forget(self._on_connection, self._wake)
+            self._close()
 
     async def _open(self) -> None:
         inbox = self._transport.client.new_inbox()
@@ -805,8 +821,10 @@ class _Watch:
     async def _reopen(self) -> None:
         failures = 0
         while True:
-            await self._close()
+            self._close()
             await self._transport.client.connected.wait()
+            if self._transport.is_closed:
+                return
             try:
                 info = await self._transport.ask("watch", lambda: self._transport.jetstream.stream_info(self._stream))
                 # A bucket that has been made again counts from 1 again.
@@ -821,9 +839,12 @@ class _Watch:
 
     def _on_connection(self, is_connected: bool) -> None:
         if is_connected:
-            self._arrived.put_nowait((self._sid, None))
+            self._wake()
 
-    async def _close(self) -> None:
+    def _wake(self) -> None:
+        self._arrived.put_nowait((self._sid, None))
+
+    def _close(self) -> None:
         self._transport.client.forget(self._sid)
         consumer, self._consumer = self._consumer, ""
         if consumer and self._transport.is_connected:

@@ -10,7 +10,9 @@ What a caller may rely on:
   a handler is logged and harms nobody else.
 * Subscriptions outlive reconnects.
 * Key-value, queue and object operations answer or raise `BrokerError`; they never hang longer than the transport's own
-  request time-out.
+  request time-out (objects: and the time their size takes). A broker that is away is waited for within that time.
+* An operation that raised for want of an answer may have happened all the same.
+* After `aclose`, `publish` does nothing, watches end, and every other operation raises `BrokerError`.
 """
 
 from __future__ import annotations
@@ -77,7 +79,11 @@ class KeyValue(Protocol):
         ...
 
     def watch(self) -> AsyncIterator[KeyEntry | None]:
-        """Present entries, then None once, then every change until the iterator is closed. Expiry may go unreported."""
+        """Present entries, then None once, then every change until the iterator is closed.
+
+        It outlives losses of the broker; of several changes to a key meanwhile the last is reported. Expiry may go
+        unreported.
+        """
         ...
 
 
@@ -85,11 +91,20 @@ class QueueMessage(Protocol):
     """A message taken from a work queue; nobody else gets it until it is returned or its time runs out."""
 
     @property
-    def subject(self) -> str: ...
+    def subject(self) -> str:
+        """What it was published to."""
+        ...
+
     @property
-    def data(self) -> bytes: ...
+    def data(self) -> bytes:
+        """What was published."""
+        ...
+
     @property
-    def headers(self) -> Mapping[str, str]: ...
+    def headers(self) -> Mapping[str, str]:
+        """Headers it was published with, and `Nats-Msg-Id` if it has an id."""
+        ...
+
     @property
     def sequence(self) -> int:
         """Its number in the queue."""
@@ -127,7 +142,7 @@ class WorkQueue(Protocol):
         ...
 
     async def pull(self, subject: str, *, batch: int, timeout_s: float, ack_wait_s: float) -> list[QueueMessage]:
-        """Up to `batch` messages for a subject filter; an empty list after `timeout_s`."""
+        """Up to `batch` messages for a subject filter, as soon as there are any; an empty list after `timeout_s`."""
         ...
 
     async def depth(self) -> int:
@@ -138,12 +153,17 @@ class WorkQueue(Protocol):
 class ObjectStore(Protocol):
     """Values too large for a message."""
 
-    async def put(self, name: str, data: bytes) -> None: ...
+    async def put(self, name: str, data: bytes) -> None:
+        """Stores the bytes under `name`, in place of what was there."""
+        ...
+
     async def get(self, name: str) -> bytes | None:
         """The bytes, checked against their digest; None if absent."""
         ...
 
-    async def delete(self, name: str) -> None: ...
+    async def delete(self, name: str) -> None:
+        """Removes `name`; idempotent."""
+        ...
 
 
 class ServiceRequest(msgspec.Struct, frozen=True):
@@ -175,7 +195,9 @@ class ServiceEndpoint(msgspec.Struct, frozen=True):
 class Service(Protocol):
     """A running service that answers discovery."""
 
-    async def stop(self) -> None: ...
+    async def stop(self) -> None:
+        """Takes no more requests and lets those that run finish; idempotent."""
+        ...
 
 
 class Transport(Protocol):
@@ -187,7 +209,9 @@ class Transport(Protocol):
         ...
 
     @property
-    def is_connected(self) -> bool: ...
+    def is_connected(self) -> bool:
+        """False between a loss and the reconnect, and after `aclose`."""
+        ...
 
     @property
     def url(self) -> str:
@@ -202,7 +226,7 @@ class Transport(Protocol):
         """Hands a message over for sending.
 
         Raises:
-            ValueTooLargeError: it is larger than `max_payload`.
+            ValueTooLargeError: it is larger than `max_payload`, headers included.
         """
         ...
 
@@ -233,9 +257,7 @@ class Transport(Protocol):
         """Opens an object store, creating it where it does not exist."""
         ...
 
-    async def serve(
-        self, name: str, endpoints: list[ServiceEndpoint], *, version: str, description: str = ""
-    ) -> Service:
+    async def serve(self, name: str, endpoints: list[ServiceEndpoint], *, version: str, description: str = "") -> Service:
         """Runs a service that the `nats micro` commands can list, inspect and call."""
         ...
 

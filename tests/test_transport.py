@@ -647,3 +647,22 @@ async def test_after_the_end_publish_is_mute_and_the_rest_fails(make_transport: 
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(BrokerError):
                 await operation
+
+
+async def test_watches_end_with_the_transport(make_transport: MakeTransport, namespace: str) -> None:
+    transport = await make_transport()
+    bucket = await transport.key_value(namespace)
+    entered = asyncio.Event()
+
+    async def follow() -> list[KeyEntry | None]:
+        seen: list[KeyEntry | None] = []
+        async for entry in bucket.watch():
+            seen.append(entry)
+            entered.set()
+        return seen
+
+    following = asyncio.create_task(follow())
+    await entered.wait()
+    await transport.aclose()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await following == [None]
