@@ -8,7 +8,7 @@ import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -69,8 +69,8 @@ def _evaluate(node: ast.expr) -> _Number:
             result: _Number = getattr(operator, _BINARY[type(op)])(_evaluate(left), _evaluate(right))
             return result
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            value = _FUNCTIONS[name](*map(_evaluate, args))
-            return value
+            function: Callable[..., _Number] = _FUNCTIONS[name]
+            return function(*map(_evaluate, args))
         case _:
             raise ValueError(f"not arithmetic: {ast.unparse(node)}")
 
@@ -237,7 +237,8 @@ def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate([*text.splitlines(), ""], 1):
         line = raw.strip()
         ends = not line or _HEADING.match(line) or _ITEM.match(line) or _HEADING.match(gathered)
-        full = len(gathered) + len(line) > _PASSAGE_CHARACTERS and gathered.endswith((".", ":", ";", "|"))
+        size = len(gathered) + len(line)
+        full = (size > _PASSAGE_CHARACTERS and gathered.endswith((".", ":", ";", "|"))) or size > 2 * _PASSAGE_CHARACTERS
         if gathered and (ends or full):
             yield start, gathered
             gathered = ""
