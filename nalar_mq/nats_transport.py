@@ -79,7 +79,7 @@ _PING_INTERVAL_S: Final = 5
 _PINGS_OUTSTANDING: Final = 2
 _RECONNECT_PAUSE_S: Final = 0.05
 _RECONNECT_PAUSE_MAX_S: Final = 1.0
-_OUTBOX_BYTES: Final = 16 * 1024 * 1024
+_OUTBOX_BYTES: Final = 32 * 1024 * 1024
 _SOCKET_BYTES: Final = 1024 * 1024
 _CACHED_SUBJECTS: Final = 4096
 _WATCH_HEARTBEAT_S: Final = 5.0
@@ -139,9 +139,10 @@ class _Client(Client):
         """Sends a publication at the end of this loop turn, or when that is possible again."""
         self._outbox.append(command)
         self._outbox_bytes += len(command)
-        if self._outbox_bytes > _OUTBOX_BYTES:
+        if self._outbox_bytes > _SOCKET_BYTES:
+            self._write_out()
             self._drop_oldest()
-        if not self._is_write_due:
+        elif not self._is_write_due:
             self._is_write_due = True
             self._loop.call_soon(self._write_out)
 
@@ -172,7 +173,7 @@ class _Client(Client):
         self._write_out(even_if_congested=True)
 
     def _drop_oldest(self) -> None:
-        if not self.dropped:
+        if self._outbox_bytes > _OUTBOX_BYTES and not self.dropped:
             _log.warning("transport.messages_dropped", buffered_bytes=self._outbox_bytes)
         while self._outbox_bytes > _OUTBOX_BYTES:
             self._outbox_bytes -= len(self._outbox.popleft())

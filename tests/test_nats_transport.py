@@ -484,3 +484,37 @@ async def test_queue_takes_more_subjects_when_it_is_opened_with_more(transport: 
     assert await queue.depth() == 2
     with pytest.raises(ValueTooLargeError):
         await queue.publish(f"{namespace}.a", b"x" * (transport.max_payload + 1))
+
+
+async def test_burst_beyond_every_buffer_of_one_turn_reaches_a_live_broker(transport: NatsTransport, namespace: str) -> None:
+    heard: list[int] = []
+    await transport.subscribe(namespace, lambda message: heard.append(int(message.data[:8])))
+    for number in range(300):
+        transport.publish(namespace, b"%08d" % number + b"x" * 100_000)
+    await until(lambda: len(heard) == 300)
+    assert heard == list(range(300))
+
+
+async def test_nkey_seed_opens_the_broker(tmp_path: Path) -> None:
+    nkeys = pytest.importorskip("nkeys")
+    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    public = nkeys.from_seed(bytearray(seed)).public_key.decode()
+    file = tmp_path / "seed"
+    file.write_bytes(seed)
+    async with plain_server(tmp_path, f"authorization {{ users: [{{ nkey: {public} }}] }}") as place:
+        access = BrokerAccess(urls=(f"nats://{place}",), nkey_seed_file=str(file))
+        async with await NatsTransport.connect(access, name="test") as transport:
+            await transport.flush()
+        file.write_bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
+        assert isinstance(await refusal(access), BrokerAuthError)
+
+
+@pytest.mark.slow
+async def test_half_open_connection_is_found_out(own_broker: EmbeddedBroker) -> None:
+    states: list[bool] = []
+    async with await NatsTransport.connect(own_broker.access, name="test") as transport:
+        transport.on_connection(states.append)
+        with stopped(own_broker):
+            await until(states.__eq__, [False])
+        await until(states.__eq__, [False, True])
+        await transport.flush()
