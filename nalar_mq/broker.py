@@ -36,10 +36,13 @@ from typing import Final, Self
 
 import msgspec
 import psutil
+import structlog
 
 from nalar_mq.address import DEFAULT_NAMESPACE
 from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import BrokerStartError
+
+_log = structlog.get_logger(__name__)
 
 RUNTIME_FOLDER: Final = ".nalar"
 RUNTIME_FILE: Final = "runtime.json"
@@ -289,7 +292,10 @@ class EmbeddedBroker:
                 failure = error
         self.failure = failure
         for listener in self._listeners:
-            listener(failure)
+            try:
+                listener(failure)
+            except Exception:
+                _log.exception("broker.listener_failed")
 
 
 class _FolderLock:
@@ -409,8 +415,8 @@ async def _end_stale_server(process: psutil.Process) -> None:
 class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
     """What a running runtime tells other commands on this machine.
 
-    `started` is the start time of process `pid` as the operating system tells it: it identifies the process together with
-    the id and is not used as a time.
+    `started` is the start of process `pid` as the operating system tells it: together with the id it identifies the
+    process, and it is not used as a time.
     """
 
     url: str
@@ -467,6 +473,13 @@ def remove_runtime_file(folder: Path, pid: int | None = None) -> None:
 
 
 def _started(pid: int) -> float | None:
+    """The start of a running process in a unit of the system, or None if there is no such process."""
+    try:
+        # Ticks since boot: unlike a time of day they do not move when the clock is set.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else float(fields[19])
+    except (OSError, IndexError):
+        pass
     try:
         return psutil.Process(pid).create_time()
     except (psutil.Error, ValueError, OverflowError):

@@ -94,7 +94,13 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _LINE_BREAKS: Final = str.maketrans({"\r": " ", "\n": " "})
 
 # Complaints after which the server keeps the connection open.
-_HARMLESS_ERRORS: Final = ("permissions violation", "invalid subject", "invalid publish subject", "invalid subscription")
+_HARMLESS_ERRORS: Final = (
+    "permissions violation",
+    "invalid subject",
+    "invalid publish subject",
+    "invalid subscription",
+    "maximum subscriptions exceeded",
+)
 _WRONG_REVISION: Final = (10071, 10164)
 _STREAM_EXISTS: Final = 10058
 _NO_JETSTREAM: Final = (10039, 10076)
@@ -512,7 +518,11 @@ class NatsTransport:
         """Runs a service that the `nats micro` commands can list, inspect and call; requests are handled at once."""
         service = _Service(self, name, endpoints, version=version, description=description)
         self._services.append(service)
-        await service.start()
+        try:
+            await service.start()
+        except BaseException:
+            await service.stop()
+            raise
         return service
 
     async def aclose(self) -> None:

@@ -2,7 +2,7 @@
 
 Two implementations pass one contract suite: `nats_transport.NatsTransport` and `memory_transport.MemoryTransport`.
 
-What a caller may rely on:
+Everything here is called from the event loop of the connection. What a caller may rely on:
 
 * `publish` is at most once, never blocks and never raises for a broker that is away: what is published meanwhile is kept up
   to a bound and then dropped, oldest first; order holds per publisher and subject. The channel makes up for the rest.
