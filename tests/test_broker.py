@@ -12,9 +12,9 @@ import stat
 import subprocess
 import sys
 import sysconfig
-from collections import namedtuple
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -182,8 +182,7 @@ async def test_missing_binary_names_the_package(tmp_path: Path, monkeypatch: pyt
 
 
 async def test_full_disk_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 4096, 4096)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
     with pytest.raises(BrokerStartError, match="4 KiB free"):
         await EmbeddedBroker(tmp_path).start()
 

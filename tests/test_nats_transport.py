@@ -189,7 +189,7 @@ async def test_credentials_that_are_absent_or_rubbish_name_their_file(
 ) -> None:
     file = tmp_path / "file"
     for _ in range(2):
-        access = BrokerAccess(urls=broker_access.urls, **{field: str(file)})  # type: ignore[arg-type]
+        access = BrokerAccess(urls=broker_access.urls, **{field: str(file)})
         error = await refusal(access)
         assert isinstance(error, BrokerAuthError)
         file.write_text("rubbish")

@@ -207,9 +207,12 @@ async def test_no_handler_call_begins_after_unsubscribe(transport: Transport, na
 async def test_subscription_may_end_itself(transport: Transport, namespace: str) -> None:
     inbox = Inbox()
     ended: list[asyncio.Task[None]] = []
-    subscription = await transport.subscribe(
-        f"{namespace}.a", lambda message: (inbox(message), ended.append(asyncio.create_task(subscription.unsubscribe())))[0]
-    )
+
+    def end(message: Delivered) -> None:
+        inbox(message)
+        ended.append(asyncio.create_task(subscription.unsubscribe()))
+
+    subscription = await transport.subscribe(f"{namespace}.a", end)
     transport.publish(f"{namespace}.a", b"x")
     await inbox.wait(1)
     await asyncio.gather(*ended)
