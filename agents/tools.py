@@ -131,6 +131,7 @@ _HEADING_WEIGHT: Final = 2
 _WORD: Final = re.compile(r"[^\W_]+")
 _ITEM: Final = re.compile(r"([-*+]|\d+\.)\s")
 _HEADING: Final = re.compile(r"#{1,6}\s+(.*)")
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?;:])\s+|\n")
 _STOP_WORDS: Final = frozenset(
     _WORD.findall(
         "a about an and are as at be been by can could did do does for from had has have how i if in into is it its me my no"
@@ -138,6 +139,16 @@ _STOP_WORDS: Final = frozenset(
         " where which who whom whose why will with would you your"
     )
 )
+
+
+def highlight(query: str, text: str, limit: int = 2) -> str:
+    """The sentences of `text` that share most words with `query`, and at least half as many as the best; in their order."""
+    wanted = set(_words(query))
+    sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
+    shared = [len(wanted.intersection(_words(sentence))) for sentence in sentences]
+    best = sorted(range(len(sentences)), key=lambda number: -shared[number])[:limit]
+    least = max(shared, default=0) / 2
+    return " ".join(sentences[number].strip() for number in sorted(best) if shared[number] > least or number == best[0])
 
 
 class Library:
@@ -254,7 +265,7 @@ def _words(text: str) -> list[str]:
 
 def _stem(word: str) -> str:
     """A word without its commonest English endings, so that `calls` finds `call`."""
-    for ending in ("ies", "ing", "ed", "es", "s"):
+    for ending in ("ies", "ing", "ed", "es", "s", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)] + ("y" if ending == "ies" else "")
     return word

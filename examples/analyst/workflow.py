@@ -1,0 +1,90 @@
+"""Answers a question from a folder of documents, with a model that runs on this machine.
+
+    python workflow.py "Who built the lighthouse, and how high is it?"
+    nalar run nalar.toml answer "question=Who built the lighthouse, and how high is it?"
+
+The first runs it as a plain program, the second as actors that are spread over worker processes. The program is the same:
+run by `nalar`, the calls in `answer` are messages to actors, each returns at once with a future, the searches and the
+readings run at the same time, and a value is waited for where it is used.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from nalar_mq.agents.llm import BlockingLlm
+from nalar_mq.agents.tools import Library, highlight
+
+DOCUMENTS = os.environ.get("ANALYST_DOCS") or str(Path(__file__).parent / "documents")
+MOST_READINGS = 4
+
+
+def plan(question: str) -> list[str]:
+    """The questions inside a question, one for each thing that is asked."""
+    parts = re.split(
+        r"[?;]\s*|,?\s+and\s+(?=(?:who|what|when|where|why|how|which|does|is|are)\b)", question.strip(), flags=re.I
+    )
+    return [f"{part.strip()}?" for part in parts if part.strip()]
+
+
+class Librarian:
+    """Knows the documents."""
+
+    def __init__(self, folder: str) -> None:
+        self.library = Library(folder)
+
+    def find(self, question: str) -> list[tuple[str, str]]:
+        """Where something about the question stands, and the sentences there that come closest to it; best first."""
+        found = self.library.search(question, limit=2)
+        near = [passage for passage in found if passage.score > found[0].score / 2]
+        return [(passage.source, highlight(question, passage.text)) for passage in near]
+
+
+class Reader:
+    """Reads a few sentences with a question in mind."""
+
+    def __init__(self) -> None:
+        self.llm = BlockingLlm(max_tokens=40)
+
+    def read(self, question: str, text: str) -> str:
+        """What the sentences say to the question."""
+        return self.llm.chat(f'Read this: "{text}"\nNow answer in one sentence: {question}', stop=["\n"])
+
+
+class Writer:
+    """Makes one answer of what the readers noted."""
+
+    def __init__(self) -> None:
+        self.llm = BlockingLlm(max_tokens=80)
+
+    def write(self, notes: list[str]) -> str:
+        """The notes as one answer."""
+        if len(notes) == 1:
+            return notes[0]
+        return self.llm.chat(f"Rewrite as one sentence: {' '.join(notes)}", stop=["\n\n"])
+
+
+def choose(parts: list[str], found: list[list[tuple[str, str]]]) -> list[tuple[str, str, str]]:
+    """What is to be read: for each part of the question the best place, and for a single part also the second."""
+    most = 1 if len(parts) > 1 else 2
+    readings = [(part, *passage) for part, passages in zip(parts, found, strict=True) for passage in passages[:most]]
+    return readings[:MOST_READINGS]
+
+
+def answer(question: str) -> str:
+    """Plans, searches, reads and writes."""
+    parts = plan(question)
+    librarian = Librarian(DOCUMENTS)
+    found = [librarian.find(part) for part in parts]
+    readings = choose(parts, found)
+    if not readings:
+        return "The documents say nothing about that."
+    notes = [Reader().read(part, text) for part, _, text in readings]
+    text = Writer().write(notes)
+    quotes = [f"  {source}: {quote}" for _, source, quote in readings]
+    return "\n".join([text, "", "From the documents:", *quotes])
+
+
+if __name__ == "__main__":
+    print(answer(" ".join(sys.argv[1:]) or "Who built the lighthouse, and how high is it?"))
