@@ -343,7 +343,7 @@ class MemoryTransport:
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> Delivered:
         """One request and its answer. Raises `BrokerError` for no responder or no answer."""
-        self.check_size(subject, data, None)
+        self.check_size(subject, data)
         await self.reach()
         if not self.hub.has_listener(subject):
             raise BrokerError(f"nobody answers on {subject!r}")
@@ -714,6 +714,7 @@ class _WorkQueue:
     async def publish(
         self, subject: str, data: bytes, *, message_id: str = "", headers: Mapping[str, str] | None = None
     ) -> tuple[int, bool]:
+        self._transport.check_size(subject, data, headers)
         await self._transport.reach()
         if not self._queue.takes(subject):
             raise BrokerError(f"the queue {self._queue.name!r} takes nothing on {subject!r}")

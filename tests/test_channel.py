@@ -379,6 +379,52 @@ def test_acknowledgements_of_what_was_never_sent_are_refused():
     simulation.run(main())
 
 
+def test_a_frame_that_comes_twice_is_acknowledged_twice_and_delivered_once():
+    async def main() -> None:
+        b = await Process.start(MemoryHub(), "b")
+        frames = [encode_frame(1, 1, seq, 0, [encode_message(call(seq))]) for seq in (1, 2)]
+        for number, data in enumerate([frames[0], frames[1], frames[0], frames[1]]):
+            b.put(data, "a")
+            await asyncio.sleep(0.1 if number < 2 else 0.001)
+        assert b.endpoint.stats.duplicates == 2
+        assert b.endpoint.stats.early == 0
+        assert b.endpoint.stats.acks_sent == 4
+        assert b.ids_from(Address("a", 1)) == [1, 2]
+
+    simulation.run(main())
+
+
+def test_many_lost_frames_are_made_up_for_without_a_time_out_each():
+    async def main() -> None:
+        hub = MemoryHub(faults=Faults(delay_s=(0.001, 0.001)))
+        a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
+        hub.partition("a", "b")
+        for number in range(1_000):
+            a.endpoint.send(b.me, resolve(number, 60_000))
+        await asyncio.sleep(0.1)
+        hub.heal()
+        assert await a.endpoint.drain(0.5)
+        assert b.ids_from(a.me) == list(range(1_000))
+        assert a.endpoint.stats.frames_resent == 1_000
+
+    simulation.run(main())
+
+
+def test_a_dead_neighbour_does_not_slow_the_others_down():
+    async def main() -> None:
+        hub = MemoryHub()
+        a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
+        a.endpoint.send(Address("dead", 1), call(1))
+        await asyncio.sleep(20.1)
+        hub.partition("a", "b")
+        a.endpoint.send(b.me, call(2))
+        await asyncio.sleep(0.01)
+        hub.heal()
+        await until(lambda: b.ids_from(a.me) == [2], 0.6)
+
+    simulation.run(main())
+
+
 def test_another_wire_version_is_counted():
     async def main() -> None:
         b = await Process.start(MemoryHub(), "b")

@@ -1,0 +1,220 @@
+"""The wire: what goes in comes out, its bytes are pinned, and bytes that are no packet are refused by type."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nalar_mq.errors import MalformedMessageError, UnsupportedVersionError, WireError
+from nalar_mq.messages import (
+    WIRE_VERSION,
+    ActorInfo,
+    Bye,
+    Call,
+    Cancel,
+    Chunk,
+    Consume,
+    Credit,
+    Fail,
+    Frame,
+    Gone,
+    Member,
+    Message,
+    Packet,
+    Place,
+    Resolve,
+    Want,
+    decode_member,
+    decode_packet,
+    decode_place,
+    encode_frame,
+    encode_message,
+    encode_packet,
+    encode_record,
+    salvage_frame,
+)
+
+ID = bytes(range(16))
+
+
+def _fields(struct: type[Message]) -> st.SearchStrategy[Message]:
+    """A struct of any values its fields allow, within what MessagePack can hold."""
+    integers = st.integers(-(2**63), 2**64 - 1)
+    of_type = {
+        "int": integers,
+        "bytes": st.binary(max_size=40),
+        "str": st.text(max_size=20),
+        "bool": st.booleans(),
+        "tuple[str, ...]": st.lists(st.text(max_size=8), max_size=3).map(tuple),
+        "tuple[bytes, ...]": st.lists(st.binary(max_size=8), max_size=3).map(tuple),
+        "float | None": st.none() | st.floats(allow_nan=False),
+    }
+    names = struct.__struct_fields__
+    return st.builds(struct, **{name: of_type[str(struct.__annotations__[name])] for name in names})
+
+
+A_MESSAGE = st.one_of([_fields(struct) for struct in Message.__args__])
+
+SMALL = st.integers(0, 2**63)
+
+
+@given(st.lists(A_MESSAGE, max_size=80), SMALL, SMALL, SMALL, SMALL)
+def test_a_frame_comes_out_as_it_went_in(sent: list[Message], source: int, target: int, seq: int, ack: int) -> None:
+    frame = Frame(WIRE_VERSION, source, target, seq, ack, tuple(sent))
+    assert decode_packet(encode_packet(frame)) == frame
+    assert encode_frame(source, target, seq, ack, [encode_message(message) for message in sent]) == encode_packet(frame)
+    assert salvage_frame(encode_packet(frame)) == (frame, 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 64, 65_535, 65_536])
+def test_frames_of_every_length_are_put_together_alike(count: int) -> None:
+    frame = Frame(WIRE_VERSION, 1, 2, 3, 4, (Cancel(b"i"),) * count)
+    assert encode_frame(1, 2, 3, 4, [encode_message(Cancel(b"i"))] * count) == encode_packet(frame)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_packet_or_an_error_of_the_wire(data: bytes) -> None:
+    for decode in (decode_packet, salvage_frame, decode_member, decode_place):
+        try:
+            decode(data)
+        except WireError:
+            continue
+
+
+@given(A_MESSAGE, st.integers(0, 400), st.integers(0, 255))
+def test_a_changed_byte_makes_a_packet_or_an_error_of_the_wire(message: Message, place: int, value: int) -> None:
+    data = bytearray(encode_packet(Frame(WIRE_VERSION, 1, 2, 3, 4, (message, Want(ID)))))
+    data[place % len(data)] = value
+    for decode in (decode_packet, salvage_frame):
+        try:
+            decode(bytes(data))
+        except WireError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x97\x65\x01\x01\x01\x01\x00\xdd\xff\xff\xff\xff",
+        b"\x91" * 5_000,
+        b"\x94\x66\x01\x01\xa1\xff",
+        encode_packet(Bye(WIRE_VERSION, 1)) + b"\x00",
+    ],
+    ids=["nothing", "no type", "four thousand million messages", "deep", "no integer", "too much"],
+)
+def test_what_is_no_packet_is_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedMessageError):
+        decode_packet(data)
+    with pytest.raises(MalformedMessageError):
+        salvage_frame(data)
+
+
+def test_another_version_is_refused_as_such() -> None:
+    with pytest.raises(UnsupportedVersionError) as caught:
+        decode_packet(encode_packet(Bye(WIRE_VERSION + 1, 1)))
+    assert caught.value.version == WIRE_VERSION + 1
+    with pytest.raises(UnsupportedVersionError):
+        salvage_frame(encode_packet(Frame(WIRE_VERSION + 1, 1, 1, 1, 1)))
+    with pytest.raises(UnsupportedVersionError):
+        decode_place(encode_record(Place(WIRE_VERSION + 1, "p", 1)))
+
+
+def test_an_unreadable_message_leaves_the_others_readable() -> None:
+    parts = [encode_message(Want(ID)), b"\x92\xcc\xc8\x01", b"\xc0", encode_message(Cancel(ID))]
+    frame, unreadable = salvage_frame(encode_frame(1, 2, 3, 4, parts))
+    assert frame == Frame(WIRE_VERSION, 1, 2, 3, 4, (Want(ID), Cancel(ID)))
+    assert unreadable == 2
+
+
+def test_fields_that_a_later_sender_appends_are_ignored() -> None:
+    data = encode_message(Want(ID))
+    longer = bytes((data[0] + 1,)) + data[1:] + b"\xa5later"
+    assert decode_packet(encode_frame(1, 2, 3, 4, [longer])) == Frame(WIRE_VERSION, 1, 2, 3, 4, (Want(ID),))
+
+
+def test_fields_with_defaults_may_be_missing() -> None:
+    packet = decode_packet(encode_frame(1, 2, 3, 4, [b"\x92\x04\xc4\x01i"]))
+    assert packet == Frame(WIRE_VERSION, 1, 2, 3, 4, (Cancel(b"i"),))
+
+
+def test_tags_are_never_shared() -> None:
+    tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want)]
+    assert tags == [1, 2, 3, 4, 5, 6, 7, 8]
+    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place)]
+    assert packets == [101, 102, 103, 201, 202]
+
+
+def _samples() -> dict[str, bytes]:
+    """One of each kind, with no field left at its default."""
+    call = Call(
+        ID,
+        "analyst",
+        "read",
+        b"\x92\x90\x80",
+        session="s",
+        instance="i",
+        init=b"n",
+        deps=(b"d",),
+        parent=b"p",
+        job="j",
+        priority=2,
+        timeout_s=1.5,
+        number=3,
+        holds=("a/s",),
+        cast=True,
+        attempt=1,
+        trace="t",
+        budget=0.5,
+    )
+    return {
+        "call": encode_message(call),
+        "resolve": encode_message(Resolve(ID, b"v", ("w",))),
+        "fail": encode_message(Fail(ID, "m:E", "text", b"p", "trace", ("w",))),
+        "cancel": encode_message(Cancel(ID, "why")),
+        "consume": encode_message(Consume(ID, "w", 7)),
+        "chunk": encode_message(Chunk(ID, 1, b"c", 2)),
+        "credit": encode_message(Credit(ID, 9)),
+        "want": encode_message(Want(ID)),
+        "frame": encode_frame(1, 2, 3, 4, [encode_message(Want(ID))]),
+        "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
+        "bye": encode_packet(Bye(WIRE_VERSION, 2)),
+        "place": encode_record(Place(WIRE_VERSION, "w", 2)),
+        "member": encode_record(
+            Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True)
+        ),
+    }
+
+
+GOLDEN = {
+    "call": (
+        "dc001301c410000102030405060708090a0b0c0d0e0fa7616e616c797374a472656164c403929080a173a169c4016e91"
+        "c40164c40170a16a02cb3ff80000000000000391a3612f73c301a174cb3fe0000000000000"
+    ),
+    "resolve": "9402c410000102030405060708090a0b0c0d0e0fc4017691a177",
+    "fail": "9703c410000102030405060708090a0b0c0d0e0fa36d3a45a474657874c40170a5747261636591a177",
+    "cancel": "9304c410000102030405060708090a0b0c0d0e0fa3776879",
+    "consume": "9405c410000102030405060708090a0b0c0d0e0fa17707",
+    "chunk": "9506c410000102030405060708090a0b0c0d0e0f01c4016302",
+    "credit": "9307c410000102030405060708090a0b0c0d0e0f09",
+    "want": "9208c410000102030405060708090a0b0c0d0e0f",
+    "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",
+    "gone": "956601020103",
+    "bye": "93670102",
+    "place": "94ccca01a17702",
+    "member": (
+        "98ccc90102a16ea6776f726b65720781a16197a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c3"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
+    assert _samples()[kind].hex() == GOLDEN[kind], "the wire has changed: can older processes still read it?"
+
+
+def test_every_kind_has_its_bytes_pinned() -> None:
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member]
+    assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)
