@@ -27,6 +27,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import dis
 import functools
 import gc
 import itertools
@@ -376,7 +377,7 @@ def _dispatch(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
     f = _actor_for(f, kind)
     kind = type(f)
     if getattr(kind, "__nalar_actor__", False):
-        return [_made(_direct(f, args, kwargs))].pop
+        return [noted(_direct(f, args, kwargs))].pop
     if kind is types.BuiltinFunctionType:
         return _builtin(f, args, kwargs)
     if isinstance(f, type):
@@ -402,9 +403,9 @@ def _actor_for(f: Any, kind: type) -> Any:
     return f
 
 
-def _made(result: Any) -> Any:
-    """Enters the future of a call that was just made into all books."""
-    if isinstance(result, Future):
+def noted(result: Any) -> Any:
+    """Enters the future of a call that was just made into all books, once; returns it."""
+    if isinstance(result, Future) and id(result) not in _living:  # pyright: ignore[reportUnknownArgumentType]
         future = cast(_AnyFuture, result)
         _living.note(future, _user_frame())
         if _journal.depth:
@@ -462,6 +463,10 @@ def _shallow(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _stores(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The last argument moves, those before it (index, key) are values."""
     return f(*map(deep, args[:-1]), *args[-1:], **kwargs)
+
+
+def _inserts(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _stores(f, args, kwargs)
 
 
 def _looks_up(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -527,7 +532,8 @@ def _pair(x: Any) -> Any:
 
 _METHOD_RULES: Final[dict[type, dict[str, _Rule]]] = {
     list: {
-        **dict.fromkeys(("append", "insert"), _stores),
+        "append": _stores,
+        "insert": _inserts,
         **dict.fromkeys(("pop", "copy", "clear", "reverse"), _keyed),
         "extend": _gathers,
         "__len__": _keyed,
@@ -542,7 +548,8 @@ _METHOD_RULES: Final[dict[type, dict[str, _Rule]]] = {
         "__getitem__": _keyed,
     },
     deque: {
-        **dict.fromkeys(("append", "appendleft", "insert"), _stores),
+        **dict.fromkeys(("append", "appendleft"), _stores),
+        "insert": _inserts,
         **dict.fromkeys(("extend", "extendleft"), _gathers),
         **dict.fromkeys(("pop", "popleft", "copy", "clear", "reverse", "rotate"), _keyed),
     },
@@ -558,7 +565,7 @@ _FUNCTION_RULES: Final[dict[Any, _Rule]] = {
     **dict.fromkeys((eval, exec), _evaluates),
 }
 _TYPE_RULES: Final[dict[Any, _Rule]] = {
-    **dict.fromkeys((bool,), _shallow),
+    **dict.fromkeys((bool, type), _shallow),
     **dict.fromkeys((list, tuple, deque), _gathers),
     **dict.fromkeys((dict, OrderedDict), _gathers_pairs),
     **dict.fromkeys((set, frozenset, collections.Counter), _consumes),
@@ -568,6 +575,181 @@ _TYPE_RULES: Final[dict[Any, _Rule]] = {
 }
 _DRAINING_DESCRIPTORS: Final = frozenset({str.join, bytes.join})
 _LAZY: Final = frozenset({zip, enumerate, reversed, iter})
+
+
+def called(f: Any) -> Any:
+    """What a call in rewritten code calls in the place of `f`, given arguments by `argument`.
+
+    Functions and what neither calls back nor iterates are called as they are, from the user's own frame. C code that may call
+    back gets a frame of this module between, so that who is called by it sees that it is not called by rewritten code.
+    """
+    kind = type(f)
+    if kind is types.FunctionType:
+        consts = f.__code__.co_consts
+        return f if consts and consts[-1] is MARK else _actor_call(f)
+    if kind is types.BuiltinFunctionType:
+        receiver = type(f.__self__)
+        if receiver in _NATIVE_METHODS and f.__name__ in _NATIVE_METHODS[receiver]:
+            return f
+        return _called_builtin(f)
+    if kind is types.MethodType:
+        function: Any = f.__func__
+        if type(function) is types.FunctionType and is_rewritten(function.__code__):
+            return f
+    return _called_other(f)
+
+
+def _actor_call(f: Any) -> Any:
+    actor = _actor_for(f, type(f))
+    return f if actor is f else functools.partial(_noted_call, actor)
+
+
+def _noted_call(actor: Any, *args: Any, **kwargs: Any) -> Any:
+    return noted(_direct(actor, args, kwargs))
+
+
+def _called_builtin(f: Any) -> Any:
+    if f in _NATIVE_FUNCTIONS:
+        return f
+    if f in _FRAME_FUNCTIONS:
+        return functools.partial(_FRAME_FUNCTIONS[f], f)
+    if not isinstance(f.__self__, types.ModuleType):
+        rules = _rules_of(f)
+        if rules is None or f.__name__ not in rules:
+            deep(f.__self__)
+    return functools.partial(_through, f)
+
+
+def _called_other(f: Any) -> Any:
+    if isinstance(f, Future):
+        return called(force(cast(_AnyFuture, f)))
+    if getattr(type(f), "__nalar_actor__", False):
+        return functools.partial(_noted_call, f)
+    if isinstance(f, type):
+        return _called_class(cast("type[Any]", f))
+    receiver = getattr(f, "__self__", None)
+    if isinstance(receiver, (threading.Thread, concurrent.futures.ThreadPoolExecutor)):
+        return functools.partial(_with_scope, f)
+    if type(f) is functools.partial and _living:
+        return functools.partial(_through_partial, f)
+    deep(receiver if receiver is not None else f)
+    if type(f) is types.MethodType or _is_rewritten_callable(getattr(type(f), "__call__", None)):  # noqa: B004
+        return f
+    return functools.partial(_through, f)
+
+
+def _called_class(f: type[Any]) -> Any:
+    if f is map:
+        return _map
+    if f in _NATIVE_TYPES:
+        return f
+    actor = _actor_for(f, type(f))
+    if actor is not f:
+        return functools.partial(_noted_call, actor)
+    parts: tuple[Any, ...] = (f.__init__, f.__new__, type(f).__call__)
+    return f if any(type(part) is types.FunctionType for part in parts) else functools.partial(_through, f)
+
+
+def _through(f: Any, *args: Any, **kwargs: Any) -> Any:
+    return f(*args, **kwargs)
+
+
+def _through_partial(f: Any, *args: Any, **kwargs: Any) -> Any:
+    return call(f.func, *f.args, *args, **{**f.keywords, **kwargs})()
+
+
+def _with_scope(f: Any, *args: Any, **kwargs: Any) -> Any:
+    return f(*_carried(f.__self__, f.__name__, args), **kwargs)
+
+
+def _map(*args: Any) -> Any:
+    return _maps(map, args, {})
+
+
+def argument(f: Any, x: Any, position: int) -> Any:
+    """`x` as `f` may be given it at `position`, which is -1 for a keyword."""
+    kind = type(x)
+    if kind in _LEAVES or not (_living or kind is types.GeneratorType):
+        return x
+    return _argument(f, x, position)
+
+
+def _argument(f: Any, x: Any, position: int) -> Any:
+    f = value(f)
+    kind = type(f)
+    if _is_rewritten_callable(f) or getattr(type(_actor_for(f, kind)), "__nalar_actor__", False):
+        return x
+    if kind is types.BuiltinFunctionType:
+        rules = _rules_of(f)
+        rule = _FUNCTION_RULES.get(f) if rules is None else rules.get(f.__name__)
+    else:
+        rule = _TYPE_RULES.get(f) if isinstance(f, type) else None
+    if rule is not None:
+        return _ARGUMENT_RULES[rule](x, position)
+    if kind is functools.partial or _is_rewritten_callable(getattr(kind, "__call__", None)):  # noqa: B004
+        return x
+    if isinstance(f, type):
+        return x if _takes_futures(cast("type[Any]", f)) else deep(x)
+    return deep(_drained(x)) if kind is types.BuiltinFunctionType and type(f.__self__) in (str, bytes) else deep(x)
+
+
+def _rules_of(f: Any) -> dict[str, _Rule] | None:
+    """How the methods of what `f` is bound to treat their arguments; None for functions."""
+    receiver = f.__self__
+    if receiver is None or type(receiver) is types.ModuleType:
+        return None
+    return next((rules for base, rules in _METHOD_RULES.items() if isinstance(receiver, base)), {})
+
+
+_ARGUMENT_RULES: Final[dict[_Rule, Callable[[Any, int], Any]]] = {
+    _shallow: lambda x, position: value(x),
+    _stores: lambda x, position: x,
+    _inserts: lambda x, position: deep(x) if position == 0 else x,
+    _looks_up: lambda x, position: deep(x) if position == 0 else x,
+    _keyed: lambda x, position: deep(x),
+    _gathers: lambda x, position: _drained(value(x)),
+    _gathers_pairs: lambda x, position: x if position < 0 else _pairs(_drained(value(x))),
+    _consumes: lambda x, position: deep(_drained(value(x))),
+    _maps: lambda x, position: x,
+    _evaluates: lambda x, position: deep(x),
+}
+_NATIVE_METHODS: Final[dict[type, frozenset[str]]] = {
+    str: frozenset(dir(str)) - {"join", "maketrans", "translate"},
+    bytes: frozenset(dir(bytes)) - {"join"},
+    list: frozenset({"append", "insert", "pop", "copy", "clear", "reverse"}),
+    deque: frozenset({"append", "appendleft", "insert", "pop", "popleft", "copy", "clear", "reverse", "rotate"}),
+    set: frozenset({"add", "discard", "remove", "pop", "copy", "clear"}),
+    **dict.fromkeys(
+        (dict, defaultdict, OrderedDict),
+        frozenset({"get", "setdefault", "pop", "copy", "clear", "items", "values", "keys", "popitem", "move_to_end"}),
+    ),
+}
+_NATIVE_FUNCTIONS: Final = frozenset(
+    {len, id, isinstance, issubclass, callable, hasattr, print, repr, abs, round, ord, chr, hash, divmod, pow, globals}
+)
+_NATIVE_TYPES: Final = frozenset({str, int, float, bool, complex, bytes, bytearray, range, slice, object, type, Future})
+
+
+def _visible(f: Any, *args: Any) -> Any:
+    """`locals()`, `vars()` and `dir()` as the user's frame sees them, without names of ours."""
+    if args:
+        return f(deep(args[0]))
+    frame = _user_frame()
+    assert frame is not None
+    names = frame.f_locals
+    if names is not frame.f_globals:
+        names = {name: x for name, x in names.items() if not name.startswith("_@")}
+    return sorted(names) if f is dir else names
+
+
+def _evaluated(f: Any, *args: Any, **kwargs: Any) -> Any:
+    return _evaluates(f, args, kwargs)
+
+
+_FRAME_FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
+    **dict.fromkeys((locals, vars, dir), _visible),
+    **dict.fromkeys((eval, exec), _evaluated),
+}
 
 
 def call_guarded(f: Any, start: int, /, *args: Any, **kwargs: Any) -> _Thunk:
@@ -590,18 +772,33 @@ def call_for_iteration(f: Any, /, *args: Any, **kwargs: Any) -> _Thunk:
 
 # What leaves rewritten code.
 
+_CALL_OPCODES: Final = frozenset(dis.opmap[n] for n in ("CALL", "CALL_KW", "CALL_FUNCTION_EX") if n in dis.opmap)
+_CACHE_OPCODE: Final = dis.opmap.get("CACHE", 0)
 
-def _caller_takes_futures(code: types.CodeType) -> bool:
-    return code is _CALL or code is _DIRECT
+
+def _takes_futures_back(callee: types.CodeType, caller: types.FrameType | None) -> bool:
+    """True if rewritten code called `callee` itself, by a call that can be seen in its source."""
+    if caller is None:
+        return False
+    code = caller.f_code
+    if code is _CALL or code is _DIRECT:
+        return True
+    name = callee.co_name
+    if not is_rewritten(code) or (name.startswith("__") and name.endswith("__") and name != "__call__"):
+        return False
+    at = caller.f_lasti
+    instructions = code.co_code
+    while at > 0 and instructions[at] == _CACHE_OPCODE:
+        at -= 2
+    return instructions[at] in _CALL_OPCODES
 
 
 def given_back(x: Any) -> Any:
     """What a rewritten function returns: as it is to rewritten code, in values to all others."""
     if type(x) in _LEAVES or not _living:
         return x
-    if _caller_takes_futures(sys._getframe(2).f_code):  # pyright: ignore[reportPrivateUsage]
-        return x
-    return deep(x)
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    return x if _takes_futures_back(frame.f_code, frame.f_back) else deep(x)
 
 
 def yielded(x: Any) -> Any:
@@ -622,9 +819,9 @@ def delivered(future: _AnyFuture) -> Any:
 
     To be called directly from the method that was called.
     """
-    if _caller_takes_futures(sys._getframe(2).f_code):  # pyright: ignore[reportPrivateUsage]
-        return future
-    return force(_made(future))
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    noted(future)
+    return future if _takes_futures_back(frame.f_code, frame.f_back) else force(future)
 
 
 # Iteration.
@@ -941,6 +1138,8 @@ def _run_in(
 # Under these names rewritten modules find the functions above; no name of the user's can be one of them.
 NAMES: Final[Mapping[str, Any]] = types.MappingProxyType(
     {
+        "_@called": called,
+        "_@argument": argument,
         "_@call": call,
         "_@call_iter": call_for_iteration,
         "_@call_guarded": call_guarded,

@@ -35,6 +35,7 @@ _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 _N = TypeVar("_N", bound=ast.AST)
 
 _LAZY_CALLS: Final = frozenset({"zip", "enumerate", "reversed", "iter"})
+_SHALLOW_CALLS: Final = frozenset({"len", "bool", "id", "isinstance"})
 _SCALAR_CALLS: Final = frozenset({"len", "int", "float", "str", "bool", "ord", "chr", "repr", "hash", "id", "isinstance"})
 _RECURSION_LIMIT: Final = 3000
 
@@ -109,6 +110,14 @@ class _Scope:
                 return name not in scope.scalars and name != scope.self_name
             scope = scope.parent
         return False
+
+    def is_global(self, name: str) -> bool:
+        scope: _Scope | None = self
+        while scope is not None and scope.kind != "module":
+            if name in scope.names and name not in scope.globals:
+                return False
+            scope = scope.parent
+        return True
 
     def is_scalar(self, name: str) -> bool:
         scope: _Scope | None = self
@@ -273,7 +282,13 @@ class _Rewriter:
         self._tree = tree
         self._plain = plain
         self._scope = _Scope("module", None)
-        self._module_names = frozenset(_bound_names(ast.walk(tree)))
+        every = [*_bound_names(ast.walk(tree)), *(a.arg for a in ast.walk(tree) if isinstance(a, ast.arg))]
+        self._module_names = frozenset(every)
+        self._functions = frozenset(
+            n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.decorator_list and every.count(n.name) == 1
+        )
+        self._depth = 0
+        self._in_iterable = 0
 
     def module(self) -> ast.Module:
         body: list[ast.stmt] = []
@@ -339,7 +354,9 @@ class _Rewriter:
                 return False
 
     def _is_scalar_call(self, node: ast.Call) -> bool:
-        return isinstance(node.func, ast.Name) and node.func.id in _SCALAR_CALLS and node.func.id not in self._module_names
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        plain = not any(isinstance(a, ast.Starred) for a in node.args) and all(k.arg for k in node.keywords)
+        return plain and name in _SCALAR_CALLS and name not in self._module_names
 
     # The places an expression may stand in.
 
@@ -407,7 +424,62 @@ class _Rewriter:
         return result
 
     def _move_call(self, node: ast.Call) -> ast.expr:
-        return node if _is_super(node) else self._call(node, "call")
+        if _is_super(node):
+            return node
+        if self._is_scalar_call(node):
+            return self._call_scalar(node)
+        return self._call_native(node) if self._is_native(node) else self._call(node, "call")
+
+    def _call_scalar(self, node: ast.Call) -> ast.expr:
+        assert isinstance(node.func, ast.Name)
+        shallow = node.func.id in _SHALLOW_CALLS
+        node.args = [self._value(a) if shallow else self._deep(a) for a in node.args]
+        for keyword in node.keywords:
+            keyword.value = self._deep(keyword.value)
+        return node
+
+    def _is_native(self, node: ast.Call) -> bool:
+        """True if the call may stay a call, with what it calls and its arguments looked at one by one."""
+        if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+            return False
+        if self._scope.guarded and not self._is_plain_call(node):
+            return False
+        if isinstance(node.func, ast.Name) or (self._scope.kind == "function" and not self._in_iterable):
+            return True
+        return self._passes_clean(node)
+
+    def _passes_clean(self, node: ast.Call) -> bool:
+        passed = [*node.args, *(k.value for k in node.keywords)]
+        return all(self._is_clean(a) and not isinstance(a, ast.GeneratorExp) for a in passed)
+
+    def _call_native(self, node: ast.Call) -> ast.expr:
+        clean = self._passes_clean(node)
+        function, key = node.func, ""
+        if isinstance(function, ast.Name):
+            key = function.id
+        elif not clean:
+            key = f"_@f{self._depth}"
+        known = isinstance(function, ast.Name) and self._is_known_function(function.id)
+        moved = self._move(function)
+        if key.startswith("_@"):
+            moved = ast.copy_location(ast.NamedExpr(ast.copy_location(ast.Name(key, ast.Store()), function), moved), function)
+        node.func = moved if known else self._ask("called", function, moved)
+        self._depth += 1
+        node.args = [self._passed(a, key, i) for i, a in enumerate(node.args)]
+        for keyword in node.keywords:
+            keyword.value = self._passed(keyword.value, key, -1)
+        self._depth -= 1
+        return node
+
+    def _passed(self, node: ast.expr, key: str, position: int) -> ast.expr:
+        if self._is_clean(node) and not isinstance(node, ast.GeneratorExp):
+            return self._move(node)
+        moved = self._move(node)
+        at = ast.copy_location(ast.Constant(position), moved)
+        return self._ask("argument", moved, self._load(key, moved), moved, at)
+
+    def _is_known_function(self, name: str) -> bool:
+        return name in self._functions and self._scope.is_global(name)
 
     def _call(self, node: ast.Call, helper: str) -> ast.Call:
         function = ast.copy_location(ast.Name(f"_@{helper}", ast.Load()), node)
@@ -556,7 +628,9 @@ class _Rewriter:
         inner.names = {n for g in node.generators for n in _bound_names(ast.walk(g.target))}
         for i, generator in enumerate(node.generators):
             self._scope = outer if i == 0 else inner
+            self._in_iterable += 1
             node.generators[i].iter = self._comprehended(generator)
+            self._in_iterable -= 1
             self._scope = inner
             generator.ifs = [self._value(test) for test in generator.ifs]
         return outer
