@@ -116,7 +116,7 @@ def _call_options(command: _Command) -> _Command:
     for option in (
         click.argument("arguments", nargs=-1),
         click.option("--json-output", is_flag=True, help="Print the result as JSON even if it is text."),
-        click.option("--json", "json_text", metavar="JSON", help="All arguments, as one JSON object or array."),
+        click.option("--json", metavar="JSON", help="All arguments, as one JSON object or array."),
         click.option("--stream", is_flag=True, help="Print the pieces of the result as they come."),
         click.option("--session", metavar="ID", help="The session that the call belongs to."),
         click.option("--priority", type=int, default=0, help="Higher runs earlier."),
@@ -131,7 +131,7 @@ _app_option = click.option("--app", type=click.Path(path_type=Path), help="The a
 _workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Worker processes.  [default: as the manifest says, else 2]"
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
 @cli.command()
@@ -273,13 +273,13 @@ def call(
 @_app_option
 @_broker_options
 @_with_options
-def ps(options: _Options, /, as_json: bool, app: Path | None, **broker: str | None) -> None:
+def ps(options: _Options, /, json: bool, app: Path | None, **broker: str | None) -> None:
     """List the processes of a runtime and what they serve."""
     from nalar_mq import commands
 
     file = commands.app_file(app) if app else None
     settings, members = _run(options, commands.members(_choice(broker), app=file))
-    if as_json:
+    if json:
         urls = list(settings.broker.urls)
         _show_json({"broker": urls, "namespace": settings.namespace, "members": [_member_row(*m) for m in members]})
         return
@@ -295,17 +295,18 @@ def ps(options: _Options, /, as_json: bool, app: Path | None, **broker: str | No
 @_app_argument
 @_json_option
 @_with_options
-def check(options: _Options, /, app: Path, as_json: bool) -> None:
+def check(options: _Options, /, app: Path, json: bool) -> None:
     """Load APP, check it, and list its actors."""
     from nalar_mq import commands
 
+    _configure_logs(options)
     specs = commands.load_quietly(commands.app_file(app)).actors.values()
     methods = [
         (spec, f"{spec.name}.{method.name}" if method.name else spec.name, method)
         for spec in specs
         for method in spec.methods.values()
     ]
-    if as_json:
+    if json:
         _show_json(
             [
                 {
@@ -332,6 +333,7 @@ def stubs(options: _Options, /, app: Path, output: Path | None) -> None:
     from nalar_mq import commands
     from nalar_mq.client_module import client_module
 
+    _configure_logs(options)
     text = client_module(commands.load_quietly(commands.app_file(app)))
     if output is None:
         click.echo(text, nl=False)
@@ -374,10 +376,15 @@ def version() -> None:
 def _run(options: _Options, command: Coroutine[Any, Any, Any]) -> Any:
     from nalar_mq import event_loop
     from nalar_mq.commands import interruptible
+
+    _configure_logs(options)
+    return event_loop.run(interruptible(command))
+
+
+def _configure_logs(options: _Options) -> None:
     from nalar_mq.logs import Level, configure_logs
 
     configure_logs(cast("Level", options.log_level))
-    return event_loop.run(interruptible(command))
 
 
 def _choice(values: dict[str, str | None]) -> BrokerChoice:
@@ -392,7 +399,7 @@ def _wish(name: str, values: dict[str, Any]) -> CallWish:
     return CallWish(
         name=name,
         words=values["arguments"],
-        json_text=values["json_text"],
+        json_text=values["json"],
         session=values["session"],
         timeout_s=values["timeout"],
         priority=values["priority"],

@@ -44,7 +44,7 @@ from nalar_mq.messages import Member
 T = TypeVar("T")
 
 DEFAULT_WORKERS: Final = 2
-_SERVED_WITHIN_S: Final = 10.0
+_SERVED_WITHIN_S: Final = 3.0
 _RUN_DRAIN_S: Final = 2.0
 
 
@@ -97,8 +97,12 @@ async def interruptible(command: Coroutine[Any, Any, T]) -> T:
     Raises:
         Interrupted: it was unwound.
     """
-    task = asyncio.ensure_future(command)
-    await _first(task, _interrupt())
+    stop = asyncio.Event()
+    with _on_signals(stop.set):
+        task = asyncio.ensure_future(command)
+        await _first(task, stop.wait())
+    if task.cancelled():
+        raise Interrupted
     return task.result()
 
 
@@ -153,16 +157,17 @@ async def run(
     async with AsyncExitStack() as stack:
         if running is not None:
             settings = Settings(broker=running.access, namespace=running.namespace, node=_node_name())
-            guards: list[Coroutine[Any, Any, None]] = []
         else:
             access = named or await _short_lived_broker(stack)
             settings = Settings(broker=access, namespace=_namespace(choice, entry), node=_node_name())
+        client = await stack.enter_async_context(connect(settings=settings))
+        guards: list[Coroutine[Any, Any, None]] = []
+        if running is None:
             controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
             await stack.enter_async_context(controller)
-            stack.push_async_callback(controller.drain, _RUN_DRAIN_S)
             await controller.ready()
+            stack.push_async_callback(controller.drain, _RUN_DRAIN_S)
             guards = [controller.failed()]
-        client = await stack.enter_async_context(connect(settings=settings))
         await client.wait_for(wish.name, _SERVED_WITHIN_S)
         await _first(_call(client, wish, arguments, stream, take), *guards)
 
@@ -210,14 +215,6 @@ async def _broker_failed(broker: EmbeddedBroker) -> None:
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     broker.on_failure(failed.set_exception)
     await failed
-
-
-async def _interrupt() -> None:
-    """Raises `Interrupted` at SIGINT or SIGTERM."""
-    stop = asyncio.Event()
-    with _on_signals(stop.set):
-        await stop.wait()
-    raise Interrupted
 
 
 @contextlib.contextmanager

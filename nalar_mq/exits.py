@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from nalar_mq.errors import ArgumentError, BrokerError, ConfigError, NalarError, NotConnectedError, WireError, WorkerStartError
+from nalar_mq.errors import (
+    ArgumentError,
+    BrokerError,
+    CallError,
+    ConfigError,
+    NalarError,
+    NotConnectedError,
+    WireError,
+    WorkerStartError,
+)
 
 EXIT_OK: Final = 0
 EXIT_CALL_FAILED: Final = 1
@@ -57,6 +66,8 @@ def _call_failure(failure: CallFailed) -> str:
     error = failure.error
     actor = getattr(error, "actor", "") or failure.name
     text = f"nalar: error: {actor} failed: {type(error).__name__}: {one_line(error)}"
+    if isinstance(error, CallError):
+        return text
     frames = _FRAME.findall(str(error.__cause__ or ""))
     theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
     return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}" if theirs else text

@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nalar_mq.app import load_app
+from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
+from nalar_mq.cli import run_command
+from nalar_mq.client_module import client_module
+from nalar_mq.errors import BrokerUnreachableError, ConfigError, UnknownActorError
+from nalar_mq.exits import CallFailed, Interrupted, explain
+
+NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
+PATIENCE_S = 60.0
+
+FLOW = '''
+"""A small program that knows nothing of the runtime."""
+
+import os
+import time
+
+print("this goes to stderr")
+
+
+def search(query: str, limit: int = 2) -> list[str]:
+    """Finds passages."""
+    return [f"{query} {number}" for number in range(limit)]
+
+
+class Writer:
+    """Writes."""
+
+    def __init__(self, tone: str = "dry") -> None:
+        self.tone = tone
+
+    def write(self, parts: list[str]) -> str:
+        return f"{self.tone}: " + ", ".join(parts)
+
+
+def answer(question: str, limit: int = 2) -> str:
+    """Answers a question."""
+    return Writer().write(search(question, limit))
+
+
+def fail(text: str) -> None:
+    raise ValueError(text + chr(10) + "second line")
+
+
+def echo(value, text: str = ""):
+    return {"value": value, "text": text}
+
+
+def count(to: int):
+    for number in range(to):
+        yield f"{number},"
+
+
+def sleep(seconds: float, started: str) -> str:
+    open(started, "w").close()
+    time.sleep(seconds)
+    return "slept"
+
+
+def pid() -> int:
+    return os.getpid()
+'''
+MANIFEST = '[agents.writer]\nsource = "small:Writer"\n' + "".join(
+    f'[{table}.{name}]\nsource = "small:{name}"\n'
+    for table, name in [
+        ("tools", "search"),
+        ("workflows", "answer"),
+        ("workflows", "fail"),
+        ("workflows", "echo"),
+        ("tools", "count"),
+        ("tools", "sleep"),
+        ("tools", "pid"),
+    ]
+)
+
+
+def write_app(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "small.py").write_text(FLOW)
+    (folder / "nalar.toml").write_text(MANIFEST)
+    return folder
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    return write_app(tmp_path / "app")
+
+
+def environment(home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
+    return kept | {"HOME": str(home)}
+
+
+def nalar(*arguments: object, cwd: Path, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end and checks its exit code; no traceback reaches the user."""
+    done = subprocess.run(
+        [NALAR, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(cwd) | env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+class Running:
+    """A `nalar` process that goes on until it is told to stop."""
+
+    def __init__(self, *arguments: object, cwd: Path) -> None:
+        self.errors = cwd / f"stderr-{arguments[0]}-{time.monotonic_ns()}"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [NALAR, *map(str, arguments)], cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def says(self, text: str) -> None:
+        eventually(lambda: text in self.errors.read_text() or self.process.poll() is not None, f"never said {text!r}")
+        assert text in self.errors.read_text()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+# Arguments.
+
+
+def some(question: str, limit: int = 3, *more: object, note: str | None = None, data=None, **rest: object) -> None: ...
+
+
+PARSED = [
+    (["question=5"], [], {"question": "5"}),
+    (["limit=5"], [], {"limit": 5}),
+    (["limit=five"], [], {"limit": "five"}),
+    (["question:=5"], [], {"question": 5}),
+    (["note=5", "data=null"], [], {"note": "5", "data": None}),
+    (["note=null"], [], {"note": None}),
+    (['data={"a": [1]}'], [], {"data": {"a": [1]}}),
+    (["other=1"], [], {"other": 1}),
+    (["5", "5", "5"], ["5", 5, 5], {}),
+    (["what is a = b?", "x"], ["what is a = b?", "x"], {}),
+    (["question=a=b\nc"], [], {"question": "a=b\nc"}),
+    ([], [], {}),
+]
+
+
+@pytest.mark.parametrize(("words", "args", "kwargs"), PARSED)
+def test_arguments(words, args, kwargs):
+    assert parse_arguments(words, None, parameters_of(str(inspect.signature(some)))) == (args, kwargs)
+
+
+def test_arguments_as_json():
+    assert parse_arguments([], '{"a": 1}', Parameters()) == ([], {"a": 1})
+    assert parse_arguments([], "[1, null]", Parameters()) == ([1, None], {})
+
+
+@pytest.mark.parametrize(
+    ("words", "json_text", "says"),
+    [
+        (["questio=1"], None, "no parameter 'questio': did you mean 'question'"),
+        (["zzz=1"], None, "known are question, limit"),
+        (["limit=1", "limit=2"], None, "'limit' is given twice"),
+        (["limit:=five"], None, "limit:= needs JSON.*write limit=five"),
+        (["x"], "{}", "choose one"),
+        ([], "3", "an object .* or an array"),
+        ([], "{", "not JSON"),
+        ([], "[" * 100_000, "not JSON"),
+    ],
+)
+def test_arguments_that_are_refused(words, json_text, says):
+    parameters = parameters_of("(question: str, limit: int = 3) -> str")
+    with pytest.raises(ConfigError, match=says):
+        parse_arguments(words, json_text, parameters)
+
+
+def test_signatures_that_cannot_be_read_know_nothing():
+    assert parameters_of("(x=<object object at 0x1>)") == Parameters()
+    assert parameters_of("") == Parameters()
+    assert parameters_of("(q: 'str', *, n: 'int' = 1)").annotations == {"q": "str", "n": "int"}
+
+
+# What a user sees of an error.
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("wrong\nthere"), 2, "nalar: error: wrong there"),
+        (BrokerUnreachableError("nobody answers"), 3, "nalar: error: nobody answers"),
+        (UnknownActorError("nobody serves 'x'"), 1, "nalar: error: nobody serves 'x'"),
+        (CallFailed(ValueError("bad"), "flow"), 1, "nalar: error: flow failed: ValueError: bad"),
+        (Interrupted(), 130, "nalar: interrupted"),
+        (KeyError("x"), 70, "nalar: internal error: KeyError: 'x' (`nalar --debug ...` shows where)"),
+    ],
+)
+def test_errors_are_explained(error, code, text):
+    assert explain(error) == (code, text)
+
+
+def complains(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that is wrong says on stderr, as one line."""
+    assert run_command([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = [line for line in printed.err.splitlines() if line.startswith("nalar: error: ")]
+    assert len(said) == 1, printed.err
+    return said[0]
+
+
+def test_help_lists_commands_and_exit_codes(capsys):
+    assert run_command(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("up", "worker", "run", "call", "ps", "check", "stubs", "model", "version", "130", "NALAR_UP_WORKERS"):
+        assert word in printed
+
+
+@pytest.mark.parametrize("command", ["up", "worker", "run", "call", "ps", "check", "stubs", "model", "version"])
+def test_every_command_has_help(capsys, command):
+    assert run_command([command, "--help"]) == 0
+    assert "Usage: nalar " + command in capsys.readouterr().out
+
+
+def test_help_does_not_load_the_runtime():
+    program = (
+        "import sys, nalar_mq.cli; heavy = {'nalar_mq.commands', 'nalar_mq.app', 'nalar_mq.engines'}; "
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys):
+    assert run_command(["version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_wrong_command_lines(capsys, app):
+    assert "No such command 'upp'" in complains(capsys, "upp")
+    assert "No such option" in complains(capsys, "ps", "--jason")
+    assert "--workers" in complains(capsys, "up", app, "--workers", "0")
+    assert "there is no such file" in complains(capsys, "check", app / "absent")
+    (app / "x.txt").write_text("")
+    assert "neither a .toml nor a .py file" in complains(capsys, "check", app / "x.txt")
+    assert "nats://host:4222" in complains(capsys, "worker", app, "--nats", "http://x")
+    assert "namespace 'a.b' is not allowed" in complains(capsys, "worker", app, "--nats", "x", "--namespace", "a.b")
+    assert "node 'a b' is not allowed" in complains(capsys, "worker", app, "--nats", "x", "--node", "a b")
+
+
+def test_wrong_apps(capsys, tmp_path):
+    def wrong(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return complains(capsys, "check", tmp_path / name)
+
+    assert "nalar.toml:1: " in wrong("nalar.toml", "[agent.x]\n")
+    assert "broken_syntax.py:2" in wrong("broken_syntax.py", "x = 1\ndef f(:\n")
+    assert "no @agent, @tool or @workflow" in wrong("nothing_here.py", "x = 1\n")
+    assert "ZeroDivisionError" in wrong("raises_at_import.py", "1 / 0\n")
+    assert "there is no module 'absent_module'" in wrong("nalar.toml", '[tools.a]\nsource = "absent_module:f"\n')
+    two = "from nalar_mq.actor import tool\n@tool\ndef f(): ...\n@tool(name='f')\ndef g(): ...\n"
+    assert "two actors have the name 'f'" in wrong("two_of_one_name.py", two)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["answr"], "the app has no actor 'answr': did you mean 'answer'"),
+        (["writer.writ"], "did you mean 'writer.write'"),
+        (["answer"], "missing a required argument: 'question'"),
+        (["answer", "quest=1"], "no parameter 'quest': did you mean 'question'"),
+    ],
+)
+def test_wrong_calls_are_answered_before_anything_starts(capsys, app, words, says):
+    assert says in complains(capsys, "run", app, *words)
+
+
+def test_check_lists_actors(capsys, app):
+    assert run_command(["check", str(app)]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"^writer\.write +agent +\(parts: list\[str\]\) -> str", printed.out, re.MULTILINE)
+    assert "this goes to stderr" not in printed.out
+
+
+def test_check_lists_actors_as_json(capsys, app):
+    assert run_command(["check", str(app), "--json"]) == 0
+    actors = {actor["name"]: actor for actor in json.loads(capsys.readouterr().out)}
+    assert actors["search"]["signature"] == "(query: str, limit: int = 2) -> list[str]"
+    assert actors["answer"]["doc"] == "Answers a question."
+
+
+def test_options_come_from_the_environment(capsys, app, monkeypatch):
+    monkeypatch.setenv("NALAR_CHECK_JSON", "1")
+    assert run_command(["check", str(app)]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+# The typed client module.
+
+TYPED = '''
+from __future__ import annotations
+import datetime
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Optional
+from nalar_mq.actor import agent, method, tool, workflow
+
+UNSET = object()
+
+@dataclass
+class Report:
+    text: str
+
+@tool(name="find-it")
+async def find(
+    query: str, /, limit: int = 3, *more: int, mode: Literal["a", "b"] = "a", at: datetime.date | None = None
+) -> list[Report]:
+    """Finds "it" in C:\\\\."""
+    return []
+
+@agent
+class Analyst:
+    @method
+    async def analyse(self, question: str, self_: Optional[list[dict[str, float]]] = None, extra=UNSET) -> tuple[int, ...]: ...
+    @method
+    async def pieces(self, client: str) -> AsyncIterator[str]:
+        yield client
+
+@workflow
+def lambda_(client: str, *, end: bytes = b"x") -> None: ...
+'''
+
+
+@pytest.fixture
+def typed_module(tmp_path: Path) -> Path:
+    (tmp_path / "typed_app.py").write_text(TYPED)
+    path = tmp_path / "generated.py"
+    path.write_text(client_module(load_app(tmp_path / "typed_app.py")))
+    return path
+
+
+def test_the_client_module_has_the_signatures_of_the_app(typed_module):
+    text = typed_module.read_text()
+    compile(text, "generated.py", "exec")
+    assert (
+        "def find_it(client: Client, query: str, limit: int = 3, *more: int, mode: Literal['a', 'b'] = 'a', "
+        "at: datetime.date | None = None) -> Future[list[Any]]:"
+    ) in text
+    assert "def analyse(self, question: str, self_: list[dict[str, float]] | None = None, extra: Any = None)" in text
+    assert "-> Future[tuple[int, ...]]" in text
+    assert "def pieces(self, client: str) -> Future[list[str]]" in text
+    assert "def lambda_(client: Client, client_: str, *, end: bytes = b'x') -> Future[None]:" in text
+
+
+def test_stubs_go_to_stdout(capsys, app):
+    assert run_command(["stubs", str(app)]) == 0
+    assert "def answer(client: Client, question: str, limit: int = 2) -> Future[str]:" in capsys.readouterr().out
+
+
+def test_stubs_go_to_a_file(app, tmp_path):
+    assert run_command(["stubs", str(app), "-o", str(tmp_path / "out.py")]) == 0
+    assert "class writer:" in (tmp_path / "out.py").read_text()
+
+
+def test_stubs_go_nowhere(capsys, app, tmp_path):
+    assert "cannot be written" in complains(capsys, "stubs", app, "-o", tmp_path / "no" / "out.py")
+
+
+@pytest.mark.slow
+def test_the_client_module_type_checks(typed_module):
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(typed_module)],
+        cwd=typed_module.parent,
+        env=os.environ | {"MYPYPATH": str(Path(__file__).resolve().parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# The commands as processes, on a real broker.
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of an app that is up."""
+    folder = write_app(tmp_path_factory.mktemp("up") / "app")
+    running = Running("up", ".", "--workers", "1", cwd=folder)
+    try:
+        running.says("1 workers are ready")
+        yield folder
+    finally:
+        children = running.children()
+        assert running.end() == 0
+        assert all_gone(children)
+        assert not (folder / ".nalar" / "runtime.json").exists()
+
+
+def test_call(runtime):
+    assert nalar("call", "answer", "question=why", cwd=runtime).stdout == "dry: why 0, why 1\n"
+    assert json.loads(nalar("call", "search", "1", "limit=1", cwd=runtime).stdout) == ["1 0"]
+    assert nalar("call", "count", "3", "--stream", cwd=runtime).stdout == "0,1,2,"
+    found = nalar("call", "echo", "--json", '{"value": [1, null], "text": "é"}', "--app", runtime, cwd=runtime.parent)
+    assert json.loads(found.stdout) == {"value": [1, None], "text": "é"}
+    assert nalar("call", "answer", "x", "--json-output", cwd=runtime).stdout == '"dry: x 0, x 1"\n'
+
+
+def test_calls_that_fail(runtime):
+    printed = nalar("call", "fail", "text=broken", cwd=runtime, code=1).stderr
+    assert printed.startswith("nalar: error: fail failed: ValueError: broken second line\n")
+    assert re.search(r"at \S+small\.py:\d+$", printed.rstrip())
+    assert "nobody serves 'answr'" in nalar("call", "answr", cwd=runtime, code=1).stderr
+
+
+def test_ps(runtime):
+    seen = json.loads(nalar("ps", "--json", cwd=runtime).stdout)
+    (worker,) = [member for member in seen["members"] if member["role"] == "worker"]
+    assert worker["state"] == "serving"
+    assert worker["actors"]["answer"]["methods"] == {"": "(question: str, limit: int = 2) -> str"}
+    assert worker["name"] in nalar("ps", cwd=runtime).stdout
+
+
+def test_run_uses_what_is_up(runtime):
+    worker = json.loads(nalar("call", "pid", cwd=runtime).stdout)
+    assert json.loads(nalar("run", runtime, "pid", cwd=runtime.parent).stdout) == worker
+
+
+def test_up_twice(runtime):
+    assert "this app is up already" in nalar("up", ".", cwd=runtime, code=2).stderr
+
+
+def test_wrong_credentials(runtime):
+    url = json.loads((runtime / ".nalar" / "runtime.json").read_text())["url"].replace("://", "://wrong@")
+    assert "wrong@" not in nalar("ps", "--nats", url, cwd=runtime, code=3).stderr
+
+
+def test_a_node_joins_and_leaves(runtime):
+    node = Running("worker", ".", "--workers", "1", "--node", "second", cwd=runtime)
+    try:
+        node.says("1 workers are ready")
+        members = json.loads(nalar("ps", "--json", cwd=runtime).stdout)["members"]
+        assert "second-1" in [member["name"] for member in members]
+    finally:
+        assert node.end(signal.SIGINT) == 0
+
+
+def test_run_brings_everything_and_takes_it_away(app):
+    done = nalar("run", ".", "answer", "question=why", "--workers", "1", cwd=app)
+    assert done.stdout == "dry: why 0, why 1\n"
+    assert "this goes to stderr" in done.stderr
+    assert not (app / ".nalar").exists()
+
+
+def test_an_interrupted_run_leaves_nothing_behind(app):
+    running = Running("run", ".", "sleep", "30", "began", "--workers", "1", cwd=app)
+    eventually((app / "began").exists, "the call never began")
+    children = running.children()
+    assert len(children) >= 2
+    assert running.end(signal.SIGINT) == 130
+    eventually(lambda: all_gone(children), "a child goes on")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the broker of a killed parent")
+def test_killing_up_kills_its_children(app):
+    running = Running("up", ".", "--workers", "1", cwd=app)
+    running.says("1 workers are ready")
+    children = running.children()
+    assert running.end(signal.SIGKILL) == -signal.SIGKILL
+    eventually(lambda: all_gone(children), "a child goes on")
+    assert "no broker is known" in nalar("ps", cwd=app, code=2).stderr
+
+
+def test_no_broker_there(app):
+    assert "127.0.0.1:1" in nalar("ps", "--nats", "nats://127.0.0.1:1", cwd=app, code=3).stderr
+    assert "127.0.0.1:1" in nalar("run", ".", "pid", cwd=app, code=3, NATS_URL="nats://127.0.0.1:1").stderr
+
+
+def test_an_app_that_breaks_while_it_loads_ends_up_with_one_line(app):
+    (app / "small.py").write_text("import absent_module_of_a_test\n")
+    printed = nalar("up", ".", "--workers", "1", cwd=app, code=2).stderr
+    assert "absent_module_of_a_test" in next(line for line in printed.splitlines() if line.startswith("nalar: error: "))
+
+
+def test_a_port_in_use(app):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert f"port {port} of 127.0.0.1 is in use" in nalar("up", ".", "--port", port, cwd=app, code=3).stderr
