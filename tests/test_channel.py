@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
+from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.channel import Endpoint
+from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import ValueTooLargeError
-from nalar_mq.memory_transport import Faults, MemoryHub, MemoryTransport
+from nalar_mq.memory_transport import Faults, MemoryHub
 from nalar_mq.messages import (
     WIRE_VERSION,
     Bye,
@@ -26,7 +31,8 @@ from nalar_mq.messages import (
     encode_message,
     encode_packet,
 )
-from nalar_mq.transport import Delivered
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.transport import Transport
 
 SUBJECTS = Subjects()
 
@@ -34,19 +40,18 @@ SUBJECTS = Subjects()
 class Process:
     """One life of a process: an endpoint, and everything it was given."""
 
-    def __init__(self, hub: MemoryHub, transport: MemoryTransport, me: Address, window_calls: int) -> None:
-        self.hub = hub
+    def __init__(self, transport: Transport, me: Address, window_calls: int, subjects: Subjects = SUBJECTS) -> None:
         self.me = me
         self.transport = transport
         self.got: dict[Address, list[Message]] = {}
         self.lost: dict[Address, tuple[list[Message], list[Message]]] = {}
         self.endpoint = Endpoint(
-            transport, SUBJECTS, me, on_messages=self.on_messages, on_lost=self.on_lost, window_calls=window_calls
+            transport, subjects, me, on_messages=self.on_messages, on_lost=self.on_lost, window_calls=window_calls
         )
 
     @classmethod
     async def start(cls, hub: MemoryHub, name: str, incarnation: int = 1, window_calls: int = 8192) -> Process:
-        process = cls(hub, await hub.connect(name), Address(name, incarnation), window_calls)
+        process = cls(await hub.connect(name), Address(name, incarnation), window_calls)
         await process.endpoint.start()
         return process
 
@@ -63,7 +68,7 @@ class Process:
 
     def put(self, data: bytes, sender: str) -> None:
         """Bytes as they arrive from `sender`."""
-        self.transport.hub.route(self.transport, Delivered(SUBJECTS.box(self.me.name, sender), data))
+        self.transport.publish(SUBJECTS.box(self.me.name, sender), data)
 
 
 def call(number: int, size_bytes: int = 0) -> Call:
@@ -562,6 +567,58 @@ def test_a_schedule_replays_exactly():
         return [(process.me, process.endpoint.stats, process.lost) for process in schedule.lives]
 
     assert trace(77) == trace(77)
+
+
+async def test_over_a_real_broker_both_sides_flood_each_other(broker_access: BrokerAccess, namespace: str) -> None:
+    processes = await _real_pair(broker_access, namespace, window_calls=1_000)
+    a, b = processes
+    for number in range(20_000):
+        a.endpoint.send(b.me, call(number, 50))
+        b.endpoint.send(a.me, resolve(number))
+        if number % 500 == 0:
+            await asyncio.sleep(0)
+    assert await a.endpoint.drain(30)
+    assert await b.endpoint.drain(30)
+    assert a.ids_from(b.me) == b.ids_from(a.me) == list(range(20_000))
+    for process in processes:
+        await process.endpoint.aclose()
+        await process.transport.aclose()
+
+
+async def test_a_broker_that_is_killed_under_way_costs_nothing(tmp_path: Path) -> None:
+    async with EmbeddedBroker(tmp_path) as broker:
+        a, b = await _real_pair(broker.access, "nalar")
+        connected: asyncio.Queue[bool] = asyncio.Queue()
+        a.transport.on_connection(connected.put_nowait)
+        for number in range(5_000):
+            a.endpoint.send(b.me, call(number, 100))
+            b.endpoint.send(a.me, resolve(number))
+            if number == 2_000:
+                assert broker.pid is not None
+                os.kill(broker.pid, signal.SIGKILL)
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+        while not await asyncio.wait_for(connected.get(), 30):
+            a.endpoint.send(b.me, call(5_000))
+        assert await a.endpoint.drain(30)
+        assert await b.endpoint.drain(30)
+        assert b.ids_from(a.me) == list(range(5_001))
+        assert a.ids_from(b.me) == list(range(5_000))
+        assert not a.lost
+        assert not b.lost
+        for process in (a, b):
+            await process.endpoint.aclose()
+            await process.transport.aclose()
+
+
+async def _real_pair(access: BrokerAccess, namespace: str, window_calls: int = 8192) -> tuple[Process, Process]:
+    made: list[Process] = []
+    for name in ("a", "b"):
+        transport = await NatsTransport.connect(access, name=name)
+        process = Process(transport, Address(name, 1), window_calls, Subjects(namespace))
+        await process.endpoint.start()
+        made.append(process)
+    return made[0], made[1]
 
 
 def _mangle(chance: random.Random, packets: list[bytes]) -> bytes:
