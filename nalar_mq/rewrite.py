@@ -35,8 +35,17 @@ _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 _N = TypeVar("_N", bound=ast.AST)
 
 _LAZY_CALLS: Final = frozenset({"zip", "enumerate", "reversed", "iter"})
+_CONSTRUCTORS: Final = frozenset({"list", "dict", "set", "tuple", "frozenset"})
 _SHALLOW_CALLS: Final = frozenset({"len", "bool", "id", "isinstance"})
 _SCALAR_CALLS: Final = frozenset({"len", "int", "float", "str", "bool", "ord", "chr", "repr", "hash", "id", "isinstance"})
+# Methods of containers and text that store or look up and call nothing back; what else has them is a plain method.
+_SIMPLE_METHODS: Final = frozenset(
+    {
+        *("append", "appendleft", "popleft", "items", "keys", "values", "get", "setdefault", "add", "discard"),
+        *("strip", "lstrip", "rstrip", "split", "splitlines", "lower", "upper", "title", "startswith", "endswith", "replace"),
+    }
+)
+_NUMERIC: Final = (ast.Sub, ast.Div, ast.FloorDiv, ast.Pow, ast.LShift, ast.RShift)
 _RECURSION_LIMIT: Final = 3000
 
 
@@ -88,6 +97,9 @@ class _Scope:
         self.parent = parent
         self.names: set[str] = set()
         self.scalars: frozenset[str] = frozenset()
+        self.values: frozenset[str] = frozenset()
+        self.known: set[str] = set()
+        self.fixed: frozenset[str] = frozenset()
         self.exposed: frozenset[str] = frozenset()
         self.globals: set[str] = set()
         self.self_name = ""
@@ -107,7 +119,9 @@ class _Scope:
             if name in scope.globals:
                 return False
             if name in scope.names and scope.binds_futures:
-                return name not in scope.scalars and name != scope.self_name
+                if scope is self and name in scope.known:
+                    return False
+                return name not in scope.values and name != scope.self_name
             scope = scope.parent
         return False
 
@@ -184,7 +198,9 @@ def _function_scope(node: ast.FunctionDef | ast.Lambda, parent: _Scope, module_n
     scope.names = ({*_bound_names(own), *parameters} | _walrus_names(own)) - scope.globals - nonlocals
     scope.is_generator = any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in own)
     scope.exposed = frozenset(_names_in_async(body))
-    scope.scalars = _scalar_names(own, scope.names - set(parameters) - _nonlocals_inside(body), module_names)
+    scope.fixed = frozenset(scope.names - _nonlocals_inside(body))
+    scope.scalars = _inferred(own, scope.fixed - set(parameters), module_names, _is_scalar)
+    scope.values = scope.scalars | _inferred(own, scope.fixed - set(parameters), module_names, _is_never_future)
     scope.self_name = _self_name(node, parent, own)
     return scope
 
@@ -214,8 +230,12 @@ def _self_name(node: ast.FunctionDef | ast.Lambda, parent: _Scope, own: Sequence
     return "" if first[0].arg in set(_bound_names(own)) else first[0].arg
 
 
-def _scalar_names(own: Sequence[ast.AST], candidates: set[str], module_names: Collection[str]) -> frozenset[str]:
-    """Names that only ever hold numbers and text made here, as loop counters do."""
+_Test = Callable[[ast.expr, Collection[str], Collection[str]], bool]
+
+
+def _inferred(own: Sequence[ast.AST], names: Collection[str], module_names: Collection[str], test: _Test) -> frozenset[str]:
+    """Names of which every binding passes the test, given that the others in the result do."""
+    candidates = set(names)
     bindings: dict[str, list[ast.expr | None]] = {}
     simple: set[int] = set()
     for node in own:
@@ -227,7 +247,7 @@ def _scalar_names(own: Sequence[ast.AST], candidates: set[str], module_names: Co
             candidates -= set(_bound_names([node]))
     candidates &= bindings.keys()
     while True:
-        wrong = {n for n in candidates if not all(b is None or _is_scalar(b, candidates, module_names) for b in bindings[n])}
+        wrong = {n for n in candidates if not all(b is None or test(b, candidates, module_names) for b in bindings[n])}
         if not wrong:
             return frozenset(candidates)
         candidates -= wrong
@@ -272,6 +292,20 @@ def _is_scalar(node: ast.expr, names: Collection[str], module_names: Collection[
             return False
 
 
+def _is_never_future(node: ast.expr, names: Collection[str], module_names: Collection[str]) -> bool:
+    match node:
+        case ast.List() | ast.Tuple() | ast.Dict() | ast.Set() | ast.ListComp() | ast.SetComp() | ast.DictComp():
+            return True
+        case ast.BinOp() | ast.UnaryOp() | ast.Lambda() | ast.GeneratorExp():
+            return True
+        case ast.Call(func=ast.Name(id=name)) if name in _CONSTRUCTORS and name not in module_names:
+            return True
+        case ast.IfExp(body=body, orelse=orelse):
+            return _is_never_future(body, names, module_names) and _is_never_future(orelse, names, module_names)
+        case _:
+            return _is_scalar(node, names, module_names)
+
+
 # The rewriting.
 
 
@@ -289,6 +323,7 @@ class _Rewriter:
         )
         self._depth = 0
         self._in_iterable = 0
+        self._certain = True
 
     def module(self) -> ast.Module:
         body: list[ast.stmt] = []
@@ -338,10 +373,11 @@ class _Rewriter:
     def _is_clean(self, node: ast.expr) -> bool:
         """True if the expression as written is a value that holds no future."""
         match node:
-            case ast.Constant() | ast.JoinedStr() | ast.BinOp() | ast.UnaryOp() | ast.Compare():
+            case ast.Constant() | ast.JoinedStr() | ast.UnaryOp() | ast.Compare() | ast.Lambda() | ast.GeneratorExp():
                 return True
-            case ast.Lambda() | ast.GeneratorExp():
-                return True
+            case ast.BinOp(left=left, op=op, right=right):
+                simple = any(isinstance(n, ast.Constant) for n in (left, right))
+                return not simple or isinstance(op, (*_NUMERIC, ast.Mod)) or (self._is_clean(left) and self._is_clean(right))
             case ast.Name(id=name):
                 return self._scope.is_scalar(name)
             case ast.Tuple(elts=elements) | ast.List(elts=elements) | ast.Set(elts=elements):
@@ -366,12 +402,31 @@ class _Rewriter:
             node.value = self._value(node.value) if self._walrus_moves(node.target.id) else self._full(node.value)
             return node
         moved = self._move(node)
-        return moved if known else self._ask("value", moved, moved)
+        return moved if known else self._learn("value", node, moved)
+
+    def _learn(self, how: str, node: ast.expr, moved: ast.expr) -> ast.expr:
+        """Asks for the value; a name of this function keeps it, so that what runs later need not ask again."""
+        scope = self._scope
+        asked = self._ask(how, moved, moved)
+        if not isinstance(node, ast.Name) or not self._certain or self._in_iterable:
+            return asked
+        if scope.kind != "function" or node.id not in scope.fixed or node.id in scope.exposed | scope.known:
+            return asked
+        scope.known.add(node.id)
+        return ast.copy_location(ast.NamedExpr(ast.copy_location(ast.Name(node.id, ast.Store()), node), asked), node)
+
+    def _maybe(self, rewrite: Callable[[ast.expr], ast.expr], node: ast.expr) -> ast.expr:
+        """Rewrites what may not be evaluated."""
+        before, self._certain = self._certain, False
+        try:
+            return rewrite(node)
+        finally:
+            self._certain = before
 
     def _deep(self, node: ast.expr) -> ast.expr:
         known = self._is_clean(node)
         moved = self._move(node)
-        return moved if known else self._ask("deep", moved, moved)
+        return moved if known else self._learn("deep", node, moved)
 
     def _full(self, node: ast.expr) -> ast.expr:
         """Deep, and in a guarded body after the end of all calls that were made for it."""
@@ -463,6 +518,7 @@ class _Rewriter:
         moved = self._move(function)
         if key.startswith("_@"):
             moved = ast.copy_location(ast.NamedExpr(ast.copy_location(ast.Name(key, ast.Store()), function), moved), function)
+        known = known or (isinstance(function, ast.Attribute) and function.attr in _SIMPLE_METHODS)
         node.func = moved if known else self._ask("called", function, moved)
         self._depth += 1
         node.args = [self._passed(a, key, i) for i, a in enumerate(node.args)]
@@ -528,13 +584,15 @@ class _Rewriter:
         return node
 
     def _move_boolop(self, node: ast.BoolOp) -> ast.expr:
-        node.values = [*(self._value(v) for v in node.values[:-1]), self._move(node.values[-1])]
+        first, *middle, last = node.values
+        tests = [self._value(first), *(self._maybe(self._value, v) for v in middle)]
+        node.values = [*tests, self._maybe(self._move, last)]
         return node
 
     def _move_ifexp(self, node: ast.IfExp) -> ast.expr:
         node.test = self._value(node.test)
-        node.body = self._move(node.body)
-        node.orelse = self._move(node.orelse)
+        node.body = self._maybe(self._move, node.body)
+        node.orelse = self._maybe(self._move, node.orelse)
         return node
 
     def _move_namedexpr(self, node: ast.NamedExpr) -> ast.expr:
@@ -549,8 +607,10 @@ class _Rewriter:
         return scope.kind == "function" and not exempt
 
     def _move_binop(self, node: ast.BinOp) -> ast.expr:
-        node.left = self._deep(node.left)
-        node.right = self._deep(node.right)
+        simple = not isinstance(node.op, ast.Mod) and any(isinstance(n, ast.Constant) for n in (node.left, node.right))
+        operand = self._value if simple else self._deep
+        node.left = operand(node.left)
+        node.right = operand(node.right)
         return node
 
     def _move_unaryop(self, node: ast.UnaryOp) -> ast.expr:
@@ -562,12 +622,22 @@ class _Rewriter:
             node.left = self._value(node.left)
             node.comparators = [self._value(c) for c in node.comparators]
             return node
+        if len(node.ops) == 1 and not isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            constant = any(isinstance(n, ast.Constant) for n in (node.left, node.comparators[0]))
+            operand = self._value if constant else self._deep
+            node.left = operand(node.left)
+            node.comparators = [operand(node.comparators[0])]
+            return node
         node.left = self._deep(node.left)
         last = len(node.ops) - 1
         for i, (op, right) in enumerate(zip(node.ops, node.comparators, strict=True)):
             searched = isinstance(op, (ast.In, ast.NotIn)) and i == last and not self._is_clean(right)
-            node.comparators[i] = self._ask("in", right, self._move(right)) if searched else self._deep(right)
+            how = self._searched if searched else self._deep
+            node.comparators[i] = how(right) if i == 0 else self._maybe(how, right)
         return node
+
+    def _searched(self, node: ast.expr) -> ast.expr:
+        return self._ask("in", node, self._move(node))
 
     def _move_joinedstr(self, node: ast.JoinedStr) -> ast.expr:
         for part in node.values:
@@ -625,6 +695,7 @@ class _Rewriter:
     def _comprehension(self, node: _Comprehension) -> _Scope:
         outer = self._scope
         inner = _Scope("comprehension", outer)
+        inner.known = set(outer.known) if outer.kind == "function" else set()
         inner.names = {n for g in node.generators for n in _bound_names(ast.walk(g.target))}
         for i, generator in enumerate(node.generators):
             self._scope = outer if i == 0 else inner
@@ -675,18 +746,23 @@ class _Rewriter:
     # Statements.
 
     def _body(self, body: Iterable[ast.stmt], *, guarded: bool | None = None) -> list[ast.stmt]:
-        before = self._scope.guarded
-        self._scope.guarded = before if guarded is None else guarded
+        """The statements of one branch; what it learns about names is not known after it."""
+        scope = self._scope
+        before, known = scope.guarded, set(scope.known)
+        scope.guarded = before if guarded is None else guarded
         try:
             return [out for statement in body for out in self._statement(statement)]
         finally:
-            self._scope.guarded = before
+            scope.guarded = before
+            scope.known = known
 
     def _statement(self, node: ast.stmt) -> list[ast.stmt]:
         rewrite = getattr(self, f"_do_{type(node).__name__.lower()}", None)
-        if rewrite is None:
-            return [node]
-        result: list[ast.stmt] = rewrite(node)
+        bound = set(_bound_names(_own_nodes([node])))
+        if isinstance(node, (ast.For, ast.While, ast.Try, ast.TryStar)):
+            self._scope.known -= bound
+        result: list[ast.stmt] = [node] if rewrite is None else rewrite(node)
+        self._scope.known -= bound
         return result
 
     def _do_expr(self, node: ast.Expr) -> list[ast.stmt]:
