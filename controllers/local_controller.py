@@ -19,7 +19,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -65,6 +65,16 @@ class LocalController:
 
     A worker that ends is started again under the same name after a pause. One that keeps ending, or whose app cannot be
     loaded, is given up: `failed` tells.
+
+    Args:
+        app: the file of the app.
+        settings: for the workers; `node` begins their names.
+        workers: how many.
+        limits: how patient the supervision is.
+        rng: spreads restarts.
+        command: what is started; the number of the socket is added.
+        variables: added to the environment of the workers.
+        log_level: of the workers.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class LocalController:
         limits: Limits | None = None,
         rng: random.Random | None = None,
         command: Sequence[str] = WORKER_COMMAND,
+        variables: Mapping[str, str] | None = None,
         log_level: str = "info",
     ) -> None:
         names = [f"{settings.node}-{number}" for number in range(1, workers + 1)]
@@ -84,6 +95,7 @@ class LocalController:
         self._limits = limits or Limits()
         self._rng = rng or random.Random()
         self._command = tuple(command)
+        self._variables = dict(variables or {})
         self._log_level = log_level
         self._log = structlog.get_logger().bind(node=settings.node)
         self._slots = {name: Slot(name=name) for name in names}
@@ -200,6 +212,7 @@ class LocalController:
                 stdout=sys.stderr.fileno(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
+                env=os.environ | self._variables,
             )
         except OSError as error:
             ours.close()
@@ -231,7 +244,7 @@ class LocalController:
                     self._events.put_nowait((name, Ready()))
             await child.process.wait()
         except (OSError, ValueError) as error:
-            self._log.warning("worker.link_lost", worker=name, error=str(error))
+            self._log.debug("worker.link_lost", worker=name, error=str(error))
         finally:
             writer.close()
 

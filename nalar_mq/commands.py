@@ -33,7 +33,7 @@ from nalar_mq.broker import (
     write_runtime_file,
 )
 from nalar_mq.client import Client, connect
-from nalar_mq.config import DEFAULT_PORT, BrokerAccess, Settings, find_broker, find_namespace, load_settings
+from nalar_mq.config import DEFAULT_PORT, BrokerAccess, Settings, engine_variables, find_broker, find_namespace, load_settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import BrokerError, ConfigError
@@ -126,7 +126,7 @@ async def up(
         stack.callback(remove_runtime_file, app.parent)
         _announce(app.parent, settings)
         show(access.urls[0])
-        controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
+        controller = _controller(app, settings, entry, workers, log_level)
         await _serve(controller, broker, tell)
 
 
@@ -136,7 +136,7 @@ async def worker(
     """One node of a runtime whose broker is there already, until SIGINT or SIGTERM."""
     entry = _runtime_entry(app)
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else _node_name())
-    controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
+    controller = _controller(app, settings, entry, workers, log_level)
     show(settings.broker.urls[0])
     await _serve(controller, None, tell)
 
@@ -163,7 +163,7 @@ async def run(
         client = await stack.enter_async_context(connect(settings=settings))
         guards: list[Coroutine[Any, Any, None]] = []
         if running is None:
-            controller = LocalController(app, settings, workers=_count(workers, entry), log_level=log_level)
+            controller = _controller(app, settings, entry, workers, log_level)
             await stack.enter_async_context(controller)
             await controller.ready()
             stack.push_async_callback(controller.drain, _RUN_DRAIN_S)
@@ -270,8 +270,14 @@ def _runtime_entry(app: Path) -> RuntimeEntry:
     return load_manifest(app).runtime if app.suffix == ".toml" else RuntimeEntry()
 
 
-def _count(workers: int | None, entry: RuntimeEntry) -> int:
-    return workers or entry.workers or DEFAULT_WORKERS
+def _controller(app: Path, settings: Settings, entry: RuntimeEntry, workers: int | None, log_level: str) -> LocalController:
+    return LocalController(
+        app,
+        settings,
+        workers=workers or entry.workers or DEFAULT_WORKERS,
+        variables=engine_variables(entry.engine_url, entry.engine_model),
+        log_level=log_level,
+    )
 
 
 def _port(port: int | None) -> int | None:

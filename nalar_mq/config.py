@@ -312,6 +312,13 @@ def find_engine(environ: Mapping[str, str] | None = None) -> EngineAccess | None
     return EngineAccess(url=url, api_key=env.get(f"{prefix}_API_KEY", ""), model=env.get(f"{prefix}_MODEL", ""))
 
 
+def engine_variables(url: str, model: str, *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What to add to the environment of a worker whose app names a model server; nothing if the environment names one."""
+    if not url or find_engine(environ) is not None:
+        return {}
+    return {"NALAR_ENGINE_URL": url, "NALAR_ENGINE_MODEL": model}
+
+
 def engine_folder(environ: Mapping[str, str] | None = None) -> Path:
     """Where the processes of one user on this machine meet to share an engine: `NALAR_ENGINE_DIR`, else under the home."""
     env = os.environ if environ is None else environ

@@ -3,7 +3,8 @@
     [runtime]                       optional: how `nalar up` and `nalar run` start it
     namespace = "nalar"
     workers = 2
-    engine = "local"                or "openai", with engine_url and model
+    engine_url = "http://host:8000" an OpenAI-compatible model server, unless the environment names one
+    engine_model = "name"           its model
 
     [agents.planner]                the name that others call
     source = "flow:Planner"         module:attribute; the module is looked for beside this file first
@@ -24,7 +25,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeGuard
+from typing import Any, Final, NoReturn, TypeGuard
 
 import msgspec
 
@@ -63,9 +64,8 @@ class RuntimeEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     namespace: str = ""
     workers: int | None = None
-    engine: Literal["", "local", "openai"] = ""
     engine_url: str = ""
-    model: str = ""
+    engine_model: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +187,8 @@ class _Reader:
         runtime = msgspec.convert(dict(table), RuntimeEntry)
         if runtime.namespace and not is_token(runtime.namespace):
             self._refuse(("runtime", "namespace"), f"{runtime.namespace!r} cannot be a namespace: use A-Z, a-z, 0-9, '_', '-'")
+        if runtime.engine_model and not runtime.engine_url:
+            self._refuse(("runtime", "engine_model"), "'engine_model' needs 'engine_url': which server has that model?")
         if runtime.workers is not None and runtime.workers < 1:
             self._refuse(("runtime", "workers"), f"'workers' must be 1 or more, not {runtime.workers}")
         return runtime
@@ -206,9 +208,8 @@ class _Reader:
 _RUNTIME_KEYS: Final[dict[str, tuple[Any, str]]] = {
     "namespace": (str, "text"),
     "workers": (int, "a whole number"),
-    "engine": (Literal["local", "openai"], "'local' or 'openai'"),
     "engine_url": (str, "text"),
-    "model": (str, "text"),
+    "engine_model": (str, "text"),
 }
 
 

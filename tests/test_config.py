@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nalar_mq.config import BrokerAccess, Settings, access_from_url, find_broker, find_namespace, load_settings
+from nalar_mq.config import (
+    BrokerAccess,
+    EngineAccess,
+    Settings,
+    access_from_url,
+    engine_variables,
+    find_broker,
+    find_engine,
+    find_namespace,
+    load_settings,
+)
 from nalar_mq.errors import ConfigError
 
 RUNTIME = BrokerAccess(urls=("nats://127.0.0.1:4111",), token="t")
@@ -167,3 +177,10 @@ def test_contexts_that_cannot_be_used(env):
     add_context(env, "nofile", url="nats://h", creds="/absent")
     with pytest.raises(ConfigError, match="there is no file '/absent'"):
         find_broker(context="nofile", environ=env)
+
+
+def test_the_app_names_a_model_server_where_the_environment_does_not():
+    assert engine_variables("", "", environ={}) == {}
+    named = engine_variables("http://h:1", "m", environ={})
+    assert find_engine(named) == EngineAccess(url="http://h:1", model="m")
+    assert engine_variables("http://h:1", "m", environ={"OPENAI_BASE_URL": "http://other"}) == {}

@@ -16,9 +16,8 @@ GOOD = """\
 [runtime]
 namespace = "shop"
 workers = 3
-engine = "openai"
 engine_url = "http://127.0.0.1:8000/v1"
-model = "tiny"
+engine_model = "tiny"
 
 [agents.planner]
 source = "flow:Planner"
@@ -53,8 +52,8 @@ def test_a_good_manifest(write, tmp_path):
     assert planner.directives == Directives(stateful=True, timeout_s=30, resources={"cpu": 2, "gpu": 0.5})
     assert (search.kind, search.module, search.attribute) == ("tool", "pkg.search", "Index.find")
     assert (search.directives.concurrency, search.directives.timeout_s) == (4, None)
-    assert (answer.kind, answer.line, answer.directives) == ("workflow", 19, Directives())
-    assert (manifest.runtime.namespace, manifest.runtime.workers, manifest.runtime.engine) == ("shop", 3, "openai")
+    assert (answer.kind, answer.line, answer.directives) == ("workflow", 18, Directives())
+    assert (manifest.runtime.namespace, manifest.runtime.workers, manifest.runtime.engine_model) == ("shop", 3, "tiny")
     assert manifest.folder == tmp_path
 
 
@@ -88,7 +87,8 @@ REFUSED = [
     (ONE + "[runtime]\nworkers = 0\n", 4, "1 or more"),
     (ONE + "[runtime]\nworkers = true\n", 4, "a whole number"),
     (ONE + "[runtime]\nnamespace = 'a.b'\n", 4, "cannot be a namespace"),
-    (ONE + "[runtime]\nengine = 'vlllm'\n", 4, "'local' or 'openai'"),
+    (ONE + "[runtime]\nengine_url = 3\n", 4, "must be text"),
+    (ONE + "[runtime]\nengine_model = 'm'\n", 4, "needs 'engine_url'"),
     (b"\xff\xfe", 0, "not UTF-8"),
     ("x = " + "[" * 100_000, 0, "not TOML"),
 ]
