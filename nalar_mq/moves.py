@@ -111,6 +111,11 @@ class _Journal(threading.local):
 _journal: Final = _Journal()
 
 
+def living_count() -> int:
+    """How many futures made by rewritten code something still holds."""
+    return len(_living)
+
+
 def is_rewritten(code: types.CodeType) -> bool:
     """True if functions with this code may be given futures."""
     consts = code.co_consts
@@ -403,16 +408,17 @@ def _actor_for(f: Any, kind: type) -> Any:
     return f
 
 
-def noted(result: Any) -> Any:
-    """Enters the future of a call that was just made into all books, once; returns it."""
-    if isinstance(result, Future) and id(result) not in _living:  # pyright: ignore[reportUnknownArgumentType]
+def noted(result: Any, frame: types.FrameType | None = None) -> Any:
+    """Enters the future of a call that was just made into all books, once, as made in `frame` of the user; returns it."""
+    if isinstance(result, Future):
         future = cast(_AnyFuture, result)
-        _living.note(future, _user_frame())
-        if _journal.depth:
-            _journal.made.append(future)
-        scope = _scope.get()
-        if scope is not None:
-            scope.add(future)
+        if id(future) not in _living:
+            _living.note(future, frame or _user_frame())
+            if _journal.depth:
+                _journal.made.append(future)
+            scope = _scope.get()
+            if scope is not None:
+                scope.add(future)
     return result
 
 
@@ -587,15 +593,15 @@ def called(f: Any) -> Any:
     if kind is types.FunctionType:
         consts = f.__code__.co_consts
         return f if consts and consts[-1] is MARK else _actor_call(f)
-    if kind is types.BuiltinFunctionType:
-        receiver = type(f.__self__)
-        if receiver in _NATIVE_METHODS and f.__name__ in _NATIVE_METHODS[receiver]:
-            return f
-        return _called_builtin(f)
     if kind is types.MethodType:
         function: Any = f.__func__
-        if type(function) is types.FunctionType and is_rewritten(function.__code__):
-            return f
+        if type(function) is types.FunctionType:
+            consts = function.__code__.co_consts
+            if consts and consts[-1] is MARK:
+                return f
+    elif kind is types.BuiltinFunctionType:
+        names = _NATIVE_METHODS.get(type(f.__self__))
+        return f if names is not None and f.__name__ in names else _called_builtin(f)
     return _called_other(f)
 
 
@@ -820,7 +826,7 @@ def delivered(future: _AnyFuture) -> Any:
     To be called directly from the method that was called.
     """
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    noted(future)
+    noted(future, frame.f_back)
     return future if _takes_futures_back(frame.f_code, frame.f_back) else force(future)
 
 
@@ -916,6 +922,8 @@ def added(x: Any, target: Any) -> Any:
 
 def settle_item(container: Any, key: Any) -> None:
     """Puts the value in the place of a future under a key, before an operator changes it."""
+    if not _living:
+        return
     if isinstance(container, dict):
         old: Any = dict.get(cast("dict[Any, Any]", container), key)
         if isinstance(old, Future):
@@ -929,6 +937,8 @@ def settle_item(container: Any, key: Any) -> None:
 
 def settle_attribute(holder: Any, name: str) -> None:
     """Puts the value in the place of a future in an attribute, before an operator changes it."""
+    if not _living:
+        return
     attributes = getattr(holder, "__dict__", None)
     if type(attributes) is dict and isinstance(attributes.get(name), Future):
         attributes[name] = force(attributes[name])

@@ -114,13 +114,13 @@ class _Scope:
         return self.kind == "function" or self.kind == "comprehension"
 
     def may_be_future(self, name: str) -> bool:
+        if name in self.known:
+            return False
         scope: _Scope | None = self
         while scope is not None:
             if name in scope.globals:
                 return False
             if name in scope.names and scope.binds_futures:
-                if scope is self and name in scope.known:
-                    return False
                 return name not in scope.values and name != scope.self_name
             scope = scope.parent
         return False
@@ -376,8 +376,9 @@ class _Rewriter:
             case ast.Constant() | ast.JoinedStr() | ast.UnaryOp() | ast.Compare() | ast.Lambda() | ast.GeneratorExp():
                 return True
             case ast.BinOp(left=left, op=op, right=right):
-                simple = any(isinstance(n, ast.Constant) for n in (left, right))
-                return not simple or isinstance(op, (*_NUMERIC, ast.Mod)) or (self._is_clean(left) and self._is_clean(right))
+                if not _has_plain_operand(node) or isinstance(op, (*_NUMERIC, ast.Mod)):
+                    return True
+                return self._is_clean(left) and self._is_clean(right)
             case ast.Name(id=name):
                 return self._scope.is_scalar(name)
             case ast.Tuple(elts=elements) | ast.List(elts=elements) | ast.Set(elts=elements):
@@ -607,8 +608,7 @@ class _Rewriter:
         return scope.kind == "function" and not exempt
 
     def _move_binop(self, node: ast.BinOp) -> ast.expr:
-        simple = not isinstance(node.op, ast.Mod) and any(isinstance(n, ast.Constant) for n in (node.left, node.right))
-        operand = self._value if simple else self._deep
+        operand = self._value if _has_plain_operand(node) else self._deep
         node.left = operand(node.left)
         node.right = operand(node.right)
         return node
@@ -695,8 +695,9 @@ class _Rewriter:
     def _comprehension(self, node: _Comprehension) -> _Scope:
         outer = self._scope
         inner = _Scope("comprehension", outer)
-        inner.known = set(outer.known) if outer.kind == "function" else set()
         inner.names = {n for g in node.generators for n in _bound_names(ast.walk(g.target))}
+        if not isinstance(node, ast.GeneratorExp):
+            inner.known = outer.known - inner.names
         for i, generator in enumerate(node.generators):
             self._scope = outer if i == 0 else inner
             self._in_iterable += 1
@@ -768,9 +769,16 @@ class _Rewriter:
     def _do_expr(self, node: ast.Expr) -> list[ast.stmt]:
         if isinstance(node.value, (ast.Yield, ast.YieldFrom)):
             node.value = self._move(node.value)
+        elif self._only_stores(node.value):
+            node.value = self._move(node.value)
         elif not isinstance(node.value, ast.Constant):
             node.value = self._full(node.value)
         return [node]
+
+    def _only_stores(self, node: ast.expr) -> bool:
+        """True for `d.setdefault(k, x)` as a statement: `x` is not thrown away."""
+        stores = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setdefault"
+        return stores and not self._scope.guarded
 
     def _do_return(self, node: ast.Return) -> list[ast.stmt]:
         if node.value is None:
@@ -890,18 +898,28 @@ class _Rewriter:
             target.value = holder
             return []
         before: list[ast.stmt] = []
-        place = self._temporary()
-        before.append(self._assign(place, holder, at))
-        target.value = self._load(place, at)
+        place, target.value = self._once(holder, before, at)
         if isinstance(target, ast.Subscript) and key is not None:
-            name = self._temporary()
-            before.append(self._assign(name, key, at))
-            target.slice = self._load(name, at)
-            check = self._ask("settle_item", at, self._load(place, at), self._load(name, at))
+            second, target.slice = self._once(key, before, at)
+            check = self._ask("settle_item", at, place, second)
         else:
             attribute = self._text(self._scope.mangled(getattr(target, "attr", "")), at)
-            check = self._ask("settle_attribute", at, self._load(place, at), attribute)
+            check = self._ask("settle_attribute", at, place, attribute)
         return [*before, ast.copy_location(ast.Expr(check), at)]
+
+    def _once(self, node: ast.expr, before: list[ast.stmt], at: ast.AST) -> tuple[ast.expr, ast.expr]:
+        """Two expressions for what is to be evaluated once."""
+        if isinstance(node, ast.Constant):
+            return self._again(node), node
+        if isinstance(node, ast.Name):
+            return self._load(node.id, at), node
+        name = self._temporary()
+        before.append(self._assign(name, node, at))
+        return self._load(name, at), self._load(name, at)
+
+    @staticmethod
+    def _again(node: ast.Constant) -> ast.Constant:
+        return ast.copy_location(ast.Constant(node.value), node)
 
     def _do_delete(self, node: ast.Delete) -> list[ast.stmt]:
         node.targets = [self._target(t) for t in node.targets]
@@ -1054,6 +1072,11 @@ def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
 
 def _is_super(node: ast.Call) -> bool:
     return isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _has_plain_operand(node: ast.BinOp) -> bool:
+    """True if an operand is a constant, so that the operator does not look into the other one; `"%s" % x` does."""
+    return isinstance(node.right, ast.Constant) or (isinstance(node.left, ast.Constant) and not isinstance(node.op, ast.Mod))
 
 
 def _is_flat(target: ast.expr) -> bool:

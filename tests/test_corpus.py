@@ -32,9 +32,7 @@ NAMES = [pattern.__name__ for pattern in PLAIN.PATTERNS]
 def rewritten() -> Any:
     calls = actor_threads.Calls()
     actors = {actor.__name__ for actor in [*PLAIN.TOOLS, *PLAIN.AGENTS]}
-    finder = RewritingFinder(
-        [FOLDER], on_module=lambda m: actor_threads.stand_in(m, calls), plain=lambda _: actors
-    )
+    finder = RewritingFinder([FOLDER], on_module=lambda m: actor_threads.stand_in(m, calls), plain=lambda _: actors)
     sys.path.insert(0, str(FOLDER))
     finder.install()
     try:
