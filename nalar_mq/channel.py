@@ -17,9 +17,9 @@ Acknowledgement
 
 Sending again
     When the oldest frame is not acknowledged within `resend_after_s` (doubling up to `resend_limit_s` while nothing moves), the
-    oldest 32 frames are sent again. If that moves the acknowledgement but leaves older frames than the latest one of that
-    moment, the next 32 follow at once. After a reconnect of the transport this starts immediately; while it is away nothing
-    is sent at all.
+    oldest 32 frames are sent again; a little later if this process itself stood still meanwhile. If that moves the
+    acknowledgement but leaves older frames than the latest one of that moment, the next 32 follow at once. After a reconnect
+    of the transport this starts immediately; while it is away nothing is sent at all.
 
 Window
     At most `window_calls` calls are in frames that are not acknowledged; further calls wait in order and can be withdrawn.
@@ -287,6 +287,7 @@ class Endpoint:
         self._flushing: asyncio.Handle | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._resend_timer: asyncio.TimerHandle | None = None
+        self._was_late = False
         self._subscription: Subscription | None = None
         self._is_closed = False
 
@@ -298,7 +299,9 @@ class Endpoint:
     def send(self, to: Address, message: Message) -> None:
         """Sends `message`; it leaves at the end of this turn of the loop, a `Call` not before the window has room.
 
-        To an incarnation that is lost it comes back through `on_lost` in the next turn. After `aclose` it does nothing.
+        To an incarnation that is lost it comes back through `on_lost` in the next turn. To one that is higher than the last
+        one known, that one's channel is lost first. A call sent again under its id while it waits replaces the one that
+        waits. After `aclose` it does nothing.
 
         Raises:
             ValueTooLargeError: it is larger than one message of the transport holds.
@@ -498,9 +501,12 @@ class Endpoint:
             _log.error("channel.frame_too_large", subject=subject, size_bytes=len(data))
 
     def _on_resend_timer(self) -> None:
-        self._resend_timer = None
         now_s = self._loop.time()
-        if self._transport.is_connected:
+        due_s = self._resend_timer.when() if self._resend_timer is not None else now_s
+        self._resend_timer = None
+        # A loop that stood still has acknowledgements lying unread: it looks at them first, but not twice in a row.
+        self._was_late = not self._was_late and now_s - due_s > self._resend_after_s / 2
+        if self._transport.is_connected and not self._was_late:
             for channel in self._awaiting:
                 if channel.resend_at_s <= now_s:
                     self._start_recovery(channel, now_s)

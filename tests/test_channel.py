@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -426,6 +427,31 @@ def test_a_dead_neighbour_does_not_slow_the_others_down():
         await asyncio.sleep(0.01)
         hub.heal()
         await until(lambda: b.ids_from(a.me) == [2], 0.6)
+
+    simulation.run(main())
+
+
+async def test_a_loop_that_stood_still_looks_at_what_came_before_it_sends_again():
+    hub = MemoryHub()
+    a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
+    a.endpoint.send(b.me, call(1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    time.sleep(0.6)
+    assert await a.endpoint.drain(10)
+    assert a.endpoint.stats.frames_resent == 0
+    await a.endpoint.aclose()
+    await b.endpoint.aclose()
+
+
+def test_a_process_can_send_to_itself():
+    async def main() -> None:
+        a = await Process.start(MemoryHub(), "a")
+        for number in range(100):
+            a.endpoint.send(a.me, call(number))
+        assert await a.endpoint.drain(5)
+        assert a.ids_from(a.me) == list(range(100))
+        await a.endpoint.aclose()
 
     simulation.run(main())
 
