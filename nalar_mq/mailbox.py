@@ -54,6 +54,8 @@ class _Entry:
 
     __slots__ = (
         "arrived_s",
+        "batch",
+        "has_slot",
         "is_ready",
         "is_reentrant",
         "key",
@@ -75,6 +77,8 @@ class _Entry:
         self.arrived_s = arrived_s
         self.rank = 0.0
         self.serial = 0
+        self.batch = ""
+        self.has_slot = False
         self.is_ready = False
         self.is_reentrant = False
         self.state = _State.QUEUED
@@ -171,8 +175,7 @@ class _Lane:
         """Notes the entry's rank, which may have changed."""
         heapq.heappush(self._ranks, (entry.rank, entry.serial, entry))
         if len(self._ranks) > 2 * self.queued + _SLACK:
-            self._ranks = [item for item in self._ranks if _is_current(item)]
-            heapq.heapify(self._ranks)
+            _compact(self._ranks)
 
     def offer_head(self, entry: _Entry) -> None:
         """Makes the call that `entry` may have uncovered, or is, a candidate."""
@@ -221,6 +224,11 @@ def _is_current(item: _Ranked) -> bool:
     return entry.state is _State.QUEUED and entry.rank == rank
 
 
+def _compact(heap: list[_Ranked]) -> None:
+    heap[:] = [item for item in heap if _is_current(item)]
+    heapq.heapify(heap)
+
+
 class _BySession:
     """Queued calls of which one at a time runs in each session."""
 
@@ -258,6 +266,9 @@ class _BySession:
             entry.state = _State.RUNNING
             self.leave(entry)
             return entry
+        return None
+
+    def pop_of(self, batch: str) -> _Entry | None:
         return None
 
     def leave(self, entry: _Entry) -> None:
@@ -325,6 +336,7 @@ class _ByCall:
 
     def __init__(self) -> None:
         self._heap: list[_Ranked] = []
+        self._batches: dict[str, list[_Ranked]] = {}
         self._ready = 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
@@ -339,8 +351,14 @@ class _ByCall:
         self._push(entry)
 
     def pop(self) -> _Entry | None:
-        while self._heap:
-            item = heapq.heappop(self._heap)
+        return self._pop(self._heap)
+
+    def pop_of(self, batch: str) -> _Entry | None:
+        return self._pop(self._batches.get(batch, []))
+
+    def _pop(self, heap: list[_Ranked]) -> _Entry | None:
+        while heap:
+            item = heapq.heappop(heap)
             if _is_current(item):
                 item[2].state = _State.RUNNING
                 self.leave(item[2])
@@ -366,8 +384,12 @@ class _ByCall:
     def _push(self, entry: _Entry) -> None:
         heapq.heappush(self._heap, (entry.rank, entry.serial, entry))
         if len(self._heap) > 2 * self._ready + _SLACK:
-            self._heap = [item for item in self._heap if _is_current(item)]
-            heapq.heapify(self._heap)
+            _compact(self._heap)
+        if entry.batch:
+            batch = self._batches.setdefault(entry.batch, [])
+            heapq.heappush(batch, (entry.rank, entry.serial, entry))
+            if len(batch) > 2 * self._ready + _SLACK:
+                _compact(batch)
 
 
 class Mailbox:
@@ -435,6 +457,7 @@ class Mailbox:
         now: float,
         ready: bool = True,
         reentrant: bool = False,
+        batch: str = "",
     ) -> bool:
         """Queues a call; False, and nothing is changed, if it is a duplicate by its key or number.
 
@@ -447,6 +470,7 @@ class Mailbox:
             now: the time of its arrival.
             ready: False if it waits for arguments, until `mark_ready`.
             reentrant: an ancestor of the call holds the session.
+            batch: what it may share a batch with, if not empty; without `per_session` only.
         """
         if call_key in self._entries or (number and not self._queue.note(session, sender, number)):
             return False
@@ -455,6 +479,7 @@ class Mailbox:
         entry.serial = self._serial
         entry.is_ready = ready
         entry.is_reentrant = reentrant
+        entry.batch = batch
         self._queued += 1
         self._queued_of.setdefault(session, {})[call_key] = entry
         self._set_rank(entry)
@@ -487,24 +512,40 @@ class Mailbox:
             entry = self._queue.pop()
             if entry is None:
                 return None
+            entry.has_slot = True
             self._slots_used += 1
         self.last_wait_s = now - entry.arrived_s
         self._unqueue(entry)
         return entry.key
+
+    def take_batch(self, now: float, limit: int) -> list[bytes]:
+        """The call to run next and up to `limit` - 1 that were put with the same `batch`, best first; they share its slot.
+
+        The slot is that of the first call: `wait`, `resume` and `finish` of the others do not change it.
+        """
+        first = self.take(now)
+        if first is None:
+            return []
+        keys = [first]
+        batch = self._entries[first].batch
+        while batch and len(keys) < limit and (entry := self._queue.pop_of(batch)) is not None:
+            self._unqueue(entry)
+            keys.append(entry.key)
+        return keys
 
     def wait(self, call_key: bytes) -> None:
         """A running call waits for others: its slot is free, its session stays its own."""
         entry = self._entries.get(call_key)
         if entry is not None and entry.state is _State.RUNNING:
             entry.state = _State.WAITING
-            self._slots_used -= not entry.is_reentrant
+            self._slots_used -= entry.has_slot
 
     def resume(self, call_key: bytes) -> None:
         """A waiting call goes on, at once."""
         entry = self._entries.get(call_key)
         if entry is not None and entry.state is _State.WAITING:
             entry.state = _State.RUNNING
-            self._slots_used += not entry.is_reentrant
+            self._slots_used += entry.has_slot
 
     def finish(self, call_key: bytes) -> None:
         """A running or waiting call has ended; the next one of its session may run."""
@@ -512,7 +553,7 @@ class Mailbox:
         if entry is None or entry.state is _State.QUEUED:
             return
         if entry.state is _State.RUNNING:
-            self._slots_used -= not entry.is_reentrant
+            self._slots_used -= entry.has_slot
         entry.state = _State.GONE
         del self._entries[call_key]
         if not entry.is_reentrant:

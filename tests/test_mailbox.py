@@ -423,6 +423,31 @@ def test_a_gap_holds_back_until_it_is_skipped_if_asked_for() -> None:
     assert not put(mailbox, b"2", number=2)
 
 
+def test_a_batch_shares_one_slot_and_takes_its_own_kind_only() -> None:
+    mailbox = Mailbox(concurrency=1, per_session=False)
+    for key, batch in ((b"a", "embed"), (b"b", "rank"), (b"c", "embed"), (b"d", "embed"), (b"e", "")):
+        put(mailbox, key, batch=batch)
+    put(mailbox, b"best", batch="embed", priority=1)
+    put(mailbox, b"unready", batch="embed", priority=9, ready=False)
+    assert mailbox.take_batch(0, 3) == [b"best", b"a", b"c"]
+    assert mailbox.running == 1
+    assert mailbox.take_batch(0, 3) == []
+    for key in (b"a", b"c", b"best"):
+        assert mailbox.running == 1
+        mailbox.finish(key)
+    assert mailbox.remove(b"d")
+    assert mailbox.take_batch(0, 3) == [b"b"]
+    mailbox.finish(b"b")
+    assert mailbox.take_batch(0, 3) == [b"e"]
+
+
+def test_with_sessions_a_batch_is_one_call() -> None:
+    mailbox = Mailbox(concurrency=9, per_session=True)
+    put(mailbox, b"a", "s", batch="embed")
+    put(mailbox, b"b", "t", batch="embed")
+    assert mailbox.take_batch(0, 9) == [b"a"]
+
+
 def test_impossible_limits_are_refused() -> None:
     with pytest.raises(ValueError, match="concurrency"):
         Mailbox(concurrency=0, per_session=True)
@@ -437,7 +462,7 @@ def test_what_is_removed_leaves_no_residue(per_session: bool) -> None:
     assert mailbox.take(0) == b"stays"
     put(mailbox, b"waits", "first", number=2)
     for number in range(20_000):
-        put(mailbox, b"%d" % number, "s", number=number + 1, priority=-1)
+        put(mailbox, b"%d" % number, "s", number=number + 1, priority=-1, batch="x")
         assert mailbox.remove(b"%d" % number)
     assert len(mailbox) == 1
     assert _reachable(mailbox) < 5_000
