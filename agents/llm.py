@@ -36,6 +36,7 @@ class Llm:
         max_tokens: the longest answer.
         temperature: 0 for the likeliest answer.
         engine: the model server; by default the one of this machine.
+        options: further fields of each request, such as `seed`, `priority` or `frequency_penalty`.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class Llm:
         max_tokens: int = 256,
         temperature: float = 0.0,
         engine: Engine | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         self.system = system
         self.max_tokens = max_tokens
-        self.temperature = temperature
-        self._line = _Line(engine or node_engine())
+        self._line = _Line(engine or node_engine(), {"temperature": temperature, **(options or {})})
 
     async def chat(self, prompt: Prompt, max_tokens: int | None = None, stop: Sequence[str] = ()) -> str:
         """The answer to a prompt, or to messages as `{"role": ..., "content": ...}`.
@@ -62,7 +63,7 @@ class Llm:
         """As `chat`, with the tokens it took."""
         messages = _messages(prompt, self.system)
         limit = max_tokens or self.max_tokens
-        return await self._line.complete(messages, limit, self.temperature, stop)
+        return await self._line.complete(messages, limit, stop)
 
     async def stream(
         self, prompt: Prompt, max_tokens: int | None = None, stop: Sequence[str] = ()
@@ -73,7 +74,7 @@ class Llm:
             EngineError: as in `chat`, also after some pieces.
         """
         messages = _messages(prompt, self.system)
-        pieces = self._line.stream(messages, max_tokens or self.max_tokens, self.temperature, stop)
+        pieces = self._line.stream(messages, max_tokens or self.max_tokens, stop)
         async with aclosing(pieces):
             async for piece in pieces:
                 yield piece
@@ -92,10 +93,11 @@ class BlockingLlm:
         max_tokens: int = 256,
         temperature: float = 0.0,
         engine: Engine | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         self.system = system
         self.max_tokens = max_tokens
-        self.temperature = temperature
+        self._options = {"temperature": temperature, **(options or {})}
         self._engine = engine or node_engine()
 
     def chat(self, prompt: Prompt, max_tokens: int | None = None, stop: Sequence[str] = ()) -> str:
@@ -108,8 +110,8 @@ class BlockingLlm:
 
     def stream(self, prompt: Prompt, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Generator[str, None, None]:
         """As `Llm.stream`."""
-        line = _Line(self._engine)
-        pieces = line.stream(_messages(prompt, self.system), max_tokens or self.max_tokens, self.temperature, stop)
+        line = _Line(self._engine, self._options)
+        pieces = line.stream(_messages(prompt, self.system), max_tokens or self.max_tokens, stop)
         with asyncio.Runner() as runner:
             try:
                 while (piece := runner.run(_next_piece(pieces))) is not None:
@@ -122,9 +124,9 @@ class BlockingLlm:
         self._engine.close()
 
     async def _complete(self, prompt: Prompt, max_tokens: int | None, stop: Sequence[str]) -> Completion:
-        line = _Line(self._engine)
+        line = _Line(self._engine, self._options)
         try:
-            return await line.complete(_messages(prompt, self.system), max_tokens or self.max_tokens, self.temperature, stop)
+            return await line.complete(_messages(prompt, self.system), max_tokens or self.max_tokens, stop)
         finally:
             await line.hang_up()
 
@@ -162,26 +164,25 @@ class Chat:
 class _Line:
     """A connection to an engine, made on first use, and again after the engine was replaced."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, options: Mapping[str, object]) -> None:
         self._engine = engine
+        self._options = options
         self._access: EngineAccess | None = None
         self._client: ChatClient | None = None
 
-    async def complete(self, messages: Messages, max_tokens: int, temperature: float, stop: Sequence[str]) -> Completion:
+    async def complete(self, messages: Messages, max_tokens: int, stop: Sequence[str]) -> Completion:
         client = await self._dial()
         try:
-            return await client.complete(messages, max_tokens=max_tokens, temperature=temperature, stop=stop)
+            return await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
         except EngineUnreachableError:
             client = await self._redial(client)
-            return await client.complete(messages, max_tokens=max_tokens, temperature=temperature, stop=stop)
+            return await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
 
-    async def stream(
-        self, messages: Messages, max_tokens: int, temperature: float, stop: Sequence[str]
-    ) -> AsyncGenerator[str, None]:
+    async def stream(self, messages: Messages, max_tokens: int, stop: Sequence[str]) -> AsyncGenerator[str, None]:
         client = await self._dial()
         has_begun = False
         try:
-            async with aclosing(client.stream(messages, max_tokens=max_tokens, temperature=temperature, stop=stop)) as pieces:
+            async with aclosing(client.stream(messages, max_tokens=max_tokens, stop=stop, options=self._options)) as pieces:
                 async for piece in pieces:
                     has_begun = True
                     yield piece
@@ -190,7 +191,7 @@ class _Line:
             if has_begun:
                 raise
             client = await self._redial(client)
-        async with aclosing(client.stream(messages, max_tokens=max_tokens, temperature=temperature, stop=stop)) as pieces:
+        async with aclosing(client.stream(messages, max_tokens=max_tokens, stop=stop, options=self._options)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -129,6 +129,7 @@ _SATURATION: Final = 1.5
 _LENGTH_WEIGHT: Final = 0.75
 _HEADING_WEIGHT: Final = 2
 _WORD: Final = re.compile(r"[^\W_]+")
+_TABLE: Final = re.compile(r"\s*(\||```)")
 _ITEM: Final = re.compile(r"([-*+]|\d+\.)\s")
 _HEADING: Final = re.compile(r"#{1,6}\s+(.*)")
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?;:])\s+|\n")
@@ -243,10 +244,13 @@ def _pieces(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    """Headings, list items and paragraphs, each as one line, with the number of its first line; long ones in parts."""
+    """Headings, list items and paragraphs, each as one line, with the number of its first line; long ones in parts.
+
+    Tables are left out, since their rows say little without their heads.
+    """
     gathered, start = "", 1
     for number, raw in enumerate([*text.splitlines(), ""], 1):
-        line = raw.strip()
+        line = "" if _TABLE.match(raw) else raw.strip()
         ends = not line or _HEADING.match(line) or _ITEM.match(line) or _HEADING.match(gathered)
         size = len(gathered) + len(line)
         full = (size > _PASSAGE_CHARACTERS and gathered.endswith((".", ":", ";", "|"))) or size > 2 * _PASSAGE_CHARACTERS

@@ -436,7 +436,7 @@ class _Choice(msgspec.Struct):
 class _Answer(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class _Named(msgspec.Struct):
@@ -473,7 +473,7 @@ def _read_completion(data: bytes) -> Completion:
 def _read_piece(event: str) -> str:
     answer: _Answer = _decode(_Answer, event)
     if answer.error is not None:
-        raise EngineRequestError(f"the model server failed: {_shown(bytes(answer.error))}", 200)
+        raise EngineRequestError(f"the model server failed: {_shown(msgspec.json.encode({'error': answer.error}))}", 200)
     delta = answer.choices[0].delta if answer.choices else None
     return (delta.content if delta else "") or ""
 
@@ -487,10 +487,11 @@ def _shown(body: bytes) -> str:
     """What an error's body says, in the several forms that servers give it."""
     try:
         content: Any = msgspec.json.decode(body)
-        content = content.get("error", content)
-        content = content.get("message", content)
-    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         content = body.decode("utf-8", "replace")
+    for key in ("error", "message"):
+        if hasattr(content, "get"):
+            content = content.get(key, content)
     return str(content)[:_LOG_SHOWN]
 
 

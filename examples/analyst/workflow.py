@@ -62,7 +62,7 @@ class Writer:
         """The notes as one answer."""
         if len(notes) == 1:
             return notes[0]
-        return self.llm.chat(f"Rewrite as one sentence: {' '.join(notes)}", stop=["\n\n"])
+        return self.llm.chat(f"{' '.join(notes)}\nWrite this again as one text.", stop=["\n\n"])
 
 
 def choose(parts: list[str], found: list[list[tuple[str, str]]]) -> list[tuple[str, str, str]]:
@@ -82,8 +82,8 @@ def answer(question: str) -> str:
         return "The documents say nothing about that."
     notes = [Reader().read(part, text) for part, _, text in readings]
     text = Writer().write(notes)
-    quotes = [f"  {source}: {quote}" for _, source, quote in readings]
-    return "\n".join([text, "", "From the documents:", *quotes])
+    proofs = [f"- {note}\n  {source}: {quote}" for note, (_, source, quote) in zip(notes, readings, strict=True)]
+    return "\n".join([text, "", "What the readers noted, and where it stands:", *proofs])
 
 
 if __name__ == "__main__":
