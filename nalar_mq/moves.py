@@ -20,7 +20,12 @@ during it; when it raises, the error of an earlier call goes first, and later ca
 are forgotten. The same order holds for a workflow as a whole (`RunScope`).
 """
 
+# What runs through here is of any type whatever.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownLambdaType=false
+
 from __future__ import annotations
+import __future__
 
 import builtins
 import collections
@@ -30,6 +35,7 @@ import dataclasses
 import dis
 import functools
 import gc
+import inspect
 import itertools
 import operator
 import sys
@@ -153,7 +159,7 @@ def _add_origin(error: BaseException, origin: _Origin, frame: types.FrameType | 
 
 def value(x: Any) -> Any:
     """`x`, or its value if it is a future."""
-    return force(cast(_AnyFuture, x)) if isinstance(x, Future) else x
+    return force(x) if isinstance(x, Future) else x
 
 
 def deep(x: Any) -> Any:
@@ -161,22 +167,25 @@ def deep(x: Any) -> Any:
     if type(x) in _LEAVES:
         return x
     if isinstance(x, Future):
-        return force(cast(_AnyFuture, x))
+        return force(x)
     return _Walk().visit(x) if _living else x
 
 
-_VIEWS: Final = tuple(type(view) for d in ({}, OrderedDict[Any, Any]()) for view in (d.keys(), d.values(), d.items()))
-_ITERATORS: Final = (
+_Types = tuple[type[Any], ...]
+_DICTS: Final[tuple[dict[Any, Any], ...]] = ({}, OrderedDict())
+_VIEWS: Final[_Types] = tuple(type(view) for d in _DICTS for view in (d.keys(), d.values(), d.items()))
+_ITERABLES: Final[tuple[Any, ...]] = ([], (), {}, {}.values(), {}.items(), deque[Any]())
+_ITERATORS: Final[_Types] = (
     zip,
     enumerate,
     reversed,
     map,
     filter,
-    *(type(iter(x)) for x in ([], (), {}, {}.values(), {}.items(), deque[Any]())),
+    *(type(iter(cast("Iterable[Any]", x))) for x in _ITERABLES),
     type(reversed(list[Any]())),
     *(t for t in vars(itertools).values() if isinstance(t, type)),
 )
-_CONTAINERS: Final = (list, dict, tuple, deque, set, frozenset)
+_CONTAINERS: Final[_Types] = (list, dict, tuple, deque, set, frozenset)
 
 
 class _Walk:
@@ -191,22 +200,22 @@ class _Walk:
         if type(x) in _LEAVES:
             return x
         if isinstance(x, Future):
-            return force(cast(_AnyFuture, x))
+            return force(x)
         if id(x) in self.seen:
             return x
         if isinstance(x, tuple):
-            return self._tuple(cast("tuple[Any, ...]", x))
+            return self._tuple(x)
         self.seen[id(x)] = x
         self._inside(x)
         return x
 
     def _inside(self, x: Any) -> None:
         if isinstance(x, (list, deque)):
-            self._sequence(cast("list[Any]", x))
+            self._sequence(x)
         elif isinstance(x, dict):
-            self._dict(cast("dict[Any, Any]", x))
+            self._dict(x)
         elif isinstance(x, (set, frozenset)):
-            for element in tuple(cast("frozenset[Any]", x)):
+            for element in tuple(x):
                 self.visit(element)
         elif isinstance(x, functools.partial):
             self.visit(x.args)
@@ -219,7 +228,7 @@ class _Walk:
         elif _shape(type(x)) != _FOREIGN:
             self._instance(x)
 
-    def _sequence(self, x: list[Any]) -> None:
+    def _sequence(self, x: list[Any] | deque[Any]) -> None:
         for i, old in enumerate(tuple(x)):
             if type(old) in _LEAVES:
                 continue
@@ -256,7 +265,7 @@ class _Walk:
     def _instance(self, x: Any) -> None:
         attributes = getattr(x, "__dict__", None)
         if type(attributes) is dict:
-            self._dict(cast("dict[Any, Any]", attributes))
+            self._dict(attributes)
         for cls in type(x).__mro__[:-1]:
             for name in _slots(cls):
                 self._slot(x, cls.__dict__.get(name))
@@ -326,7 +335,7 @@ def _takes_futures(cls: type) -> bool:
     if type(cls).__call__ is not type.__call__ or _shape(cls) == _FOREIGN:
         return False
     maker: Any = cls.__new__
-    starter: Any = cls.__init__
+    starter: Any = getattr(cls, "__init__")  # noqa: B009 - which one is asked of the class on purpose
     if maker is not object.__new__ and not _is_rewritten_callable(maker):
         return False
     return _is_rewritten_callable(starter) or _is_generated_init(cls, starter)
@@ -377,7 +386,7 @@ _DIRECT: Final = _direct.__code__
 
 def _dispatch(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
     if isinstance(f, Future):
-        return call(force(cast(_AnyFuture, f)), *args, **kwargs)
+        return call(force(f), *args, **kwargs)
     kind = type(f)
     f = _actor_for(f, kind)
     kind = type(f)
@@ -386,7 +395,7 @@ def _dispatch(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
     if kind is types.BuiltinFunctionType:
         return _builtin(f, args, kwargs)
     if isinstance(f, type):
-        return _class(cast("type[Any]", f), args, kwargs)
+        return _class(f, args, kwargs)
     if kind is functools.partial:
         return call(f.func, *f.args, *args, **{**f.keywords, **kwargs})
     method: Any = getattr(kind, "__call__", None)  # noqa: B004
@@ -411,7 +420,7 @@ def _actor_for(f: Any, kind: type) -> Any:
 def noted(result: Any, frame: types.FrameType | None = None) -> Any:
     """Enters the future of a call that was just made into all books, once, as made in `frame` of the user; returns it."""
     if isinstance(result, Future):
-        future = cast(_AnyFuture, result)
+        future = result
         if id(future) not in _living:
             _living.note(future, frame or _user_frame())
             if _journal.depth:
@@ -433,7 +442,7 @@ def _foreign(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
 
 
 def _class(f: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
-    rule = _TYPE_RULES.get(f)
+    rule = _TYPE_RULES.get(f) if type(f) is type else None
     if rule is not None:
         return [rule(f, args, kwargs)].pop
     if _takes_futures(f):
@@ -512,12 +521,17 @@ def _mapped(f: Any, sources: list[Iterator[Any]]) -> Iterator[Any]:
 
 
 def _evaluates(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`eval` and `exec` in the user's frame, of which a copy with values is shown to them."""
     frame = _user_frame()
-    if len(args) == 1 and frame is not None and frame.f_locals is not frame.f_globals:
-        return f(deep(args[0]), frame.f_globals, deep(dict(frame.f_locals)))
-    if len(args) == 1 and frame is not None:
-        return f(deep(args[0]), frame.f_globals)
-    return _keyed(f, args, kwargs)
+    source, *namespaces = map(deep, args)
+    if frame is None:
+        return f(source, *namespaces, **kwargs)
+    if isinstance(source, (str, bytes)):
+        flags = frame.f_code.co_flags & _FUTURE_FLAGS
+        source = compile(source, "<string>", f.__name__, flags, dont_inherit=True)
+    if not namespaces:
+        namespaces = [frame.f_globals, deep(_visible(locals))]
+    return f(source, *namespaces, **{k: deep(a) for k, a in kwargs.items()})
 
 
 def _drained(x: Any) -> Any:
@@ -579,7 +593,10 @@ _TYPE_RULES: Final[dict[Any, _Rule]] = {
     map: _maps,
     defaultdict: _looks_up,
 }
-_DRAINING_DESCRIPTORS: Final = frozenset({str.join, bytes.join})
+_DRAINING_DESCRIPTORS: Final[frozenset[Any]] = frozenset({str.join, bytes.join})
+_FUTURE_FLAGS: Final[int] = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 _LAZY: Final = frozenset({zip, enumerate, reversed, iter})
 
 
@@ -610,16 +627,17 @@ def _actor_call(f: Any) -> Any:
     return f if actor is f else functools.partial(_noted_call, actor)
 
 
-def _noted_call(actor: Any, *args: Any, **kwargs: Any) -> Any:
+def _noted_call(actor: Any, /, *args: Any, **kwargs: Any) -> Any:
     return noted(_direct(actor, args, kwargs))
 
 
 def _called_builtin(f: Any) -> Any:
-    if f in _NATIVE_FUNCTIONS:
-        return f
-    if f in _FRAME_FUNCTIONS:
-        return functools.partial(_FRAME_FUNCTIONS[f], f)
-    if not isinstance(f.__self__, types.ModuleType):
+    if type(f.__self__) is types.ModuleType:
+        if f in _NATIVE_FUNCTIONS or f.__module__ in _NATIVE_MODULES or (f in _EVALUATING and not _living):
+            return f
+        if f in _FRAME_FUNCTIONS:
+            return functools.partial(_FRAME_FUNCTIONS[f], f)
+    else:
         rules = _rules_of(f)
         if rules is None or f.__name__ not in rules:
             deep(f.__self__)
@@ -628,11 +646,11 @@ def _called_builtin(f: Any) -> Any:
 
 def _called_other(f: Any) -> Any:
     if isinstance(f, Future):
-        return called(force(cast(_AnyFuture, f)))
+        return called(force(f))
     if getattr(type(f), "__nalar_actor__", False):
         return functools.partial(_noted_call, f)
     if isinstance(f, type):
-        return _called_class(cast("type[Any]", f))
+        return _called_class(f)
     receiver = getattr(f, "__self__", None)
     if isinstance(receiver, (threading.Thread, concurrent.futures.ThreadPoolExecutor)):
         return functools.partial(_with_scope, f)
@@ -647,7 +665,7 @@ def _called_other(f: Any) -> Any:
 def _called_class(f: type[Any]) -> Any:
     if f is map:
         return _map
-    if f in _NATIVE_TYPES:
+    if type(f) is type and f in _NATIVE_TYPES:
         return f
     actor = _actor_for(f, type(f))
     if actor is not f:
@@ -656,15 +674,15 @@ def _called_class(f: type[Any]) -> Any:
     return f if any(type(part) is types.FunctionType for part in parts) else functools.partial(_through, f)
 
 
-def _through(f: Any, *args: Any, **kwargs: Any) -> Any:
+def _through(f: Any, /, *args: Any, **kwargs: Any) -> Any:
     return f(*args, **kwargs)
 
 
-def _through_partial(f: Any, *args: Any, **kwargs: Any) -> Any:
+def _through_partial(f: Any, /, *args: Any, **kwargs: Any) -> Any:
     return call(f.func, *f.args, *args, **{**f.keywords, **kwargs})()
 
 
-def _with_scope(f: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_scope(f: Any, /, *args: Any, **kwargs: Any) -> Any:
     return f(*_carried(f.__self__, f.__name__, args), **kwargs)
 
 
@@ -689,13 +707,13 @@ def _argument(f: Any, x: Any, position: int) -> Any:
         rules = _rules_of(f)
         rule = _FUNCTION_RULES.get(f) if rules is None else rules.get(f.__name__)
     else:
-        rule = _TYPE_RULES.get(f) if isinstance(f, type) else None
+        rule = _TYPE_RULES.get(f) if kind is type else None
     if rule is not None:
         return _ARGUMENT_RULES[rule](x, position)
     if kind is functools.partial or _is_rewritten_callable(getattr(kind, "__call__", None)):  # noqa: B004
         return x
     if isinstance(f, type):
-        return x if _takes_futures(cast("type[Any]", f)) else deep(x)
+        return x if _takes_futures(f) else deep(x)
     return deep(_drained(x)) if kind is types.BuiltinFunctionType and type(f.__self__) in (str, bytes) else deep(x)
 
 
@@ -736,22 +754,24 @@ _NATIVE_FUNCTIONS: Final = frozenset(
 _NATIVE_TYPES: Final = frozenset({str, int, float, bool, complex, bytes, bytearray, range, slice, object, type, Future})
 
 
-def _visible(f: Any, *args: Any) -> Any:
+def _visible(f: Any, /, *args: Any) -> Any:
     """`locals()`, `vars()` and `dir()` as the user's frame sees them, without names of ours."""
     if args:
         return f(deep(args[0]))
     frame = _user_frame()
     assert frame is not None
     names = frame.f_locals
-    if names is not frame.f_globals:
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # functions; modules and class bodies give the names themselves
         names = {name: x for name, x in names.items() if not name.startswith("_@")}
     return sorted(names) if f is dir else names
 
 
-def _evaluated(f: Any, *args: Any, **kwargs: Any) -> Any:
+def _evaluated(f: Any, /, *args: Any, **kwargs: Any) -> Any:
     return _evaluates(f, args, kwargs)
 
 
+_NATIVE_MODULES: Final = frozenset({"_warnings", "sys", "time", "math", "posix", "nt", "io", "_io"})
+_EVALUATING: Final = frozenset({eval, exec})
 _FRAME_FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     **dict.fromkeys((locals, vars, dir), _visible),
     **dict.fromkeys((eval, exec), _evaluated),
@@ -836,7 +856,7 @@ def delivered(future: _AnyFuture) -> Any:
 def _is_rewritten_generator(x: Any) -> TypeGuard[types.GeneratorType[Any, Any, Any]]:
     if type(x) is not types.GeneratorType:
         return False
-    code = cast(types.CodeType, x.gi_code)  # pyright: ignore[reportUnknownMemberType]
+    code = x.gi_code  # pyright: ignore[reportUnknownMemberType]
     return code is _MAPPED or is_rewritten(code)
 
 
@@ -857,7 +877,7 @@ _MAPPED: Final = _mapped.__code__
 def iterated(x: Any) -> Any:
     """What a loop in rewritten code iterates over in the place of `x`."""
     if isinstance(x, Future):
-        x = force(cast(_AnyFuture, x))
+        x = force(x)
     return _driven(x) if _is_rewritten_generator(x) else x
 
 
@@ -874,10 +894,12 @@ def deep_each(x: Any) -> Any:
 
 def delegated(x: Any) -> Any:
     """What `yield from` in rewritten code delegates to in the place of `x`."""
-    x = value(x)
-    if _is_rewritten_generator(x):
-        return _delegated(x)
-    return map(deep, x) if isinstance(x, (*_CONTAINERS, *_VIEWS)) else x
+    source: Any = value(x)
+    return _delegated(source) if _is_rewritten_generator(source) else _each_in_values(source)
+
+
+def _each_in_values(x: Any) -> Any:
+    return map(deep, cast("Iterable[Any]", x)) if isinstance(x, _CONTAINERS + _VIEWS) else x
 
 
 # Stores and operators that care about what they are given.
@@ -925,14 +947,14 @@ def settle_item(container: Any, key: Any) -> None:
     if not _living:
         return
     if isinstance(container, dict):
-        old: Any = dict.get(cast("dict[Any, Any]", container), key)
+        old: Any = dict.get(container, key)
         if isinstance(old, Future):
-            container[key] = force(cast(_AnyFuture, old))
+            container[key] = force(old)
     elif isinstance(container, (list, deque)):
         with contextlib.suppress(IndexError, TypeError):
             old = container[operator.index(key)]  # pyright: ignore[reportUnknownVariableType]
             if isinstance(old, Future):
-                container[key] = force(cast(_AnyFuture, old))
+                container[key] = force(old)
 
 
 def settle_attribute(holder: Any, name: str) -> None:
@@ -980,7 +1002,7 @@ def _earlier_error(made: list[_AnyFuture], error: BaseException) -> BaseExceptio
     for i, future in enumerate(made):
         if future.seen and future.error() is not error:
             continue
-        found = _error_of(future)
+        found = error if future.seen else _error_of(future)
         if found is not None:
             _abandon(made[i + 1 :])
             return None if found is error else found
@@ -1112,7 +1134,7 @@ def run_scope(carried: Sequence[ContextVar[Any]] = ()) -> RunScope:
     return RunScope(carried)
 
 
-def run(f: Callable[..., Any], *args: Any, carried: Sequence[ContextVar[Any]] = (), **kwargs: Any) -> Any:
+def run(f: Callable[..., Any], /, *args: Any, carried: Sequence[ContextVar[Any]] = (), **kwargs: Any) -> Any:
     """Runs one workflow to the end of all its calls and returns its result in values."""
     with run_scope(carried):
         return deep(f(*args, **kwargs))
@@ -1124,7 +1146,7 @@ def _carried(receiver: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]
     if scope is None:
         return args
     if isinstance(receiver, threading.Thread) and name == "start":
-        receiver.run = functools.partial(_run_in, scope, _values_of(scope), receiver.run)
+        vars(receiver)["run"] = functools.partial(_run_in, scope, _values_of(scope), receiver.run)
     elif name in ("submit", "map") and args:
         return (functools.partial(_run_in, scope, _values_of(scope), args[0]), *args[1:])
     return args
@@ -1135,7 +1157,7 @@ def _values_of(scope: RunScope) -> list[tuple[ContextVar[Any], Any]]:
 
 
 def _run_in(
-    scope: RunScope, carried: list[tuple[ContextVar[Any], Any]], f: Callable[..., Any], *args: Any, **kwargs: Any
+    scope: RunScope, carried: list[tuple[ContextVar[Any], Any]], f: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
     tokens = [(variable, variable.set(x)) for variable, x in [(_scope, scope), *carried]]
     try:

@@ -457,7 +457,7 @@ class _Rewriter:
         elif not isinstance(target, ast.Name):
             name = "unpack_each"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LAZY_CALLS and not guarded:
-            moved = self._call(node, "call_iter")
+            moved: ast.expr = self._call(node, "call_iter")
         else:
             moved = self._full(node) if guarded else self._move(node)
         return self._ask(name, moved, moved)
@@ -767,9 +767,7 @@ class _Rewriter:
         return result
 
     def _do_expr(self, node: ast.Expr) -> list[ast.stmt]:
-        if isinstance(node.value, (ast.Yield, ast.YieldFrom)):
-            node.value = self._move(node.value)
-        elif self._only_stores(node.value):
+        if isinstance(node.value, (ast.Yield, ast.YieldFrom)) or self._only_stores(node.value):
             node.value = self._move(node.value)
         elif not isinstance(node.value, ast.Constant):
             node.value = self._full(node.value)
@@ -1062,8 +1060,8 @@ def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
     while pending:
         inner = pending.pop()
         for field in ("body", "orelse", "finalbody"):
-            body = getattr(inner, field, None)
-            if isinstance(body, list):
+            body: list[ast.stmt] | None = getattr(inner, field, None)
+            if body:
                 yield body
                 pending.extend(s for s in body if not isinstance(s, _DEFINITIONS))
         pending.extend(getattr(inner, "handlers", ()))
@@ -1119,6 +1117,14 @@ def _nothing(_: object) -> None:
     return None
 
 
+def _no_names(_: str) -> tuple[str, ...]:
+    return ()
+
+
+def _never(_: str) -> bool:
+    return False
+
+
 class RewritingFinder(importlib.abc.MetaPathFinder):
     """Rewrites the app's own modules when they are imported.
 
@@ -1138,8 +1144,8 @@ class RewritingFinder(importlib.abc.MetaPathFinder):
     ) -> None:
         self.roots = tuple(root.resolve() for root in roots)
         self.on_module = on_module or _nothing
-        self.plain = plain or (lambda _: ())
-        self._skip = skip or (lambda _: False)
+        self.plain = plain or _no_names
+        self._skip = skip or _never
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
