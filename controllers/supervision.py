@@ -13,8 +13,9 @@ A slot is a place for one worker process on a node. Its life:
 
 A failure is an exit, asked for by nobody, of a process that was not ready for `healthy_after_s`. A slot that never had a
 process that served is given up after `max_failures` of them in a row, or at once if the process ends with `EXIT_CONFIG`,
-which says that another start would not help. A slot that has served is never given up: what ends its processes may pass,
-and between two of them it serves.
+which says that another start would not help. A slot that has served goes on for ever: what ends its processes may pass, and
+between two of them it serves. One that ends with `EXIT_REPLACED` is given up in any case: somebody else has its name, and
+two that take it from each other would serve nobody.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from nalar_mq.exits import EXIT_CONFIG
+from nalar_mq.exits import EXIT_CONFIG, EXIT_REPLACED
 
 
 class Phase(Enum):
@@ -57,7 +58,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         name: name of the worker, the same for every process in this slot.
         due: when the phase ends by itself, on the loop's clock.
         ready_at: when the present process became ready; infinite before that.
-        failures: how many in a row.
+        failures: how many in a row; 0 in a slot that was given up at once.
         has_served: a process in this slot has been ready.
         reason: why it failed, once it has.
     """
@@ -143,8 +144,8 @@ def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
     if slot.phase is Phase.STOPPING:
         return _to(slot, Phase.STOPPED)
     why = event.reason or _why(event.code, slot)
-    if event.code == EXIT_CONFIG and not slot.has_served:
-        return _to(slot, Phase.FAILED, reason=why)
+    if event.code == EXIT_REPLACED or (event.code == EXIT_CONFIG and not slot.has_served):
+        return _to(slot, Phase.FAILED, failures=0, reason=why)
     was_healthy = now - slot.ready_at >= limits.healthy_after_s
     failures = 1 if was_healthy else slot.failures + 1
     if failures >= limits.max_failures and not slot.has_served:

@@ -22,7 +22,7 @@ import msgspec
 from nalar_mq import event_loop
 from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError
-from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG
+from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_REPLACED
 from nalar_mq.logs import Level, configure_logs
 from nalar_mq.worker import Worker
 
@@ -33,7 +33,7 @@ _MAX_ORDER_BYTES: Final = 1 << 20
 
 
 def main() -> None:
-    """Serves until told to stop; the exit code is 0, `EXIT_CONFIG` or `EXIT_BROKER`."""
+    """Serves until told to stop; the exit code is 0, or says why not: `EXIT_CONFIG`, `EXIT_BROKER` or `EXIT_REPLACED`."""
     link = socket.socket(fileno=int(sys.argv[1]))
     link.set_inheritable(False)
     order = _read_order(link)
@@ -47,6 +47,13 @@ def main() -> None:
     except BrokerError as error:
         _report(link, Report(failure=str(error)))
         sys.exit(EXIT_BROKER)
+    except _Replaced:
+        _report(link, Report(failure=f"another process serves as {order.name!r}: give each node a name of its own by --node"))
+        sys.exit(EXIT_REPLACED)
+
+
+class _Replaced(Exception):
+    """Another process has taken the name of this worker."""
 
 
 async def _serve(order: Order, link: socket.socket) -> None:
@@ -69,6 +76,8 @@ async def _serve(order: Order, link: socket.socket) -> None:
             task.cancel()
         if "stopped" in {ends[task] for task in done}:
             await worker.drain(order.drain_timeout_s)
+        elif worker.process.replaced.done():
+            raise _Replaced
     finally:
         await worker.aclose()
 

@@ -20,6 +20,7 @@ EXIT_OK: Final = 0
 EXIT_CALL_FAILED: Final = 1
 EXIT_CONFIG: Final = 2
 EXIT_BROKER: Final = 3
+EXIT_REPLACED: Final = 4  # of a worker process: another one serves under its name
 EXIT_INTERNAL: Final = 70
 EXIT_INTERRUPTED: Final = 130
 

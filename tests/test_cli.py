@@ -480,6 +480,21 @@ def test_a_node_joins_and_leaves(runtime):
         assert node.end(signal.SIGINT) == 0
 
 
+def test_a_node_whose_name_is_taken_gives_up(runtime):
+    first = Running("worker", ".", "--workers", "1", "--node", "twice", cwd=runtime)
+    try:
+        first.says("1 workers are ready")
+        second = Running("worker", ".", "--workers", "1", "--node", "twice", cwd=runtime)
+        try:
+            assert first.process.wait(PATIENCE_S) == 2
+            assert "another process serves as 'twice-1'" in first.errors.read_text()
+            second.says("1 workers are ready")
+        finally:
+            assert second.end() == 0
+    finally:
+        first.end()
+
+
 def test_run_brings_everything_and_takes_it_away(app):
     done = nalar("run", ".", "answer", "question=why", "--workers", "1", cwd=app)
     assert done.stdout == "dry: why 0, why 1\n"
