@@ -21,12 +21,13 @@ from typing import Any
 
 import structlog
 
+from nalar_mq import moves
 from nalar_mq.actor import ActorSpec, MethodSpec, function_spec, spec_of
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import AppError, ConfigError, DirectiveError
 from nalar_mq.manifest import MANIFEST_NAME, ActorEntry, Manifest, load_manifest
 from nalar_mq.rewrite import RewritingFinder
-from nalar_mq.stub import public_functions, stand_in
+from nalar_mq.stub import original_of, public_functions, stand_in
 
 _log = structlog.get_logger(__name__)
 _MUTATORS = frozenset(
@@ -139,11 +140,13 @@ class _ManifestLoader:
         *path, last = entry.attribute.split(".")
         for name in path:
             holder = self._member(entry, holder, name)
-        target = self._member(entry, holder, last)
+        target = original_of(self._member(entry, holder, last))
         spec = self._spec(entry, target)
         self._actors[entry.name] = spec
         if spec_of(target) is None:
-            setattr(holder, last, stand_in(spec))
+            replacement = stand_in(spec)
+            setattr(holder, last, replacement)
+            moves.stand_in(target, replacement)
 
     def _member(self, entry: ActorEntry, holder: Any, name: str) -> Any:
         try:

@@ -168,7 +168,7 @@ class Calls:
         label = f"{actor}.{method}" if method else actor
         future: Future[Any] = Future(self, id, label)
         deps: list[values.Deferred] = []
-        payload = values.encode([list(args), kwargs], deps)
+        payload = values.encode_arguments(args, kwargs, deps)
         if len(payload) > VALUE_LIMIT_BYTES:
             raise too_large(f"the arguments of {label}", len(payload), label)
         info = self._table.info(actor) or _UNKNOWN
@@ -297,6 +297,8 @@ class Calls:
         except ValueTooLargeError as error:
             self._end_with(entry, error)
             return
+        if entry.address is not address:
+            return  # lost while it was being sent, and on its way again
         if entry.credit:
             self.tell(address, Credit(call.id, entry.credit))
         if entry.depends is not None:
@@ -329,17 +331,19 @@ class Calls:
         if entry.consumers is None:
             entry.consumers = []
         entry.consumers.append(consumer)
-        if entry.address is not None:
+        if entry.address is not None and consumer != self.me:
             self.tell(entry.address, Consume(dep.id, consumer.name, consumer.incarnation))
 
     def _push(self, dep: Future[Any], consumer: Address) -> None:
         error = dep.error()
+        message: Resolve | Fail
         if error is not None:
-            self.tell(consumer, Fail(dep.id, *values.encode_error(error)))
-            return
-        payload = dep.payload()
-        assert payload is not None
-        self.tell(consumer, Resolve(dep.id, payload))
+            message = Fail(dep.id, *values.encode_error(error))
+        else:
+            payload = dep.payload()
+            assert payload is not None
+            message = Resolve(dep.id, payload)
+        self._push_to_missed([consumer], message)
 
     # What comes in.
 
@@ -406,8 +410,14 @@ class Calls:
 
     def _push_to_missed(self, consumers: list[Address], message: Resolve | Fail) -> None:
         for consumer in consumers:
-            if consumer.name not in message.pushed:
+            if consumer == self.me:
+                self._push_here(message)
+            elif consumer.name not in message.pushed:
                 self.tell(consumer, message)
+
+    def _push_here(self, message: Resolve | Fail) -> None:
+        if self.host is not None:
+            self.host.on_pushed(message)
 
     def _on_want(self, sender: Address, want: Want) -> None:
         entry = self._entries.get(want.id)

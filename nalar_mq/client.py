@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from contextvars import Token
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -131,7 +130,7 @@ class Client(Caller):
         self._random = random
         self._process: Process | None = None
         self._context: CallContext | None = None
-        self._token: Token[CallContext | None] | None = None
+        self._outer: CallContext | None = None
         self._thread: _LoopThread | None = None
 
     @property
@@ -154,13 +153,11 @@ class Client(Caller):
 
     async def __aenter__(self) -> Client:
         await self._open()
-        self._token = current_context.set(self._context)
+        self._enter_context()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        if self._token is not None:
-            current_context.reset(self._token)
-            self._token = None
+        self._leave_context()
         await self._close()
 
     def __enter__(self) -> Client:
@@ -170,17 +167,24 @@ class Client(Caller):
         except BaseException:
             self._thread.close()
             raise
-        self._token = current_context.set(self._context)
+        self._enter_context()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._token is not None:
-            current_context.reset(self._token)
-            self._token = None
+        self._leave_context()
         if self._thread is not None:
             self._thread.run(self._close())
             self._thread.close()
             self._thread = None
+
+    def _enter_context(self) -> None:
+        self._outer = current_context.get()
+        current_context.set(self._context)
+
+    def _leave_context(self) -> None:
+        """Another task may leave than the one that entered; its context is not ours to change."""
+        if current_context.get() is self._context:
+            current_context.set(self._outer)
 
     async def _open(self) -> None:
         process = Process(

@@ -35,6 +35,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── CallCancelledError       `started` says whether it had begun
         ├── WorkerLostError          its worker died or became unreachable
         ├── OwnerLostError           whoever wanted the result is gone
+        ├── CallExpiredError         too old, or a duplicate; never run
         ├── OverloadedError          shed; `retry_after_s`
         ├── WaitCycleError           calls wait for each other; `cycle`
         ├── StateLostError           the memory of a session went with its worker
@@ -275,6 +276,10 @@ class WorkerLostError(CallError):
 
 class OwnerLostError(CallError):
     """Whoever wanted the result is gone, so the call was ended."""
+
+
+class CallExpiredError(CallError):
+    """The call is older than what its session remembers, or a duplicate of one that ran; it was not run."""
 
 
 class OverloadedError(CallError):

@@ -39,6 +39,7 @@ from nalar_mq.context import CallContext, current_context
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
+    CallExpiredError,
     CallTimeoutError,
     OverloadedError,
     UnknownActorError,
@@ -264,7 +265,7 @@ class Host:
         if call.deps:
             self._await_values(execution)
         reentrant = replica.spec.stateful and bool(call.holds) and execution.hold in call.holds
-        replica.mailbox.put(
+        is_new = replica.mailbox.put(
             call.id,
             session=execution.session_key,
             sender=owner.name,
@@ -274,6 +275,10 @@ class Host:
             ready=not execution.missing,
             reentrant=reentrant,
         )
+        if not is_new:
+            self._answer_error(execution, CallExpiredError(f"session {call.session!r} has had this call already"))
+            self._forget(execution)
+            return
         self.pump(replica)
 
     def _refuse(self, owner: Address, call: Call, error: CallError) -> None:

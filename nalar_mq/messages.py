@@ -270,12 +270,18 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
         methods: method name to readable signature; tools and workflows have the one name "".
         stateful: calls of one session go to the process that holds it.
         doc: first line of its docstring.
+        timeout_s: seconds until the deadline of a call that names none; None for no deadline.
+        retries: how often a call that names no number is sent again after its worker was lost.
+        priority: of calls that name none and inherit none.
     """
 
     kind: str
     methods: dict[str, str]
     stateful: bool = False
     doc: str = ""
+    timeout_s: float | None = 600.0
+    retries: int = 0
+    priority: int = 0
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):

@@ -27,6 +27,7 @@ class RoutingTable:
         self._random = random
         self._members: dict[str, Member] = {}
         self._replicas: dict[str, list[Address]] = {}
+        self._buried: dict[str, int] = {}
         self.version = 0
 
     @property
@@ -35,7 +36,12 @@ class RoutingTable:
         return self._members
 
     def join(self, name: str, member: Member) -> Address | None:
-        """Adds or replaces a member; returns the address of the former incarnation if there was another one."""
+        """Adds or replaces a member; returns the address of the former incarnation if there was another one.
+
+        An incarnation that was lost stays lost here: its calls have been given to others.
+        """
+        if self._buried.get(name, -1) >= member.incarnation:
+            return None
         former = self._members.get(name)
         if former is not None and former.incarnation > member.incarnation:
             return None
@@ -46,7 +52,8 @@ class RoutingTable:
         return None
 
     def leave(self, address: Address) -> bool:
-        """Removes a member if it is still of that incarnation; True if it was there."""
+        """Removes a member for good if it is still of that incarnation; True if it was there."""
+        self._buried[address.name] = max(address.incarnation, self._buried.get(address.name, -1))
         member = self._members.get(address.name)
         if member is None or member.incarnation != address.incarnation:
             return False

@@ -41,6 +41,11 @@ def stand_in(spec: ActorSpec) -> Any:
     return ClassStandIn(spec) if isinstance(spec.target, type) else FunctionStandIn(spec)
 
 
+def original_of(found: Any) -> Any:
+    """What a stand-in stands for; anything else is itself."""
+    return found.__wrapped__ if isinstance(found, FunctionStandIn) or type(found) is ClassStandIn else found
+
+
 def _begin(context: CallContext, spec: ActorSpec, method: MethodSpec, options: CallOptions, args: Any, kwargs: Any) -> Any:
     """Makes the call: a future, or what plain Python returns for an async function or a generator."""
     label = f"{spec.name}.{method.name}" if method.name else spec.name

@@ -1,0 +1,377 @@
+"""Workers and clients in one process, over both transports."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nalar_mq
+from nalar_mq import errors
+from nalar_mq.app import App, load_app
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.transport import Transport
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "basic.py"
+
+
+class Runtime:
+    """Two workers and a client; more of both on demand."""
+
+    first: Worker
+    second: Worker
+
+    def __init__(self, app: App, settings: Settings, connect: Callable[[str], Awaitable[Transport]], hub: MemoryHub) -> None:
+        self.app = app
+        self.hub = hub
+        self.settings = settings
+        self.connect = connect
+        self.stack = AsyncExitStack()
+        self.actors: Any = importlib.import_module("basic")
+
+    async def worker(self, name: str) -> Worker:
+        worker = Worker(self.app, self.settings, name=name, connect=self.connect, lease_in_thread=False, lease_s=2.0)
+        return await self.stack.enter_async_context(worker)
+
+    async def client(self, **options: Any) -> Client:
+        return await self.stack.enter_async_context(connect(settings=self.settings, connect=self.connect, **options))
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def runtime(request: pytest.FixtureRequest, namespace: str, broker_access: BrokerAccess) -> AsyncIterator[Runtime]:
+    hub = MemoryHub(seed=1)
+
+    async def over_nats(name: str) -> Transport:
+        return await NatsTransport.connect(broker_access, name=name)
+
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    made = Runtime(load_app(APP), settings, hub.connect if request.param == "memory" else over_nats, hub)
+    made.actors.GATES.clear()
+    async with made.stack:
+        made.first = await made.worker("first")
+        made.second = await made.worker("second")
+        yield made
+
+
+only_in_memory = pytest.mark.parametrize("runtime", ["memory"], indirect=True)  # there a process can be killed alone
+
+
+async def test_a_call_returns_what_plain_python_returns(runtime: Runtime) -> None:
+    client = await runtime.client()
+    a = runtime.actors
+    assert await client.call("add", 2, b=3) == 5
+    assert await a.double(21) == 42
+    assert await a.parallel(20) == sum(2 * i for i in range(20))
+    assert await a.Desk.report("t") == a.Report("t", (1, 2))
+    for value in [None, (1, [2, {3: "x"}]), {1, 2}, a.Report("x", (4,)), b"\x00", 10**40, 1.5j]:
+        assert await a.echo(value) == value
+
+
+async def test_unresolved_futures_travel_as_arguments(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    assert await a.passed_on(100) == 100
+    x = a.add(1, 2)
+    assert await a.echo({"deep": [x, (x, x)]}) == {"deep": [3, (3, 3)]}
+
+
+async def test_a_failed_future_fails_the_call_it_was_passed_to(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    failing = a.refuse("no")
+    with pytest.raises(a.Refused) as raised:
+        await a.add(failing, 1)
+    assert raised.value.code == 7
+    with pytest.raises(a.Refused):
+        await a.echo([failing])
+    assert await a.caught() == "7"
+
+
+async def test_errors_of_every_kind_have_their_types(runtime: Runtime) -> None:
+    client = await runtime.client()
+    a = runtime.actors
+    with pytest.raises(errors.UnknownActorError, match="served are: .*add"):
+        await client.call("nobody")
+    with pytest.raises(errors.UnknownMethodError, match="it has: add"):
+        await client.call("Counter.nothing")
+    with pytest.raises(errors.ArgumentError, match="missing a required argument: 'a'"):
+        await client.call("add")
+    with pytest.raises(TypeError, match="'a' of add must be int"):
+        await client.call("add", "x")
+    with pytest.raises(errors.ArgumentError):
+        a.add()
+    with pytest.raises(errors.ValueNotEncodableError, match="lock"):
+        await a.unencodable()
+    with pytest.raises(errors.ValueNotEncodableError):
+        a.echo(asyncio.Lock())
+    with pytest.raises(errors.ValueTooLargeError) as raised:
+        a.echo(b"x" * 600_000)
+    assert raised.value.size_bytes > 600_000
+    with pytest.raises(errors.ValueTooLargeError):
+        await a.large(600_000)
+    assert len(await a.large(400_000)) == 400_000
+    with pytest.raises(errors.RemoteError, match="SystemExit"):
+        await a.exits()
+    assert await a.add(1, 1) == 2
+
+
+async def test_a_call_outside_a_runtime_says_how_to_get_one() -> None:
+    load_app(APP)
+    actors = importlib.import_module("basic")
+    with pytest.raises(errors.NotConnectedError, match="nalar run"):
+        actors.echo(1)
+
+
+async def test_streams_come_in_order_and_slow_the_producer(runtime: Runtime) -> None:
+    client = await runtime.client()
+    a = runtime.actors
+    assert [x async for x in client.stream("numbers", 500)] == list(range(500))
+    assert [x async for x in a.sync_numbers(300).stream()] == list(range(300))
+    assert await a.numbers(4) == [0, 1, 2, 3]
+    assert await a.sync_numbers(3) == [0, 1, 2]
+    endless = a.endless()
+    taken = [x async for _, x in _first_of(endless.stream(), 1000)]
+    assert taken == list(range(1000))
+    endless.cancel()
+    with pytest.raises(errors.CallCancelledError):
+        await endless
+    assert await asyncio.to_thread(a.gate("endless-ended").wait, 5)
+
+
+async def _first_of(stream: Any, n: int) -> AsyncIterator[tuple[int, Any]]:
+    for i in range(n):
+        yield i, await anext(stream)
+
+
+async def test_sessions_of_a_stateful_agent_are_apart_and_in_order(runtime: Runtime) -> None:
+    await runtime.client()
+    counter = runtime.actors.Counter
+    results: dict[str, list[int]] = {}
+    for session in ("a", "b", "c"):
+        add, add_sync = counter.add.options(session=session), counter.add_sync.options(session=session)
+        futures = [(add_sync if i % 3 else add)(1) for i in range(60)]
+        results[session] = [await future for future in futures]
+    assert results == {session: list(range(1, 61)) for session in results}
+    assert await counter.history.options(session="a")() == ["started"]
+
+
+async def test_a_call_chain_may_enter_its_own_session_again(runtime: Runtime) -> None:
+    await runtime.client()
+    assert await runtime.actors.Counter.twice.options(session="s")(5) == 10
+    assert await runtime.actors.count_in_session.options(session="s")(3) == 13
+
+
+async def test_two_clients_agree_on_the_place_of_a_session(runtime: Runtime) -> None:
+    one, two = await runtime.client(), await runtime.client()
+    futures = [c.options(session=f"s{i % 7}").call("Counter.add", 1) for i in range(70) for c in (one, two)]
+    values = [await future for future in futures]
+    assert sorted(values) == sorted([n for n in range(1, 21) for _ in range(7)])
+
+
+async def test_an_agent_without_state_has_one_instance_per_replica(runtime: Runtime) -> None:
+    await runtime.client()
+    runtime.actors.Desk.made = 0
+    counts = [await runtime.actors.Desk.instances() for _ in range(30)]
+    assert max(counts) <= 2
+
+
+async def test_sync_recursion_goes_deeper_than_any_concurrency(runtime: Runtime) -> None:
+    await runtime.client()
+    assert await runtime.actors.narrow(200) == 200
+
+
+async def test_a_waiting_call_gives_up_its_slot_and_a_computing_one_does_not(runtime: Runtime) -> None:
+    client = await runtime.client()
+    a = runtime.actors
+    running = [a.one_at_a_time("slot") for _ in range(4)]
+    async with asyncio.timeout(10):
+        await a.add(1, 1)
+    assert not any(future.available() for future in running)
+    await client.call("opens", "slot")
+    assert [await future for future in running] == ["slot"] * 4
+
+
+async def test_as_completed_follows_the_order_of_ends(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    order = a.first_of(["x", "y", "z"])
+    for name in ("z", "x", "y"):
+        done = a.wait_at(name)
+        await a.opens(name)
+        await done
+        await asyncio.sleep(0.05)
+    assert await order == ["z", "x", "y"]
+
+
+async def test_a_deadline_ends_a_call_and_its_children(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    with pytest.raises(TimeoutError) as raised:
+        await a.waits_for_child.options(timeout_s=0.2)("never")
+    assert isinstance(raised.value, errors.CallTimeoutError)
+    await _until(lambda: runtime.first.running + runtime.second.running == 0)
+    outer, inner = await a.deadlines.options(timeout_s=5.0)()
+    assert inner <= 0.5 < outer <= 5.0
+    assert await a.left_s.options(timeout_s=None)() == -1.0
+
+
+async def test_cancelling_says_whether_the_call_had_started(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    running, queued = a.one_at_a_time("c"), [a.one_at_a_time("c") for _ in range(8)]
+    await _until(lambda: runtime.first.running + runtime.second.running == 9)
+    queued[-1].cancel("not needed")
+    with pytest.raises(errors.CallCancelledError, match="not needed") as raised:
+        await queued[-1]
+    assert raised.value.started is False
+    blocked = a.block_at("b")
+    await _until(lambda: runtime.first.running + runtime.second.running == 9)
+    blocked.cancel()
+    with pytest.raises(errors.CallCancelledError) as raised:
+        await blocked
+    assert raised.value.started is True
+    a.gate("b").set()
+    await a.opens("c")
+    assert [await future for future in [running, *queued[:-1]]] == ["c"] * 8
+
+
+async def test_children_inherit_session_and_priority(runtime: Runtime) -> None:
+    client = await runtime.client()
+    session, priority, is_root = await client.options(session="mine", priority=4).call("session_and_priority")
+    assert (session, priority, is_root) == ("mine", 4, True)
+    first, _, _ = await client.call("session_and_priority")
+    second, _, _ = await client.call("session_and_priority")
+    assert first != second
+
+
+@only_in_memory
+async def test_a_lost_worker_fails_its_calls_and_retries_those_that_may_be(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    plain = [a.wait_at("lost") for _ in range(8)]
+    retried = [a.wait_at.options(retries=1)("lost") for _ in range(8)]
+    first = runtime.first
+    await _until(lambda: first.running + runtime.second.running == 16)
+    on_first = first.running
+    assert on_first
+    runtime.hub.kill("first")
+    await _until(lambda: any(future.failed() for future in plain), 20)
+    await a.opens.options(retries=1)("lost")
+    assert [await future for future in retried] == ["lost"] * 8
+    outcomes = [await _outcome(future) for future in plain]
+    assert set(outcomes) == {"lost", errors.WorkerLostError}
+
+
+async def test_a_lost_client_takes_its_calls_with_it(runtime: Runtime) -> None:
+    client = connect(settings=runtime.settings, connect=runtime.connect)
+    async with client:
+        client.call("waits_for_child", "never")
+        await _until(lambda: runtime.first.running + runtime.second.running == 2)
+    await _until(lambda: runtime.first.running + runtime.second.running == 0)
+
+
+async def test_a_drained_worker_finishes_and_gets_nothing_new(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    calls = [a.wait_at("drain") for _ in range(8)]
+    first, second = runtime.first, runtime.second
+    await _until(lambda: first.running + second.running == 8)
+    had = first.running
+    draining = asyncio.ensure_future(first.drain(20))
+    table = second.process.table
+    await _until(lambda: all(address.name != "first" for address in table.replicas("add")))
+    later = [a.wait_at("drain") for _ in range(8)]
+    await _until(lambda: second.running == 8 - had + 8)
+    assert first.running == had
+    await a.opens("drain")
+    assert [await future for future in [*calls, *later]] == ["drain"] * 16
+    assert await draining
+
+
+@only_in_memory
+async def test_the_session_of_a_dead_worker_is_reported_lost_once(runtime: Runtime) -> None:
+    await runtime.client()
+    add = runtime.actors.Counter.add.options(session="gone")
+    assert await add(1) == 1
+    holder = await runtime.actors.Counter.place.options(session="gone")()
+    runtime.hub.kill(holder)
+    outcomes = [await _outcome(add(1)) for _ in range(4)]
+    assert outcomes[-4:] in ([errors.WorkerLostError, errors.StateLostError, 1, 2], [errors.StateLostError, 1, 2, 3])
+
+
+async def test_a_later_process_of_the_same_name_replaces_the_former(runtime: Runtime) -> None:
+    await runtime.client()
+    first = runtime.first
+    again = await runtime.worker("first")
+    async with asyncio.timeout(10):
+        await first.closed
+    assert not again.closed.done()
+    assert await runtime.actors.add.options(retries=1)(1, 2) == 3
+
+
+async def test_a_cast_runs_and_gives_nothing_back(runtime: Runtime) -> None:
+    client = await runtime.client()
+    runtime.actors.opens.cast("cast")
+    client.cast("opens", "cast-by-name")
+    assert await asyncio.to_thread(runtime.actors.gate("cast").wait, 5)
+    assert await asyncio.to_thread(runtime.actors.gate("cast-by-name").wait, 5)
+
+
+async def test_gather_raises_the_first_error_at_once(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    with pytest.raises(a.Refused):
+        await nalar_mq.gather(a.wait_at("g"), a.refuse("x"))
+    assert await nalar_mq.gather(a.add(1), a.add(2)) == (1, 2)
+
+
+def test_a_plain_program_uses_a_client_without_a_loop(broker_access: BrokerAccess, namespace: str) -> None:
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    app = load_app(APP)
+
+    async def serve(ready: asyncio.Event, stop: asyncio.Event) -> None:
+        async with Worker(app, settings, name="w"):
+            ready.set()
+            await stop.wait()
+
+    async def main() -> None:
+        ready, stop = asyncio.Event(), asyncio.Event()
+        serving = asyncio.ensure_future(serve(ready, stop))
+        await ready.wait()
+        try:
+            await asyncio.to_thread(program)
+        finally:
+            stop.set()
+            await serving
+
+    def program() -> None:
+        actors = importlib.import_module("basic")
+        with connect(settings=settings) as client:
+            assert client.call("add", 1, 2).value(timeout=10) == 3
+            assert list(client.stream("numbers", 100)) == list(range(100))
+            assert [f.value() for f in nalar_mq.as_completed([actors.add(i) for i in range(3)])] is not None
+            assert actors.add(actors.add(1, 1), 1).value() == 3
+
+    asyncio.run(main())
+
+
+async def _outcome(future: Any) -> Any:
+    try:
+        return await future
+    except errors.CallError as error:
+        return type(error)
+
+
+async def _until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
