@@ -1,30 +1,85 @@
 """Actors for LLM agent workflows over NATS.
 
-Everything a program needs is here; the modules below are the runtime's own.
+Everything a program needs is here; the modules below are the runtime's own. Names are imported when they are first used, so
+that a program pays for what it uses.
 """
 
-from nalar_mq.actor import agent, method, tool, workflow
-from nalar_mq.client import Client, connect
-from nalar_mq.context import CallContext, context
-from nalar_mq.errors import (
-    ArgumentError,
-    BrokerError,
-    CallCancelledError,
-    CallError,
-    CallTimeoutError,
-    ConfigError,
-    NalarError,
-    NotConnectedError,
-    OverloadedError,
-    RemoteError,
-    StateLostError,
-    UnknownActorError,
-    ValueNotEncodableError,
-    ValueTooLargeError,
-    WaitCycleError,
-    WorkerLostError,
-)
-from nalar_mq.future import Future, Stream, as_completed, gather
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from nalar_mq.actor import agent, method, tool, workflow
+    from nalar_mq.call_context import CallContext, context
+    from nalar_mq.client import Client, connect
+    from nalar_mq.errors import (
+        ArgumentError,
+        BrokerError,
+        CallCancelledError,
+        CallError,
+        CallExpiredError,
+        CallTimeoutError,
+        ConfigError,
+        NalarError,
+        NotConnectedError,
+        OverloadedError,
+        RemoteError,
+        StateLostError,
+        StreamRestartedError,
+        UnknownActorError,
+        UnknownMethodError,
+        ValueNotEncodableError,
+        ValueTooLargeError,
+        WaitCycleError,
+        WorkerLostError,
+    )
+    from nalar_mq.future import Future, Stream, as_completed, gather
+
+_HOMES: Final = {
+    "actor": (
+        "agent",
+        "method",
+        "tool",
+        "workflow",
+    ),
+    "client": (
+        "Client",
+        "connect",
+    ),
+    "call_context": (
+        "CallContext",
+        "context",
+    ),
+    "errors": (
+        "ArgumentError",
+        "BrokerError",
+        "CallCancelledError",
+        "CallError",
+        "CallExpiredError",
+        "CallTimeoutError",
+        "ConfigError",
+        "NalarError",
+        "NotConnectedError",
+        "OverloadedError",
+        "RemoteError",
+        "StateLostError",
+        "StreamRestartedError",
+        "UnknownActorError",
+        "UnknownMethodError",
+        "ValueNotEncodableError",
+        "ValueTooLargeError",
+        "WaitCycleError",
+        "WorkerLostError",
+    ),
+    "future": (
+        "Future",
+        "Stream",
+        "as_completed",
+        "gather",
+    ),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArgumentError",
@@ -32,6 +87,7 @@ __all__ = [
     "CallCancelledError",
     "CallContext",
     "CallError",
+    "CallExpiredError",
     "CallTimeoutError",
     "Client",
     "ConfigError",
@@ -42,7 +98,9 @@ __all__ = [
     "RemoteError",
     "StateLostError",
     "Stream",
+    "StreamRestartedError",
     "UnknownActorError",
+    "UnknownMethodError",
     "ValueNotEncodableError",
     "ValueTooLargeError",
     "WaitCycleError",
@@ -56,3 +114,16 @@ __all__ = [
     "tool",
     "workflow",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"nalar_mq.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 from nalar_mq.address import check_token
 from nalar_mq.annotations import check
-from nalar_mq.context import DEFAULT_OPTIONS, CallOptions, require_context
+from nalar_mq.call_context import DEFAULT_OPTIONS, CallOptions, require_context
 from nalar_mq.directives import Directives, Kind
 from nalar_mq.errors import AddressError, ArgumentError, DirectiveError
 from nalar_mq.future import Future
@@ -73,6 +74,19 @@ class MethodSpec:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise ArgumentError(f"{actor}{self.signature}: {error}", actor=actor) from None
+
+    @functools.cached_property
+    def batch(self) -> Callable[..., Any] | None:
+        """What runs several calls at once: the function beside this one whose name ends in `_batch`, if there is one.
+
+        It takes the list of the calls' only arguments and returns the list of their results, in that order.
+        """
+        plain = inspect.unwrap(self.function)
+        path = f"{plain.__qualname__}_batch".split(".")
+        found: Any = sys.modules.get(plain.__module__)
+        for name in path:
+            found = getattr(found, name, None)
+        return found if inspect.isfunction(found) else None
 
     def fitted(self, actor: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments, checked against the signature and made to fit the annotations.
@@ -169,9 +183,13 @@ class ActorSpec:
         self.stateful = bool(self.directives.stateful)
         self.transparent = transparent
         self.doc = (inspect.getdoc(target) or "").partition("\n")[0]
-        self._check_preemptable()
 
-    def _check_preemptable(self) -> None:
+    def check_complete(self) -> None:
+        """To be called when the target's module has been run: what the directives name must be there.
+
+        Raises:
+            DirectiveError: it is not.
+        """
         hook = self.directives.preemptable
         if not hook:
             return
@@ -266,7 +284,7 @@ class Method(Generic[P, R_co, Plain_co]):
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = function.__name__
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(cast(Any, self), function)
         self._stubs: dict[type, CallStub[Any, Any]] = {}
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -289,22 +307,23 @@ class Method(Generic[P, R_co, Plain_co]):
 
 
 @overload
-def method(  # type: ignore[overload-overlap]
+def method(
     function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]],
 ) -> Method[P, R, Coroutine[Any, Any, R]]: ...
 @overload
-def method(  # type: ignore[overload-overlap]
+def method(
     function: Callable[Concatenate[Any, P], AsyncIterator[R]],
 ) -> Method[P, list[R], AsyncIterator[R]]: ...
 @overload
-def method(  # type: ignore[overload-overlap]
+def method(
     function: Callable[Concatenate[Any, P], Iterator[R]],
 ) -> Method[P, list[R], Iterator[R]]: ...
 @overload
 def method(function: Callable[Concatenate[Any, P], R]) -> Method[P, R, R]: ...
 def method(function: Callable[..., Any]) -> Any:
     """Marks a public method of an agent: what others may call."""
-    return Method(function)
+    made: Any = Method[Any, Any, Any](function)
+    return made
 
 
 @overload
@@ -344,11 +363,11 @@ class _FunctionDecorator:
         self._directives = directives or {}
 
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> FunctionStub[P, R]: ...  # type: ignore[overload-overlap]
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> FunctionStub[P, R]: ...
     @overload
-    def __call__(self, function: Callable[P, AsyncIterator[R]], /) -> FunctionStub[P, list[R]]: ...  # type: ignore[overload-overlap]
+    def __call__(self, function: Callable[P, AsyncIterator[R]], /) -> FunctionStub[P, list[R]]: ...
     @overload
-    def __call__(self, function: Callable[P, Iterator[R]], /) -> FunctionStub[P, list[R]]: ...  # type: ignore[overload-overlap]
+    def __call__(self, function: Callable[P, Iterator[R]], /) -> FunctionStub[P, list[R]]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> FunctionStub[P, R]: ...
     @overload
@@ -363,7 +382,8 @@ class _FunctionDecorator:
             Directives.of(directives).validated(self._kind, name or "")
             return _FunctionDecorator(self._kind, name, directives)
         spec = function_spec(self._kind, self._name or function.__name__, function, Directives.of(self._directives))
-        return FunctionStub(spec, function)
+        stub: Any = FunctionStub[Any, Any](spec, function)
+        return stub
 
 
 def function_spec(

@@ -42,6 +42,8 @@ class App:
     """The actors of one app by name, and the file that named them."""
 
     def __init__(self, path: Path, actors: dict[str, ActorSpec], finder: RewritingFinder | None = None) -> None:
+        for spec in actors.values():
+            spec.check_complete()
         self.path = path
         self.actors = actors
         self._finder = finder

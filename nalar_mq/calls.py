@@ -32,8 +32,8 @@ import structlog
 
 from nalar_mq import values
 from nalar_mq.address import Address
+from nalar_mq.call_context import CallContext, CallOptions
 from nalar_mq.channel import Endpoint
-from nalar_mq.context import CallContext, CallOptions
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -43,7 +43,7 @@ from nalar_mq.errors import (
     WorkerLostError,
 )
 from nalar_mq.future import Future
-from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Message, Resolve, Want
+from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Message, Probe, Resolve, Want
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.threads import LoopInbox
@@ -76,6 +76,10 @@ class Host(Protocol):
 
     def on_pushed(self, message: Resolve | Fail) -> None:
         """A value that a queued call depends on, or may soon."""
+        ...
+
+    def on_probe(self, probe: Probe) -> None:
+        """Somebody looks for a circle of waiting calls."""
         ...
 
     def on_owner_lost(self, owner: Address) -> None:
@@ -378,6 +382,8 @@ class Calls:
                 self.host.on_consume(sender, message)
             case Credit() if self.host is not None:
                 self.host.on_credit(sender, message)
+            case Probe() if self.host is not None:
+                self.host.on_probe(message)
             case _:
                 _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
 
@@ -522,6 +528,12 @@ class Calls:
         entry.credit = limit
         if entry.address is not None:
             self.tell(entry.address, Credit(id, limit))
+
+    def probe_children(self, parent: bytes, probe: Probe) -> None:
+        """Passes a probe on to the executors of all calls that `parent` has made and that have not ended."""
+        for id, entry in self._entries.items():
+            if entry.parent == parent and entry.address is not None:
+                self.tell(entry.address, msgspec.structs.replace(probe, id=id))
 
     def cancel_children(self, parent: bytes, reason: str) -> None:
         """Cancels every call that `parent` has made and that has not ended."""

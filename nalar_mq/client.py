@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from nalar_mq.address import check_token, random_token
 from nalar_mq.broker import read_runtime_file
+from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
-from nalar_mq.context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.errors import CallCancelledError, UnknownActorError
 from nalar_mq.future import Future, Stream
 from nalar_mq.messages import Member

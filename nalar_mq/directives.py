@@ -24,10 +24,11 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes:
         stateful: calls of one session go, in order, to the same instance, and the session never moves; None lets the
             runtime decide by looking at the class.
-        batchable: calls that wait may be run together as one batch.
+        batchable: calls that wait may be run together as one batch: by the function `NAME_batch` beside the function
+            `NAME`, which takes the list of their only arguments and returns the list of results; side by side without one.
         preemptable: name of the function or method that interrupts a running call; empty for none.
         min_instances: replicas that are kept even without load.
-        max_instances: replicas there may be at most; None for no bound.
+        max_instances: replicas that calls are routed to at most, the longest-lived ones; None for no bound.
         resources: what a replica reserves, by name (`cpu`, `gpu`, `memory_gb`, or a name of the user's own).
         concurrency: calls that one replica runs at once; None for the default of its kind.
         timeout_s: seconds from call to deadline; None (in TOML `inf`) for no deadline.

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from typing import Any, Generic, TypeVar, cast, overload
 
 from nalar_mq import values
-from nalar_mq.context import CallContext, Caller, current_context
+from nalar_mq.call_context import CallContext, Caller, current_context
 from nalar_mq.errors import CallTimeoutError, StreamRestartedError
 
 T = TypeVar("T")
@@ -403,7 +403,7 @@ class Stream(Generic[T]):
 
 
 @contextlib.contextmanager
-def waiting() -> Iterator[None]:
+def waiting() -> Generator[None]:
     """The running call gives up its slot inside the block: for waits that the runtime cannot see."""
     slot = _slot_of_running_call()
     if slot is None:
@@ -428,11 +428,15 @@ def gather(
 ) -> Awaitable[tuple[T1, T2, T3, T4]]: ...
 @overload
 def gather(*futures: Awaitable[T]) -> Awaitable[tuple[T, ...]]: ...
-async def gather(*futures: Awaitable[Any]) -> tuple[Any, ...]:
+def gather(*futures: Awaitable[Any]) -> Awaitable[Any]:
     """The values of all futures, in their order.
 
     The first error to arrive is raised at once; the other calls go on.
     """
+    return _gathered(futures)
+
+
+async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
     pending = [f for f in futures if isinstance(f, Future)]
     if len(pending) != len(futures):
         return tuple(await asyncio.gather(*futures))

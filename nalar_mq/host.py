@@ -34,8 +34,8 @@ import structlog
 from nalar_mq import values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
+from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.calls import VALUE_LIMIT_BYTES, Calls, too_large
-from nalar_mq.context import CallContext, current_context
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -44,10 +44,11 @@ from nalar_mq.errors import (
     OverloadedError,
     UnknownActorError,
     UnknownMethodError,
+    WaitCycleError,
 )
 from nalar_mq.future import Future
-from nalar_mq.isolation import Children
-from nalar_mq.messages import Call, Cancel, Chunk, Consume, Credit, Fail, Resolve, Want
+from nalar_mq.isolation import Children, completed
+from nalar_mq.messages import Call, Cancel, Chunk, Consume, Credit, Fail, Probe, Resolve, Want
 from nalar_mq.replica import Replica
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
@@ -56,6 +57,9 @@ from nalar_mq.transparent import run_driver
 _PUSHED_KEPT = 20_000
 _PUSHED_BYTES = 32 * 1024 * 1024
 _WANT_AFTER_S = 1.0
+_PROBE_AFTER_S = 1.0
+_PROBE_HOPS = 64
+BATCH_LIMIT = 64
 _SESSION_IDLE_S = 900.0  # a session that nobody named is forgotten after this long without a call
 HIGH_WATER = 1_000_000
 _log = structlog.get_logger(__name__)
@@ -274,6 +278,7 @@ class Host:
             now=now,
             ready=not execution.missing,
             reentrant=reentrant,
+            batch=call.method or call.actor if replica.spec.directives.batchable else "",
         )
         if not is_new:
             self._answer_error(execution, CallExpiredError(f"session {call.session!r} has had this call already"))
@@ -383,6 +388,9 @@ class Host:
 
     def pump(self, replica: Replica) -> None:
         """Starts what may run now."""
+        if replica.spec.directives.batchable:
+            self._pump_batches(replica)
+            return
         take = replica.mailbox.take
         while True:
             id = take(self._loop.time())
@@ -394,24 +402,79 @@ class Host:
                 continue
             self._start(execution)
 
+    def _pump_batches(self, replica: Replica) -> None:
+        while True:
+            ids = replica.mailbox.take_batch(self._loop.time(), BATCH_LIMIT)
+            if not ids:
+                return
+            executions = [execution for id in ids if (execution := self._executions.get(id)) is not None]
+            batch = executions[0].method.batch if len(executions) > 1 else None
+            if batch is None:
+                for execution in executions:
+                    self._start(execution)
+            else:
+                self._start_batch(batch, executions)
+
+    def _start_batch(self, batch: Callable[..., Any], executions: list[Execution]) -> None:
+        """Runs several calls as one; those that cannot begin end by themselves."""
+        begun: list[Execution] = []
+        arguments: list[Any] = []
+        for execution in executions:
+            prepared = self._prepare(execution)
+            if prepared is None:
+                continue
+            args, kwargs = prepared
+            if len(args) == 1 and not kwargs:
+                begun.append(execution)
+                arguments.append(args[0])
+            else:
+                self._run(execution, args, kwargs)
+        if begun:
+            variables = self._variables(begun[0])
+            self._threads.run(lambda: variables.run(self._run_batch_in_thread, batch, begun, arguments))
+
+    def _run_batch_in_thread(self, batch: Callable[..., Any], executions: list[Execution], arguments: list[Any]) -> None:
+        payloads: list[bytes] = []
+        error: BaseException | None = None
+        label = executions[0].label
+        try:
+            function = self._bound_in_thread(executions[0], batch)
+            results = completed(function(arguments))
+            if not isinstance(results, list) or len(results) != len(arguments):
+                raise TypeError(f"{label}_batch was given {len(arguments)} arguments and must return a list of as many results")
+            payloads = [_checked_size(values.encode(result, None, f"a result of {label}"), executions[0]) for result in results]
+        except BaseException as cause:
+            error = cause
+        for position, execution in enumerate(executions):
+            payload = None if error is not None else payloads[position]
+            self._inbox.put(functools.partial(self._end, execution, payload, error))
+
     def _start(self, execution: Execution) -> None:
+        prepared = self._prepare(execution)
+        if prepared is not None:
+            self._run(execution, *prepared)
+
+    def _prepare(self, execution: Execution) -> tuple[list[Any], dict[str, Any]] | None:
+        """Its arguments, with its context made; None if it has ended instead."""
         call = execution.call
         execution.started = True
         if self._idle.is_set():
             self._idle.clear()
+        if execution.replica.spec.stateful:
+            execution.replica.holders.setdefault(execution.session_key, call.id)
         if execution.deadline is not None and self._loop.time() >= execution.deadline:
             self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
-            return
+            return None
         failed = self._failed_dependency(execution)
         if failed is not None:
             self._end_with_fail(execution, failed)
-            return
+            return None
         try:
             args, kwargs = self._arguments(execution)
         except Exception as error:
             self._end(execution, None, error)
-            return
-        context = execution.context = CallContext(
+            return None
+        execution.context = CallContext(
             self._calls,
             call_id=call.id,
             is_root=not call.parent,
@@ -424,13 +487,20 @@ class Host:
             budget=call.budget,
             slot=execution,
         )
+        return args, kwargs
+
+    def _variables(self, execution: Execution) -> contextvars.Context:
         variables = self._base.copy()
-        variables.run(current_context.set, context)
+        variables.run(current_context.set, execution.context)
+        return variables
+
+    def _run(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
+        variables = self._variables(execution)
         if _runs_on_loop(execution):
             run = self._run_on_loop(execution, args, kwargs)
             execution.task = self._loop.create_task(run, context=variables)
         else:
-            self._threads.run(functools.partial(variables.run, self._run_in_thread, execution, args, kwargs))
+            self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
 
     def _failed_dependency(self, execution: Execution) -> Fail | None:
         for id in execution.call.deps:
@@ -477,7 +547,7 @@ class Host:
         if instance is None:
             made: asyncio.Future[Any] = self._loop.create_future()
             variables = contextvars.copy_context()
-            self._threads.run(functools.partial(variables.run, self._make_in_thread, execution, key, made))
+            self._threads.run(lambda: variables.run(self._make_in_thread, execution, key, made))
             instance = await made
         return execution.method.function.__get__(instance)  # type: ignore[no-any-return]
 
@@ -531,17 +601,21 @@ class Host:
         spec, method = execution.replica.spec, execution.method
         if spec.directives.isolation == "process":
             return self._result_in_child(execution, args, kwargs)
-        function = method.function
-        if spec.kind == "agent":
-            key = _instance_key(execution)
-            instance = execution.replica.instance(key)
-            if instance is None:
-                instance = execution.replica.make(key, execution.call.init)
-            function = function.__get__(instance)
+        function = self._bound_in_thread(execution, method.function)
         if _is_driver(spec):
             return run_driver(function, args, kwargs)
         result = function(*args, **kwargs)
         return self._pour_in_thread(execution, result) if method.style == "generator" else result
+
+    def _bound_in_thread(self, execution: Execution, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of the instance that the call is for; of no instance for a tool or workflow."""
+        if execution.replica.spec.kind != "agent":
+            return function
+        key = _instance_key(execution)
+        instance = execution.replica.instance(key)
+        if instance is None:
+            instance = execution.replica.make(key, execution.call.init)
+        return function.__get__(instance)  # type: ignore[no-any-return]
 
     def _result_in_child(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
         def stoppable(stop: Callable[[], None]) -> None:
@@ -586,7 +660,10 @@ class Host:
 
     def _finish(self, execution: Execution) -> None:
         self._forget(execution)
-        execution.replica.mailbox.finish(execution.call.id)
+        replica = execution.replica
+        if replica.holders.get(execution.session_key) == execution.call.id:
+            del replica.holders[execution.session_key]
+        replica.mailbox.finish(execution.call.id)
         self.completed += 1
         self.pump(execution.replica)
 
@@ -635,7 +712,51 @@ class Host:
                     if now - execution.wanted_at >= _WANT_AFTER_S:
                         execution.wanted_at = now + min(10.0, now - execution.arrived)
                         self._calls.tell(execution.owner, Want(id))
+            self._look_for_circles(now)
             self._end_idle_sessions(now)
+
+    def _look_for_circles(self, now: float) -> None:
+        """Asks for every call that has queued for long whether it waits for itself.
+
+        The probe follows what the call waits for: the holder of its session, the calls that the holder has made and that
+        have not ended, the holders of the sessions that those queue for. If it comes back, it has been round a circle.
+        """
+        if not any(replica.holders for replica in self._replicas.values()):
+            return
+        for execution in self._executions.values():
+            is_queued = not execution.started and execution.missing is None
+            if is_queued and now - execution.arrived > _PROBE_AFTER_S and execution.replica.spec.stateful:
+                id = execution.call.id
+                self._pass_probe_on(execution, Probe(id, id, id))
+
+    def on_probe(self, probe: Probe) -> None:
+        """Somebody looks for a circle of waiting calls."""
+        execution = self._executions.get(probe.id)
+        if execution is None or len(probe.path) >= _PROBE_HOPS:
+            return
+        if execution.started:
+            self._calls.probe_children(probe.id, probe)
+        elif probe.id == probe.origin:
+            if probe.least == probe.origin:
+                self._break_circle(execution, probe.path)
+        elif execution.replica.spec.stateful:
+            self._pass_probe_on(execution, probe)
+
+    def _pass_probe_on(self, execution: Execution, probe: Probe) -> None:
+        holder = execution.replica.holders.get(execution.session_key)
+        if holder is None:
+            return
+        least = min(probe.least, execution.call.id)
+        path = (*probe.path, f"{execution.call.actor}[{execution.session_key}]")
+        self._calls.probe_children(holder, Probe(b"", probe.origin, least, path))
+
+    def _break_circle(self, execution: Execution, path: tuple[str, ...]) -> None:
+        circle = " -> ".join((*path, path[0]))
+        error = WaitCycleError(f"these sessions wait for each other: {circle}", cycle=path)
+        execution.replica.mailbox.remove(execution.call.id)
+        self._answer_error(execution, error)
+        self._forget(execution)
+        self.pump(execution.replica)
 
     def _end_idle_sessions(self, now: float) -> None:
         for replica in self._replicas.values():

@@ -8,7 +8,9 @@ and a child that dies ends its call with `WorkerLostError`. A child ends when it
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -152,7 +154,7 @@ def serve(app_path: Path) -> None:
             if spec.kind == "agent":
                 function = function.__get__(_instance(instances, spec.target, job))
             args, kwargs = values.decode_arguments(job.payload)
-            outcome = Outcome(values.encode(_completed(function(*args, **kwargs)), None, f"the result of {job.actor}"))
+            outcome = Outcome(values.encode(completed(function(*args, **kwargs)), None, f"the result of {job.actor}"))
         except BaseException as error:
             failure = values.encode_error(error)
             outcome = Outcome(b"", (failure.kind, failure.text, failure.payload, failure.traceback))
@@ -167,11 +169,8 @@ def _instance(instances: dict[tuple[str, bytes], Any], target: Callable[..., Any
     return instances[key]
 
 
-def _completed(result: Any) -> Any:
+def completed(result: Any) -> Any:
     """The value of what a function returned: coroutines are run, generators drained."""
-    import asyncio
-    import inspect
-
     if inspect.iscoroutine(result):
         return asyncio.run(result)
     if inspect.isgenerator(result):

@@ -9,7 +9,7 @@ Arguments and results are `payload`: bytes made by `nalar_mq.values`, opaque her
 
 Who says what:
 
-    owner -> executor       Call, Cancel, Consume, Credit
+    owner -> executor       Call, Cancel, Consume, Credit, Probe
     executor -> owner       Resolve, Fail, Chunk
     executor -> consumer    Resolve, Fail
     consumer -> owner       Want
@@ -139,7 +139,23 @@ class Want(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=8):
     id: bytes
 
 
-Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want
+class Probe(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=9):
+    """Looks for a circle of calls that wait for each other: `origin` waits, directly or not, for `id`.
+
+    Attributes:
+        id: the call whose executor is asked what it waits for.
+        origin: the queued call that began to look.
+        least: the lowest id among the queued calls met so far; of a circle only that one is failed.
+        path: the sessions met, as `actor/session`, for the message.
+    """
+
+    id: bytes
+    origin: bytes
+    least: bytes
+    path: tuple[str, ...] = ()
+
+
+Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):
@@ -273,6 +289,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
         timeout_s: seconds until the deadline of a call that names none; None for no deadline.
         retries: how often a call that names no number is sent again after its worker was lost.
         priority: of calls that name none and inherit none.
+        max_instances: replicas that calls are routed to at most; None for no bound.
     """
 
     kind: str
@@ -282,6 +299,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
     timeout_s: float | None = 600.0
     retries: int = 0
     priority: int = 0
+    max_instances: int | None = None
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
@@ -314,11 +332,19 @@ class Place(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=202):
     incarnation: int
 
 
+class Lost(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=203):
+    """Value of a key in the lost bucket: that incarnation of the process, and every earlier one, has been declared lost."""
+
+    version: int
+    incarnation: int
+
+
 _members = msgspec.msgpack.Decoder(Member)
 _places = msgspec.msgpack.Decoder(Place)
+_losses = msgspec.msgpack.Decoder(Lost)
 
 
-def encode_record(record: Member | Place) -> bytes:
+def encode_record(record: Member | Place | Lost) -> bytes:
     """Bytes of a record for a key-value bucket."""
     return _encoder.encode(record)
 
@@ -341,7 +367,16 @@ def decode_place(data: bytes) -> Place:
     return _record(_places, data)
 
 
-_R = TypeVar("_R", Member, Place)
+def decode_lost(data: bytes) -> Lost:
+    """Reads a `Lost`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_losses, data)
+
+
+_R = TypeVar("_R", Member, Place, Lost)
 
 
 def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:

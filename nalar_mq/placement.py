@@ -68,6 +68,12 @@ class RoutingTable:
             if not member.draining:
                 for actor in member.actors:
                     replicas.setdefault(actor, []).append(Address(name, member.incarnation))
+        for actor, addresses in replicas.items():
+            first = self._members[addresses[0].name].actors[actor]
+            if first.max_instances is not None:
+                # The longest-lived ones serve; everybody who has the same members leaves out the same others.
+                addresses.sort(key=lambda address: (address.incarnation, address.name))
+                del addresses[first.max_instances :]
         self._replicas = replicas
         self.version += 1
 
@@ -77,7 +83,7 @@ class RoutingTable:
         return member is not None and member.incarnation == address.incarnation
 
     def replicas(self, actor: str) -> list[Address]:
-        """Where the actor is served, in the order of names; empty if nowhere."""
+        """Where calls of the actor may go: everywhere it is served, up to its `max_instances`; empty if nowhere."""
         return self._replicas.get(actor, [])
 
     def info(self, actor: str) -> ActorInfo | None:

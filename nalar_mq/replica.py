@@ -20,6 +20,11 @@ _log = structlog.get_logger(__name__)
 class Replica:
     """An actor type in this worker.
 
+    Attributes:
+        spec: what it is.
+        mailbox: its pending calls.
+        holders: the id of the call that holds a session, of stateful actors.
+
     Instances of a stateful agent are kept per session and construction; an agent without state has one instance for each
     set of constructor arguments. They are made in threads, since constructors may load models.
     """
@@ -27,6 +32,7 @@ class Replica:
     def __init__(self, spec: ActorSpec, loop: asyncio.AbstractEventLoop) -> None:
         self.spec = spec
         self.mailbox = Mailbox(concurrency=spec.concurrency, per_session=spec.stateful)
+        self.holders: dict[str, bytes] = {}
         self._loop = loop
         self._instances: dict[str, Any] = {}
         self._last_used: dict[str, float] = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from nalar_mq import moves, values
 from nalar_mq.actor import ActorSpec, MethodSpec
-from nalar_mq.context import CallContext, CallOptions, current_context
+from nalar_mq.call_context import CallContext, CallOptions, current_context
 from nalar_mq.errors import NalarError
 
 CONSTRUCT = "+"  # names no method of Python's: the call that makes an instance

@@ -25,13 +25,13 @@ class Threads:
         self._count = 0
         self._closed = False
 
-    def run(self, function: Callable[[], None]) -> None:
+    def run(self, function: Callable[[], object]) -> None:
         """Runs `function`, which must not raise, in a thread; returns at once."""
         with self._lock:
             thread = self._idle.pop() if self._idle else None
             if thread is None:
                 self._count += 1
-                number = self._count
+            number = self._count
         if thread is None:
             thread = _Thread(self, f"{self._name}-{number}")
             thread.give(function)
@@ -68,10 +68,10 @@ class _Thread(threading.Thread):
     def __init__(self, threads: Threads, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self._threads = threads
-        self._work: Callable[[], None] | None = None
+        self._work: Callable[[], object] | None = None
         self._given = threading.Semaphore(0)
 
-    def give(self, function: Callable[[], None] | None) -> None:
+    def give(self, function: Callable[[], object] | None) -> None:
         self._work = function
         self._given.release()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from nalar_mq import moves
-from nalar_mq.context import current_context
+from nalar_mq.call_context import current_context
 
 
 def run_driver(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -54,6 +54,7 @@ class Worker:
         self._host: Host | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process.replaced.add_done_callback(lambda _: self._end())
+        self._process.declared_lost.add_done_callback(lambda _: self._end())
 
     @property
     def name(self) -> str:
@@ -67,7 +68,7 @@ class Worker:
 
     @property
     def closed(self) -> asyncio.Future[None]:
-        """Ends when the worker has closed or must close, because another process runs under its name."""
+        """Ends when the worker has closed or must close: another process runs under its name, or others gave it up."""
         return self._ended
 
     @property
@@ -133,4 +134,5 @@ def info_of(spec: ActorSpec) -> ActorInfo:
         spec.directives.timeout_s,
         spec.directives.retries,
         spec.directives.priority,
+        spec.directives.max_instances,
     )

@@ -19,12 +19,15 @@ from nalar_mq.messages import (
     Fail,
     Frame,
     Gone,
+    Lost,
     Member,
     Message,
     Packet,
     Place,
+    Probe,
     Resolve,
     Want,
+    decode_lost,
     decode_member,
     decode_packet,
     decode_place,
@@ -75,7 +78,7 @@ def test_frames_of_every_length_are_put_together_alike(count: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_packet_or_an_error_of_the_wire(data: bytes) -> None:
-    for decode in (decode_packet, salvage_frame, decode_member, decode_place):
+    for decode in (decode_packet, salvage_frame, decode_member, decode_place, decode_lost):
         try:
             decode(data)
         except WireError:
@@ -141,10 +144,10 @@ def test_fields_with_defaults_may_be_missing() -> None:
 
 
 def test_tags_are_never_shared() -> None:
-    tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want)]
-    assert tags == [1, 2, 3, 4, 5, 6, 7, 8]
-    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place)]
-    assert packets == [101, 102, 103, 201, 202]
+    tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe)]
+    assert tags == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost)]
+    assert packets == [101, 102, 103, 201, 202, 203]
 
 
 def _samples() -> dict[str, bytes]:
@@ -178,9 +181,11 @@ def _samples() -> dict[str, bytes]:
         "chunk": encode_message(Chunk(ID, 1, b"c", 2)),
         "credit": encode_message(Credit(ID, 9)),
         "want": encode_message(Want(ID)),
+        "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
         "frame": encode_frame(1, 2, 3, 4, [encode_message(Want(ID))]),
         "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
         "bye": encode_packet(Bye(WIRE_VERSION, 2)),
+        "lost": encode_record(Lost(WIRE_VERSION, 2)),
         "place": encode_record(Place(WIRE_VERSION, "w", 2)),
         "member": encode_record(
             Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True)
@@ -200,12 +205,17 @@ GOLDEN = {
     "chunk": "9506c410000102030405060708090a0b0c0d0e0f01c4016302",
     "credit": "9307c410000102030405060708090a0b0c0d0e0f09",
     "want": "9208c410000102030405060708090a0b0c0d0e0f",
+    "probe": (
+        "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0f"
+        "91a3612f73"
+    ),
     "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",
     "gone": "956601020103",
     "bye": "93670102",
     "place": "94ccca01a17702",
+    "lost": "93cccb0102",
     "member": (
-        "98ccc90102a16ea6776f726b65720781a16197a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c3"
+        "98ccc90102a16ea6776f726b65720781a16198a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c0c3"
     ),
 }
 

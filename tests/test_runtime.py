@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -37,6 +38,11 @@ class Runtime:
         self.connect = connect
         self.stack = AsyncExitStack()
         self.actors: Any = importlib.import_module("basic")
+
+    def started(self, actor: str) -> int:
+        """Calls of `actor` that have begun and not ended."""
+        hosts = [worker._host for worker in (self.first, self.second)]
+        return sum(e.started and e.call.actor == actor for host in hosts if host for e in host._executions.values())
 
     async def worker(self, name: str) -> Worker:
         worker = Worker(self.app, self.settings, name=name, connect=self.connect, lease_in_thread=False, lease_s=2.0)
@@ -99,7 +105,7 @@ async def test_a_failed_future_fails_the_call_it_was_passed_to(runtime: Runtime)
 async def test_errors_of_every_kind_have_their_types(runtime: Runtime) -> None:
     client = await runtime.client()
     a = runtime.actors
-    with pytest.raises(errors.UnknownActorError, match="served are: .*add"):
+    with pytest.raises(errors.UnknownActorError, match=r"served are: .*add"):
         await client.call("nobody")
     with pytest.raises(errors.UnknownMethodError, match="it has: add"):
         await client.call("Counter.nothing")
@@ -192,12 +198,12 @@ async def test_sync_recursion_goes_deeper_than_any_concurrency(runtime: Runtime)
 async def test_a_waiting_call_gives_up_its_slot_and_a_computing_one_does_not(runtime: Runtime) -> None:
     client = await runtime.client()
     a = runtime.actors
-    running = [a.one_at_a_time("slot") for _ in range(4)]
-    async with asyncio.timeout(10):
-        await a.add(1, 1)
-    assert not any(future.available() for future in running)
+    waiting = [a.waits_for_another("slot") for _ in range(6)]
+    computing = [a.one_at_a_time("slot") for _ in range(6)]
+    await _until(lambda: runtime.started("wait_at") == 6)
+    assert runtime.started("one_at_a_time") == 2
     await client.call("opens", "slot")
-    assert [await future for future in running] == ["slot"] * 4
+    assert [await future for future in [*waiting, *computing]] == ["slot"] * 12
 
 
 async def test_as_completed_follows_the_order_of_ends(runtime: Runtime) -> None:
@@ -318,6 +324,65 @@ async def test_a_later_process_of_the_same_name_replaces_the_former(runtime: Run
     assert await runtime.actors.add.options(retries=1)(1, 2) == 3
 
 
+async def test_waiting_calls_of_a_batchable_tool_run_as_one(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    a.BATCHES.clear()
+    assert [await f for f in [a.square(i) for i in range(60)]] == [i * i for i in range(60)]
+    assert max(a.BATCHES) > 5
+    assert sum(a.BATCHES) <= 60
+    outcomes = [await _outcome(f) for f in [a.misbatched(i) for i in range(20)]]
+    assert TypeError in outcomes
+    assert await a.misbatched(3) == 3
+
+
+async def test_isolated_code_runs_in_a_child_that_may_die(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    pid, x = await a.elsewhere(5)
+    assert (pid != os.getpid(), x) == (True, 5)
+    with pytest.raises(ValueError, match="negative") as raised:
+        await a.elsewhere(-1)
+    assert raised.value.args == ("negative", -1)
+    with pytest.raises(errors.WorkerLostError, match="signal 9"):
+        await a.dies()
+    long = a.sleeps(60)
+    await _until(lambda: runtime.started("sleeps") == 1)
+    long.cancel()
+    with pytest.raises(errors.CallCancelledError):
+        await long
+    await _until(lambda: runtime.started("sleeps") == 0)
+
+
+async def test_a_cancelled_call_is_interrupted_by_the_function_named_for_it(runtime: Runtime) -> None:
+    await runtime.client()
+    running = runtime.actors.interruptible()
+    await _until(lambda: runtime.started("interruptible") == 1)
+    running.cancel()
+    with pytest.raises(errors.CallCancelledError):
+        await running
+    await _until(lambda: runtime.started("interruptible") == 0)
+
+
+async def test_calls_go_to_no_more_replicas_than_max_instances(runtime: Runtime) -> None:
+    await runtime.client()
+    assert {await runtime.actors.only_one() for _ in range(20)} == {"first"}
+
+
+async def test_calls_that_wait_for_each_other_are_told_so(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    one = a.Fork.take_with.options(session="a")("b", "table")
+    other = a.Fork.take_with.options(session="b")("a", "table")
+    outcomes = [await _outcome(one), await _outcome(other)]
+    assert errors.WaitCycleError in outcomes
+    assert {"a", "b"} & set(outcomes)
+    with pytest.raises(errors.WaitCycleError) as raised:
+        await (one if outcomes[0] is errors.WaitCycleError else other)
+    assert set(raised.value.cycle) == {"Fork[a]", "Fork[b]"}
+    assert await a.Left.ask.options(session="x")("x", 6) == 6  # a chain that comes back to its own session is no circle
+
+
 async def test_a_cast_runs_and_gives_nothing_back(runtime: Runtime) -> None:
     client = await runtime.client()
     runtime.actors.opens.cast("cast")
@@ -358,7 +423,7 @@ def test_a_plain_program_uses_a_client_without_a_loop(broker_access: BrokerAcces
         with connect(settings=settings) as client:
             assert client.call("add", 1, 2).value(timeout=10) == 3
             assert list(client.stream("numbers", 100)) == list(range(100))
-            assert [f.value() for f in nalar_mq.as_completed([actors.add(i) for i in range(3)])] is not None
+            assert sorted(f.value() for f in nalar_mq.as_completed([actors.add(i) for i in range(3)])) == [0, 1, 2]
             assert actors.add(actors.add(1, 1), 1).value() == 3
 
     asyncio.run(main())
@@ -367,7 +432,7 @@ def test_a_plain_program_uses_a_client_without_a_loop(broker_access: BrokerAcces
 async def _outcome(future: Any) -> Any:
     try:
         return await future
-    except errors.CallError as error:
+    except (errors.CallError, TypeError) as error:
         return type(error)
 
 

@@ -74,8 +74,15 @@ def block_at(name: str) -> str:
 
 
 @tool(concurrency=1)
-async def one_at_a_time(name: str) -> str:
+async def waits_for_another(name: str) -> str:
     return await wait_at(name)
+
+
+@tool(concurrency=1)
+async def one_at_a_time(name: str) -> str:
+    while not gate(name).is_set():
+        await asyncio.sleep(0.005)
+    return name
 
 
 @tool
@@ -171,6 +178,91 @@ class Counter:
         return await wait_at(name)
 
 
+@tool(batchable=True, concurrency=1)
+async def square(x: int) -> int:
+    await asyncio.sleep(0.02)
+    return x * x
+
+
+BATCHES: list[int] = []
+
+
+def square_batch(xs: list[int]) -> list[int]:
+    BATCHES.append(len(xs))
+    return [x * x for x in xs]
+
+
+@tool(batchable=True, concurrency=1)
+async def misbatched(x: int) -> int:
+    await asyncio.sleep(0.02)
+    return x
+
+
+def misbatched_batch(xs: list[int]) -> list[int]:
+    return xs[:1]
+
+
+@tool(isolation="process")
+def elsewhere(x: int) -> tuple[int, int]:
+    if x < 0:
+        raise ValueError("negative", x)
+    return os.getpid(), x
+
+
+@tool(isolation="process")
+def dies() -> None:
+    os.kill(os.getpid(), 9)
+
+
+@tool(isolation="process")
+def sleeps(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@tool(preemptable="interrupt")
+def interruptible() -> str:
+    gate("interrupt").wait(30)
+    return "interrupted"
+
+
+def interrupt() -> None:
+    gate("interrupt").set()
+
+
+@tool(max_instances=1)
+async def only_one() -> str:
+    caller: Any = context().caller
+    return str(caller.me.name)
+
+
+@agent(stateful=True)
+class Left:
+    @method
+    async def ask(self, other: str, depth: int) -> int:
+        return 0 if depth == 0 else 1 + await Right.ask.options(session=other)(other, depth - 1)
+
+
+@agent(stateful=True)
+class Right:
+    @method
+    async def ask(self, other: str, depth: int) -> int:
+        return 0 if depth == 0 else 1 + await Left.ask.options(session=other)(other, depth - 1)
+
+
+@agent(stateful=True)
+class Fork:
+    @method
+    async def take_with(self, other: str, meet: str) -> str:
+        gate(f"{meet}-{context().session}").set()
+        while not all(gate(f"{meet}-{name}").is_set() for name in (other, context().session)):
+            await asyncio.sleep(0.005)
+        return await Fork.name.options(session=other)()
+
+    @method
+    async def name(self) -> str:
+        return context().session
+
+
 @agent
 class Desk:
     made = 0
@@ -212,10 +304,7 @@ def narrow(n: int) -> int:
 
 @workflow
 async def first_of(names: list[str]) -> list[str]:
-    order: list[str] = []
-    async for done in as_completed([wait_at(name) for name in names]):
-        order.append(await done)
-    return order
+    return [await done async for done in as_completed([wait_at(name) for name in names])]
 
 
 @workflow

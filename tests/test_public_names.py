@@ -1,0 +1,31 @@
+"""What `import nalar_mq` offers is a promise: a change of this list is a change for users."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import nalar_mq
+
+PUBLIC = """
+ArgumentError BrokerError CallCancelledError CallContext CallError CallExpiredError CallTimeoutError Client ConfigError Future
+NalarError NotConnectedError OverloadedError RemoteError StateLostError Stream StreamRestartedError UnknownActorError
+UnknownMethodError ValueNotEncodableError ValueTooLargeError WaitCycleError WorkerLostError
+agent as_completed connect context gather method tool workflow
+""".split()
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(nalar_mq.__all__) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(nalar_mq, name) is not None
+        assert name in dir(nalar_mq)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        nalar_mq.nonsense  # noqa: B018
+
+
+def test_importing_the_package_loads_no_broker_client() -> None:
+    code = "import nalar_mq, sys; assert not {'nats', 'click', 'aiohttp', 'lmdb'} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,87 @@
+"""Checked by mypy and pyright, never run: what the decorators infer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+from typing_extensions import assert_type
+
+from nalar_mq import Future, agent, as_completed, connect, gather, method, tool, workflow
+
+
+@dataclass
+class Report:
+    text: str
+
+
+@tool
+async def search(query: str, limit: int = 5) -> list[str]:
+    return [query] * limit
+
+
+@tool(retries=2, timeout_s=5)
+def count(words: list[str]) -> int:
+    return len(words)
+
+
+@tool
+async def tokens(n: int) -> AsyncIterator[str]:
+    for i in range(n):
+        yield str(i)
+
+
+@tool
+def lines(n: int) -> Iterator[str]:
+    for i in range(n):
+        yield str(i)
+
+
+@agent(stateful=True)
+class Analyst:
+    @method
+    async def analyse(self, question: str) -> Report:
+        return Report(question)
+
+    @method
+    def note(self, text: str) -> None: ...
+
+
+@agent
+class Plain:
+    @method
+    async def hello(self) -> str:
+        return "hello"
+
+
+@workflow
+async def answer(question: str) -> str:
+    found = search(question)
+    assert_type(found, Future[list[str]])
+    assert_type(await found, list[str])
+    assert_type(found.value(timeout=1), list[str])
+    assert_type(found.available(), bool)
+    assert_type(await count(found.later), int)
+    assert_type(count(found.later), Future[int])
+    assert_type(tokens(3), Future[list[str]])
+    assert_type(lines(3), Future[list[str]])
+    report = Analyst.analyse(question)
+    assert_type(report, Future[Report])
+    assert_type(await Analyst.analyse.options(session="s", priority=2, timeout_s=None)(question), Report)
+    assert_type(await gather(found, report), tuple[list[str], Report])
+    assert_type(Analyst.note.cast("x"), None)
+    assert_type(await Plain.hello(), str)
+    async for done in as_completed([report]):
+        assert_type(done, Future[Report])
+    assert_type(await Analyst().analyse("plain method"), Report)
+    assert_type(search.options(session="s")("q"), Future[list[str]])
+    search(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    Analyst.analyse()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    search("x").value().nothing  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
+    return (await report).text
+
+
+async def outside() -> None:
+    async with connect("nats://127.0.0.1:4222") as client:
+        assert_type(await answer("q"), str)
+        await client.options(session="s").call("answer", "q")
