@@ -1,0 +1,30 @@
+"""The actors that the calls go to."""
+
+from __future__ import annotations
+
+import os
+
+from nalar_mq import agent, method, tool
+
+
+@agent(stateful=True)
+class Echo:
+    """One instance a session, whose calls run in order, as the actors of the systems beside it do."""
+
+    @method
+    async def echo(self, x: int) -> int:
+        return x
+
+    @method
+    async def increment(self, x: int) -> int:
+        return x + 1
+
+    @method
+    async def process(self) -> int:
+        return os.getpid()
+
+
+@tool
+async def echo(x: int) -> int:
+    """Any worker may run it."""
+    return x

@@ -1,0 +1,88 @@
+"""This runtime: the embedded broker, a local controller with two worker processes, and a client, as `nalar run` has them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nalar_app
+import work
+
+from nalar_mq import Client, connect, event_loop, gather
+from nalar_mq.broker import EmbeddedBroker
+from nalar_mq.config import Settings
+from nalar_mq.controllers.local_controller import LocalController
+
+WORKERS = 2
+
+
+async def sessions_apart() -> list[str]:
+    """One session for each worker process."""
+    found: dict[int, str] = {}
+    number = 0
+    while len(found) < WORKERS:
+        session = f"s{number}"
+        found.setdefault(await nalar_app.Echo.process.options(session=session)(), session)
+        number += 1
+    return list(found.values())
+
+
+async def chain(figure: str, increments: list[Any]) -> None:
+    """Futures are passed on before they have a value; the client waits for the last one only."""
+    work.phase(figure)
+    begun = time.perf_counter()
+    value: Any = 0
+    for number in range(work.CHAIN_CALLS):
+        value = increments[number % len(increments)](value)
+    result = await value
+    work.figure(figure, round((time.perf_counter() - begun) * 1e3, 1))
+    work.expect(result, work.CHAIN_CALLS)
+
+
+async def measure(client: Client) -> None:
+    """Everything, one after the other."""
+    work.expect(await client.call("echo", 1), 1)
+    work.answered()
+    sessions = await sessions_apart()
+    echoes = [nalar_app.Echo.echo.options(session=session) for session in sessions]
+    increments = [nalar_app.Echo.increment.options(session=session) for session in sessions]
+
+    async def collect(futures: list[Any]) -> tuple[Any, ...]:
+        return await gather(*futures)
+
+    if work.wants("rtt"):
+        await work.round_trips_async(echoes[0])
+        await work.round_trips_async(nalar_app.echo, "tool_")
+    if work.wants("pipe"):
+        await work.many_async("pipe", work.PIPE_CALLS, lambda i: echoes[i & 1](i), collect)
+        await work.many_async("tool_pipe", work.PIPE_CALLS, nalar_app.echo, collect)
+    if work.wants("chain"):
+        await chain("chain_ms", increments)
+        await chain("chain_affinity_ms", increments[:1])
+    if work.wants("fan"):
+        await work.many_async("fan", work.FAN_CALLS, lambda i: echoes[i & 1](i), collect)
+    work.done()
+
+
+async def main() -> None:
+    """Starts everything and ends it afterwards."""
+    app = Path(nalar_app.__file__)
+    seed = int(os.environ.get("BENCH_SEED", "0"))
+    with tempfile.TemporaryDirectory(prefix="nalar-bench-", ignore_cleanup_errors=True) as folder:
+        async with EmbeddedBroker(Path(folder)) as broker:
+            settings = Settings(broker=broker.access, namespace="bench", node="bench")
+            async with (
+                LocalController(app, settings, workers=WORKERS, rng=random.Random(seed), log_level="warning") as controller,
+                connect(settings=settings, random=random.Random(seed)) as client,
+            ):
+                await asyncio.gather(controller.ready(), client.wait_for("echo"))
+                await measure(client)
+
+
+if __name__ == "__main__":
+    event_loop.run(main())

