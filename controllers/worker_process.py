@@ -22,7 +22,7 @@ import msgspec
 from nalar_mq import event_loop
 from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError
-from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_REPLACED
+from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_LOST, EXIT_REPLACED
 from nalar_mq.logs import Level, configure_logs
 from nalar_mq.worker import Worker
 
@@ -33,7 +33,7 @@ _MAX_ORDER_BYTES: Final = 1 << 20
 
 
 def main() -> None:
-    """Serves until told to stop; the exit code is 0, or says why not: `EXIT_CONFIG`, `EXIT_BROKER` or `EXIT_REPLACED`."""
+    """Serves until told to stop; the exit code is 0, or says why not, with a code of `exits`."""
     link = socket.socket(fileno=int(sys.argv[1]))
     link.set_inheritable(False)
     order = _read_order(link)
@@ -50,10 +50,17 @@ def main() -> None:
     except _Replaced:
         _report(link, Report(failure=f"another process serves as {order.name!r}: give each node a name of its own by --node"))
         sys.exit(EXIT_REPLACED)
+    except _DeclaredLost:
+        _report(link, Report(failure="it stood still for longer than its lease, and the others have given it up"))
+        sys.exit(EXIT_LOST)
 
 
 class _Replaced(Exception):
     """Another process has taken the name of this worker."""
+
+
+class _DeclaredLost(Exception):
+    """Others have given this incarnation up; a successor under the same name may serve."""
 
 
 async def _serve(order: Order, link: socket.socket) -> None:
@@ -78,6 +85,8 @@ async def _serve(order: Order, link: socket.socket) -> None:
             await worker.drain(order.drain_timeout_s)
         elif worker.process.replaced.done():
             raise _Replaced
+        elif worker.process.declared_lost.done():
+            raise _DeclaredLost
     finally:
         await worker.aclose()
 

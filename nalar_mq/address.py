@@ -10,6 +10,7 @@ Key-value buckets (their names are the namespace, a dash and the word):
 
     NS-members              <process>              who is alive, its incarnation, and which actors it serves
     NS-places               <actor>.<instance>     the process that holds the memory of a session
+    NS-lost                 <process>              its highest incarnation that has been declared lost
 """
 
 from __future__ import annotations
@@ -59,12 +60,13 @@ class Address(NamedTuple):
 class Subjects:
     """The subjects and buckets of one namespace. Immutable; cheap to share."""
 
-    __slots__ = ("members_bucket", "namespace", "places_bucket")
+    __slots__ = ("lost_bucket", "members_bucket", "namespace", "places_bucket")
 
     def __init__(self, namespace: str = DEFAULT_NAMESPACE) -> None:
         self.namespace = check_token(namespace, "namespace")
         self.members_bucket = f"{namespace}-members"
         self.places_bucket = f"{namespace}-places"
+        self.lost_bucket = f"{namespace}-lost"
 
     def box(self, to: str, sender: str) -> str:
         """Subject of frames from process `sender` to process `to`."""

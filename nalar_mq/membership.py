@@ -1,11 +1,27 @@
 """Who is alive: every process keeps a leased record in the members bucket and a routing table of everybody else's.
 
 A record is renewed three times per lease, by a thread with a connection of its own where one is given, so that code which
-blocks the event loop costs nobody his lease. Joining is learnt by watching the bucket. Death is learnt by reading: when a
-member's renewals have not been seen for a lease, its key is read, and only if the broker says that it is absent is the member
-declared lost; never before this process has been connected for one full lease itself, so that an outage of the broker
-kills nobody. A process whose key has expired during an outage writes it again under the same incarnation. A process that
-finds a higher incarnation under its own name has been replaced and is told so once (`on_replaced`).
+blocks the event loop costs nobody his lease. Joining and leaving are learnt by watching the bucket, death by reading.
+
+Death
+    When a member's renewals have not been seen for a lease, its key is read: an absent one has expired. Never before this
+    process has been connected for one full lease itself, so that an outage of the broker kills nobody. Who finds the key
+    absent writes the incarnation into the lost bucket, then reads the key again, and only if it is still absent takes the
+    member to be lost, for good.
+
+Return
+    A process whose key has expired, because the broker was away or because it stood still itself, writes the key again
+    under the same incarnation, then reads the lost bucket. If its incarnation stands there, somebody has given its calls to
+    others: it takes its key back and is told so once (`on_declared_lost`); it must end, and may come again as a higher
+    incarnation. If not, it goes on as if nothing had happened.
+
+    One writes the declaration before it reads the key, the other the key before it reads the declaration: so of the two at
+    least one sees what the other has done, and nobody goes on whom somebody else holds to be lost.
+
+Replacement
+    A process that finds a higher incarnation under its own name has been replaced and is told so once (`on_replaced`).
+
+Records that cannot be understood are counted and change nothing.
 """
 
 from __future__ import annotations
@@ -14,56 +30,126 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 import structlog
 
-from nalar_mq.address import Address, Subjects
+from nalar_mq.address import Address, Subjects, check_token
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
-from nalar_mq.messages import Member, decode_member, encode_record
+from nalar_mq.messages import WIRE_VERSION, Lost, Member, decode_lost, decode_member, encode_record
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
 LEASE_S = 6.0
+_LOST_KEPT_S = 7 * 24 * 3600.0  # a process that stood still for longer has lost its connection, too
 _log = structlog.get_logger(__name__)
 
 ConnectTransport = Callable[[], Awaitable[Transport]]
 
 
+class Register:
+    """The lost bucket: who has been declared lost. It is opened when it is first needed, which is rare."""
+
+    def __init__(self, transport: Transport, bucket: str) -> None:
+        self._transport = transport
+        self._name = bucket
+        self._bucket: KeyValue | None = None
+
+    async def _open(self) -> KeyValue:
+        if self._bucket is None:
+            self._bucket = await self._transport.key_value(self._name, ttl_s=_LOST_KEPT_S)
+        return self._bucket
+
+    async def declare(self, address: Address) -> None:
+        """Writes that this incarnation is lost; when it returns, everybody who reads finds it."""
+        bucket = await self._open()
+        value = encode_record(Lost(WIRE_VERSION, address.incarnation))
+        while True:
+            entry = await bucket.get(address.name)
+            if entry is not None and _lost_in(entry) >= address.incarnation:
+                return
+            with contextlib.suppress(KeyConflictError):
+                if entry is None:
+                    await bucket.create(address.name, value)
+                else:
+                    await bucket.update(address.name, value, entry.revision)
+                return
+
+    async def holds(self, address: Address) -> bool:
+        """True if this incarnation has been declared lost."""
+        bucket = await self._open()
+        entry = await bucket.get(address.name)
+        return entry is not None and _lost_in(entry) >= address.incarnation
+
+
+def _lost_in(entry: KeyEntry) -> int:
+    try:
+        return decode_lost(entry.value or b"").incarnation
+    except WireError:
+        return -1
+
+
+class LeaseEvents(Protocol):
+    """What a lease tells its process; each at most once, and only one of them."""
+
+    def on_replaced(self) -> None:
+        """Somebody else has taken the name."""
+        ...
+
+    def on_declared_lost(self) -> None:
+        """Others have given this incarnation up."""
+        ...
+
+
 class Lease:
     """Keeps one record alive. All methods belong to one event loop, which need not be the runtime's."""
 
-    def __init__(self, bucket: KeyValue, name: str, member: Member, on_replaced: Callable[[], None]) -> None:
+    def __init__(self, bucket: KeyValue, register: Register, name: str, member: Member, events: LeaseEvents) -> None:
         self._bucket = bucket
+        self._register = register
         self._name = name
         self._member = member
+        self._events = events
         self._revision = 0
-        self._on_replaced = on_replaced
-        self.is_replaced = False
+        self._was_absent = False
+        self.is_over = False
 
     async def acquire(self) -> None:
         """Writes the record, in place of any earlier incarnation's."""
         self._revision = await self._bucket.put(self._name, encode_record(self._member))
 
     async def renew(self) -> None:
-        """Writes it again, unless somebody else has taken the name."""
+        """Writes it again, unless somebody else has taken the name or others have given this incarnation up."""
+        if self.is_over:
+            return
         value = encode_record(self._member)
         try:
             self._revision = await self._bucket.update(self._name, value, self._revision)
         except KeyConflictError:
             await self._recover(value)
+        if self._was_absent and not self.is_over:
+            await self._check_register()
 
     async def _recover(self, value: bytes) -> None:
         entry = await self._bucket.get(self._name)
         if entry is None:
+            self._was_absent = True
             self._revision = await self._bucket.create(self._name, value)
             return
         with contextlib.suppress(WireError):
             if entry.value is not None and decode_member(entry.value).incarnation > self._member.incarnation:
-                self.is_replaced = True
-                self._on_replaced()
+                self.is_over = True
+                self._events.on_replaced()
                 return
         self._revision = await self._bucket.update(self._name, value, entry.revision)
+
+    async def _check_register(self) -> None:
+        if await self._register.holds(Address(self._name, self._member.incarnation)):
+            self.is_over = True
+            self._events.on_declared_lost()
+            await self.release()
+        self._was_absent = False
 
     async def change(self, member: Member) -> None:
         """Replaces what the record says."""
@@ -76,8 +162,8 @@ class Lease:
             await self._bucket.delete(self._name, self._revision)
 
     async def keep(self, period_s: float) -> None:
-        """Renews for ever; an unreachable broker is tried again."""
-        while not self.is_replaced:
+        """Renews until it is over; an unreachable broker is tried again."""
+        while not self.is_over:
             await asyncio.sleep(period_s)
             try:
                 await self.renew()
@@ -88,23 +174,24 @@ class Lease:
 class LeaseThread:
     """Runs a `Lease` in a thread with its own event loop and connection."""
 
-    def __init__(self, connect: ConnectTransport, bucket: str, name: str, member: Member, lease_s: float) -> None:
+    def __init__(
+        self, connect: ConnectTransport, subjects: Subjects, name: str, member: Member, lease_s: float, events: LeaseEvents
+    ) -> None:
         self._connect = connect
-        self._bucket = bucket
+        self._subjects = subjects
         self._name = name
         self._member = member
         self._lease_s = lease_s
         self._owner = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._owner.create_future()
-        self._on_replaced: Callable[[], None] = lambda: None
+        self._events = events
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lease: Lease | None = None
         self._stop: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name=f"lease-{name}", daemon=True)
 
-    async def start(self, on_replaced: Callable[[], None]) -> None:
+    async def start(self) -> None:
         """Returns when the record is written. Raises `BrokerError` if it cannot be."""
-        self._on_replaced = on_replaced
         self._thread.start()
         await self._ready
 
@@ -127,8 +214,9 @@ class LeaseThread:
     async def _hold(self, transport: Transport) -> None:
         assert self._stop is not None
         try:
-            bucket = await transport.key_value(self._bucket, ttl_s=self._lease_s)
-            self._lease = Lease(bucket, self._name, self._member, self._replaced)
+            bucket = await transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
+            register = Register(transport, self._subjects.lost_bucket)
+            self._lease = Lease(bucket, register, self._name, self._member, self)
             await self._lease.acquire()
         except Exception as error:
             self._tell(error)
@@ -153,9 +241,15 @@ class LeaseThread:
         with contextlib.suppress(RuntimeError):
             self._owner.call_soon_threadsafe(tell)
 
-    def _replaced(self) -> None:
+    def on_replaced(self) -> None:
+        """Passes it on to the runtime's loop."""
         with contextlib.suppress(RuntimeError):
-            self._owner.call_soon_threadsafe(self._on_replaced)
+            self._owner.call_soon_threadsafe(self._events.on_replaced)
+
+    def on_declared_lost(self) -> None:
+        """Passes it on to the runtime's loop."""
+        with contextlib.suppress(RuntimeError):
+            self._owner.call_soon_threadsafe(self._events.on_declared_lost)
 
     async def change(self, member: Member) -> None:
         """Replaces what the record says."""
@@ -174,24 +268,19 @@ class LeaseThread:
 class LeaseTask:
     """Runs a `Lease` on the runtime's own loop: for clients' short lives and for simulation."""
 
-    def __init__(self, bucket: KeyValue, name: str, member: Member, lease_s: float) -> None:
-        self._bucket = bucket
-        self._name = name
-        self._member = member
+    def __init__(self, lease: Lease, lease_s: float) -> None:
+        self._lease = lease
         self._lease_s = lease_s
-        self._lease: Lease | None = None
         self._keeping: asyncio.Task[None] | None = None
 
-    async def start(self, on_replaced: Callable[[], None]) -> None:
+    async def start(self) -> None:
         """Returns when the record is written."""
-        self._lease = Lease(self._bucket, self._name, self._member, on_replaced)
         await self._lease.acquire()
         self._keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
 
     async def change(self, member: Member) -> None:
         """Replaces what the record says."""
-        if self._lease is not None:
-            await self._lease.change(member)
+        await self._lease.change(member)
 
     async def aclose(self) -> None:
         """Removes the record."""
@@ -199,8 +288,7 @@ class LeaseTask:
             self._keeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeping
-        if self._lease is not None:
-            await self._lease.release()
+        await self._lease.release()
 
 
 class Membership:
@@ -209,8 +297,11 @@ class Membership:
     Args:
         on_change: the table has changed.
         on_lost: that incarnation is dead or has left.
-        on_replaced: somebody else runs under our name; this process must stop.
+        events: told if this process must end.
         lease_connect: opens the connection of the lease's own thread; None to renew on the loop.
+
+    Attributes:
+        unreadable: records that made no sense.
     """
 
     def __init__(
@@ -223,7 +314,7 @@ class Membership:
         *,
         on_change: Callable[[], None],
         on_lost: Callable[[Address], None],
-        on_replaced: Callable[[], None],
+        events: LeaseEvents,
         lease_connect: ConnectTransport | None = None,
         lease_s: float = LEASE_S,
     ) -> None:
@@ -234,11 +325,13 @@ class Membership:
         self._member = member
         self._on_change = on_change
         self._on_lost = on_lost
-        self._on_replaced = on_replaced
+        self._events = events
         self._lease_connect = lease_connect
         self._lease_s = lease_s
         self._seen_at: dict[str, float] = {}
         self._connected_at = 0.0
+        self.unreadable = 0
+        self._register = Register(transport, subjects.lost_bucket)
         self._bucket: KeyValue | None = None
         self._lease: LeaseThread | LeaseTask | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -250,14 +343,14 @@ class Membership:
         self._connected_at = loop.time()
         self._transport.on_connection(self._connection)
         self._bucket = await self._transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
+        name, member, lease_s = self._me.name, self._member, self._lease_s
         if self._lease_connect is None:
-            self._lease = LeaseTask(self._bucket, self._me.name, self._member, self._lease_s)
+            self._lease = LeaseTask(Lease(self._bucket, self._register, name, member, self._events), lease_s)
         else:
-            bucket = self._subjects.members_bucket
-            self._lease = LeaseThread(self._lease_connect, bucket, self._me.name, self._member, self._lease_s)
+            self._lease = LeaseThread(self._lease_connect, self._subjects, name, member, lease_s, self._events)
         self._snapshot = loop.create_future()
         self._tasks.append(asyncio.create_task(self._watch()))
-        await self._lease.start(self._on_replaced)
+        await self._lease.start()
         await self._snapshot
         self._tasks.append(asyncio.create_task(self._look_for_the_dead()))
 
@@ -301,16 +394,20 @@ class Membership:
             return
         try:
             member = decode_member(entry.value)
+            check_token(entry.key, "member name")
         except WireError as error:
-            _log.warning("membership.record_unreadable", member=entry.key, error=str(error))
+            self.unreadable += 1
+            _log.debug("membership.record_unreadable", member=entry.key, error=str(error))
             return
         self._seen_at[entry.key] = asyncio.get_running_loop().time()
         if self._table.members.get(entry.key) == member:
             return
+        version = self._table.version
         former = self._table.join(entry.key, member)
         if former is not None:
             self._on_lost(former)
-        self._on_change()
+        if self._table.version != version:
+            self._on_change()
 
     def _lose(self, address: Address) -> None:
         self._seen_at.pop(address.name, None)
@@ -336,5 +433,16 @@ class Membership:
         entry = await self._bucket.get(name)
         if entry is not None:
             self._take(entry)
-        elif member is not None:
-            self._lose(Address(name, member.incarnation))
+        elif member is None:
+            self._seen_at.pop(name, None)
+        else:
+            await self._declare_lost(Address(name, member.incarnation))
+
+    async def _declare_lost(self, address: Address) -> None:
+        assert self._bucket is not None
+        await self._register.declare(address)
+        entry = await self._bucket.get(address.name)
+        if entry is None:
+            self._lose(address)
+        else:
+            self._take(entry)

@@ -15,7 +15,7 @@ from nalar_mq.address import Address, Subjects, check_token
 from nalar_mq.calls import Calls
 from nalar_mq.channel import Endpoint
 from nalar_mq.config import Settings
-from nalar_mq.errors import CallError, WireError, WorkerLostError
+from nalar_mq.errors import CallError, OwnerLostError, WireError, WorkerLostError
 from nalar_mq.membership import LEASE_S, Membership
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
 from nalar_mq.placement import RoutingTable
@@ -56,6 +56,7 @@ class Process:
         self.name = check_token(name, "process name")
         self.subjects = Subjects(settings.namespace)
         self.replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.declared_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._role = role
         self._actors = actors or {}
         self._connect = connect or self._connect_nats
@@ -106,7 +107,7 @@ class Process:
             Member(WIRE_VERSION, me.incarnation, self.settings.node, self._role, os.getpid(), self._actors),
             on_change=self._on_table_changed,
             on_lost=self.endpoint.lose,
-            on_replaced=self._on_replaced,
+            events=self,
             lease_connect=self._connect_lease if self._lease_in_thread else None,
             lease_s=self._lease_s,
         )
@@ -137,10 +138,18 @@ class Process:
         self._table_changed.set()
         self.calls.on_table_changed()
 
-    def _on_replaced(self) -> None:
+    def on_replaced(self) -> None:
+        """Another process was started under our name (`membership.LeaseEvents`)."""
         _log.error("process.replaced", process=self.name, hint="another process was started under the same name")
         if not self.replaced.done():
             self.replaced.set_result(None)
+
+    def on_declared_lost(self) -> None:
+        """This process stood still for longer than its lease, and others have given it up (`membership.LeaseEvents`)."""
+        _log.error("process.declared_lost", process=self.name, hint="it stood still for longer than its lease")
+        if not self.declared_lost.done():
+            self.declared_lost.set_result(None)
+        self.calls.close(OwnerLostError(f"process {self.name!r} stood still for longer than its lease and was given up"))
 
     async def wait_for(self, actor: str, timeout_s: float) -> bool:
         """Returns True once somebody serves `actor`, False after `timeout_s`."""

@@ -226,5 +226,5 @@ def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
 
 
 def test_every_kind_has_its_bytes_pinned() -> None:
-    kinds = [*Message.__args__, *Packet.__args__, Place, Member]
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost]
     assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)
