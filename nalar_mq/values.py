@@ -19,6 +19,8 @@ MessagePack item (or raw bytes where it says so), so plain data is written and r
     11    a class                 "module:qualname"
     12    a function of a module  "module:qualname"
     13    an instance             [class name, part, ...], the parts by the shape of the class (see `nalar_mq.classes`)
+    14    an actor                ["module:qualname", part, ...] of a stand-in for unmodified Python (see `nalar_mq.stub`)
+    15    an iterator or a view   ["iterator", "keys", "values" or "items", item, ...]: read to its end when it is written
 
 A future inside a value is written as its value where it has one. Sharing is not kept: an object that stands in two places
 arrives as two. Nesting is limited to `MAX_DEPTH`, which also ends structures that contain themselves.
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import itertools
 import re
 import sys
 import traceback as traceback_module
@@ -87,9 +90,12 @@ _BUILT: Final = 10
 _CLASS: Final = 11
 _FUNCTION: Final = 12
 _INSTANCE: Final = 13
+_ACTOR: Final = 14
+_PIECES: Final = 15
 
 _ID_SIZE: Final = 16
 _PATH_SHOWN: Final = 120
+_MOST_PIECES: Final = 1_000_000
 _SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
 _NATIVE_INT: Final = range(-(2**63), 2**64)
 
@@ -121,10 +127,11 @@ def encode(value: object, deps: list[Deferred] | None = None, what: str = "value
             `what` and the path to the part.
     """
     known = len(deps) if deps else 0
+    writer = _Writer(deps)
     try:
-        return _encode(value if type(value) in _SCALARS else _Writer(deps).pack(value, 0))
+        return _encode(value if type(value) in _SCALARS else writer.pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
-        return _encode_carefully(value, deps, known, what)
+        return _encode_carefully(value, writer, known, what)
 
 
 def encode_arguments(
@@ -137,11 +144,12 @@ def encode_arguments(
     """
     value = [list(args), dict(kwargs)]
     known = len(deps) if deps else 0
+    writer = _Writer(deps)
     try:
-        return _encode(_Writer(deps).pack(value, 0))
+        return _encode(writer.pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
         labels = [*names[: len(args)], *(str(number) for number in range(len(names) + 1, len(args) + 1))]
-        return _encode_carefully(value, deps, known, "arguments", [*labels, *kwargs])
+        return _encode_carefully(value, writer, known, "arguments", [*labels, *kwargs])
 
 
 def decode(data: bytes, resolve: Callable[[bytes], object] | None = None) -> Any:
@@ -176,12 +184,15 @@ def decode_arguments(data: bytes, resolve: Callable[[bytes], object] | None = No
     raise MalformedMessageError("arguments are not a list and a map of names")
 
 
-def _encode_carefully(value: Any, deps: list[Deferred] | None, known: int, what: str, labels: Sequence[str] = ()) -> bytes:
+def _encode_carefully(value: Any, failed: _Writer, known: int, what: str, labels: Sequence[str] = ()) -> bytes:
     """Second attempt, after the writer that lets scalars pass unseen has failed; it had `known` deps when it began."""
+    deps = failed.deps
     if deps is not None:
         del deps[known:]
+    writer = _CarefulWriter(deps)
+    writer.drained = failed.drained
     try:
-        return _encode(_CarefulWriter(deps).pack(value, 0))
+        return _encode(writer.pack(value, 0))
     except (_Refused, RecursionError):
         if not labels:
             raise ValueNotEncodableError(_blame(value, what, deps is not None)) from None
@@ -189,6 +200,14 @@ def _encode_carefully(value: Any, deps: list[Deferred] | None, known: int, what:
         refused = ((f"argument {label!r}", part) for label, part in parts if _refusal(part, deps is not None))
         what, part = next(refused, (what, value))
         raise ValueNotEncodableError(_blame(part, what, deps is not None)) from None
+
+
+def _drained(iterator: Any) -> list[Any] | Exception:
+    """What an iterator still gives, or the error it ends with."""
+    try:
+        return list(itertools.islice(iterator, _MOST_PIECES + 1))
+    except Exception as error:
+        return error
 
 
 class _Refused(Exception):
@@ -202,10 +221,11 @@ class _Writer:
     a `_CarefulWriter`.
     """
 
-    __slots__ = ("deps",)
+    __slots__ = ("deps", "drained")
 
     def __init__(self, deps: list[Deferred] | None) -> None:
         self.deps = deps
+        self.drained: dict[int, tuple[object, list[Any] | Exception]] = {}
 
     def scalar(self, value: Any) -> Any:
         return value
@@ -263,7 +283,21 @@ class _Writer:
         self.deps.append(value)
         return Ext(_FUTURE, value.ref())
 
+    def pack_iterator(self, value: Any, depth: int) -> Any:
+        """An iterator can be read once only, so what it gave is kept for a second attempt."""
+        if id(value) not in self.drained:
+            self.drained[id(value)] = (value, _drained(value))
+        pieces = self.drained[id(value)][1]
+        if isinstance(pieces, Exception):
+            raise pieces
+        if len(pieces) > _MOST_PIECES:
+            raise _Refused(f"an iterator that gives more than {_MOST_PIECES:,} values")
+        return Ext(_PIECES, _encode(["iterator", *self.items(pieces, depth)]))
+
     def pack_rare(self, value: Any, depth: int) -> Any:
+        reference = _reference_of(value)
+        if reference is not None:
+            return Ext(_ACTOR, _encode(reference))
         if isinstance(value, type):
             return Ext(_CLASS, _name(value))
         if isinstance(value, types.FunctionType):
@@ -291,6 +325,25 @@ class _Writer:
         return Ext(_INSTANCE, _encode([shape.name, *self.items(parts(value, shape), depth)]))
 
 
+def _reference_of(value: Any) -> tuple[Any, ...] | None:
+    """What a stand-in for an actor, or the actor it stands for, travels as."""
+    kind = classes.class_of(value)
+    actor: Any
+    tell = getattr(kind, "__nalar_reference__", None)
+    if tell is not None:
+        return cast("tuple[Any, ...]", tell(value))
+    if kind is types.FunctionType or isinstance(value, type):
+        original, actor = vars(value).get("__nalar_stand_in__", (None, None))
+        return cast("tuple[Any, ...]", actor.__nalar_reference__()) if original is value else None
+    original, actor = getattr(kind, "__nalar_stand_in__", (None, None))
+    if original is not kind:
+        return None
+    reference = actor.__nalar_reference_of__(value)
+    if reference is None:
+        raise _Refused(f"an instance of the agent class {classes.name_of(kind)} that was not made in a workflow")
+    return cast("tuple[Any, ...]", reference)
+
+
 class _CarefulWriter(_Writer):
     __slots__ = ()
 
@@ -303,6 +356,15 @@ class _CarefulWriter(_Writer):
 
     def all_native(self, values: Iterable[Any]) -> bool:
         return all(type(value) in _SCALARS and self.scalar(value) is value for value in values)
+
+
+class _Judge(_CarefulWriter):
+    """Finds out what cannot travel; leaves iterators as they are."""
+
+    __slots__ = ()
+
+    def pack_iterator(self, value: Any, depth: int) -> Any:
+        raise _Refused(_describe(value))
 
 
 def _is_utf8(text: str) -> bool:
@@ -383,12 +445,33 @@ def _pack_defaultdict(writer: _Writer, value: Any, depth: int) -> Any:
     return Ext(_BUILT, _encode(["defaultdict", writer.pack(cast("object", factory), depth), *writer.flat(value, depth)]))
 
 
+def _pack_iterator(writer: _Writer, value: Any, depth: int) -> Any:
+    return writer.pack_iterator(value, depth)
+
+
+def _pack_view(word: str) -> Callable[[_Writer, Any, int], Any]:
+    return lambda writer, value, depth: Ext(_PIECES, _encode([word, *writer.items(value, depth)]))
+
+
 def _pack_raw(code: int, read: Callable[[Any], bytes]) -> Callable[[_Writer, Any, int], Any]:
     return lambda _writer, value, _depth: Ext(code, read(value))
 
 
 _PATHS: Final[Mapping[str, type[PurePath]]] = types.MappingProxyType(
     {cls.__name__: cls for cls in (PosixPath, PurePosixPath, WindowsPath, PureWindowsPath)}
+)
+
+_EMPTY: Final[dict[Any, Any]] = {}
+_VIEWS: Final[Mapping[str, Any]] = types.MappingProxyType(
+    {"keys": _EMPTY.keys(), "values": _EMPTY.values(), "items": _EMPTY.items()}
+)
+_SOURCES: Final[Sequence[Any]] = (*_VIEWS.values(), list[Any](), (), set[Any](), deque[Any](), "", "é", b"", range(0))
+_REVERSIBLE: Final[Sequence[Any]] = (*_VIEWS.values(), list[Any]())
+_ITERATORS: Final[tuple[type, ...]] = (
+    types.GeneratorType,
+    *(map, filter, zip, enumerate, reversed),
+    *(classes.class_of(iter(source)) for source in _SOURCES),
+    *(classes.class_of(reversed(source)) for source in _REVERSIBLE),
 )
 
 _PACKERS: Final[Mapping[type, Callable[[_Writer, Any, int], Any]]] = {
@@ -416,6 +499,8 @@ _PACKERS: Final[Mapping[type, Callable[[_Writer, Any, int], Any]]] = {
     Counter: _pack_ordered("counter"),
     defaultdict: _pack_defaultdict,
     types.SimpleNamespace: _word("namespace", _namespace_parts),
+    **{classes.class_of(view): _pack_view(word) for word, view in _VIEWS.items()},
+    **dict.fromkeys(_ITERATORS, _pack_iterator),
     **{cls: _word("path", lambda value: (type(value).__name__, str(value))) for cls in _PATHS.values()},
 }
 
@@ -522,6 +607,23 @@ class _Reader:
             raise UnknownClassError(name)
         return restore(cls, shape, *parts)
 
+    def actor(self, body: memoryview) -> Any:
+        name, *parts = self.list(body)
+        found = classes.find(name)
+        original, actor = getattr(found, "__nalar_stand_in__", (None, None))
+        stand_in: Any = actor if original is found else found
+        restore = getattr(classes.class_of(stand_in), "__nalar_referred__", None)
+        if restore is None:
+            raise UnknownClassError(name)
+        return restore(stand_in, *parts)
+
+    def pieces(self, body: memoryview) -> Any:
+        word, *items = self.list(body)
+        gather = _GATHERERS.get(word)
+        if gather is None:
+            raise MalformedMessageError(f"no iterator is called {word!r}")
+        return gather(items)
+
 
 _UNPACKERS: Final[Mapping[int, Callable[[_Reader, memoryview], Any]]] = {
     _FUTURE: _Reader.future,
@@ -537,6 +639,15 @@ _UNPACKERS: Final[Mapping[int, Callable[[_Reader, memoryview], Any]]] = {
     _CLASS: _Reader.cls,
     _FUNCTION: _Reader.function,
     _INSTANCE: _Reader.instance,
+    _ACTOR: _Reader.actor,
+    _PIECES: _Reader.pieces,
+}
+
+_GATHERERS: Final[Mapping[str, Callable[[list[Any]], Any]]] = {
+    "iterator": iter,
+    "keys": lambda items: dict.fromkeys(items).keys(),
+    "values": lambda items: dict(enumerate(items)).values(),
+    "items": lambda items: dict(items).items(),
 }
 
 
@@ -694,7 +805,7 @@ def _describe(value: Any) -> str:
 def _refusal(value: object, may_defer: bool) -> str | None:
     """Why a value cannot travel, with futures in it if it `may_defer`, or None if it can."""
     try:
-        _encode(_CarefulWriter([] if may_defer else None).pack(value, 0))
+        _encode(_Judge([] if may_defer else None).pack(value, 0))
     except _Refused as refused:
         return str(refused)
     except RecursionError:
