@@ -1,7 +1,7 @@
 """Answers a question from a folder of documents, with a model that runs on this machine.
 
-    python workflow.py "Who built the lighthouse, and how high is it?"
-    nalar run nalar.toml answer "question=Who built the lighthouse, and how high is it?"
+    python workflow.py "How high is the lighthouse, and who built it?"
+    nalar run nalar.toml answer "question=How high is the lighthouse, and who built it?"
 
 The first runs it as a plain program, the second as actors that are spread over worker processes. The program is the same:
 run by `nalar`, the calls in `answer` are messages to actors, each returns at once with a future, the searches and the
@@ -18,6 +18,7 @@ from nalar_mq.agents.tools import Library, highlight
 
 DOCUMENTS = os.environ.get("ANALYST_DOCS") or str(Path(__file__).parent / "documents")
 MOST_READINGS = 4
+SHORT_ENOUGH = 400  # characters
 
 
 def plan(question: str) -> list[str]:
@@ -59,9 +60,9 @@ class Writer:
         self.llm = BlockingLlm(max_tokens=80)
 
     def write(self, notes: list[str]) -> str:
-        """The notes as one answer."""
-        if len(notes) == 1:
-            return notes[0]
+        """The notes as one answer; few notes need no rewriting."""
+        if sum(map(len, notes)) < SHORT_ENOUGH:
+            return " ".join(notes)
         return self.llm.chat(f"{' '.join(notes)}\nWrite this again as one text.", stop=["\n\n"])
 
 
@@ -87,4 +88,4 @@ def answer(question: str) -> str:
 
 
 if __name__ == "__main__":
-    print(answer(" ".join(sys.argv[1:]) or "Who built the lighthouse, and how high is it?"))
+    print(answer(" ".join(sys.argv[1:]) or "How high is the lighthouse, and who built it?"))
