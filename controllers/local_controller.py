@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Final, Self
 
 import msgspec
-import structlog
 
 from nalar_mq.config import Settings
 from nalar_mq.errors import ConfigError, WorkerStartError
+from nalar_mq.logs import logger
 
 from .supervision import Action, Event, Exited, Limits, Phase, Ready, Slot, Stop, Tick, decide
 
@@ -97,7 +97,7 @@ class LocalController:
         self._command = tuple(command)
         self._variables = dict(variables or {})
         self._log_level = log_level
-        self._log = structlog.get_logger().bind(node=settings.node)
+        self._log = logger(__name__).bind(node=settings.node)
         self._slots = {name: Slot(name=name) for name in names}
         self._children: dict[str, _Child] = {}
         self._events: asyncio.Queue[tuple[str, Event]] = asyncio.Queue()

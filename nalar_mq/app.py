@@ -19,17 +19,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import structlog
-
 from nalar_mq import moves
 from nalar_mq.actor import ActorSpec, MethodSpec, function_spec, spec_of
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import AppError, ConfigError, DirectiveError
+from nalar_mq.logs import logger
 from nalar_mq.manifest import MANIFEST_NAME, ActorEntry, Manifest, load_manifest
 from nalar_mq.rewrite import RewritingFinder
 from nalar_mq.stub import original_of, public_functions, stand_in
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 _MUTATORS = frozenset(
     {
         *("append", "appendleft", "add", "extend", "insert", "remove", "discard", "pop", "popleft", "popitem"),

@@ -36,13 +36,13 @@ from typing import Final, Self
 
 import msgspec
 import psutil
-import structlog
 
 from nalar_mq.address import DEFAULT_NAMESPACE
 from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import BrokerStartError
+from nalar_mq.logs import logger
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 RUNTIME_FOLDER: Final = ".nalar"
 RUNTIME_FILE: Final = "runtime.json"

@@ -28,7 +28,6 @@ from random import Random
 from typing import Any, Protocol
 
 import msgspec
-import structlog
 
 from nalar_mq import values
 from nalar_mq.address import Address
@@ -43,6 +42,7 @@ from nalar_mq.errors import (
     WorkerLostError,
 )
 from nalar_mq.future import Future
+from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Message, Probe, Resolve, Want
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
@@ -52,7 +52,7 @@ VALUE_LIMIT_BYTES = 512 * 1024
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 
 class Host(Protocol):

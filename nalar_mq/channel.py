@@ -53,10 +53,10 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import msgspec
-import structlog
 
 from nalar_mq.address import Address, Subjects, is_token
 from nalar_mq.errors import BrokerError, UnsupportedVersionError, ValueTooLargeError, WireError
+from nalar_mq.logs import logger
 from nalar_mq.messages import (
     WIRE_VERSION,
     Bye,
@@ -72,7 +72,7 @@ from nalar_mq.messages import (
 )
 from nalar_mq.transport import Delivered, Subscription, Transport
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 _FRAME_MESSAGES = 64
 _FRAME_BYTES = 64 * 1024

@@ -29,8 +29,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import structlog
-
 from nalar_mq import values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
@@ -48,6 +46,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.future import Future
 from nalar_mq.isolation import Children, completed
+from nalar_mq.logs import logger
 from nalar_mq.messages import Call, Cancel, Chunk, Consume, Credit, Fail, Probe, Resolve, Want
 from nalar_mq.replica import Replica
 from nalar_mq.stub import CONSTRUCT
@@ -62,7 +61,7 @@ _PROBE_HOPS = 64
 BATCH_LIMIT = 64
 _SESSION_IDLE_S = 900.0  # a session that nobody named is forgotten after this long without a call
 HIGH_WATER = 1_000_000
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 
 class Execution:

@@ -2,6 +2,9 @@
 
 The name of an event is the name of the telemetry event it tells of (`worker.ready`), what it is about stands in fields.
 What libraries log through `logging` takes the same way out.
+
+In a program of somebody else, who has configured nothing, warnings and errors go to stderr and nothing ever to stdout; one
+that has configured structlog gets our events in its own way.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import MutableMapping
-from typing import Any, Final, Literal, TextIO, TypeAlias
+from typing import Any, Final, Literal, TextIO, TypeAlias, cast
 
 import structlog
 
@@ -24,6 +27,42 @@ _LEVELS: Final[dict[Level, int]] = {
 _SECRET_KEY = re.compile(r"(^|_)(token|password|secret|credentials?|authorization|api_key|nkey_seed)$", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _BLOT: Final = "***"
+
+
+def logger(name: str) -> structlog.typing.FilteringBoundLogger:
+    """The logger of a module; how it logs is decided at each event, by whether structlog has been configured by then."""
+    return cast(structlog.typing.FilteringBoundLogger, _Logger(name))
+
+
+class _Logger:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        found = structlog.get_logger(self._name) if structlog.is_configured() else _unconfigured()
+        return getattr(found, attribute)
+
+
+class _Stderr:
+    """What `sys.stderr` is when something is logged."""
+
+    def msg(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    debug = info = warning = error = critical = exception = msg
+
+
+def _unconfigured() -> Any:
+    return structlog.wrap_logger(
+        _Stderr(),
+        processors=[
+            structlog.stdlib.add_log_level,
+            redact,
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=False, pad_event_to=24),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+    )
 
 
 def configure_logs(level: Level = "info", *, as_json: bool | None = None, stream: TextIO | None = None) -> None:

@@ -22,9 +22,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 import msgspec
-import structlog
 
 from nalar_mq.errors import BrokerError, KeyConflictError, ValueTooLargeError
+from nalar_mq.logs import logger
 from nalar_mq.transport import (
     Delivered,
     Handler,
@@ -40,7 +40,7 @@ from nalar_mq.transport import (
     WorkQueue,
 )
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 _INBOX = "_INBOX."
 _DEDUPLICATION_S = 120.0

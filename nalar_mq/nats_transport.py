@@ -34,7 +34,6 @@ from urllib.parse import ParseResult
 
 import nats.errors
 import nats.js.errors
-import structlog
 from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription as _NatsSubscription
 from nats.aio.transport import TcpTransport
@@ -51,6 +50,7 @@ from nalar_mq.errors import (
     KeyConflictError,
     ValueTooLargeError,
 )
+from nalar_mq.logs import logger
 from nalar_mq.transport import (
     Delivered,
     Handler,
@@ -70,7 +70,7 @@ from nalar_mq.transport import (
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingParameterType=false, reportPrivateUsage=false
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 _T = TypeVar("_T")
 
 _CONNECT_TIMEOUT_S: Final = 5.0

@@ -9,13 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from random import Random, SystemRandom
 
-import structlog
-
 from nalar_mq.address import Address, Subjects, check_token
 from nalar_mq.calls import Calls
 from nalar_mq.channel import Endpoint
 from nalar_mq.config import Settings
 from nalar_mq.errors import CallError, OwnerLostError, WireError, WorkerLostError
+from nalar_mq.logs import logger
 from nalar_mq.membership import LEASE_S, Membership
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
 from nalar_mq.placement import RoutingTable
@@ -23,7 +22,7 @@ from nalar_mq.places import Places
 from nalar_mq.transport import Transport
 
 Connect = Callable[[str], Awaitable[Transport]]
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 
 class Process:

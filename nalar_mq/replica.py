@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import structlog
-
 from nalar_mq import values
 from nalar_mq.actor import ActorSpec
+from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 
 class Replica:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 from random import Random
 
-import structlog
-
 from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
 from nalar_mq.config import Settings
 from nalar_mq.host import Host
 from nalar_mq.isolation import Children
+from nalar_mq.logs import logger
 from nalar_mq.membership import LEASE_S
 from nalar_mq.messages import ActorInfo
 from nalar_mq.process import Connect, Process
 
-_log = structlog.get_logger(__name__)
+_log = logger(__name__)
 
 
 class Worker:
