@@ -49,6 +49,7 @@ from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
 from nalar_mq.messages import Call, Cancel, Chunk, Consume, Credit, Fail, Probe, Resolve, Want
 from nalar_mq.replica import Replica
+from nalar_mq.runner import Runner
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
 from nalar_mq.transparent import run_driver
@@ -75,7 +76,6 @@ class Execution:
         "context",
         "deadline",
         "ended",
-        "has_begun",
         "host",
         "is_answered",
         "method",
@@ -105,10 +105,13 @@ class Execution:
         self.child: Callable[[], None] | None = None
         self.outflow: Outflow | None = None
         self.started = False
-        self.has_begun = False
         self.ended = False
         self.is_answered = False
         self.waits = 0
+
+    def has_suspended(self, task: asyncio.Task[None]) -> None:
+        """It waits on the loop for the first time; `task` is its own from now on."""
+        self.task = task
 
     @property
     def label(self) -> str:
@@ -226,6 +229,7 @@ class Host:
         self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
         self._pushed_bytes = 0
         self._threads = Threads(f"{name}-call")
+        self._runner = Runner(self._loop)
         self._inbox = LoopInbox(self._loop)
         self._base = contextvars.copy_context()
         self._upkeep: asyncio.Task[None] | None = None
@@ -342,8 +346,7 @@ class Host:
         if execution.outflow is not None:
             execution.outflow.close()
         if execution.task is not None:
-            if execution.has_begun:
-                execution.task.cancel()
+            execution.task.cancel()
         else:
             self._answer_error(execution, CallCancelledError(context.cancelled, started=True))
 
@@ -386,10 +389,19 @@ class Host:
     # Running.
 
     def pump(self, replica: Replica) -> None:
-        """Starts what may run now."""
-        if replica.spec.directives.batchable:
-            self._pump_batches(replica)
+        """Starts what may run now. What ends at once meanwhile makes room for this same pump, not for one inside it."""
+        if replica.is_pumping:
             return
+        replica.is_pumping = True
+        try:
+            if replica.spec.directives.batchable:
+                self._pump_batches(replica)
+            else:
+                self._pump_calls(replica)
+        finally:
+            replica.is_pumping = False
+
+    def _pump_calls(self, replica: Replica) -> None:
         take = replica.mailbox.take
         while True:
             id = take(self._loop.time())
@@ -496,8 +508,7 @@ class Host:
     def _run(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         variables = self._variables(execution)
         if _runs_on_loop(execution):
-            run = self._run_on_loop(execution, args, kwargs)
-            execution.task = self._loop.create_task(run, context=variables)
+            self._runner.run(self._run_on_loop(execution, args, kwargs), variables, execution.has_suspended)
         else:
             self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
 
@@ -523,32 +534,37 @@ class Host:
     async def _run_on_loop(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         payload: bytes | None = None
         error: BaseException | None = None
-        execution.has_begun = True
         try:
             if execution.context is not None:
                 execution.context.check_cancelled()
-            function = await self._function_on_loop(execution)
+            function = self._function_on_loop(execution) or await self._made_on_loop(execution)
             result = function(*args, **kwargs)
             if execution.method.style == "async_generator":
                 result = await self._pour(execution, result)
             else:
                 result = await result
-            payload = await self._encoded_on_loop(execution, result)
+            deps: list[values.Deferred] = []
+            payload = values.encode(result, deps, f"the result of {execution.label}")
+            if deps:
+                payload = await self._encoded_on_loop(execution, result, deps)
+            _checked_size(payload, execution)
         except BaseException as cause:
             error = cause
         self._end(execution, payload, error)
 
-    async def _function_on_loop(self, execution: Execution) -> Callable[..., Any]:
-        spec, key = execution.replica.spec, _instance_key(execution)
-        if spec.kind != "agent":
+    def _function_on_loop(self, execution: Execution) -> Callable[..., Any] | None:
+        """What the call is to run; None if its instance has yet to be made."""
+        if execution.replica.spec.kind != "agent":
             return execution.method.function
-        instance = execution.replica.instance(key)
-        if instance is None:
-            made: asyncio.Future[Any] = self._loop.create_future()
-            variables = contextvars.copy_context()
-            self._threads.run(lambda: variables.run(self._make_in_thread, execution, key, made))
-            instance = await made
-        return execution.method.function.__get__(instance)  # type: ignore[no-any-return]
+        instance = execution.replica.instance(_instance_key(execution))
+        return None if instance is None else execution.method.function.__get__(instance)
+
+    async def _made_on_loop(self, execution: Execution) -> Callable[..., Any]:
+        made: asyncio.Future[Any] = self._loop.create_future()
+        variables = contextvars.copy_context()
+        key = _instance_key(execution)
+        self._threads.run(lambda: variables.run(self._make_in_thread, execution, key, made))
+        return execution.method.function.__get__(await made)  # type: ignore[no-any-return]
 
     def _make_in_thread(self, execution: Execution, key: str, made: asyncio.Future[Any]) -> None:
         try:
@@ -569,15 +585,11 @@ class Host:
         await outflow.drained()
         return None if outflow.is_streaming else outflow.rest()
 
-    async def _encoded_on_loop(self, execution: Execution, result: Any) -> bytes:
-        deps: list[values.Deferred] = []
-        payload = values.encode(result, deps, f"the result of {execution.label}")
-        if deps:
-            for dep in deps:
-                if isinstance(dep, Future):
-                    await dep
-            payload = values.encode(result, None, f"the result of {execution.label}")
-        return _checked_size(payload, execution)
+    async def _encoded_on_loop(self, execution: Execution, result: Any, deps: list[values.Deferred]) -> bytes:
+        for dep in deps:
+            if isinstance(dep, Future):
+                await dep
+        return values.encode(result, None, f"the result of {execution.label}")
 
     def _run_in_thread(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         payload: bytes | None = None
@@ -786,6 +798,7 @@ class Host:
             await asyncio.wait(tasks, timeout=2.0)
         for replica in self._replicas.values():
             await asyncio.to_thread(replica.stop)
+        self._runner.close()
         self._children.close()
         self._threads.close()
 
@@ -800,6 +813,8 @@ def _method(spec: ActorSpec, name: str) -> MethodSpec | None:
             return MethodSpec(name, _attribute_reader(name[1:]), bound=True)
         if name[:1] == "=":
             return MethodSpec(name, _attribute_writer(name[1:]), bound=True)
+        if name[:1] == "-":
+            return MethodSpec(name, _attribute_deleter(name[1:]), bound=True)
     return method
 
 
@@ -819,6 +834,13 @@ def _attribute_writer(name: str) -> Callable[..., Any]:
         setattr(instance, name, value)
 
     return write
+
+
+def _attribute_deleter(name: str) -> Callable[..., Any]:
+    def delete(instance: object) -> None:
+        delattr(instance, name)
+
+    return delete
 
 
 def _runs_on_loop(execution: Execution) -> bool:

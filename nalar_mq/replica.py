@@ -32,6 +32,7 @@ class Replica:
         self.spec = spec
         self.mailbox = Mailbox(concurrency=spec.concurrency, per_session=spec.stateful)
         self.holders: dict[str, bytes] = {}
+        self.is_pumping = False
         self._loop = loop
         self._instances: dict[str, Any] = {}
         self._last_used: dict[str, float] = {}

@@ -1,0 +1,98 @@
+"""Coroutines that seldom suspend, run on the event loop without a task for each of them.
+
+    given ──▶ ready ──▶ runs in the runner's task, one after the other ──▶ ended
+                              │
+                              └─ suspends: the task is its own from now on, and the runner takes another for the rest
+
+Many calls to async code never wait for anything. Here such a call costs no task and no turn of the loop, and what several of
+them send leaves together. Each coroutine has a context (`contextvars`) of its own, in which all of its steps run, and finds
+itself in a task that nobody else uses once it has suspended: `asyncio.timeout`, `asyncio.TaskGroup` and `cancel` work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Final
+
+from nalar_mq.logs import logger
+
+_PER_TURN: Final = 64  # coroutines that run before others on the loop get their turn
+_log = logger(__name__)
+
+OnSuspend = Callable[["asyncio.Task[None]"], None]
+
+
+class Runner:
+    """Runs coroutines in the order in which they were given, each until it ends or first suspends; all on one loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._ready: deque[tuple[Coroutine[Any, Any, None], contextvars.Context, OnSuspend]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, None], variables: contextvars.Context, on_suspend: OnSuspend) -> None:
+        """Runs `coroutine` soon, in the context `variables`; `on_suspend` gets its task when it first suspends."""
+        self._ready.append((coroutine, variables, on_suspend))
+        if self._task is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._work())
+
+    async def _work(self) -> None:
+        task = self._task
+        assert task is not None
+        left = _PER_TURN
+        try:
+            while self._ready and not task.cancelling():
+                if await self._drive(*self._ready.popleft()):
+                    return
+                left -= 1
+                if not left:
+                    left = _PER_TURN
+                    await asyncio.sleep(0)
+        finally:
+            if self._task is task:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """The task of now belongs to the coroutine in it, or ends; another one does the rest."""
+        self._task = None
+        if self._ready:
+            self._begin()
+
+    @types.coroutine
+    def _drive(
+        self, coroutine: Coroutine[Any, Any, None], variables: contextvars.Context, on_suspend: OnSuspend
+    ) -> Generator[Any, Any, bool]:
+        """Runs a coroutine to its end; True if it suspended on the way."""
+        step: Callable[[Any], Any] = coroutine.send
+        sent: Any = None
+        has_suspended = False
+        while True:
+            try:
+                awaited = variables.run(step, sent)
+            except StopIteration:
+                return has_suspended
+            except Exception:
+                _log.exception("runner.coroutine_failed")
+                return has_suspended
+            if not has_suspended:
+                has_suspended = True
+                assert self._task is not None
+                on_suspend(self._task)
+                self._hand_over()
+            try:
+                sent = yield awaited
+                step = coroutine.send
+            except BaseException as error:
+                step, sent = coroutine.throw, error
+
+    def close(self) -> None:
+        """Drops what has not begun."""
+        while self._ready:
+            self._ready.popleft()[0].close()
