@@ -352,19 +352,21 @@ class Calls:
     # What comes in.
 
     def on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
-        """Messages of one frame, in order."""
+        """Messages of one frame, in order; one that cannot be served does not keep the others from it."""
         host = self.host
         for message in messages:
             kind = type(message)
-            if kind is Resolve:
-                self._on_resolve(message)  # type: ignore[arg-type]
-            elif kind is Call:
-                if host is not None:
+            try:
+                if kind is Resolve:
+                    self._on_resolve(message)  # type: ignore[arg-type]
+                elif kind is not Call:
+                    self._on_rare(sender, message)
+                elif host is not None:
                     host.on_call(sender, message)  # type: ignore[arg-type]
                 else:
                     self._refuse(sender, message)  # type: ignore[arg-type]
-            else:
-                self._on_rare(sender, message)
+            except Exception:
+                _log.exception("call.message_failed", sender=sender.name, message=kind.__name__)
 
     def _on_rare(self, sender: Address, message: Message) -> None:
         match message:
@@ -548,7 +550,8 @@ class Calls:
         never_left = {message.id: message for message in unsent if type(message) is Call}
         for entry in [entry for entry in self._entries.values() if entry.address == address]:
             self._move_on(entry, never_left.get(entry.future.id))
-        self._load.pop(address.name, None)
+        if not self._load.get(address.name):  # a successor of the same name may have calls by now
+            self._load.pop(address.name, None)
         if self.host is not None:
             self.host.on_owner_lost(address)
 
