@@ -192,7 +192,7 @@ class Client(Caller):
             name=self.name,
             role="client",
             connect=self._connect,
-            lease_in_thread=False,
+            lease_in_thread=self._connect is None,
             random=self._random,
         )
         await process.start()

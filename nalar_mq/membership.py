@@ -4,10 +4,10 @@ A record is renewed three times per lease, by a thread with a connection of its 
 blocks the event loop costs nobody his lease. Joining and leaving are learnt by watching the bucket, death by reading.
 
 Death
-    When a member's renewals have not been seen for a lease, its key is read: an absent one has expired. Never before this
-    process has been connected for one full lease itself, so that an outage of the broker kills nobody. Who finds the key
-    absent writes the incarnation into the lost bucket, then reads the key again, and only if it is still absent takes the
-    member to be lost, for good.
+    When a member's renewals have not been seen for a lease, its key is read: an absent one has expired. Only a process that
+    has been connected and has seen its own renewals for one full lease judges others, so that nobody is lost to an outage of
+    the broker, or because the judge stood still himself. Who finds the key absent writes the incarnation into the lost
+    bucket, then reads the key again, and only if it is still absent takes the member to be lost, for good.
 
 Return
     A process whose key has expired, because the broker was away or because it stood still itself, writes the key again
@@ -329,7 +329,7 @@ class Membership:
         self._lease_connect = lease_connect
         self._lease_s = lease_s
         self._seen_at: dict[str, float] = {}
-        self._connected_at = 0.0
+        self._reachable_at = 0.0
         self.unreadable = 0
         self._register = Register(transport, subjects.lost_bucket)
         self._bucket: KeyValue | None = None
@@ -340,7 +340,7 @@ class Membership:
     async def start(self) -> None:
         """Writes our record and returns when the table holds everybody who was there."""
         loop = asyncio.get_running_loop()
-        self._connected_at = loop.time()
+        self._reachable_at = loop.time()
         self._transport.on_connection(self._connection)
         self._bucket = await self._transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
         name, member, lease_s = self._me.name, self._member, self._lease_s
@@ -371,7 +371,7 @@ class Membership:
             await lease.aclose()
 
     def _connection(self, is_connected: bool) -> None:
-        self._connected_at = asyncio.get_running_loop().time() if is_connected else float("inf")
+        self._reachable_at = asyncio.get_running_loop().time() if is_connected else float("inf")
 
     async def _watch(self) -> None:
         assert self._bucket is not None
@@ -399,7 +399,10 @@ class Membership:
             self.unreadable += 1
             _log.debug("membership.record_unreadable", member=entry.key, error=str(error))
             return
-        self._seen_at[entry.key] = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        if entry.key == self._me.name and self._is_blind(now):
+            self._reachable_at = max(self._reachable_at, now)
+        self._seen_at[entry.key] = now
         if self._table.members.get(entry.key) == member:
             return
         version = self._table.version
@@ -415,12 +418,16 @@ class Membership:
             self._on_lost(address)
             self._on_change()
 
+    def _is_blind(self, now: float) -> bool:
+        """True if one of our own renewals, at least, has not been seen: then nothing can be said of others."""
+        return now - self._seen_at.get(self._me.name, now) > self._lease_s * 2 / 3
+
     async def _look_for_the_dead(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._lease_s / 6)
             now = loop.time()
-            if now - self._connected_at < self._lease_s:
+            if self._is_blind(now) or now - self._reachable_at < self._lease_s:
                 continue
             silent = [name for name, at in self._seen_at.items() if now - at > self._lease_s and name != self._me.name]
             for name in silent:
