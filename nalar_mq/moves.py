@@ -538,6 +538,11 @@ def _drained(x: Any) -> Any:
     return [*_driven(x)] if _is_rewritten_generator(x) else x
 
 
+def collected(x: Any) -> Any:
+    """A generator of rewritten code, as an argument of an actor: an iterator over what it yields, futures and all."""
+    return iter([*_driven(x)]) if _is_rewritten_generator(x) else x
+
+
 def _pairs(x: Any) -> Any:
     if type(x) not in (list, tuple, zip, enumerate):
         return x if isinstance(x, dict) else deep(x)

@@ -12,6 +12,7 @@ from nalar_mq import values
 from nalar_mq.actor import ActorSpec
 from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
+from nalar_mq.stub import settle, unsettle
 
 _log = logger(__name__)
 
@@ -59,6 +60,8 @@ class Replica:
             if found is None:
                 args, kwargs = values.decode_arguments(init) if init else ([], {})
                 found = self.spec.target(*args, **kwargs)
+                if self.spec.transparent:
+                    settle(self.spec, found, key, init)
                 self._hook(found, "on_start")
                 self._instances[key] = found
                 self._last_used[key] = self._loop.time()
@@ -83,6 +86,8 @@ class Replica:
         self._making.pop(key, None)
         if instance is None:
             return
+        if self.spec.transparent:
+            unsettle(self.spec, instance)
         try:
             self._hook(instance, "on_stop")
         except Exception as error:

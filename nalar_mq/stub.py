@@ -4,25 +4,37 @@ A stand-in behaves as what it replaces. Called from rewritten code it gives a fu
 called where no runtime is, it runs what it replaced. A class stand-in still answers `isinstance`, can be subclassed, and
 gives class attributes; what it constructs looks like an instance of the class, but lives in a worker: its methods are calls,
 and its attributes are read from there.
+
+Stand-ins may be passed on and stored: they travel by name, an instance by session, number and constructor arguments as well.
+A method that returns its own instance gives the caller the stand-in for it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from nalar_mq import moves, values
+from nalar_mq import classes, moves, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.call_context import CallContext, CallOptions, current_context
-from nalar_mq.errors import NalarError
+from nalar_mq.errors import MalformedMessageError, NalarError
 
 CONSTRUCT = "+"  # names no method of Python's: the call that makes an instance
-_DUNDERS = (
-    *("__call__", "__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__bool__"),
-    *("__str__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__enter__", "__exit__"),
-    *("__add__", "__radd__", "__iadd__", "__sub__", "__mul__", "__int__", "__float__", "__format__"),
+_ARITHMETIC = (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor"),
+)
+_DUNDERS = frozenset(
+    f"__{name}__"
+    for name in (
+        *("call", "len", "length_hint", "iter", "next", "reversed", "getitem", "setitem", "delitem", "contains", "bool"),
+        *("str", "repr", "format", "bytes", "eq", "ne", "lt", "le", "gt", "ge", "hash", "enter", "exit"),
+        *("aenter", "aexit", "aiter", "anext", "int", "float", "complex", "index", "round", "trunc", "floor", "ceil"),
+        *("neg", "pos", "abs", "invert", "fspath"),
+        *(prefix + name for name in _ARITHMETIC for prefix in ("", "r", "i") if (prefix, name) != ("i", "divmod")),
+    )
 )
 
 
@@ -43,13 +55,15 @@ def stand_in(spec: ActorSpec) -> Any:
 
 def original_of(found: Any) -> Any:
     """What a stand-in stands for; anything else is itself."""
-    return found.__wrapped__ if isinstance(found, FunctionStandIn) or type(found) is ClassStandIn else found
+    is_stand_in = isinstance(found, FunctionStandIn) or type(found) is ClassStandIn
+    return vars(found)["__wrapped__"] if is_stand_in else found
 
 
 def _begin(context: CallContext, spec: ActorSpec, method: MethodSpec, options: CallOptions, args: Any, kwargs: Any) -> Any:
     """Makes the call: a future, or what plain Python returns for an async function or a generator."""
     label = f"{spec.name}.{method.name}" if method.name else spec.name
     method.check_arguments(label, args, kwargs)
+    args = tuple([moves.collected(x) for x in args])
 
     def call() -> Any:
         return context.caller.call(context, spec.name, method.name, args, kwargs, options)
@@ -103,8 +117,35 @@ class FunctionStandIn:
     def __get__(self, instance: object | None, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
+    def __nalar_reference__(self) -> tuple[Any, ...]:
+        return (classes.name_of(self._spec.target),)
+
+    def __nalar_referred__(self) -> FunctionStandIn:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._spec.target.__qualname__  # copied as itself, pickled by name, as what it stands for
+
     def __repr__(self) -> str:
         return repr(self._spec.target)
+
+
+_Home = tuple[str, str, bytes]  # session, number of the instance in it, constructor arguments: where calls reach it
+
+
+def settle(spec: ActorSpec, instance: Any, key: str, init: bytes) -> None:
+    """Makes an instance that lives here, under the key of its replica, known to those that it is passed on to."""
+    _, actor = vars(spec.target).get("__nalar_stand_in__", (None, None))
+    if isinstance(actor, ClassStandIn):
+        session, _, number = key.partition("/") if spec.stateful else ("", "", "")
+        actor._nalar_homes[id(instance)] = (session, number, init)  # pyright: ignore[reportPrivateUsage]
+
+
+def unsettle(spec: ActorSpec, instance: Any) -> None:
+    """The instance lives here no more."""
+    _, actor = vars(spec.target).get("__nalar_stand_in__", (None, None))
+    if isinstance(actor, ClassStandIn):
+        actor._nalar_homes.pop(id(instance), None)  # pyright: ignore[reportPrivateUsage]
 
 
 class ClassStandIn:
@@ -115,6 +156,8 @@ class ClassStandIn:
     def __init__(self, spec: ActorSpec) -> None:
         self._nalar_spec = spec
         self._nalar_type = _instance_type(spec)
+        self._nalar_made: weakref.WeakValueDictionary[_Home, InstanceStandIn] = weakref.WeakValueDictionary()
+        self._nalar_homes: dict[int, _Home] = {}
         self.__name__ = spec.target.__name__
         self.__qualname__ = spec.target.__qualname__
         self.__module__ = spec.target.__module__
@@ -134,10 +177,39 @@ class ClassStandIn:
         context.constructed += 1
         number = str(context.constructed)
         instance = number if context.is_root else f"{context.call_id.hex()}-{number}"
-        options = CallOptions(session=context.session, instance=instance if spec.stateful else "", init=init)
-        made = self._nalar_type(spec, options)
-        moves.noted(context.caller.call(context, spec.name, CONSTRUCT, (), {}, options))
+        home = (context.session, instance if spec.stateful else "", init)
+        made = self._nalar_made[home] = self._nalar_instance(home)
+        moves.noted(context.caller.call(context, spec.name, CONSTRUCT, (), {}, _options_of(made)))
         return made
+
+    def _nalar_instance(self, home: _Home) -> InstanceStandIn:
+        session, instance, init = home
+        options = CallOptions(session=session or None, instance=instance, init=init)
+        return self._nalar_type(self._nalar_spec, options)
+
+    def __nalar_reference__(self) -> tuple[Any, ...]:
+        return (classes.name_of(self._nalar_spec.target),)
+
+    def __nalar_reference_of__(self, instance: object) -> tuple[Any, ...] | None:
+        """What an instance in this process travels as; None for one that no call reaches."""
+        home = self._nalar_homes.get(id(instance))
+        return None if home is None else (*self.__nalar_reference__(), *home)
+
+    def __nalar_referred__(self, *home: Any) -> Any:
+        """The class, an instance, or a method of one, as in `__nalar_reference__`."""
+        if not home:
+            return self
+        if [type(part) for part in home] not in ([str, str, bytes], [str, str, bytes, str]):
+            raise MalformedMessageError("not a reference to an instance")
+        session, instance, init, *method = home
+        key: _Home = (session, instance, init)
+        found = self._nalar_made.get(key)
+        if found is None:
+            found = self._nalar_made[key] = self._nalar_instance(key)
+        return getattr(found, method[0]) if method else found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._nalar_spec.target.__qualname__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._nalar_spec.target, name)
@@ -152,7 +224,7 @@ class ClassStandIn:
         return (self._nalar_spec.target,)
 
     def __or__(self, other: Any) -> Any:
-        return self._nalar_spec.target | other  # type: ignore[operator]
+        return self._nalar_spec.target | other
 
     def __ror__(self, other: Any) -> Any:
         return other | self._nalar_spec.target
@@ -174,8 +246,8 @@ class InstanceStandIn:
         object.__setattr__(self, "_nalar_spec", spec)
         object.__setattr__(self, "_nalar_options", options)
 
-    @property
-    def __class__(self) -> Any:  # isinstance() asks for it
+    @property  # isinstance() asks for it
+    def __class__(self) -> Any:  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._nalar_spec.target
 
     def __getattr__(self, name: str) -> Any:
@@ -192,14 +264,32 @@ class InstanceStandIn:
         return context.caller.call(context, spec.name, "." + name, (), {}, self._nalar_options).value()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._nalar_change("=" + name, moves.deep(value))
+
+    def __delattr__(self, name: str) -> None:
+        self._nalar_change("-" + name)
+
+    def _nalar_change(self, what: str, *args: Any) -> None:
         spec: ActorSpec = self._nalar_spec
         if not spec.stateful:
             raise AttributeError(
-                f"{spec.name}.{name} is set from outside, but {spec.name!r} is not stateful: "
+                f"{spec.name}.{what[1:]} is changed from outside, but {spec.name!r} is not stateful: "
                 f"put `stateful = true` into its table in nalar.toml"
             )
         context = _required(spec)
-        context.caller.call(context, spec.name, "=" + name, (moves.deep(value),), {}, self._nalar_options).value()
+        context.caller.call(context, spec.name, what, args, {}, self._nalar_options).value()
+
+    def __nalar_reference__(self) -> tuple[Any, ...]:
+        options = _options_of(self)
+        return (classes.name_of(self._nalar_spec.target), options.session or "", options.instance, options.init)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"an instance of {self._nalar_spec.name!r} lives in a worker and cannot be copied or pickled here")
+
+
+def _options_of(instance: InstanceStandIn) -> CallOptions:
+    options: CallOptions = object.__getattribute__(instance, "_nalar_options")
+    return options
 
 
 class MethodStandIn:
@@ -221,6 +311,9 @@ class MethodStandIn:
         context = _required(self._spec)
         begun = _begin(context, self._spec, self._method, self._options, args, kwargs)
         return moves.delivered(begun) if self._method.style == "sync" else begun
+
+    def __nalar_reference__(self) -> tuple[Any, ...]:
+        return (*self.__self__.__nalar_reference__(), self.__name__)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MethodStandIn) and (self.__self__, self.__name__) == (other.__self__, other.__name__)
@@ -254,13 +347,14 @@ def _instance_type(spec: ActorSpec) -> type[InstanceStandIn]:
 
 def _special(name: str) -> Callable[..., Any]:
     def special(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
-        begun = InstanceStandIn.__getattr__(self, name)
-        return moves.deep(begun(*args, **kwargs))
+        return moves.deep(InstanceStandIn.__getattr__(self, name)(*args, **kwargs))
+
+    def leave(self: InstanceStandIn, kind: Any, error: Any, traceback: Any) -> Any:
+        return special(self, kind, error, None)  # a traceback cannot travel
 
     def call(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
         spec: ActorSpec = object.__getattribute__(self, "_nalar_spec")
-        options: CallOptions = object.__getattribute__(self, "_nalar_options")
-        begun = _begin(_required(spec), spec, spec.methods[name], options, args, kwargs)
+        begun = _begin(_required(spec), spec, spec.methods[name], _options_of(self), args, kwargs)
         return moves.delivered(begun) if spec.methods[name].style == "sync" else begun
 
-    return call if name == "__call__" else special
+    return {"__call__": call, "__exit__": leave, "__aexit__": leave}.get(name, special)
