@@ -21,6 +21,7 @@ sent again under the same id if it may be retried, and else fails with `WorkerLo
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import threading
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ VALUE_LIMIT_BYTES = 512 * 1024
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05
+_LABELS_KEPT = 10_000
 _log = logger(__name__)
 
 
@@ -149,6 +151,7 @@ class Calls:
         self._next_tick = 0
         self._session_numbers: dict[str, int] = {}
         self._local: list[Message] = []
+        self._labels: dict[tuple[str, str], str] = {}
         self._closed: CallError | None = None
 
     # Making a call (any thread).
@@ -169,7 +172,7 @@ class Calls:
         """
         number = next(self._numbers)
         id = self._root + number.to_bytes(8, "big")
-        label = f"{actor}.{method}" if method else actor
+        label = self._label(actor, method)
         future: Future[Any] = Future(self, id, label)
         deps: list[values.Deferred] = []
         payload = values.encode_arguments(args, kwargs, deps)
@@ -177,12 +180,15 @@ class Calls:
             raise too_large(f"the arguments of {label}", len(payload), label)
         info = self._table.info(actor) or _UNKNOWN
         deadline = self._deadline(context, options, info)
+        session = options.session or context.session or f"auto-{self._root.hex()}-{number}"
+        is_on_loop = threading.get_ident() == self._thread
+        place = self._places.key(actor, session, options.instance) if info.stateful else ""
         call = Call(
             id,
             actor,
             method,
             payload,
-            options.session or context.session or f"auto-{self._root.hex()}-{number}",
+            session,
             options.instance,
             options.init,
             tuple([dep.ref() for dep in deps]),
@@ -190,20 +196,39 @@ class Calls:
             context.job,
             options.priority if options.priority is not None else context.priority or info.priority,
             None if deadline is None else deadline - self.loop.time(),
-            cast=options.cast,
-            holds=context.holds,
-            trace=context.trace,
-            budget=context.budget,
+            self._next_number(place) if place and is_on_loop else 0,
+            context.holds,
+            options.cast,
+            0,
+            context.trace,
+            context.budget,
         )
         entry = Entry(future, call, deadline)
+        entry.place = place
         entry.retries = info.retries if options.retries is None else options.retries
         if deps:
             entry.depends = [dep for dep in deps if isinstance(dep, Future)]
-        if threading.get_ident() == self._thread:
+        if is_on_loop:
             self._launch(entry)
         else:
-            self._inbox.put(lambda: self._launch(entry))
+            self._inbox.put(functools.partial(self._launch, entry))
         return future
+
+    def _label(self, actor: str, method: str) -> str:
+        """`actor.method`, the same object for all futures of a method."""
+        if not method:
+            return actor
+        label = self._labels.get((actor, method))
+        if label is None:
+            if len(self._labels) > _LABELS_KEPT:
+                self._labels.clear()
+            label = self._labels[actor, method] = f"{actor}.{method}"
+        return label
+
+    def _next_number(self, key: str) -> int:
+        """The next number in the order of this process's calls to a session."""
+        number = self._session_numbers[key] = self._session_numbers.get(key, 0) + 1
+        return number
 
     def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo) -> float | None:
         timeout_s = options.timeout_s if options.timeout_s is None or options.timeout_s >= 0 else info.timeout_s
@@ -269,12 +294,9 @@ class Calls:
                     self._route(entry)
 
     def _route_to_session(self, entry: Entry, call: Call) -> None:
-        key = self._places.key(call.actor, call.session, call.instance)
+        key = entry.place = entry.place or self._places.key(call.actor, call.session, call.instance)
         if not call.number:
-            number = self._session_numbers.get(key, 0) + 1
-            self._session_numbers[key] = number
-            call = entry.call = msgspec.structs.replace(call, number=number)
-        entry.place = key
+            call = entry.call = msgspec.structs.replace(call, number=self._next_number(key))
         address = self._places.known(key)
         if address is not None:
             self._send(entry, call, address)
@@ -308,7 +330,7 @@ class Calls:
         if entry.depends is not None:
             for dep in entry.depends:
                 self._lend(dep, address)
-        elif not entry.retries and not entry.place:
+        elif not entry.retries:
             entry.call = None  # nothing here will send it again: let the arguments go
         if call.cast:
             self._end(entry)
