@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, Generic, Protocol, TypeGuard, cast
 
-from nalar_mq.future import Future
+from nalar_mq.future import Future, waiting
 
 MARK: Final = sys.intern("nalar:rewritten")
 PLAIN_NAMES: Final = "_@plain"  # in a rewritten module: the names of its definitions that were left as they are
@@ -303,6 +303,8 @@ def _shape(cls: type) -> int:
 
 
 def _shape_of(cls: type) -> int:
+    if hasattr(cls, "__nalar_reference__"):
+        return _FOREIGN
     bases = [c for c in cls.__mro__ if c not in _NEUTRAL and c.__module__ != "abc"]
     ours = [c for c in bases if _is_rewritten_class(c)]
     if not ours:
@@ -1101,6 +1103,16 @@ class RunScope:
                 self._made = [f for f in self._made if not _is_over(f)]
                 self._prune_at = max(256, 2 * len(self._made))
 
+    def settle(self) -> None:
+        """Waits until all calls made so far have ended, without looking at how."""
+        with self._lock:
+            made = list(self._made)
+        for future in made:
+            done = threading.Event()
+            if future.on_end(done.set):
+                with waiting():
+                    done.wait()
+
     def finish(self) -> None:
         """Waits for all calls, also those made meanwhile; raises the first error that nobody has looked at."""
         while self._made:
@@ -1143,6 +1155,13 @@ def run(f: Callable[..., Any], /, *args: Any, carried: Sequence[ContextVar[Any]]
     """Runs one workflow to the end of all its calls and returns its result in values."""
     with run_scope(carried):
         return deep(f(*args, **kwargs))
+
+
+def settle_calls() -> None:
+    """Waits until all calls that this run has made have ended, without looking at how; outside of a run it does nothing."""
+    scope = _scope.get()
+    if scope is not None:
+        scope.settle()
 
 
 def _carried(receiver: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

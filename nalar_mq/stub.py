@@ -1,9 +1,9 @@
 """What takes the places of agents, tools and workflows in unmodified Python.
 
 A stand-in behaves as what it replaces. Called from rewritten code it gives a future, called from anywhere else the value;
-called where no runtime is, it runs what it replaced. A class stand-in still answers `isinstance`, can be subclassed, and
-gives class attributes; what it constructs looks like an instance of the class, but lives in a worker: its methods are calls,
-and its attributes are read from there.
+called where no runtime is, it runs what it replaced. A class stand-in is a class: its attributes are those of the class it
+stands for, a class derived from it derives from that one, and its instances live in workers: their methods are calls, and
+their attributes are read from there.
 
 Stand-ins may be passed on and stored: they travel by name, an instance by session, number and constructor arguments as well.
 A method that returns its own instance gives the caller the stand-in for it.
@@ -11,16 +11,18 @@ A method that returns its own instance gives the caller the stand-in for it.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import types
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from nalar_mq import classes, moves, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.call_context import CallContext, CallOptions, current_context
-from nalar_mq.errors import MalformedMessageError, NalarError
+from nalar_mq.errors import MalformedMessageError, NalarError, RemoteError
 
 CONSTRUCT = "+"  # names no method of Python's: the call that makes an instance
 _ARITHMETIC = (
@@ -50,33 +52,64 @@ def public_functions(cls: type) -> dict[str, Callable[..., Any]]:
 
 def stand_in(spec: ActorSpec) -> Any:
     """What takes the place of `spec.target` in the user's modules."""
-    return ClassStandIn(spec) if isinstance(spec.target, type) else FunctionStandIn(spec)
+    return AgentType(spec) if isinstance(spec.target, type) else FunctionStandIn(spec)
 
 
 def original_of(found: Any) -> Any:
     """What a stand-in stands for; anything else is itself."""
-    is_stand_in = isinstance(found, FunctionStandIn) or type(found) is ClassStandIn
-    return vars(found)["__wrapped__"] if is_stand_in else found
+    if isinstance(found, FunctionStandIn):
+        return found.__wrapped__  # type: ignore[attr-defined]  # pyright: ignore
+    return found._nalar_spec.target if isinstance(found, AgentType) else found  # pyright: ignore[reportPrivateUsage]
 
 
-def _begin(context: CallContext, spec: ActorSpec, method: MethodSpec, options: CallOptions, args: Any, kwargs: Any) -> Any:
-    """Makes the call: a future, or what plain Python returns for an async function or a generator."""
+def _begin(
+    context: CallContext,
+    spec: ActorSpec,
+    method: MethodSpec,
+    options: CallOptions,
+    args: Any,
+    kwargs: Any,
+    *,
+    shares: bool = False,
+) -> Any:
+    """Makes the call: a future, or what plain Python returns for an async function or a generator.
+
+    A call that can reach an instance which the caller reaches, too, overlaps with no other call: what it does to the
+    instance is seen by all later calls, and it sees what all earlier ones did.
+    """
     label = f"{spec.name}.{method.name}" if method.name else spec.name
     method.check_arguments(label, args, kwargs)
     args = tuple([moves.collected(x) for x in args])
+    shares = shares or _holds_instance((args, kwargs))
+    if shares:
+        moves.settle_calls()
 
     def call() -> Any:
         return context.caller.call(context, spec.name, method.name, args, kwargs, options)
 
     match method.style:
         case "sync":
-            return call()
+            future = call()
+            if shares:
+                moves.noted(future)
+                moves.settle_calls()
+            return future
         case "async":
             return _awaited(call)
         case "generator":
             return _pieces(call().stream())
         case "async_generator":
             return _async_pieces(call().stream())
+
+
+def _holds_instance(x: Any, depth: int = 3) -> bool:
+    """True if an instance of an agent stands in `x`, as far as plain containers and methods show it."""
+    if isinstance(type(x), AgentType) or type(x) is MethodStandIn:
+        return True
+    if not depth or type(x) not in (list, tuple, set, frozenset, dict):
+        return False
+    elements: Iterable[Any] = x.values() if isinstance(x, dict) else x
+    return any(_holds_instance(element, depth - 1) for element in elements)
 
 
 async def _awaited(call: Callable[[], Any]) -> Any:
@@ -111,8 +144,16 @@ class FunctionStandIn:
         if context is None:
             return self._spec.target(*args, **kwargs)
         context.check_cancelled()
+        if self._runs_here(context):
+            return self._spec.target(*args, **kwargs)
         begun = _begin(context, self._spec, self._method, _PLAIN_OPTIONS, args, kwargs)
         return moves.delivered(begun) if self._method.style == "sync" else begun
+
+    def _runs_here(self, context: CallContext) -> bool:
+        """True for sync code called by async code on the runtime's loop: it blocks the loop, as it says."""
+        if self._spec.kind != "tool" or self._method.style not in ("sync", "generator"):
+            return False
+        return asyncio._get_running_loop() is context.caller.loop  # the public one raises where there is none
 
     def __get__(self, instance: object | None, owner: type | None = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -136,7 +177,7 @@ _Home = tuple[str, str, bytes]  # session, number of the instance in it, constru
 def settle(spec: ActorSpec, instance: Any, key: str, init: bytes) -> None:
     """Makes an instance that lives here, under the key of its replica, known to those that it is passed on to."""
     _, actor = vars(spec.target).get("__nalar_stand_in__", (None, None))
-    if isinstance(actor, ClassStandIn):
+    if isinstance(actor, AgentType):
         session, _, number = key.partition("/") if spec.stateful else ("", "", "")
         actor._nalar_homes[id(instance)] = (session, number, init)  # pyright: ignore[reportPrivateUsage]
 
@@ -144,33 +185,102 @@ def settle(spec: ActorSpec, instance: Any, key: str, init: bytes) -> None:
 def unsettle(spec: ActorSpec, instance: Any) -> None:
     """The instance lives here no more."""
     _, actor = vars(spec.target).get("__nalar_stand_in__", (None, None))
-    if isinstance(actor, ClassStandIn):
+    if isinstance(actor, AgentType):
         actor._nalar_homes.pop(id(instance), None)  # pyright: ignore[reportPrivateUsage]
 
 
-class ClassStandIn:
-    """Stands for the class of an agent."""
+class InstanceStandIn:
+    """Stands for an instance of an agent that lives in a worker."""
+
+    _nalar_spec: ActorSpec
+
+    def __init__(self, options: CallOptions, *, shares: bool = False) -> None:
+        object.__setattr__(self, "_nalar_options", options)
+        object.__setattr__(self, "_nalar_shares", shares)
+
+    def __getattr__(self, name: str) -> Any:
+        spec = _spec_of(self)
+        method = spec.methods.get(name)
+        if method is not None:
+            return MethodStandIn(self, spec, method, _options_of(self))
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        attribute = inspect.getattr_static(spec.target, name, None)
+        if isinstance(attribute, (staticmethod, classmethod)):
+            return getattr(spec.target, name)
+        context = _required(spec)
+        return context.caller.call(context, spec.name, "." + name, (), {}, _options_of(self)).value()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _change(self, "=" + name, moves.deep(value))
+
+    def __delattr__(self, name: str) -> None:
+        _change(self, "-" + name)
+
+    def __nalar_reference__(self) -> tuple[Any, ...]:
+        options = _options_of(self)
+        return (classes.name_of(_spec_of(self).target), options.session or "", options.instance, options.init)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"an instance of {_spec_of(self).name!r} lives in a worker and cannot be copied or pickled here")
+
+
+def _options_of(instance: InstanceStandIn) -> CallOptions:
+    options: CallOptions = object.__getattribute__(instance, "_nalar_options")
+    return options
+
+
+def _shares(instance: InstanceStandIn) -> bool:
+    """True if it can reach instances that others reach, too."""
+    return bool(object.__getattribute__(instance, "_nalar_shares"))
+
+
+def _spec_of(instance: InstanceStandIn) -> ActorSpec:
+    spec: ActorSpec = object.__getattribute__(instance, "_nalar_spec")
+    return spec
+
+
+def _change(instance: InstanceStandIn, what: str, *args: Any) -> None:
+    spec = _spec_of(instance)
+    if not spec.stateful:
+        raise AttributeError(
+            f"{spec.name}.{what[1:]} is changed from outside, but {spec.name!r} is not stateful: "
+            f"put `stateful = true` into its table in nalar.toml"
+        )
+    context = _required(spec)
+    context.caller.call(context, spec.name, what, args, {}, _options_of(instance)).value()
+
+
+class AgentType(type):
+    """The type of the classes that stand for agents' classes."""
 
     __nalar_actor__ = True
+    _nalar_spec: ActorSpec
+    _nalar_homes: dict[int, _Home]
+    _nalar_made: weakref.WeakValueDictionary[_Home, InstanceStandIn]
 
-    def __init__(self, spec: ActorSpec) -> None:
-        self._nalar_spec = spec
-        self._nalar_type = _instance_type(spec)
-        self._nalar_made: weakref.WeakValueDictionary[_Home, InstanceStandIn] = weakref.WeakValueDictionary()
-        self._nalar_homes: dict[int, _Home] = {}
-        self.__name__ = spec.target.__name__
-        self.__qualname__ = spec.target.__qualname__
-        self.__module__ = spec.target.__module__
-        self.__doc__ = spec.target.__doc__
-        self.__wrapped__ = spec.target
+    def __new__(cls, *what: Any, **kwargs: Any) -> Any:
+        """The stand-in for the class of a spec; for a class that a user derives from one, that class."""
+        if len(what) != 1:
+            return _derived(*what, **kwargs)
+        spec: ActorSpec = what[0]
+        body: dict[str, Any] = {name: _special(name) for name in _DUNDERS if name in spec.methods}
+        body["__nalar_actor__"] = "__call__" in body
+        body["_nalar_spec"] = spec
+        body["_nalar_homes"] = {}
+        body["_nalar_made"] = weakref.WeakValueDictionary()
+        return super().__new__(cls, spec.target.__name__, (InstanceStandIn,), body)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(cls, *what: Any, **kwargs: Any) -> None:
+        super().__init__(cls.__name__, (InstanceStandIn,), {})
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Constructs an instance in a worker; without a runtime, here."""
+        spec = cls._nalar_spec
         context = current_context.get()
         if context is None:
-            return self._nalar_spec.target(*args, **kwargs)
+            return spec.target(*args, **kwargs)
         context.check_cancelled()
-        spec = self._nalar_spec
         inspect.signature(spec.target).bind(*args, **kwargs)
         args, kwargs = moves.deep((args, kwargs))
         init = values.encode_arguments(args, kwargs) if args or kwargs else b""
@@ -178,118 +288,71 @@ class ClassStandIn:
         number = str(context.constructed)
         instance = number if context.is_root else f"{context.call_id.hex()}-{number}"
         home = (context.session, instance if spec.stateful else "", init)
-        made = self._nalar_made[home] = self._nalar_instance(home)
+        shares = _holds_instance((args, kwargs))
+        if shares:
+            moves.settle_calls()
+        made = cls._nalar_made[home] = cls._nalar_instance(home, shares=shares)
         moves.noted(context.caller.call(context, spec.name, CONSTRUCT, (), {}, _options_of(made)))
+        if shares:
+            moves.settle_calls()
         return made
 
-    def _nalar_instance(self, home: _Home) -> InstanceStandIn:
+    def _nalar_instance(cls, home: _Home, *, shares: bool) -> InstanceStandIn:
         session, instance, init = home
-        options = CallOptions(session=session or None, instance=instance, init=init)
-        return self._nalar_type(self._nalar_spec, options)
+        made: InstanceStandIn = InstanceStandIn.__new__(cls)  # type: ignore[arg-type]  # pyright: ignore
+        InstanceStandIn.__init__(made, CallOptions(session=session or None, instance=instance, init=init), shares=shares)
+        return made
 
-    def __nalar_reference__(self) -> tuple[Any, ...]:
-        return (classes.name_of(self._nalar_spec.target),)
+    def __nalar_reference__(cls) -> tuple[Any, ...]:
+        return (classes.name_of(cls._nalar_spec.target),)
 
-    def __nalar_reference_of__(self, instance: object) -> tuple[Any, ...] | None:
+    def __nalar_reference_of__(cls, instance: object) -> tuple[Any, ...] | None:
         """What an instance in this process travels as; None for one that no call reaches."""
-        home = self._nalar_homes.get(id(instance))
-        return None if home is None else (*self.__nalar_reference__(), *home)
+        home = cls._nalar_homes.get(id(instance))
+        return None if home is None else (classes.name_of(cls._nalar_spec.target), *home)
 
-    def __nalar_referred__(self, *home: Any) -> Any:
+    def __nalar_referred__(cls, *home: Any) -> Any:
         """The class, an instance, or a method of one, as in `__nalar_reference__`."""
         if not home:
-            return self
+            return cls
         if [type(part) for part in home] not in ([str, str, bytes], [str, str, bytes, str]):
             raise MalformedMessageError("not a reference to an instance")
         session, instance, init, *method = home
         key: _Home = (session, instance, init)
-        found = self._nalar_made.get(key)
+        found = cls._nalar_made.get(key)
         if found is None:
-            found = self._nalar_made[key] = self._nalar_instance(key)
+            found = cls._nalar_made[key] = cls._nalar_instance(key, shares=True)
         return getattr(found, method[0]) if method else found
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._nalar_spec.target.__qualname__
+    def __getattribute__(cls, name: str) -> Any:
+        if name.startswith(("_nalar_", "__nalar_")):
+            return type.__getattribute__(cls, name)
+        target = type.__getattribute__(cls, "_nalar_spec").target
+        return inspect.signature(target) if name == "__signature__" else getattr(target, name)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._nalar_spec.target, name)
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(cls._nalar_spec.target, name, value)
 
-    def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, self._nalar_spec.target)  # type: ignore[arg-type]
+    def __instancecheck__(cls, instance: object) -> bool:
+        return type.__instancecheck__(cls, instance) or isinstance(instance, original_of(cls))
 
-    def __subclasscheck__(self, subclass: type) -> bool:
-        return issubclass(subclass, self._nalar_spec.target)  # type: ignore[arg-type]
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return type.__subclasscheck__(cls, subclass) or issubclass(subclass, original_of(cls))
 
-    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._nalar_spec.target,)
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls._nalar_spec.target
 
-    def __or__(self, other: Any) -> Any:
-        return self._nalar_spec.target | other
+    def __hash__(cls) -> int:
+        return hash(cls._nalar_spec.target)
 
-    def __ror__(self, other: Any) -> Any:
-        return other | self._nalar_spec.target
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or other is self._nalar_spec.target
-
-    def __hash__(self) -> int:
-        return hash(self._nalar_spec.target)
-
-    def __repr__(self) -> str:
-        return repr(self._nalar_spec.target)
+    def __repr__(cls) -> str:
+        return repr(cls._nalar_spec.target)
 
 
-class InstanceStandIn:
-    """Stands for an instance of an agent that lives in a worker."""
-
-    def __init__(self, spec: ActorSpec, options: CallOptions) -> None:
-        object.__setattr__(self, "_nalar_spec", spec)
-        object.__setattr__(self, "_nalar_options", options)
-
-    @property  # isinstance() asks for it
-    def __class__(self) -> Any:  # type: ignore[misc]  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._nalar_spec.target
-
-    def __getattr__(self, name: str) -> Any:
-        spec: ActorSpec = object.__getattribute__(self, "_nalar_spec")
-        method = spec.methods.get(name)
-        if method is not None:
-            return MethodStandIn(self, spec, method, self._nalar_options)
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        attribute = inspect.getattr_static(spec.target, name, None)
-        if isinstance(attribute, (staticmethod, classmethod)):
-            return getattr(spec.target, name)
-        context = _required(spec)
-        return context.caller.call(context, spec.name, "." + name, (), {}, self._nalar_options).value()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._nalar_change("=" + name, moves.deep(value))
-
-    def __delattr__(self, name: str) -> None:
-        self._nalar_change("-" + name)
-
-    def _nalar_change(self, what: str, *args: Any) -> None:
-        spec: ActorSpec = self._nalar_spec
-        if not spec.stateful:
-            raise AttributeError(
-                f"{spec.name}.{what[1:]} is changed from outside, but {spec.name!r} is not stateful: "
-                f"put `stateful = true` into its table in nalar.toml"
-            )
-        context = _required(spec)
-        context.caller.call(context, spec.name, what, args, {}, self._nalar_options).value()
-
-    def __nalar_reference__(self) -> tuple[Any, ...]:
-        options = _options_of(self)
-        return (classes.name_of(self._nalar_spec.target), options.session or "", options.instance, options.init)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"an instance of {self._nalar_spec.name!r} lives in a worker and cannot be copied or pickled here")
-
-
-def _options_of(instance: InstanceStandIn) -> CallOptions:
-    options: CallOptions = object.__getattribute__(instance, "_nalar_options")
-    return options
+def _derived(name: str, bases: tuple[type, ...], body: dict[str, Any], **kwargs: Any) -> Any:
+    plain = tuple(original_of(base) for base in bases)
+    meta, _, kwargs = types.prepare_class(name, plain, kwargs)
+    return meta(name, plain, body, **kwargs)
 
 
 class MethodStandIn:
@@ -309,7 +372,8 @@ class MethodStandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method itself: a future in rewritten code, else the value."""
         context = _required(self._spec)
-        begun = _begin(context, self._spec, self._method, self._options, args, kwargs)
+        shares = _shares(self.__self__)
+        begun = _begin(context, self._spec, self._method, self._options, args, kwargs, shares=shares)
         return moves.delivered(begun) if self._method.style == "sync" else begun
 
     def __nalar_reference__(self) -> tuple[Any, ...]:
@@ -338,13 +402,6 @@ class InstanceOutlivedError(NalarError):
         self.actor = actor
 
 
-def _instance_type(spec: ActorSpec) -> type[InstanceStandIn]:
-    """The type of a class's instances here, with those special methods that the class has."""
-    body: dict[str, Any] = {name: _special(name) for name in _DUNDERS if name in spec.methods}
-    body["__nalar_actor__"] = "__call__" in body
-    return type(spec.target.__name__, (InstanceStandIn,), body)
-
-
 def _special(name: str) -> Callable[..., Any]:
     def special(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
         return moves.deep(InstanceStandIn.__getattr__(self, name)(*args, **kwargs))
@@ -353,8 +410,17 @@ def _special(name: str) -> Callable[..., Any]:
         return special(self, kind, error, None)  # a traceback cannot travel
 
     def call(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
-        spec: ActorSpec = object.__getattribute__(self, "_nalar_spec")
-        begun = _begin(_required(spec), spec, spec.methods[name], _options_of(self), args, kwargs)
+        spec = _spec_of(self)
+        begun = _begin(_required(spec), spec, spec.methods[name], _options_of(self), args, kwargs, shares=_shares(self))
         return moves.delivered(begun) if spec.methods[name].style == "sync" else begun
 
-    return {"__call__": call, "__exit__": leave, "__aexit__": leave}.get(name, special)
+    def following(self: InstanceStandIn) -> Any:
+        try:
+            return special(self)
+        except RemoteError as error:
+            if error.type_name == "builtins:StopIteration":
+                raise StopIteration from None
+            raise
+
+    made: dict[str, Callable[..., Any]] = {"__call__": call, "__next__": following, "__exit__": leave, "__aexit__": leave}
+    return made.get(name, special)

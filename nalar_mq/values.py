@@ -97,10 +97,23 @@ _ID_SIZE: Final = 16
 _PATH_SHOWN: Final = 120
 _MOST_PIECES: Final = 1_000_000
 _SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
+_TEXT_ONLY: Final = frozenset({str})
 _NATIVE_INT: Final = range(-(2**63), 2**64)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.decode
+
+
+class _MeetsExtensionError(Exception):
+    """The bytes are more than plain MessagePack."""
+
+
+def _meet_extension(code: int, body: memoryview) -> object:
+    raise _MeetsExtensionError(code)
+
+
+_decode_plain: Final = msgspec.msgpack.Decoder(ext_hook=_meet_extension).decode
+_PLAIN_SIZE: Final = 1024  # for more bytes an attempt that fails would cost more than it saves
 
 
 class Deferred:
@@ -146,7 +159,7 @@ def encode_arguments(
     known = len(deps) if deps else 0
     writer = _Writer(deps)
     try:
-        return _encode(writer.pack(value, 0))
+        return _encode(value if not kwargs and _SCALARS.issuperset(map(type, args)) else writer.pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
         labels = [*names[: len(args)], *(str(number) for number in range(len(names) + 1, len(args) + 1))]
         return _encode_carefully(value, writer, known, "arguments", [*labels, *kwargs])
@@ -159,6 +172,11 @@ def decode(data: bytes, resolve: Callable[[bytes], object] | None = None) -> Any
         UnknownClassError: a part is of a class that this process has not loaded.
         MalformedMessageError: the bytes are not a value, or hold a future and `resolve` is None.
     """
+    if len(data) <= _PLAIN_SIZE:
+        try:
+            return _decode_plain(data)
+        except Exception:  # noqa: SIM105 - suppress() costs more than the attempt; what it meets is met again below
+            pass
     reader = _Reader(resolve)
     try:
         return _decode(data, ext_hook=reader.read_extension)
@@ -179,7 +197,7 @@ def decode_arguments(data: bytes, resolve: Callable[[bytes], object] | None = No
     value = decode(data, resolve)
     if value.__class__ is list and len(value) == 2:
         args, kwargs = value
-        if args.__class__ is list and kwargs.__class__ is dict and all(name.__class__ is str for name in kwargs):
+        if args.__class__ is list and kwargs.__class__ is dict and _TEXT_ONLY.issuperset(map(type, kwargs)):
             return args, kwargs
     raise MalformedMessageError("arguments are not a list and a map of names")
 
@@ -334,7 +352,7 @@ def _reference_of(value: Any) -> tuple[Any, ...] | None:
         return cast("tuple[Any, ...]", tell(value))
     if kind is types.FunctionType or isinstance(value, type):
         original, actor = vars(value).get("__nalar_stand_in__", (None, None))
-        return cast("tuple[Any, ...]", actor.__nalar_reference__()) if original is value else None
+        return cast("tuple[Any, ...]", classes.class_of(actor).__nalar_reference__(actor)) if original is value else None
     original, actor = getattr(kind, "__nalar_stand_in__", (None, None))
     if original is not kind:
         return None

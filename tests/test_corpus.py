@@ -15,8 +15,9 @@ from tests import actor_threads
 FOLDER = Path(__file__).parent / "corpus"
 
 
-def _plainly() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plain_patterns", FOLDER / "patterns.py")
+def plainly(name: str) -> ModuleType:
+    """A file of the corpus as an ordinary module."""
+    spec = importlib.util.spec_from_file_location(f"plain_{name}", FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -24,7 +25,7 @@ def _plainly() -> ModuleType:
     return module
 
 
-PLAIN = _plainly()
+PLAIN = plainly("patterns")
 NAMES = [pattern.__name__ for pattern in PLAIN.PATTERNS]
 
 
