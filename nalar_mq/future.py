@@ -98,7 +98,10 @@ class Future(values.Deferred, Generic[T_co]):
             waiters, self._waiters = self._waiters, None
         if waiters is not None:
             for waiter in waiters:
-                waiter()
+                if isinstance(waiter, _Countdown):
+                    waiter(state == FAILED)
+                else:
+                    waiter()
         if self._chunks is not None:
             self._close_stream(self._chunks)
 
@@ -449,30 +452,42 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
 
 async def _all_ended_or_one_failed(futures: list[Future[Any]]) -> None:
     loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-    left = len(futures)
-
-    def ended(future: Future[Any]) -> None:
-        nonlocal left
-        left -= 1
-        if (left == 0 or future.failed()) and not waiter.done():
-            waiter.set_result(None)
-
-    def watch(future: Future[Any]) -> None:
-        def arrived() -> None:
-            if loop is future._caller.loop:  # pyright: ignore[reportPrivateUsage]
-                ended(future)
-            else:
-                loop.call_soon_threadsafe(ended, future)
-
-        if not future.on_end(arrived):
-            ended(future)
-
+    countdown = _Countdown(loop)
     for future in futures:
-        watch(future)
-    if left and not waiter.done():
+        is_near = loop is future._caller.loop  # pyright: ignore[reportPrivateUsage]
+        if future.on_end(countdown if is_near else _from_afar(countdown, future)):
+            countdown.left += 1
+        elif future.failed():
+            return
+    if countdown.left and not countdown.waiter.done():
         with waiting():
-            await waiter
+            await countdown.waiter
+
+
+class _Countdown:
+    """Ends its waiter when a number of futures have ended, or one has failed: one waiter for all of them."""
+
+    __slots__ = ("left", "waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.left = 0
+        self.waiter: asyncio.Future[None] = loop.create_future()
+
+    def __call__(self, has_failed: bool = False) -> None:
+        self.left -= 1
+        if (not self.left or has_failed) and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+def _from_afar(countdown: _Countdown, future: Future[Any]) -> Callable[[], object]:
+    """For a future that ends on another loop than the one that waits."""
+    loop = countdown.waiter.get_loop()
+
+    def arrived() -> None:
+        with contextlib.suppress(RuntimeError):  # that loop has closed: nobody waits there
+            loop.call_soon_threadsafe(countdown, future.failed())
+
+    return arrived
 
 
 class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurrent.futures

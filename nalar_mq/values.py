@@ -175,8 +175,8 @@ def decode(data: bytes, resolve: Callable[[bytes], object] | None = None) -> Any
     if len(data) <= _PLAIN_SIZE:
         try:
             return _decode_plain(data)
-        except Exception:  # noqa: SIM105 - suppress() costs more than the attempt; what it meets is met again below
-            pass
+        except Exception:
+            pass  # the attempt below says what is wrong with it
     reader = _Reader(resolve)
     try:
         return _decode(data, ext_hook=reader.read_extension)
