@@ -15,10 +15,11 @@ What can be done to the processes:
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -28,8 +29,10 @@ from nalar_mq.logs import logger
 from nalar_mq.transport import (
     Delivered,
     Handler,
+    Kept,
     KeyEntry,
     KeyValue,
+    Ledger,
     ObjectStore,
     QueueMessage,
     Service,
@@ -92,6 +95,7 @@ class MemoryHub:
         self.max_payload = max_payload
         self.buckets: dict[str, _Bucket] = {}
         self.queues: dict[str, _Queue] = {}
+        self.ledgers: dict[str, _Ledger] = {}
         self.objects: dict[str, dict[str, bytes]] = {}
         self._random = random.Random(seed)
         self._transports: dict[str, list[MemoryTransport]] = {}
@@ -196,12 +200,12 @@ class MemoryHub:
         found = self._routes.get(subject)
         if found is None:
             every: list[_Subscription] = []
-            groups: dict[tuple[str, str], list[_Subscription]] = {}
+            groups: dict[str, list[_Subscription]] = {}
             for subscription in self._subscriptions:
                 if not subject_matches(subscription.pattern, subject):
                     continue
                 if subscription.queue:
-                    groups.setdefault((subscription.pattern, subscription.queue), []).append(subscription)
+                    groups.setdefault(subscription.queue, []).append(subscription)
                 else:
                     every.append(subscription)
             if len(self._routes) > 100_000:
@@ -374,6 +378,14 @@ class MemoryTransport:
         """Opens a queue, creating it where it does not exist."""
         await self.reach()
         return _WorkQueue(self, self.hub.queues.setdefault(name, _Queue(self.loop, name, list(subjects))))
+
+    async def ledger(
+        self, name: str, subjects: list[str], *, max_age_s: float | None = None, per_subject: int | None = None
+    ) -> Ledger:
+        """Opens a ledger, creating it where it does not exist."""
+        await self.reach()
+        made = _Ledger(self.loop, name, list(subjects), max_age_s, per_subject)
+        return _OpenLedger(self, self.hub.ledgers.setdefault(name, made))
 
     async def object_store(self, bucket: str) -> ObjectStore:
         """Opens an object store, creating it where it does not exist."""
@@ -734,6 +746,109 @@ class _WorkQueue:
     async def depth(self) -> int:
         await self._transport.reach()
         return len(self._queue.items)
+
+    async def subjects(self) -> dict[str, int]:
+        await self._transport.reach()
+        return dict(Counter(item.subject for item in self._queue.items.values()))
+
+    async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
+        await self._transport.reach()
+        items = [i for i in self._queue.items.values() if i.sequence > after and subject_matches(subject, i.subject)]
+        return [Kept(item.subject, item.data, item.sequence, item.headers) for item in items[:limit]]
+
+
+class _Ledger:
+    """The messages of one ledger, by sequence."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        name: str,
+        subjects: list[str],
+        max_age_s: float | None,
+        per_subject: int | None,
+    ) -> None:
+        self.name = name
+        self._loop = loop
+        self._subjects = subjects
+        self._max_age_s = max_age_s
+        self._per_subject = per_subject
+        self._messages: dict[int, tuple[Kept, float]] = {}
+        self._by_subject: dict[str, list[int]] = {}
+        self._sequence = 0
+
+    def takes(self, subject: str) -> bool:
+        return any(subject_matches(pattern, subject) for pattern in self._subjects)
+
+    def add(self, subject: str, data: bytes, headers: Mapping[str, str]) -> int:
+        self._sequence += 1
+        self._messages[self._sequence] = (Kept(subject, data, self._sequence, headers), self._loop.time())
+        own = self._by_subject.setdefault(subject, [])
+        own.append(self._sequence)
+        if self._per_subject is not None and len(own) > self._per_subject:
+            del self._messages[own.pop(0)]
+        return self._sequence
+
+    def last(self, subject: str) -> Kept | None:
+        self._forget_old()
+        own = self._by_subject.get(subject)
+        return self._messages[own[-1]][0] if own else None
+
+    def all(self, pattern: str) -> Iterator[Kept]:
+        self._forget_old()
+        return (message for message, _ in self._messages.values() if subject_matches(pattern, message.subject))
+
+    def remove(self, message: Kept) -> None:
+        del self._messages[message.sequence]
+        own = self._by_subject[message.subject]
+        own.remove(message.sequence)
+        if not own:
+            del self._by_subject[message.subject]
+
+    def _forget_old(self) -> None:
+        if self._max_age_s is None:
+            return
+        oldest_s = self._loop.time() - self._max_age_s
+        for message, written_s in list(self._messages.values()):
+            if written_s > oldest_s:
+                return
+            self.remove(message)
+
+
+class _OpenLedger:
+    """A ledger as one process sees it."""
+
+    def __init__(self, transport: MemoryTransport, ledger: _Ledger) -> None:
+        self._transport = transport
+        self._ledger = ledger
+
+    async def append(
+        self, subject: str, data: bytes, *, last: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
+        self._transport.check_size(subject, data, headers)
+        await self._transport.reach()
+        if not self._ledger.takes(subject):
+            raise BrokerError(f"{self._ledger.name!r} keeps nothing on {subject!r}")
+        newest = self._ledger.last(subject)
+        if last is not None and last != (0 if newest is None else newest.sequence):
+            raise KeyConflictError(subject)
+        sequence = self._ledger.add(subject, data, dict(headers or {}))
+        self._transport.hub.route(self._transport, Delivered(subject, data, "", headers), undisturbed=True)
+        return sequence
+
+    async def last(self, subject: str) -> Kept | None:
+        await self._transport.reach()
+        return self._ledger.last(subject)
+
+    async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
+        await self._transport.reach()
+        newer = (message for message in self._ledger.all(subject) if message.sequence > after)
+        return list(itertools.islice(newer, limit))
+
+    async def purge(self, subject: str) -> None:
+        await self._transport.reach()
+        for message in list(self._ledger.all(subject)):
+            self._ledger.remove(message)
 
 
 class _ObjectStore:

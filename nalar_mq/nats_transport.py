@@ -54,8 +54,10 @@ from nalar_mq.logs import logger
 from nalar_mq.transport import (
     Delivered,
     Handler,
+    Kept,
     KeyEntry,
     KeyValue,
+    Ledger,
     ObjectStore,
     QueueMessage,
     Service,
@@ -103,6 +105,8 @@ _HARMLESS_ERRORS: Final = (
 )
 _WRONG_REVISION: Final = (10071, 10164)
 _STREAM_EXISTS: Final = 10058
+_NO_STREAM: Final = 10059
+_READ_BYTES: Final = 8 * 1024 * 1024
 _NO_JETSTREAM: Final = (10039, 10076)
 
 
@@ -492,7 +496,11 @@ class NatsTransport:
 
         async def make() -> None:
             await self._jetstream.add_stream(
-                name=name, subjects=subjects, retention=api.RetentionPolicy.WORK_QUEUE, storage=api.StorageType.FILE
+                name=name,
+                subjects=subjects,
+                retention=api.RetentionPolicy.WORK_QUEUE,
+                storage=api.StorageType.FILE,
+                allow_direct=True,
             )
 
         async def extend() -> None:
@@ -503,6 +511,28 @@ class NatsTransport:
         await self._open_stream(name, make)
         await self.ask(f"queue {name!r}", extend)
         return _WorkQueue(self, name)
+
+    async def ledger(
+        self, name: str, subjects: list[str], *, max_age_s: float | None = None, per_subject: int | None = None
+    ) -> Ledger:
+        """Opens a ledger over subject filters, creating it where it does not exist; one that exists is used as it is."""
+        _checked_bucket(name)
+        for subject in subjects:
+            _checked_pattern(subject)
+
+        async def make() -> None:
+            await self._jetstream.add_stream(
+                name=name,
+                subjects=subjects,
+                retention=api.RetentionPolicy.LIMITS,
+                storage=api.StorageType.FILE,
+                max_age=max_age_s,
+                max_msgs_per_subject=-1 if per_subject is None else per_subject,
+                allow_direct=True,
+            )
+
+        await self._open_stream(name, make)
+        return _Ledger(self, name)
 
     async def object_store(self, bucket: str) -> ObjectStore:
         """Opens an object store, creating it where it does not exist."""
@@ -701,7 +731,7 @@ class _KeyValue:
             try:
                 message = await self._transport.jetstream.get_msg(self._stream, subject=subject)
             except nats.js.errors.NotFoundError as error:
-                if error.err_code == 10059:
+                if error.err_code == _NO_STREAM:
                     raise BrokerError(f"bucket {self._bucket!r} does not exist any more") from None
                 return None
             return KeyEntry(key, _value_of(message.data or b"", message.headers), message.seq or 0)
@@ -904,6 +934,15 @@ class _WorkQueue:
         info = await self._transport.ask(f"depth of {self._name!r}", lambda: self._transport.jetstream.stream_info(self._name))
         return int(info.state.messages)
 
+    async def subjects(self) -> dict[str, int]:
+        async def count() -> dict[str, int]:
+            return (await self._transport.jetstream.stream_info(self._name, subjects_filter=">")).state.subjects or {}
+
+        return await self._transport.ask(f"subjects of {self._name!r}", count)
+
+    async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
+        return await _read_stream(self._transport, self._name, subject, after, limit)
+
     async def _consumer(self, subject: str, ack_wait_s: float) -> str:
         known = self._consumers.get((subject, ack_wait_s))
         if known is not None:
@@ -1018,6 +1057,98 @@ class _QueueMessage:
             f"answering message {self.sequence}",
             lambda: client.request(self._message.reply, verb, timeout=self._transport.request_timeout_s),
         )
+
+
+class _Ledger:
+    """A stream with limits."""
+
+    def __init__(self, transport: NatsTransport, name: str) -> None:
+        self._transport = transport
+        self._name = name
+
+    async def append(
+        self, subject: str, data: bytes, *, last: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
+        _checked_subject(subject)
+        sent: dict[str, Any] = dict(headers or {})
+        if last is not None:
+            sent["Nats-Expected-Last-Subject-Sequence"] = str(last)
+        self._transport.check_size(subject, len(data) + (len(_encoded_headers(sent)) if sent else 0))
+
+        async def publish() -> int:
+            try:
+                return (await self._transport.jetstream.publish(subject, data, stream=self._name, headers=sent or None)).seq
+            except nats.js.errors.NoStreamResponseError:
+                raise BrokerError(f"{self._name!r} keeps nothing on {subject!r}") from None
+            except nats.js.errors.APIError as error:
+                if error.err_code in _WRONG_REVISION:
+                    raise KeyConflictError(subject) from None
+                raise
+
+        return await self._transport.ask(f"appending to {self._name!r}", publish)
+
+    async def last(self, subject: str) -> Kept | None:
+        _checked_subject(subject)
+
+        async def read() -> Kept | None:
+            try:
+                found = await self._transport.jetstream.get_msg(self._name, subject=subject)
+            except nats.js.errors.NotFoundError as error:
+                if error.err_code == _NO_STREAM:
+                    raise BrokerError(f"{self._name!r} does not exist any more") from None
+                return None
+            return Kept(subject, found.data or b"", found.seq or 0, _own_headers(found.headers or {}))
+
+        return await self._transport.ask(f"reading {subject!r}", read)
+
+    async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
+        return await _read_stream(self._transport, self._name, subject, after, limit)
+
+    async def purge(self, subject: str) -> None:
+        _checked_pattern(subject)
+
+        async def remove() -> None:
+            await self._transport.jetstream.purge_stream(self._name, subject=subject)
+
+        await self._transport.ask(f"purging {subject!r}", remove)
+
+
+async def _read_stream(transport: NatsTransport, stream: str, subject: str, after: int, limit: int) -> list[Kept]:
+    """Messages of a stream in one exchange: a batched direct get (ADR-31), whose answers end with a status."""
+    _checked_pattern(subject)
+    found: list[Kept] = []
+    ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def on_message(message: Delivered) -> None:
+        headers = dict(message.headers or {})
+        status = headers.get("Status")
+        if status is not None:
+            if not ended.done():
+                ended.set_result(status)
+            return
+        found.append(Kept(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), _own_headers(headers)))
+
+    wanted = {"seq": after + 1, "next_by_subj": subject, "batch": limit, "max_bytes": _READ_BYTES}
+    inbox = transport.client.new_inbox()
+    sid = transport.client.listen(inbox, on_message)
+
+    async def exchange() -> str:
+        transport.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(wanted).encode(), reply=inbox)
+        transport.client.send_pending()
+        return await ended
+
+    try:
+        status = await transport.ask(f"reading {stream!r}", exchange)
+    finally:
+        transport.client.forget(sid)
+    if status not in ("204", "404"):
+        raise BrokerError(f"reading {stream!r}: the broker answers with status {status}")
+    return found
+
+
+def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers that a publisher gave for its readers, without those that were for the broker."""
+    return {name: value for name, value in headers.items() if not name.startswith("Nats-") or name == "Nats-Msg-Id"}
 
 
 class _ObjectStore:

@@ -132,6 +132,15 @@ class QueueMessage(Protocol):
         ...
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """A message that a queue or a ledger holds; `sequence` is its number there."""
+
+    subject: str
+    data: bytes
+    sequence: int
+    headers: Mapping[str, str] = {}
+
+
 class WorkQueue(Protocol):
     """A durable queue: what `publish` returned from is kept until somebody acknowledges it."""
 
@@ -147,6 +156,49 @@ class WorkQueue(Protocol):
 
     async def depth(self) -> int:
         """How many messages it holds."""
+        ...
+
+    async def subjects(self) -> dict[str, int]:
+        """How many messages it holds by subject, those in somebody's hands included."""
+        ...
+
+    async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
+        """Messages for a subject filter as they lie there, nobody's turn being taken; otherwise as `Ledger.read`."""
+        ...
+
+
+class Ledger(Protocol):
+    """Durable messages by subject, kept for a time. Who subscribes to their subjects gets what is appended live, too."""
+
+    async def append(
+        self, subject: str, data: bytes, *, last: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> int:
+        """Adds a message and returns its sequence; it is durable then.
+
+        Args:
+            subject: one of the ledger's.
+            data: what to keep.
+            last: add it only if the newest message of the subject has this sequence, 0 meaning that there is none.
+            headers: kept with it.
+
+        Raises:
+            KeyConflictError: the newest message of the subject is another one than `last`.
+        """
+        ...
+
+    async def last(self, subject: str) -> Kept | None:
+        """The newest message of a subject, or None."""
+        ...
+
+    async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
+        """The oldest messages for a subject filter with a sequence above `after`, in order.
+
+        At most `limit`, fewer if they are large; an empty list means that there are no more.
+        """
+        ...
+
+    async def purge(self, subject: str) -> None:
+        """Removes all messages for a subject filter."""
         ...
 
 
@@ -251,6 +303,19 @@ class Transport(Protocol):
 
     async def work_queue(self, name: str, subjects: list[str]) -> WorkQueue:
         """Opens a durable queue over subject filters, creating it where it does not exist."""
+        ...
+
+    async def ledger(
+        self, name: str, subjects: list[str], *, max_age_s: float | None = None, per_subject: int | None = None
+    ) -> Ledger:
+        """Opens a ledger over subject filters, creating it where it does not exist; one that exists is used as it is.
+
+        Args:
+            name: a token.
+            subjects: filters of what it keeps.
+            max_age_s: messages older than this go.
+            per_subject: of each subject only that many messages stay, the newest ones.
+        """
         ...
 
     async def object_store(self, bucket: str) -> ObjectStore:

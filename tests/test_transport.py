@@ -18,6 +18,7 @@ from nalar_mq.transport import (
     Delivered,
     KeyEntry,
     KeyValue,
+    Ledger,
     ServiceEndpoint,
     ServiceFailure,
     ServiceRequest,
@@ -533,6 +534,87 @@ async def test_cancelled_pull_loses_nothing(queue: WorkQueue, namespace: str) ->
 async def test_queue_refuses_a_subject_it_does_not_cover(queue: WorkQueue, namespace: str) -> None:
     with pytest.raises(BrokerError):
         await queue.publish(f"{namespace}.elsewhere", b"1")
+
+
+async def test_queue_shows_what_it_holds_and_nobody_loses_a_turn(queue: WorkQueue, namespace: str) -> None:
+    for number in range(5):
+        await queue.publish(f"{namespace}.jobs.{'ab'[number % 2]}", b"%d" % number, headers={"N": str(number)})
+    assert await queue.subjects() == {f"{namespace}.jobs.a": 3, f"{namespace}.jobs.b": 2}
+    seen = await queue.read(f"{namespace}.jobs.a")
+    assert [(kept.data, kept.headers) for kept in seen] == [(b"0", {"N": "0"}), (b"2", {"N": "2"}), (b"4", {"N": "4"})]
+    assert [kept.data for kept in await queue.read(f"{namespace}.jobs.a", after=seen[0].sequence, limit=1)] == [b"2"]
+    pulled = await queue.pull(f"{namespace}.jobs.a", batch=5, timeout_s=PATIENCE_S, ack_wait_s=30.0)
+    assert [message.sequence for message in pulled] == [kept.sequence for kept in seen]
+
+
+# Ledgers
+
+
+@pytest.fixture
+async def ledger(transport: Transport, namespace: str) -> Ledger:
+    return await transport.ledger(namespace, [f"{namespace}.kept.*"])
+
+
+async def test_ledger_keeps_what_is_appended_in_order(ledger: Ledger, namespace: str) -> None:
+    subject = f"{namespace}.kept.a"
+    assert await ledger.last(subject) is None
+    assert await ledger.read(f"{namespace}.kept.*") == []
+    sequences = [await ledger.append(subject, b"%d" % number, headers={"N": str(number)}) for number in range(10)]
+    other = await ledger.append(f"{namespace}.kept.b", b"")
+    assert sequences == sorted(sequences)
+    newest = await ledger.last(subject)
+    assert newest is not None
+    assert (newest.data, newest.sequence, newest.headers["N"]) == (b"9", sequences[-1], "9")
+    found, after = [], 0
+    while page := await ledger.read(f"{namespace}.kept.*", after=after, limit=4):
+        found += page
+        after = page[-1].sequence
+    assert [kept.sequence for kept in found] == [*sequences, other]
+    assert [(kept.data, kept.headers) for kept in found] == [(b"%d" % n, {"N": str(n)}) for n in range(10)] + [(b"", {})]
+    await ledger.purge(subject)
+    assert [kept.sequence for kept in await ledger.read(f"{namespace}.kept.*")] == [other]
+    assert await ledger.last(subject) is None
+
+
+async def test_one_of_many_appends_behind_the_same_message(make_transport: MakeTransport, namespace: str) -> None:
+    ledgers = [await (await make_transport()).ledger(namespace, [f"{namespace}.kept.*"]) for _ in range(4)]
+    subject = f"{namespace}.kept.a"
+    await ledgers[0].append(f"{namespace}.kept.b", b"of no matter to the other subject")
+    last = 0
+    for _ in range(3):
+        results = await asyncio.gather(*(ledger.append(subject, b"x", last=last) for ledger in ledgers), return_exceptions=True)
+        assert sum(isinstance(result, KeyConflictError) for result in results) == 3
+        [last] = [result for result in results if isinstance(result, int)]
+
+
+async def test_ledger_tells_its_listeners_at_once(transport: Transport, ledger: Ledger, namespace: str) -> None:
+    inbox = Inbox()
+    await transport.subscribe(f"{namespace}.kept.a", inbox)
+    await ledger.append(f"{namespace}.kept.a", b"1", last=0)
+    await inbox.wait(1)
+    assert inbox.messages[0].data == b"1"
+
+
+async def test_ledger_forgets_by_number_and_by_age(transport: Transport, namespace: str) -> None:
+    newest = await transport.ledger(f"{namespace}-one", [f"{namespace}.one.*"], per_subject=1)
+    await newest.append(f"{namespace}.one.a", b"1")
+    await newest.append(f"{namespace}.one.a", b"2")
+    assert [kept.data for kept in await newest.read(f"{namespace}.one.*")] == [b"2"]
+    young = await transport.ledger(f"{namespace}-young", [f"{namespace}.young.*"], max_age_s=1.0)
+    await young.append(f"{namespace}.young.a", b"1")
+    async with asyncio.timeout(PATIENCE_S):
+        while await young.last(f"{namespace}.young.a") is not None:
+            await asyncio.sleep(0.05)
+    assert await young.append(f"{namespace}.young.a", b"2", last=0) > 0
+
+
+async def test_ledger_refuses_what_it_does_not_cover_or_cannot_hold(
+    ledger: Ledger, transport: Transport, namespace: str
+) -> None:
+    with pytest.raises(BrokerError):
+        await ledger.append(f"{namespace}.elsewhere", b"1")
+    with pytest.raises(ValueTooLargeError):
+        await ledger.append(f"{namespace}.kept.a", bytes(transport.max_payload + 1))
 
 
 # Objects
