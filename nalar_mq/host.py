@@ -29,7 +29,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from nalar_mq import values
+from nalar_mq import moves, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, current_context
@@ -699,6 +699,7 @@ class Host:
             error.actor = error.actor or execution.label
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=repr(error))
+        moves.strip(error)
         self._answer(execution, Fail(execution.call.id, *values.encode_error(error), _names(execution.consumers)))
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:

@@ -38,6 +38,7 @@ import gc
 import inspect
 import itertools
 import operator
+import os
 import sys
 import threading
 import types
@@ -128,9 +129,17 @@ def is_rewritten(code: types.CodeType) -> bool:
     return bool(consts) and consts[-1] is MARK
 
 
-def _user_frame() -> types.FrameType | None:
-    frame: types.FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and frame.f_code.co_filename == __file__:
+_FOLDER: Final = os.path.dirname(__file__)
+
+
+def _is_runtime(code: types.CodeType) -> bool:
+    return code.co_filename.rpartition(os.sep)[0] == _FOLDER
+
+
+def _user_frame(frame: types.FrameType | None = None) -> types.FrameType | None:
+    """The frame of the user that leads to `frame`, or to the caller."""
+    frame = frame or sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and _is_runtime(frame.f_code):
         frame = frame.f_back
     return frame
 
@@ -424,7 +433,7 @@ def noted(result: Any, frame: types.FrameType | None = None) -> Any:
     if isinstance(result, Future):
         future = result
         if id(future) not in _living:
-            _living.note(future, frame or _user_frame())
+            _living.note(future, _user_frame(frame))
             if _journal.depth:
                 _journal.made.append(future)
             scope = _scope.get()
@@ -1054,21 +1063,31 @@ class Guard:
 
 
 def strip(error: BaseException | None) -> None:
-    """Takes the frames of this module out of the traceback of `error`, which then is the user's own."""
-    if error is not None:
-        error.__traceback__ = _stripped(error.__traceback__)
+    """Takes the runtime's frames out of the traceback of `error` and of what caused it: what remains is the user's own."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        found = pending.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            found.__traceback__ = _stripped(found.__traceback__)
+            pending += [found.__cause__, found.__context__]
 
 
 def _stripped(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """The same traceback without frames of the runtime; as it is if there are no others."""
     frames: list[types.TracebackType] = []
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename != __file__:
-            frames.append(traceback)
-        traceback = traceback.tb_next
+    inner = traceback
+    while inner is not None:
+        if not _is_runtime(inner.tb_frame.f_code):
+            frames.append(inner)
+        inner = inner.tb_next
+    if not frames:
+        return traceback
     for frame in reversed(frames):
-        frame.tb_next = traceback
-        traceback = frame
-    return traceback
+        frame.tb_next = inner
+        inner = frame
+    return inner
 
 
 def handled() -> None:

@@ -108,7 +108,7 @@ def _holds_instance(x: Any, depth: int = 3) -> bool:
         return True
     if not depth or type(x) not in (list, tuple, set, frozenset, dict):
         return False
-    elements: Iterable[Any] = x.values() if isinstance(x, dict) else x
+    elements: Iterable[Any] = [*x.values()] if type(x) is dict else x
     return any(_holds_instance(element, depth - 1) for element in elements)
 
 
