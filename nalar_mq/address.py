@@ -6,11 +6,19 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.box.<to>.<from>      channel frames from process <from> to process <to>. A process subscribes to `NS.box.<me>.*` and
                             publishes to `NS.box.*.<me>`; two permissions at the broker hold it to its own name.
 
+    NS.job.<workflow>       a durable call of a workflow, from any client; held by the queue `NS-jobs` until it has ended
+    NS.result.<job>         how the job ended, as JSON; kept in the ledger `NS-results` for a time
+    NS.dead.<job>           a job that cannot or did not succeed, as it was published, with the cause in its headers; kept in
+                            the ledger `NS-dead` until somebody retries or drops it; `seq-<number>` where the id is no token
+    NS.cancel.<job>         somebody has cancelled the job: whoever runs it may stop
+    NS.call.<name>          a call with an answer and no durability, from any client: a workflow, a tool, `agent.method`
+
 Key-value buckets (their names are the namespace, a dash and the word):
 
     NS-members              <process>              who is alive, its incarnation, and which actors it serves
     NS-places               <actor>.<instance>     the process that holds the memory of a session
     NS-lost                 <process>              its highest incarnation that has been declared lost
+    NS-running              <job>                  the process that runs a job, and how often it has failed
 """
 
 from __future__ import annotations
@@ -60,13 +68,26 @@ class Address(NamedTuple):
 class Subjects:
     """The subjects and buckets of one namespace. Immutable; cheap to share."""
 
-    __slots__ = ("lost_bucket", "members_bucket", "namespace", "places_bucket")
+    __slots__ = (
+        "dead_ledger",
+        "jobs_queue",
+        "lost_bucket",
+        "members_bucket",
+        "namespace",
+        "places_bucket",
+        "results_ledger",
+        "running_bucket",
+    )
 
     def __init__(self, namespace: str = DEFAULT_NAMESPACE) -> None:
         self.namespace = check_token(namespace, "namespace")
         self.members_bucket = f"{namespace}-members"
         self.places_bucket = f"{namespace}-places"
         self.lost_bucket = f"{namespace}-lost"
+        self.running_bucket = f"{namespace}-running"
+        self.jobs_queue = f"{namespace}-jobs"
+        self.results_ledger = f"{namespace}-results"
+        self.dead_ledger = f"{namespace}-dead"
 
     def box(self, to: str, sender: str) -> str:
         """Subject of frames from process `sender` to process `to`."""
@@ -79,3 +100,23 @@ class Subjects:
     def box_sender(self, subject: str) -> str:
         """The sender's name in a subject that `box` made."""
         return subject.rpartition(".")[2]
+
+    def job(self, workflow: str) -> str:
+        """Where jobs of a workflow are published; `*` for all of them."""
+        return f"{self.namespace}.job.{workflow}"
+
+    def result(self, job: str) -> str:
+        """Where the result of a job is published; `*` for all of them."""
+        return f"{self.namespace}.result.{job}"
+
+    def dead(self, job: str) -> str:
+        """Where a job goes that cannot be done; `*` for all of them."""
+        return f"{self.namespace}.dead.{job}"
+
+    def cancel(self, job: str) -> str:
+        """Where the cancellation of a job is told; `*` for all of them."""
+        return f"{self.namespace}.cancel.{job}"
+
+    def call(self, name: str) -> str:
+        """Where a workflow, a tool or `agent.method` is called; `>` for all of them."""
+        return f"{self.namespace}.call.{name}"

@@ -339,12 +339,35 @@ class Lost(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=203):
     incarnation: int
 
 
+class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
+    """Value of a key in the running bucket: who runs a job.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        name: the process; empty while the job waits for another attempt.
+        incarnation: of the process.
+        sequence: the message in the job queue that is being worked on.
+        workflow: what runs.
+        failures: attempts that ended with an error.
+        losses: attempts that ended with the loss of their worker.
+    """
+
+    version: int
+    name: str
+    incarnation: int
+    sequence: int
+    workflow: str
+    failures: int = 0
+    losses: int = 0
+
+
 _members = msgspec.msgpack.Decoder(Member)
 _places = msgspec.msgpack.Decoder(Place)
 _losses = msgspec.msgpack.Decoder(Lost)
+_runs = msgspec.msgpack.Decoder(Running)
 
 
-def encode_record(record: Member | Place | Lost) -> bytes:
+def encode_record(record: Member | Place | Lost | Running) -> bytes:
     """Bytes of a record for a key-value bucket."""
     return _encoder.encode(record)
 
@@ -376,7 +399,16 @@ def decode_lost(data: bytes) -> Lost:
     return _record(_losses, data)
 
 
-_R = TypeVar("_R", Member, Place, Lost)
+def decode_running(data: bytes) -> Running:
+    """Reads a `Running`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_runs, data)
+
+
+_R = TypeVar("_R", Member, Place, Lost, Running)
 
 
 def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:

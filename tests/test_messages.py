@@ -26,11 +26,13 @@ from nalar_mq.messages import (
     Place,
     Probe,
     Resolve,
+    Running,
     Want,
     decode_lost,
     decode_member,
     decode_packet,
     decode_place,
+    decode_running,
     encode_frame,
     encode_message,
     encode_packet,
@@ -78,7 +80,7 @@ def test_frames_of_every_length_are_put_together_alike(count: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_packet_or_an_error_of_the_wire(data: bytes) -> None:
-    for decode in (decode_packet, salvage_frame, decode_member, decode_place, decode_lost):
+    for decode in (decode_packet, salvage_frame, decode_member, decode_place, decode_lost, decode_running):
         try:
             decode(data)
         except WireError:
@@ -146,8 +148,8 @@ def test_fields_with_defaults_may_be_missing() -> None:
 def test_tags_are_never_shared() -> None:
     tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe)]
     assert tags == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost)]
-    assert packets == [101, 102, 103, 201, 202, 203]
+    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running)]
+    assert packets == [101, 102, 103, 201, 202, 203, 204]
 
 
 def _samples() -> dict[str, bytes]:
@@ -186,6 +188,7 @@ def _samples() -> dict[str, bytes]:
         "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
         "bye": encode_packet(Bye(WIRE_VERSION, 2)),
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
+        "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3)),
         "place": encode_record(Place(WIRE_VERSION, "w", 2)),
         "member": encode_record(
             Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True)
@@ -214,6 +217,7 @@ GOLDEN = {
     "bye": "93670102",
     "place": "94ccca01a17702",
     "lost": "93cccb0102",
+    "running": "98cccc01a1770209a6616e737765720103",
     "member": (
         "98ccc90102a16ea6776f726b65720781a16198a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c0c3"
     ),
@@ -226,5 +230,5 @@ def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
 
 
 def test_every_kind_has_its_bytes_pinned() -> None:
-    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost]
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running]
     assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)
