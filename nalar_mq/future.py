@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from nalar_mq import values
 from nalar_mq.call_context import CallContext, Caller, current_context
-from nalar_mq.errors import CallTimeoutError, StreamRestartedError
+from nalar_mq.errors import CallTimeoutError, StreamRestartedError, WireError
 
 T = TypeVar("T")
 T1 = TypeVar("T1")
@@ -96,21 +96,27 @@ class Future(values.Deferred, Generic[T_co]):
         with _lock:
             self._state = state
             waiters, self._waiters = self._waiters, None
-        if waiters is not None:
-            for waiter in waiters:
+        for waiter in waiters or ():
+            try:
                 if isinstance(waiter, _Countdown):
                     waiter(state == FAILED)
                 else:
                     waiter()
+            except Exception as error:  # one of them must not keep the others waiting
+                self._caller.loop.call_exception_handler({"message": f"a waiter of {self!r} failed", "exception": error})
         if self._chunks is not None:
             self._close_stream(self._chunks)
 
     def _close_stream(self, chunks: ChunkBuffer) -> None:
         """Ends a stream; a producer that had finished before it heard of the stream has sent all pieces as one list."""
+        pieces: object = None
         if self._state == RESOLVED and not chunks.received and self._payload is not None:
-            pieces: object = values.decode(self._payload)
-            if isinstance(pieces, list):
+            with contextlib.suppress(WireError):  # who comes to the end of the stream looks at the value, and learns
+                pieces = values.decode(self._payload)
+        with _lock:
+            if not chunks.closed and isinstance(pieces, list):
                 chunks.waiting.extend(values.encode(piece) for piece in cast("list[object]", pieces))
+            chunks.closed = True
         chunks.close()
 
     def chunk(self, number: int, payload: bytes, attempt: int) -> None:
@@ -143,7 +149,7 @@ class Future(values.Deferred, Generic[T_co]):
 
     def _block(self, timeout: float | None) -> None:
         if _running_loop() is self._caller.loop:
-            raise BlockingLoopError(self.actor)
+            raise BlockingLoopError(f"value() of {self.actor}", "`await future`")
         done = threading.Event()
         if not self.on_end(done.set):
             return
@@ -165,10 +171,13 @@ class Future(values.Deferred, Generic[T_co]):
         self.seen = True
         if self._state == FAILED:
             assert self._error is not None
-            raise self._error
+            raise self._error.with_traceback(None)  # else each look would lengthen it
         if self._value is _UNREAD:
             assert self._payload is not None
-            self._value = values.decode(self._payload)
+            value = values.decode(self._payload)
+            with _lock:
+                if self._value is _UNREAD:
+                    self._value = value
         return cast(T_co, self._value)
 
     def __await__(self) -> Generator[Any, None, T_co]:
@@ -223,8 +232,11 @@ class Future(values.Deferred, Generic[T_co]):
         Raises (while iterating):
             StreamRestartedError: pieces had been taken when the call had to begin again.
         """
-        if self._chunks is None:
-            self._chunks = ChunkBuffer()
+        with _lock:
+            is_first = self._chunks is None
+            if self._chunks is None:
+                self._chunks = ChunkBuffer()
+        if is_first:
             if self._state:
                 self._close_stream(self._chunks)
             self._caller.credit(self, STREAM_WINDOW)
@@ -269,8 +281,8 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 class BlockingLoopError(RuntimeError):
     """A thread's way of waiting was used on the event loop, where it would wait for ever."""
 
-    def __init__(self, actor: str) -> None:
-        super().__init__(f"value() of {actor} would block the event loop it depends on: use `await future`")
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(f"{what} would block the event loop it depends on: use {instead}")
 
 
 def _slot_of_running_call() -> Any:
@@ -382,6 +394,8 @@ class Stream(Generic[T]):
                 self._raise_end()
                 self._future.value()
                 raise StopIteration
+            if _running_loop() is self._caller.loop:
+                raise BlockingLoopError(f"next() of the stream of {self._future.actor}", "`async for`")
             changed = threading.Event()
             if self._chunks.on_change(changed.set):
                 with waiting():
@@ -500,8 +514,10 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
         self._ended: deque[Future[T]] = deque()
         self._wake: Callable[[], object] | None = None
         self._left = 0
+        self._loops: set[asyncio.AbstractEventLoop | None] = set()
         for future in futures:
             self._left += 1
+            self._loops.add(future._caller.loop)  # pyright: ignore[reportPrivateUsage]
             if not future.on_end(self._arrival(future)):
                 self._ended.append(future)
 
@@ -544,6 +560,8 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
         if not self._left:
             raise StopIteration
         while not self._ended:
+            if _running_loop() in self._loops:
+                raise BlockingLoopError("next() of as_completed", "`async for`")
             changed = threading.Event()
             if self._on_next(changed.set):
                 with waiting():

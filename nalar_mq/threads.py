@@ -7,7 +7,6 @@ there is no upper bound here that a chain of waiting calls could exhaust.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -98,17 +97,34 @@ class LoopInbox:
         self._waiting: deque[Callable[[], None]] = deque()
         self._armed = False
 
-    def put(self, function: Callable[[], None]) -> None:
-        """Runs `function` on the loop soon, in order; any thread. Silent once the loop has closed."""
+    def put(self, function: Callable[[], None]) -> bool:
+        """Runs `function` on the loop soon, in order; any thread. False, and it never runs, once the loop has closed."""
         self._waiting.append(function)
-        if not self._armed:
-            self._armed = True
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._drain)
+        return self._armed or self._arm()
+
+    def _arm(self) -> bool:
+        self._armed = True
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            self._armed = False
+            self._waiting.clear()
+            return False
+        return True
 
     def _drain(self) -> None:
-        # Cleared first: whatever is appended from here on either is seen below or arms again.
+        # Cleared first: whatever is appended from here on either is counted below or arms again.
         self._armed = False
         waiting = self._waiting
-        while waiting:
-            waiting.popleft()()
+        try:
+            for _ in range(len(waiting)):  # threads that never cease to put leave the loop its other work
+                self._run(waiting.popleft())
+        finally:
+            if waiting and not self._armed:
+                self._arm()
+
+    def _run(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception as error:
+            self._loop.call_exception_handler({"message": "a function put from a thread failed", "exception": error})
