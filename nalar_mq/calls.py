@@ -21,6 +21,7 @@ sent again under the same id if it may be retried, and else fails with `WorkerLo
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import itertools
 import threading
@@ -53,6 +54,7 @@ VALUE_LIMIT_BYTES = 512 * 1024
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05
+_LONGEST_S = 1e9  # a timeout beyond this, infinity among them, is none: timers cannot hold it
 _LABELS_KEPT = 10_000
 _log = logger(__name__)
 
@@ -146,10 +148,11 @@ class Calls:
         self._entries: dict[bytes, Entry] = {}
         self._load: dict[str, int] = {}
         self._unrouted: dict[str, list[Entry]] = {}
+        self._grace: dict[str, asyncio.TimerHandle] = {}
         self._wheel: dict[int, dict[bytes, None]] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._next_tick = 0
-        self._session_numbers: dict[str, int] = {}
+        self._session_numbers = itertools.count(1)  # one count for all: a session wants them to grow, gaps do not matter
         self._local: list[Message] = []
         self._labels: dict[tuple[str, str], str] = {}
         self._closed: CallError | None = None
@@ -196,7 +199,7 @@ class Calls:
             context.job,
             options.priority if options.priority is not None else context.priority or info.priority,
             None if deadline is None else deadline - self.loop.time(),
-            self._next_number(place) if place and is_on_loop else 0,
+            next(self._session_numbers) if place and is_on_loop else 0,
             context.holds,
             options.cast,
             0,
@@ -211,8 +214,12 @@ class Calls:
         if is_on_loop:
             self._launch(entry)
         else:
-            self._inbox.put(functools.partial(self._launch, entry))
+            self._launch_from_thread(entry)
         return future
+
+    def _launch_from_thread(self, entry: Entry) -> None:
+        if self._closed is not None or not self._inbox.put(functools.partial(self._launch, entry)):
+            entry.future.fail(copy.copy(self._closed) or CallCancelledError("its event loop has closed", started=False))
 
     def _label(self, actor: str, method: str) -> str:
         """`actor.method`, the same object for all futures of a method."""
@@ -225,14 +232,9 @@ class Calls:
             label = self._labels[actor, method] = f"{actor}.{method}"
         return label
 
-    def _next_number(self, key: str) -> int:
-        """The next number in the order of this process's calls to a session."""
-        number = self._session_numbers[key] = self._session_numbers.get(key, 0) + 1
-        return number
-
     def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo) -> float | None:
         timeout_s = options.timeout_s if options.timeout_s is None or options.timeout_s >= 0 else info.timeout_s
-        if timeout_s is None:
+        if timeout_s is None or timeout_s > _LONGEST_S:
             return context.deadline
         own = self.loop.time() + timeout_s
         return own if context.deadline is None or own < context.deadline else context.deadline
@@ -253,7 +255,7 @@ class Calls:
     def _launch(self, entry: Entry) -> None:
         future = entry.future
         if self._closed is not None:
-            future.fail(self._closed)
+            future.fail(copy.copy(self._closed))
             return
         self._entries[future.id] = entry
         if entry.deadline is not None:
@@ -277,26 +279,29 @@ class Calls:
         waiting = self._unrouted.get(actor)
         if waiting is None:
             self._unrouted[actor] = [entry]
-            self.loop.call_later(GRACE_S, self._give_up_unrouted, actor)
+            self._grace[actor] = self.loop.call_later(GRACE_S, self._give_up_unrouted, actor)
         else:
             waiting.append(entry)
 
+    def _pop_unrouted(self, actor: str) -> list[Entry]:
+        self._grace.pop(actor).cancel()
+        return [entry for entry in self._unrouted.pop(actor) if entry.future.id in self._entries]
+
     def _give_up_unrouted(self, actor: str) -> None:
-        for entry in self._unrouted.pop(actor, ()):
+        for entry in self._pop_unrouted(actor):
             known = ", ".join(self._table.known_actors()) or "nothing"
             self._end_with(entry, UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor))
 
     def on_table_changed(self) -> None:
         """The routing table has changed: calls that found no replica look again."""
         for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
-            for entry in self._unrouted.pop(actor):
-                if entry.future.id in self._entries:
-                    self._route(entry)
+            for entry in self._pop_unrouted(actor):
+                self._route(entry)
 
     def _route_to_session(self, entry: Entry, call: Call) -> None:
         key = entry.place = entry.place or self._places.key(call.actor, call.session, call.instance)
         if not call.number:
-            call = entry.call = msgspec.structs.replace(call, number=self._next_number(key))
+            call = entry.call = msgspec.structs.replace(call, number=next(self._session_numbers))
         address = self._places.known(key)
         if address is not None:
             self._send(entry, call, address)
@@ -308,7 +313,7 @@ class Calls:
         if entry is None or entry.call is None:
             return
         if error is not None:
-            self._end_with(entry, error)
+            self._end_with(entry, copy.copy(error))
         elif address is None:
             self._route(entry)
         else:
@@ -352,7 +357,9 @@ class Calls:
         """Sees to it that `consumer` gets the value of `dep`."""
         entry = self._entries.get(dep.id)
         if entry is None:
-            self._push(dep, consumer)
+            # It has ended; or another client in this process has made it, or a thread whose call is still in the inbox.
+            if not dep.on_end(lambda: self._inbox.put(lambda: self._push(dep, consumer))):
+                self._push(dep, consumer)
             return
         if entry.consumers is None:
             entry.consumers = []
@@ -361,15 +368,9 @@ class Calls:
             self.tell(entry.address, Consume(dep.id, consumer.name, consumer.incarnation))
 
     def _push(self, dep: Future[Any], consumer: Address) -> None:
-        error = dep.error()
-        message: Resolve | Fail
-        if error is not None:
-            message = Fail(dep.id, *values.encode_error(error))
-        else:
-            payload = dep.payload()
-            assert payload is not None
-            message = Resolve(dep.id, payload)
-        self._push_to_missed([consumer], message)
+        message = _outcome_of(dep)
+        if message is not None:
+            self._push_to_missed([consumer], message)
 
     # What comes in.
 
@@ -614,13 +615,26 @@ class Calls:
         self._closed = error
         for entry in list(self._entries.values()):
             self._stop_executor(entry, "its caller has closed")
-            self._end_with(entry, error)
-        if self._ticking is not None:
-            self._ticking.cancel()
-            self._ticking = None
+            self._end_with(entry, copy.copy(error))
+        for timer in (self._ticking, *self._grace.values()):
+            if timer is not None:
+                timer.cancel()
+        self._ticking = None
 
 
 _UNKNOWN = ActorInfo("", {})
+
+
+def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:
+    """What tells others how it ended; None if it has not."""
+    try:
+        error = dep.error()
+        payload = None if error is not None else dep.payload()
+    except Exception as cause:  # the value was changed after it came, and cannot travel any more
+        error, payload = cause, None
+    if error is not None:
+        return Fail(dep.id, *values.encode_error(error))
+    return None if payload is None else Resolve(dep.id, payload)
 
 
 def too_large(what: str, size_bytes: int, label: str) -> ValueTooLargeError:
