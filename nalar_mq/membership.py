@@ -384,6 +384,8 @@ class Membership:
                         self._snapshot.set_result(None)
             except BrokerError as error:
                 _log.debug("membership.watch_failed", error=str(error))
+            except Exception:
+                _log.exception("membership.watch_failed")
             await asyncio.sleep(self._lease_s / 6)
 
     def _take(self, entry: KeyEntry) -> None:
@@ -431,8 +433,12 @@ class Membership:
                 continue
             silent = [name for name, at in self._seen_at.items() if now - at > self._lease_s and name != self._me.name]
             for name in silent:
-                with contextlib.suppress(BrokerError):
+                try:
                     await self._read(name)
+                except BrokerError as error:
+                    _log.debug("membership.read_failed", member=name, error=str(error))
+                except Exception:
+                    _log.exception("membership.read_failed", member=name)
 
     async def _read(self, name: str) -> None:
         assert self._bucket is not None

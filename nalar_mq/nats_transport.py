@@ -853,11 +853,14 @@ class _Watch:
             if message is None:
                 return None
             status = (message.headers or {}).get("Status")
-            if status is None:
-                return message if _place(message.reply).in_consumer == self._delivered + 1 else None
-            reached = (message.headers or {}).get("Nats-Last-Consumer", "0")
-            if status != "100" or int(reached) > self._delivered:
-                return None
+            try:
+                if status is None:
+                    return message if _place(message.reply).in_consumer == self._delivered + 1 else None
+                reached = (message.headers or {}).get("Nats-Last-Consumer", "0")
+                if status != "100" or int(reached) > self._delivered:
+                    return None
+            except ValueError:
+                _log.debug("watch.stray_message", stream=self._stream)  # the broker does not say such things
 
     async def _reopen(self) -> None:
         failures = 0

@@ -20,12 +20,17 @@ OnPlaced = Callable[[bytes, Address | None, CallError | None], None]
 
 
 class Places:
-    """The places this process knows, and the way to learn others."""
+    """The places this process knows, and the way to learn others.
+
+    Attributes:
+        unreadable: entries that made no sense; they are overwritten as if their process were lost.
+    """
 
     def __init__(self, transport: Transport, subjects: Subjects, table: RoutingTable) -> None:
         self._transport = transport
         self._subjects = subjects
         self._table = table
+        self.unreadable = 0
         self._bucket: KeyValue | None = None
         self._known: dict[str, Address] = {}
         self._finding: dict[str, list[tuple[bytes, OnPlaced]]] = {}
@@ -75,7 +80,7 @@ class Places:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
         while True:
             entry = await self._bucket.get(key)
-            former = _read(entry.value) if entry is not None and entry.value is not None else None
+            former = self._read(entry.value) if entry is not None and entry.value is not None else None
             if former is not None and self._table.is_alive(former):
                 return former, False
             proposed = self._table.rank(actor, key)
@@ -97,8 +102,16 @@ class Places:
         if self._bucket is None:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
         entry = await self._bucket.get(key)
-        if entry is not None and entry.value is not None and _read(entry.value) == address:
+        if entry is not None and entry.value is not None and self._read(entry.value) == address:
             await self._bucket.delete(key, entry.revision)
+
+    def _read(self, value: bytes) -> Address | None:
+        try:
+            place = decode_place(value)
+        except WireError:
+            self.unreadable += 1
+            return None
+        return Address(place.name, place.incarnation)
 
     def forget(self, address: Address) -> None:
         """That process is gone; its sessions are looked up again."""
@@ -110,14 +123,6 @@ class Places:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _read(value: bytes) -> Address | None:
-    try:
-        place = decode_place(value)
-    except WireError:
-        return None
-    return Address(place.name, place.incarnation)
 
 
 def _state_lost(key: str) -> StateLostError:

@@ -1,0 +1,305 @@
+"""Bytes that mean no good, on everything that a worker and a client listen to, over a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalar_mq.app import load_app
+from nalar_mq.channel import ChannelStats
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.errors import StateLostError, WireError
+from nalar_mq.messages import (
+    WIRE_VERSION,
+    Bye,
+    Call,
+    Cancel,
+    Chunk,
+    Consume,
+    Credit,
+    Fail,
+    Frame,
+    Gone,
+    Member,
+    Place,
+    Probe,
+    Resolve,
+    Want,
+    decode_lost,
+    decode_member,
+    decode_packet,
+    decode_place,
+    encode_message,
+    encode_packet,
+    encode_record,
+    salvage_frame,
+)
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.process import Process
+from nalar_mq.transport import KeyEntry
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "fire.py"
+PACKETS = 100_000
+BURST = 500
+RECORDS = 150
+UNREADABLE = KeyEntry("", b"", 0)
+
+
+class Target:
+    """A worker and a client of it; the client's calls show whether both are well."""
+
+    def __init__(self, worker: Worker, client: Client, attacker: NatsTransport) -> None:
+        self.worker = worker
+        self.client = client
+        self.attacker = attacker
+        self.answered = 0
+
+    @property
+    def processes(self) -> list[Process]:
+        return [self.worker.process, self.client.process]
+
+    async def is_well(self) -> None:
+        """The next good calls are served."""
+        async with asyncio.timeout(30):
+            assert await self.client.call("ping", 2) == 2
+            total, _ = await self.client.options(session="kept").call("Tally.add", 1)
+        self.answered += 1
+        assert total == self.answered
+
+    async def settle(self) -> None:
+        """Returns when everything that was published has been heard."""
+        await self.attacker.flush()
+        for process in self.processes:
+            await process.transport.flush()
+
+
+@pytest.fixture
+async def target(namespace: str, broker_access: BrokerAccess) -> AsyncIterator[Target]:
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    attacker = await NatsTransport.connect(broker_access, name="attacker")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(attacker.aclose)
+        worker = await stack.enter_async_context(Worker(load_app(APP), settings, name="worker"))
+        client = await stack.enter_async_context(connect(settings=settings, name="client"))
+        await client.wait_for("ping")
+        yield Target(worker, client, attacker)
+
+
+def unreadable(data: bytes) -> bool:
+    """True if nothing of a packet can be read."""
+    try:
+        salvage_frame(data)
+    except WireError:
+        try:
+            decode_packet(data)
+        except WireError:
+            return True
+    return False
+
+
+def honest_packets(rng: random.Random, incarnation: int) -> list[bytes]:
+    """Packets as somebody of another name might send them to a process of this incarnation."""
+    id = rng.randbytes(16)
+    messages = (
+        Call(id, "square", "", b"\x92\x90\x80", deps=(rng.randbytes(16),), timeout_s=0.5),
+        Call(rng.randbytes(16), "Tally", "add", rng.randbytes(9), session="theirs", number=1),
+        Call(rng.randbytes(16), "who", "", rng.randbytes(3), init=rng.randbytes(5)),
+        Resolve(id, rng.randbytes(20), ("worker",)),
+        Fail(id, "builtins:ValueError", "no", rng.randbytes(6)),
+        Cancel(id),
+        Consume(id, "client", 7),
+        Chunk(id, 1, rng.randbytes(4)),
+        Credit(id, 2**40),
+        Want(id),
+        Probe(id, id, id, ("a/s",)),
+    )
+    frames = [Frame(WIRE_VERSION, 5, incarnation, seq, 0, (message,)) for seq, message in enumerate(messages, 1)]
+    others = [
+        Frame(WIRE_VERSION, 5, incarnation, 2**62, 0, messages),
+        Frame(WIRE_VERSION, 6, incarnation - 1, 1, 0),
+        Frame(WIRE_VERSION + 1, 5, incarnation, 1, 0),
+        Frame(WIRE_VERSION, -5, incarnation, -1, -1),
+        Gone(WIRE_VERSION, 2**62, incarnation, 5),
+        Gone(WIRE_VERSION, 5, 5, incarnation),
+        Bye(WIRE_VERSION, -1),
+    ]
+    return [encode_packet(packet) for packet in [*frames, *others]]
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """One to four bytes changed, lost or added; or cut off; or twice."""
+    changed = bytearray(data)
+    match rng.randrange(6):
+        case 0:
+            return data[: rng.randrange(len(data))]
+        case 1:
+            return data + data
+        case 2:
+            return data + rng.randbytes(rng.randrange(1, 9))
+        case _:
+            for _ in range(rng.randrange(1, 5)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            return bytes(changed)
+
+
+def hostile_packets(rng: random.Random, incarnation: int, max_payload: int) -> Iterator[tuple[str, bytes]]:
+    """Senders and packets without end; what comes in the name of a living process is never readable."""
+    honest = honest_packets(rng, incarnation)
+    while True:
+        kind = rng.random()
+        if kind < 0.7:
+            yield f"attacker{rng.randrange(50)}", mutated(rng, rng.choice(honest))
+        elif kind < 0.999:
+            data = rng.randbytes(rng.choice((0, 1, 2, 3, 10, 100)))
+            yield rng.choice(("worker", "client", "x", "y" * 128)), data if unreadable(data) else b""
+        else:
+            yield "big", rng.choice((b"\x91", b"\xdd\xff\xff\xff\xff", b"\x00", rng.randbytes(1))) * (max_payload // 8)
+
+
+def heard(stats: ChannelStats) -> int:
+    return stats.malformed + stats.unsupported
+
+
+async def test_a_hundred_thousand_hostile_packets(target: Target) -> None:
+    rng = random.Random(20_261)
+    subjects = target.worker.process.subjects
+    sources = [(p, hostile_packets(rng, p.me.incarnation, target.attacker.max_payload)) for p in target.processes]
+    unread = dict.fromkeys((p.name for p in target.processes), 0)
+    await target.is_well()
+    for start in range(0, PACKETS, BURST):
+        for _ in range(BURST):
+            process, source = rng.choice(sources)
+            sender, data = next(source)
+            unread[process.name] += unreadable(data)
+            target.attacker.publish(subjects.box(process.name, sender), data)
+        await target.settle()
+        if start % 10_000 == 0:
+            await target.is_well()
+    await target.settle()
+    await target.is_well()
+    for process in target.processes:
+        assert unread[process.name] > PACKETS / 5
+        assert heard(process.endpoint.stats) >= unread[process.name], "a packet that made no sense was not counted"
+        assert not process.replaced.done()
+        assert not process.declared_lost.done()
+
+
+async def test_calls_go_on_while_packets_rain(target: Target) -> None:
+    rng = random.Random(5)
+    subjects = target.worker.process.subjects
+    sources = [(p, hostile_packets(rng, p.me.incarnation, target.attacker.max_payload)) for p in target.processes]
+    calls = [target.client.call("flood", 3, 3) for _ in range(50)]
+    for _ in range(40):
+        for _ in range(100):
+            process, source = rng.choice(sources)
+            sender, data = next(source)
+            target.attacker.publish(subjects.box(process.name, sender), data)
+        await target.settle()
+        calls.append(target.client.call("flood", 3, 3))
+    async with asyncio.timeout(60):
+        assert await asyncio.gather(*map(_value, calls)) == [9] * len(calls)
+    await target.is_well()
+
+
+async def _value(future: Any) -> Any:
+    return await future
+
+
+def test_hostile_packets_are_of_every_kind() -> None:
+    rng = random.Random(1)
+    source = hostile_packets(rng, 1000, 8_000)
+    packets = [data for _, (_, data) in zip(range(20_000), source, strict=False)]
+    assert 0.2 < sum(map(unreadable, packets)) / len(packets) < 0.95
+    assert any(len(data) == 0 for data in packets)
+    assert any(len(data) >= 1_000 for data in packets)
+    assert any(b"\xc4" in data and not unreadable(data) for data in packets)
+    assert encode_message(Cancel(b"i")) not in packets
+
+
+def hostile_records(rng: random.Random, honest: bytes) -> list[bytes]:
+    fixed = [b"", b"\xc1", b"\x90", b"\x91" * 5_000, honest[:-1], honest + b"\x00", b"\x00" * 100_000]
+    return fixed + [mutated(rng, honest) if rng.random() < 0.7 else rng.randbytes(30) for _ in range(RECORDS)]
+
+
+def is_readable(data: bytes) -> bool:
+    for decode in (decode_member, decode_place, decode_lost):
+        with contextlib.suppress(WireError):
+            decode(data)
+            return True
+    return False
+
+
+async def test_hostile_records_of_members(target: Target) -> None:
+    rng = random.Random(7)
+    bucket = await target.attacker.key_value(target.worker.process.subjects.members_bucket)
+    await target.is_well()
+    me = target.worker.process
+    honest = encode_record(Member(WIRE_VERSION, 9, "n", "worker", 1, me.table.members["worker"].actors))
+    written = 0
+    for number, data in enumerate(hostile_records(rng, honest)):
+        if not is_readable(data):
+            written += 1
+            await bucket.put(rng.choice(("worker", "client", "nobody", f"new{number}")), data)
+    await bucket.put("not.a.token", encode_record(Member(WIRE_VERSION, 9, "n", "worker", 1, {})))
+    await target.is_well()
+    for process in target.processes:
+        async with asyncio.timeout(30):
+            while process.membership.unreadable < written + 1:
+                await asyncio.sleep(0.01)
+        assert set(process.table.members) == {"worker", "client"}
+    async with asyncio.timeout(30):  # both write their own records again
+        while not all([is_readable((await bucket.get(name) or UNREADABLE).value or b"") for name in ("worker", "client")]):
+            await asyncio.sleep(0.1)
+    await target.is_well()
+
+
+async def test_hostile_records_of_places(target: Target) -> None:
+    rng = random.Random(8)
+    bucket = await target.attacker.key_value(target.worker.process.subjects.places_bucket)
+    await target.is_well()
+    process = target.client.process
+    honest = encode_record(Place(WIRE_VERSION, "worker", target.worker.process.me.incarnation))
+    records = [data for data in hostile_records(rng, honest) if not is_readable(data)][:60]
+    for number, data in enumerate(records):
+        await bucket.put(process.places.key("Tally", f"s{number}", ""), data)
+    async with asyncio.timeout(60):
+        for number in range(len(records)):
+            caller = target.client.options(session=f"s{number}")
+            with pytest.raises(StateLostError):
+                await caller.call("Tally.add", 1)
+            assert (await caller.call("Tally.add", 1))[0] == 1
+    assert process.places.unreadable >= len(records) - records.count(b"")
+    await target.is_well()
+
+
+async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:
+    """Answers to requests, and what watches are told: only the broker should know these subjects."""
+    rng = random.Random(9)
+    transports = [process.transport for process in target.processes]
+    subjects = {s.subject for transport in transports for s in transport.client._subs.values()}  # type: ignore[attr-defined]
+    inboxes = [subject for subject in subjects if subject.startswith("_INBOX.")]
+    assert len(inboxes) >= 4
+    for number in range(3_000):
+        subject = rng.choice(inboxes).replace("*", f"x{number}")
+        reply = rng.choice(("", "x", "a.b.c.d.e.f.g.h.i", "9." * 8 + "9"))
+        headers = rng.choice((None, {"Status": "100"}, {"Status": "x", "Nats-Last-Consumer": "y"}))
+        target.attacker.publish(subject, rng.randbytes(rng.randrange(40)), reply=reply, headers=headers)
+        if number % 100 == 0:
+            await target.settle()
+    await target.settle()
+    await target.is_well()
+    async with connect(settings=target.client.process.settings, name="late"):
+        async with asyncio.timeout(30):
+            while not all("late" in process.table.members for process in target.processes):
+                await asyncio.sleep(0.05)
+    async with asyncio.timeout(30):
+        while any("late" in process.table.members for process in target.processes):
+            await asyncio.sleep(0.05)
