@@ -87,6 +87,46 @@ class _Entry:
 _Ranked = tuple[float, int, _Entry]
 
 
+class _Sorted:
+    """Ranked entries, the least first. Most come in order: those cost no more than in a plain queue, the others in a heap."""
+
+    __slots__ = ("_late", "_timely")
+
+    def __init__(self) -> None:
+        self._timely: deque[_Ranked] = deque()
+        self._late: list[_Ranked] = []
+
+    def __len__(self) -> int:
+        return len(self._timely) + len(self._late)
+
+    def push(self, item: _Ranked) -> None:
+        timely = self._timely
+        if not timely or timely[-1] < item:
+            timely.append(item)
+        else:
+            heapq.heappush(self._late, item)
+
+    def first(self) -> _Ranked | None:
+        timely, late = self._timely, self._late
+        if late and (not timely or late[0] < timely[0]):
+            return late[0]
+        return timely[0] if timely else None
+
+    def pop(self) -> None:
+        """Drops the first one; there must be one."""
+        timely, late = self._timely, self._late
+        if late and (not timely or late[0] < timely[0]):
+            heapq.heappop(late)
+        else:
+            timely.popleft()
+
+    def compact(self) -> None:
+        """Drops those that mean nothing any more."""
+        self._timely = deque(item for item in self._timely if _is_current(item))
+        self._late = [item for item in self._late if _is_current(item)]
+        heapq.heapify(self._late)
+
+
 class _Numbers:
     """Which numbers of one sender a session has had: the highest, and a bit for each of those shortly below it."""
 
@@ -120,20 +160,22 @@ class _Line:
         self.numbers = _Numbers()
         self.expected = 0
         self.candidate: _Entry | None = None
-        self._entries: list[_Ranked] = []
+        self._entries = _Sorted()
         self._skipped: set[int] = set()
 
     def add(self, entry: _Entry) -> None:
         if not self.expected:
             self.expected = entry.number
-        heapq.heappush(self._entries, (entry.number, entry.serial, entry))
+        self._entries.push((entry.number, entry.serial, entry))
 
     def head(self) -> _Entry | None:
         """The queued call with the lowest number."""
         entries = self._entries
-        while entries and entries[0][2].state is not _State.QUEUED:
-            heapq.heappop(entries)
-        return entries[0][2] if entries else None
+        while (first := entries.first()) is not None:
+            if first[2].state is _State.QUEUED:
+                return first[2]
+            entries.pop()
+        return None
 
     def pass_by(self, number: int) -> None:
         """`number` holds nobody back any more."""
@@ -156,7 +198,7 @@ class _Lane:
         self.offered: tuple[float, int] | None = None
         self.queued = 0
         self._heads: list[tuple[int, _Entry]] = []
-        self._ranks: list[_Ranked] = []
+        self._ranks = _Sorted()
 
     def line(self, sender: str) -> _Line:
         found = self.lines.get(sender)
@@ -173,9 +215,9 @@ class _Lane:
 
     def rank(self, entry: _Entry) -> None:
         """Notes the entry's rank, which may have changed."""
-        heapq.heappush(self._ranks, (entry.rank, entry.serial, entry))
+        self._ranks.push((entry.rank, entry.serial, entry))
         if len(self._ranks) > 2 * self.queued + _SLACK:
-            _compact(self._ranks)
+            self._ranks.compact()
 
     def offer_head(self, entry: _Entry) -> None:
         """Makes the call that `entry` may have uncovered, or is, a candidate."""
@@ -200,9 +242,11 @@ class _Lane:
     def best(self) -> tuple[float, int]:
         """Rank of the best queued call, with its serial. There must be one."""
         ranks = self._ranks
-        while not _is_current(ranks[0]):
-            heapq.heappop(ranks)
-        return ranks[0][:2]
+        while (first := ranks.first()) is not None:
+            if _is_current(first):
+                return first[:2]
+            ranks.pop()
+        raise LookupError("a session without queued calls has no best one")
 
     def _offer_line(self, line: _Line) -> None:
         head = line.head()
@@ -222,11 +266,6 @@ class _Lane:
 def _is_current(item: _Ranked) -> bool:
     rank, _, entry = item
     return entry.state is _State.QUEUED and entry.rank == rank
-
-
-def _compact(heap: list[_Ranked]) -> None:
-    heap[:] = [item for item in heap if _is_current(item)]
-    heapq.heapify(heap)
 
 
 class _BySession:
@@ -335,8 +374,8 @@ class _ByCall:
     """Queued calls that have nothing to do with each other."""
 
     def __init__(self) -> None:
-        self._heap: list[_Ranked] = []
-        self._batches: dict[str, list[_Ranked]] = {}
+        self._sorted = _Sorted()
+        self._batches: dict[str, _Sorted] = {}
         self._ready = 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
@@ -351,14 +390,15 @@ class _ByCall:
         self._push(entry)
 
     def pop(self) -> _Entry | None:
-        return self._pop(self._heap)
+        return self._pop(self._sorted)
 
     def pop_of(self, batch: str) -> _Entry | None:
-        return self._pop(self._batches.get(batch, []))
+        found = self._batches.get(batch)
+        return None if found is None else self._pop(found)
 
-    def _pop(self, heap: list[_Ranked]) -> _Entry | None:
-        while heap:
-            item = heapq.heappop(heap)
+    def _pop(self, ranked: _Sorted) -> _Entry | None:
+        while (item := ranked.first()) is not None:
+            ranked.pop()
             if _is_current(item):
                 item[2].state = _State.RUNNING
                 self.leave(item[2])
@@ -382,14 +422,19 @@ class _ByCall:
         pass
 
     def _push(self, entry: _Entry) -> None:
-        heapq.heappush(self._heap, (entry.rank, entry.serial, entry))
-        if len(self._heap) > 2 * self._ready + _SLACK:
-            _compact(self._heap)
+        item = (entry.rank, entry.serial, entry)
+        _push_compactly(self._sorted, item, self._ready)
         if entry.batch:
-            batch = self._batches.setdefault(entry.batch, [])
-            heapq.heappush(batch, (entry.rank, entry.serial, entry))
-            if len(batch) > 2 * self._ready + _SLACK:
-                _compact(batch)
+            batch = self._batches.get(entry.batch)
+            if batch is None:
+                batch = self._batches[entry.batch] = _Sorted()
+            _push_compactly(batch, item, self._ready)
+
+
+def _push_compactly(ranked: _Sorted, item: _Ranked, wanted: int) -> None:
+    ranked.push(item)
+    if len(ranked) > 2 * wanted + _SLACK:
+        ranked.compact()
 
 
 class Mailbox:
