@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +24,19 @@ from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import AppError, ConfigError, DirectiveError
 from nalar_mq.logs import logger
 from nalar_mq.manifest import MANIFEST_NAME, ActorEntry, Manifest, load_manifest
-from nalar_mq.rewrite import RewritingFinder
+from nalar_mq.rewrite import RewritingFinder, is_rewritten_module
 from nalar_mq.stub import original_of, public_functions, stand_in
 
 _log = logger(__name__)
 _MUTATORS = frozenset(
     {
-        *("append", "appendleft", "add", "extend", "insert", "remove", "discard", "pop", "popleft", "popitem"),
-        *("clear", "update", "setdefault", "sort", "reverse"),
+        *("append", "appendleft", "add", "extend", "extendleft", "insert", "remove", "discard", "pop", "popleft", "popitem"),
+        *("clear", "update", "setdefault", "sort", "reverse", "rotate", "move_to_end", "subtract", "put", "put_nowait"),
+        *("difference_update", "intersection_update", "symmetric_difference_update"),
     }
+)
+_MUTATING_FUNCTIONS = frozenset(
+    {"setattr", "delattr", "next", "heappush", "heappop", "heapify", "heapreplace", "heappushpop", "insort", "shuffle"}
 )
 
 
@@ -66,11 +69,22 @@ def load_app(path: Path) -> App:
         path = path / MANIFEST_NAME
     if not path.exists():
         raise AppError(f"{path}: there is no such file: an app is a nalar.toml, a folder with one, or a Python file")
-    folder = str(path.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    importlib.invalidate_caches()
+    _put_first(path.parent)
     return _ManifestLoader(load_manifest(path)).load() if path.suffix == ".toml" else _load_file(path)
+
+
+def _put_first(folder: Path) -> None:
+    """Has modules looked for in `folder` first; those of apps loaded earlier that have names of modules there make room."""
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if entry != str(folder))]
+    importlib.invalidate_caches()
+    here = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or entry.is_dir()}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in here and is_rewritten_module(module) and not _is_under(module, folder):
+            del sys.modules[name]
+
+
+def _is_under(module: ModuleType, folder: Path) -> bool:
+    return Path(module.__file__ or "").resolve().is_relative_to(folder)
 
 
 def _load_file(path: Path) -> App:
@@ -103,10 +117,9 @@ class _ManifestLoader:
         """Imports foreign modules first, so that the app's own find the stand-ins in them."""
         self._finder.install()
         try:
-            names = dict.fromkeys(entry.module for entry in self._manifest.actors)
-            own = [name for name in names if self._file_of(name) is not None]
-            for name in [*[name for name in names if name not in own], *own]:
-                module = _imported(name, self._file_of(name))
+            lines = {entry.module: entry.line for entry in reversed(self._manifest.actors)}
+            for name in sorted(lines, key=lambda name: self._file_of(name) is not None):
+                module = _imported(name, self._file_of(name), f"{self._manifest.path}:{lines[name]}: ")
                 self._replace_in(module)
         except BaseException:
             self._finder.uninstall()
@@ -146,14 +159,21 @@ class _ManifestLoader:
         self._actors[entry.name] = spec
         if spec_of(target) is None:
             replacement = stand_in(spec)
+            try:
+                moves.stand_in(target, replacement)
+            except (AttributeError, TypeError):
+                raise DirectiveError(
+                    f"{self._manifest.path}:{entry.line}: {entry.kind} {entry.name!r}: {entry.attribute!r} is built into "
+                    f"Python or an extension: write a {'class' if entry.kind == 'agent' else 'function'} of your own around it"
+                ) from None
             setattr(holder, last, replacement)
-            moves.stand_in(target, replacement)
 
     def _member(self, entry: ActorEntry, holder: Any, name: str) -> Any:
         try:
             return getattr(holder, name)
         except AttributeError:
-            known = tuple(found for found in vars(holder) if not found.startswith("_"))
+            names: list[str] = [*map(str, dir(holder))]
+            known = tuple(found for found in names if not found.startswith("_"))
             message = f"module {entry.module!r} has no {entry.attribute!r}: {did_you_mean(name, known)}"
             raise AppError(f"{self._manifest.path}:{entry.line}: {message}") from None
 
@@ -164,15 +184,18 @@ class _ManifestLoader:
                 return ActorSpec(entry.name, decorated.kind, decorated.target, entry.directives, decorated.methods)
             if entry.kind == "agent":
                 return self._agent_spec(entry, target)
-            if isinstance(target, type) or not callable(target):
-                raise DirectiveError(f"{entry.kind} {entry.name!r}: {entry.attribute!r} is not a function; name it in [agents]")
+            if isinstance(target, type):
+                raise DirectiveError(f"{entry.kind} {entry.name!r}: {entry.attribute!r} is a class; name it in [agents]")
+            if not callable(target) or not hasattr(target, "__qualname__"):
+                raise DirectiveError(f"{entry.kind} {entry.name!r}: {entry.attribute!r} is not a function")
             return function_spec(entry.kind, entry.name, target, entry.directives, transparent=True)
         except DirectiveError as error:
             raise DirectiveError(f"{self._manifest.path}:{entry.line}: {error}") from None
 
     def _agent_spec(self, entry: ActorEntry, target: Any) -> ActorSpec:
         if not isinstance(target, type):
-            raise DirectiveError(f"agent {entry.name!r}: {entry.attribute!r} is not a class; name it in [tools] or [workflows]")
+            advice = "is a function; name it in [tools] or [workflows]" if callable(target) else "is not a class"
+            raise DirectiveError(f"agent {entry.name!r}: {entry.attribute!r} {advice}")
         cls: type[Any] = target
         methods = {name: MethodSpec(name, function, bound=True) for name, function in public_functions(cls).items()}
         spec = ActorSpec(entry.name, "agent", cls, entry.directives, methods, transparent=True)
@@ -201,32 +224,53 @@ def changes_itself(cls: type) -> str:
 
 
 def _change_of(function: ast.FunctionDef | ast.AsyncFunctionDef, this: str) -> int:
-    for node in ast.walk(function):
-        if not isinstance(node, (ast.stmt, ast.expr)):
-            continue
-        targets: list[ast.expr] = []
-        if isinstance(node, (ast.Assign, ast.Delete)):
-            targets = node.targets
-        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
-            targets = [node.func.value]
-        if any(_is_part_of(target, this) for target in targets):
-            return node.lineno
-    return 0
+    """The first line on which a function changes what its parameter `this` holds; 0 if there is none."""
+    nodes = [node for node in ast.walk(function) if isinstance(node, (ast.stmt, ast.expr))]
+    names = {this, *_aliases(nodes, this)}
+    lines = [node.lineno for node in nodes if any(_is_part_of(target, names) for target in _changed_by(node, this, names))]
+    return min(lines, default=0)
 
 
-def _is_part_of(target: ast.expr, this: str) -> bool:
+def _aliases(nodes: list[ast.stmt | ast.expr], this: str) -> Iterator[str]:
+    """Names that are bound to something that `this` holds."""
+    for node in nodes:
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and _is_part_of(node.iter, {this}):
+            yield node.target.id
+        if isinstance(node, ast.Assign) and _is_part_of(node.value, {this}):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def _changed_by(node: ast.stmt | ast.expr, this: str, names: set[str]) -> list[ast.expr]:
+    """The expressions that a node assigns to, or calls something that changes them."""
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        return node.targets
+    if isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        return [node.target]
+    if not isinstance(node, ast.Call):
+        return []
+    called = node.func
+    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    if isinstance(called, ast.Attribute) and name in _MUTATORS:
+        return [_held(called.value, names - {this})]  # `self.add(x)` calls a method of its own
+    return [_held(node.args[0], names)] if name in _MUTATING_FUNCTIONS and node.args else []
+
+
+def _held(node: ast.expr, names: set[str]) -> ast.expr:
+    """What is changed where `node` is the object itself: for a bare name, something that it holds."""
+    return ast.Attribute(node, "", ast.Load()) if isinstance(node, ast.Name) and node.id in names else node
+
+
+def _is_part_of(target: ast.expr, names: Collection[str]) -> bool:
     if isinstance(target, (ast.Tuple, ast.List)):
-        return any(_is_part_of(element, this) for element in target.elts)
+        return any(_is_part_of(element, names) for element in target.elts)
     inside = target
     while isinstance(inside, (ast.Attribute, ast.Subscript, ast.Starred)):
         inside = inside.value
-    return inside is not target and isinstance(inside, ast.Name) and inside.id == this
+    return inside is not target and isinstance(inside, ast.Name) and inside.id in names
 
 
-def _imported(name: str, file: Path | None) -> ModuleType:
-    """Imports a module; one of the same name from another file, of an app loaded earlier, makes room."""
+def _imported(name: str, file: Path | None, where: str = "") -> ModuleType:
+    """Imports a module; one of the same name from another file makes room. `where` is who asks for it, for messages."""
     known = sys.modules.get(name)
     if known is not None and file is not None and Path(getattr(known, "__file__", None) or "").resolve() != file.resolve():
         del sys.modules[name]
@@ -238,7 +282,7 @@ def _imported(name: str, file: Path | None) -> ModuleType:
         raise AppError(f"{error.filename}:{error.lineno}: {error.msg}") from None
     except ModuleNotFoundError as error:
         if error.name == name:
-            message = f"there is no module {name!r}: it is looked for beside the app's file, then on Python's path"
+            message = f"{where}there is no module {name!r}: it is looked for beside the app's file, then on Python's path"
             raise AppError(message) from None
         raise _import_failure(name, error) from error
     except BaseException as error:
@@ -250,7 +294,8 @@ def _imported(name: str, file: Path | None) -> ModuleType:
 def _import_failure(name: str, error: BaseException) -> AppError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return AppError(f"{where}module {name!r} cannot be imported: {type(error).__name__}: {error}")
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return AppError(f"{where}module {name!r} cannot be imported: {said}")
 
 
 def _where(target: Callable[..., Any]) -> str:

@@ -1113,6 +1113,11 @@ class _RewritingLoader(importlib.machinery.SourceFileLoader):
         self._finder.on_module(module)
 
 
+def is_rewritten_module(module: types.ModuleType) -> bool:
+    """True if the module was loaded through a `RewritingFinder`."""
+    return type(getattr(getattr(module, "__spec__", None), "loader", None)) is _RewritingLoader
+
+
 def _nothing(_: object) -> None:
     return None
 
