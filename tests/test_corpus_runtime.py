@@ -17,6 +17,7 @@ from nalar_mq.app import App, load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.worker import Worker
+from tests.test_cli import Running, all_gone
 from tests.test_corpus import FOLDER, plainly
 
 Outcome = tuple[str, str]
@@ -91,3 +92,29 @@ def _plain_outcome(module: str, pattern: str) -> Outcome:
 @pytest.mark.parametrize(("module", "pattern"), CASES)
 def test_the_runtime_gives_what_plain_python_gives(module: str, pattern: str, outcomes: dict[tuple[str, str], Outcome]) -> None:
     assert outcomes[module, pattern] == _plain_outcome(module, pattern)
+
+
+@pytest.fixture(scope="module", params=list(PLAIN))
+def up(request: pytest.FixtureRequest, folders: dict[str, Path], apps: dict[str, App]) -> Iterator[tuple[str, Path]]:
+    """A file of the corpus and its folder, served by two worker processes."""
+    folder = folders[request.param]
+    running = Running("up", ".", "--workers", "2", cwd=folder)
+    try:
+        running.says("2 workers are ready")
+        yield request.param, folder
+    finally:
+        children = running.children()
+        assert running.end() == 0
+        assert all_gone(children)
+
+
+def test_worker_processes_give_what_plain_python_gives(up: tuple[str, Path]) -> None:
+    name, folder = up
+
+    async def outcomes() -> dict[str, Outcome]:
+        async with connect(app=folder) as client:
+            found = [_outcome_over(client, pattern) for module, pattern in CASES if module == name]
+            return dict(zip((p for m, p in CASES if m == name), await asyncio.gather(*found), strict=True))
+
+    expected = {pattern: _plain_outcome(name, pattern) for module, pattern in CASES if module == name}
+    assert asyncio.run(outcomes()) == expected
