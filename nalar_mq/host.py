@@ -25,9 +25,9 @@ import functools
 import hashlib
 import sys
 import threading
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from typing import Any, cast
 
 from nalar_mq import moves, values
 from nalar_mq.actor import ActorSpec, MethodSpec
@@ -54,6 +54,7 @@ from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
 from nalar_mq.transparent import run_driver
 
+_EARLY_CREDITS = 1_000
 _PUSHED_KEPT = 20_000
 _PUSHED_BYTES = 32 * 1024 * 1024
 _WANT_AFTER_S = 1.0
@@ -76,8 +77,10 @@ class Execution:
         "context",
         "deadline",
         "ended",
+        "given",
         "host",
         "is_answered",
+        "is_batched",
         "method",
         "missing",
         "outflow",
@@ -99,6 +102,7 @@ class Execution:
         self.wanted_at = now
         self.deadline = None if call.timeout_s is None else now + call.timeout_s
         self.missing: set[bytes] | None = None
+        self.given: dict[bytes, Resolve | Fail] = {}
         self.consumers: list[Address] | None = None
         self.context: CallContext | None = None
         self.task: asyncio.Task[None] | None = None
@@ -107,6 +111,7 @@ class Execution:
         self.started = False
         self.ended = False
         self.is_answered = False
+        self.is_batched = False
         self.waits = 0
 
     def has_suspended(self, task: asyncio.Task[None]) -> None:
@@ -127,6 +132,10 @@ class Execution:
     def hold(self) -> str:
         """How this execution's session is named in the `holds` of its children."""
         return f"{self.call.actor}/{self.session_key}"
+
+    def value_of(self, id: bytes) -> Any:
+        """The value of a future that it depends on."""
+        return values.decode(self.given[id].payload)
 
     def give_up(self) -> None:
         """It waits. Any thread."""
@@ -155,7 +164,8 @@ class Outflow:
         self._execution = execution
         self._send = send
         self._loop = loop
-        self._kept: list[bytes] = []
+        self._kept: deque[bytes] = deque()
+        self._size_bytes = 0
         self._sent = 0
         self._limit = 0
         self._is_closed = False
@@ -175,7 +185,7 @@ class Outflow:
         call = self._execution.call
         while self._kept and self._sent < self._limit:
             self._sent += 1
-            self._send(Chunk(call.id, self._sent, self._kept.pop(0), call.attempt))
+            self._send(Chunk(call.id, self._sent, self._kept.popleft(), call.attempt))
         if not self._kept:
             room, self._room = self._room, []
             for wake in room:
@@ -186,6 +196,21 @@ class Outflow:
         self._is_closed = True
         self._kept.clear()
         self._flush()
+
+    def encoded(self, piece: Any) -> bytes:
+        """A piece as bytes; any thread.
+
+        Raises:
+            ValueTooLargeError: it does not fit, or all together do not fit into one value and nobody has asked for a stream.
+        """
+        label = self._execution.label
+        payload = values.encode(piece, None, f"a piece of {label}")
+        self._size_bytes += len(payload)
+        if len(payload) > VALUE_LIMIT_BYTES:
+            raise too_large(f"a piece of {label}", len(payload), label)
+        if self._size_bytes > VALUE_LIMIT_BYTES and not self.is_streaming and not self._is_closed:
+            raise too_large(f"the pieces of {label}, which nobody takes as a stream,", self._size_bytes, label)
+        return payload
 
     def put(self, payload: bytes) -> bool:
         """Adds a piece; False if the producer should wait for room. On the loop."""
@@ -228,6 +253,8 @@ class Host:
         self._waiting: dict[bytes, list[Execution]] = {}
         self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
         self._pushed_bytes = 0
+        self._early_credits: OrderedDict[bytes, int] = OrderedDict()
+        self._casts: dict[bytes, Execution] = {}
         self._threads = Threads(f"{name}-call")
         self._runner = Runner(self._loop)
         self._inbox = LoopInbox(self._loop)
@@ -269,19 +296,23 @@ class Host:
         now = self._loop.time()
         execution = Execution(self, owner, call, replica, method, now)
         self._executions[call.id] = execution
+        if call.cast and execution.deadline is not None:
+            self._casts[call.id] = execution
         if call.deps:
             self._await_values(execution)
+        if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
+            self._outflow(execution).allow(limit)
         reentrant = replica.spec.stateful and bool(call.holds) and execution.hold in call.holds
         is_new = replica.mailbox.put(
             call.id,
             session=execution.session_key,
-            sender=owner.name,
+            sender=f"{owner.name}/{owner.incarnation}",
             number=call.number,
             priority=call.priority,
             now=now,
             ready=not execution.missing,
             reentrant=reentrant,
-            batch=call.method or call.actor if replica.spec.directives.batchable else "",
+            batch=_batch_key(call) if replica.spec.directives.batchable else "",
         )
         if not is_new:
             self._answer_error(execution, CallExpiredError(f"session {call.session!r} has had this call already"))
@@ -295,7 +326,9 @@ class Host:
             self._calls.tell(owner, Fail(call.id, *values.encode_error(error)))
 
     def _await_values(self, execution: Execution) -> None:
-        missing = {id for id in execution.call.deps if id not in self._pushed}
+        pushed, deps = self._pushed, execution.call.deps
+        execution.given = {id: pushed[id] for id in deps if id in pushed}
+        missing = {id for id in deps if id not in pushed}
         if missing:
             execution.missing = missing
             for id in missing:
@@ -311,6 +344,7 @@ class Host:
             missing = execution.missing
             if missing is not None:
                 missing.discard(message.id)
+                execution.given[message.id] = message
                 if not missing and not execution.ended:
                     execution.missing = None
                     execution.replica.mailbox.mark_ready(execution.call.id)
@@ -335,6 +369,9 @@ class Host:
             self._forget(execution)
             self.pump(execution.replica)
             return
+        if execution.is_batched:
+            self._answer_error(execution, CallCancelledError(reason or "cancelled", started=True))
+            return  # the others want the batch to go on
         context = execution.context
         if context is None or context.cancelled:
             return
@@ -368,11 +405,14 @@ class Host:
             execution.consumers.append(consumer)
 
     def on_credit(self, owner: Address, credit: Credit) -> None:
-        """The owner takes pieces of the stream up to a number."""
+        """The owner takes pieces of the stream up to a number; a call that waits for room in the channel comes later."""
         execution = self._executions.get(credit.id)
-        if execution is None or execution.owner != owner:
-            return
-        self._outflow(execution).allow(credit.limit)
+        if execution is None:
+            self._early_credits[credit.id] = credit.limit
+            if len(self._early_credits) > _EARLY_CREDITS:
+                self._early_credits.popitem(last=False)
+        elif execution.owner == owner:
+            self._outflow(execution).allow(credit.limit)
 
     def _outflow(self, execution: Execution) -> Outflow:
         if execution.outflow is None:
@@ -381,8 +421,13 @@ class Host:
         return execution.outflow
 
     def on_owner_lost(self, owner: Address) -> None:
-        """Nobody is left who wants that process's calls: they end, their children with them."""
+        """Nobody is left who wants that process's calls: they end, their children with them.
+
+        Casts go on, since nobody ever waited for them, unless they need a value that now never comes.
+        """
         for execution in [e for e in self._executions.values() if e.owner == owner]:
+            if execution.call.cast and not execution.missing:
+                continue
             execution.is_answered = True
             self._cancel(execution, f"its caller {owner.name!r} is gone")
 
@@ -440,6 +485,8 @@ class Host:
                 arguments.append(args[0])
             else:
                 self._run(execution, args, kwargs)
+        for execution in begun:
+            execution.is_batched = True
         if begun:
             variables = self._variables(begun[0])
             self._threads.run(lambda: variables.run(self._run_batch_in_thread, batch, begun, arguments))
@@ -513,23 +560,15 @@ class Host:
             self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
 
     def _failed_dependency(self, execution: Execution) -> Fail | None:
-        for id in execution.call.deps:
-            pushed = self._pushed.get(id)
-            if type(pushed) is Fail:
-                return pushed
-        return None
+        return next((given for given in execution.given.values() if type(given) is Fail), None)
 
     def _arguments(self, execution: Execution) -> tuple[list[Any], dict[str, Any]]:
         call = execution.call
-        args, kwargs = values.decode_arguments(call.payload, self._value_of if call.deps else None)
+        args, kwargs = values.decode_arguments(call.payload, execution.value_of if call.deps else None)
         spec = execution.replica.spec
         if spec.transparent and call.parent:
             return args, kwargs
         return execution.method.fitted(execution.label, args, kwargs)
-
-    def _value_of(self, id: bytes) -> Any:
-        pushed = self._pushed[id]
-        return values.decode(pushed.payload)
 
     async def _run_on_loop(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         payload: bytes | None = None
@@ -577,11 +616,15 @@ class Host:
 
     async def _pour(self, execution: Execution, pieces: AsyncIterator[Any]) -> Any:
         outflow = self._outflow(execution)
-        async for piece in pieces:
-            if not outflow.put(values.encode(piece, None, f"a piece of {execution.label}")):
-                room: asyncio.Future[None] = self._loop.create_future()
-                outflow.on_room(functools.partial(_settle, room))
-                await room
+        try:
+            async for piece in pieces:
+                if not outflow.put(outflow.encoded(piece)):
+                    room: asyncio.Future[None] = self._loop.create_future()
+                    outflow.on_room(functools.partial(_settle, room))
+                    await room
+        finally:
+            if isinstance(pieces, AsyncGenerator):
+                await cast("AsyncGenerator[Any, None]", pieces).aclose()
         await outflow.drained()
         return None if outflow.is_streaming else outflow.rest()
 
@@ -631,6 +674,8 @@ class Host:
     def _result_in_child(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
         def stoppable(stop: Callable[[], None]) -> None:
             execution.child = stop
+            if execution.context is not None and execution.context.cancelled:
+                stop()  # it was cancelled before there was anything to stop
 
         call = execution.call
         payload = values.encode_arguments(args, kwargs)
@@ -638,13 +683,16 @@ class Host:
 
     def _pour_in_thread(self, execution: Execution, pieces: Iterator[Any]) -> Any:
         outflow = self._outflow(execution)
-        for piece in pieces:
-            payload = values.encode(piece, None, f"a piece of {execution.label}")
-            room = threading.Event()
-            self._inbox.put(functools.partial(_put_and_tell, outflow, payload, room))
-            room.wait()
-            if execution.context is not None:
-                execution.context.check_cancelled()
+        try:
+            for piece in pieces:
+                room = threading.Event()
+                self._inbox.put(functools.partial(_put_and_tell, outflow, outflow.encoded(piece), room))
+                room.wait()
+                if execution.context is not None:
+                    execution.context.check_cancelled()
+        finally:
+            if isinstance(pieces, Generator):
+                cast("Generator[Any, None, None]", pieces).close()
         drained = threading.Event()
         self._inbox.put(lambda: outflow.on_room(drained.set))
         drained.wait()
@@ -656,12 +704,17 @@ class Host:
         context = execution.context
         if context is not None and context.cancelled:
             error = CallCancelledError(context.cancelled, started=True)
-        if error is None:
-            assert payload is not None
-            self._answer(execution, Resolve(execution.call.id, payload, _names(execution.consumers)))
-        else:
-            self._answer_error(execution, error)
-        self._finish(execution)
+        try:
+            if error is None:
+                assert payload is not None
+                self._answer(execution, Resolve(execution.call.id, payload, _names(execution.consumers)))
+            else:
+                self._answer_error(execution, error)
+        except Exception as cause:  # it does not fit through the transport
+            execution.is_answered = False
+            self._answer_error(execution, cause)
+        finally:
+            self._finish(execution)
 
     def _end_with_fail(self, execution: Execution, cause: Fail) -> None:
         pushed = _names(execution.consumers)
@@ -674,6 +727,7 @@ class Host:
         replica = execution.replica
         if replica.holders.get(execution.session_key) == execution.call.id:
             del replica.holders[execution.session_key]
+            replica.instance(execution.session_key)  # idle from now on, not from its beginning
         replica.mailbox.finish(execution.call.id)
         self.completed += 1
         self.pump(execution.replica)
@@ -681,6 +735,8 @@ class Host:
     def _forget(self, execution: Execution) -> None:
         execution.ended = True
         self._executions.pop(execution.call.id, None)
+        if execution.call.cast:
+            self._casts.pop(execution.call.id, None)
         if execution.missing:
             for id in execution.missing:
                 waiting = self._waiting.get(id)
@@ -697,10 +753,13 @@ class Host:
         if isinstance(error, CallError):
             error.call_id = error.call_id or execution.call.id.hex()
             error.actor = error.actor or execution.label
-        if execution.call.cast:
-            _log.error("cast.failed", actor=execution.label, error=repr(error))
         moves.strip(error)
-        self._answer(execution, Fail(execution.call.id, *values.encode_error(error), _names(execution.consumers)))
+        failure = values.encode_error(error)
+        if len(failure.payload) > VALUE_LIMIT_BYTES:
+            failure = failure._replace(payload=b"")  # its text and traceback are short
+        if execution.call.cast:
+            _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
+        self._answer(execution, Fail(execution.call.id, *failure, _names(execution.consumers)))
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
         if execution.is_answered:
@@ -719,13 +778,23 @@ class Host:
         while True:
             await asyncio.sleep(_WANT_AFTER_S)
             now = self._loop.time()
-            for id, executions in list(self._waiting.items()):
-                for execution in executions:
-                    if now - execution.wanted_at >= _WANT_AFTER_S:
-                        execution.wanted_at = now + min(10.0, now - execution.arrived)
-                        self._calls.tell(execution.owner, Want(id))
-            self._look_for_circles(now)
-            self._end_idle_sessions(now)
+            for look in (self._ask_for_values, self._end_late_casts, self._look_for_circles, self._end_idle_sessions):
+                try:
+                    look(now)
+                except Exception:
+                    _log.exception("host.upkeep_failed")
+
+    def _ask_for_values(self, now: float) -> None:
+        for id, executions in list(self._waiting.items()):
+            for execution in list(executions):
+                if now - execution.wanted_at >= _WANT_AFTER_S:
+                    execution.wanted_at = now + min(10.0, now - execution.arrived)
+                    self._calls.tell(execution.owner, Want(id))
+
+    def _end_late_casts(self, now: float) -> None:
+        """Of other calls the owner watches the deadline."""
+        for execution in [e for e in self._casts.values() if e.deadline is not None and e.deadline <= now]:
+            self._cancel(execution, "its deadline has passed")
 
     def _look_for_circles(self, now: float) -> None:
         """Asks for every call that has queued for long whether it waits for itself.
@@ -735,7 +804,7 @@ class Host:
         """
         if not any(replica.holders for replica in self._replicas.values()):
             return
-        for execution in self._executions.values():
+        for execution in list(self._executions.values()):
             is_queued = not execution.started and execution.missing is None
             if is_queued and now - execution.arrived > _PROBE_AFTER_S and execution.replica.spec.stateful:
                 id = execution.call.id
@@ -773,6 +842,8 @@ class Host:
     def _end_idle_sessions(self, now: float) -> None:
         for replica in self._replicas.values():
             for key in replica.idle("auto-", now - _SESSION_IDLE_S):
+                if key in replica.holders:
+                    continue
                 self._threads.run(functools.partial(replica.stop_instance, key))
 
     @property
@@ -859,6 +930,11 @@ def _instance_key(execution: Execution) -> str:
     if execution.replica.spec.stateful:
         return execution.session_key
     return hashlib.blake2b(call.init, digest_size=16).hexdigest() if call.init else "-"
+
+
+def _batch_key(call: Call) -> str:
+    """What calls have in common that may run as one: the method, and the instance it is bound to."""
+    return f"{call.method or call.actor}/{call.init.hex()}"
 
 
 def _names(consumers: list[Address] | None) -> tuple[str, ...]:
