@@ -349,6 +349,10 @@ class Calls:
             self.loop.call_soon(self._deliver_local)
         self._local.append(message)
 
+    def flush(self) -> None:
+        """Sends what has been told so far, without waiting for the end of this turn of the loop."""
+        self._endpoint.flush()
+
     def _deliver_local(self) -> None:
         messages, self._local = self._local, []
         self.on_messages(self.me, messages)

@@ -6,9 +6,10 @@ lost, and whoever comes back comes as a higher incarnation. The transport undern
 
 Frames
     Messages to one process made in one turn of the event loop travel together, in frames of up to 64 messages or 64 KiB; a
-    larger message travels alone. Frames of one direction are numbered from 1. A frame is encoded once, kept as bytes until
-    it is acknowledged, and sent again as the same bytes. The receiver hands frames on in order, keeps a bounded number of
-    those that came too early, and drops those it had.
+    larger message travels alone. A full frame leaves at once, so that a program which makes many calls in one turn has
+    others working on the first of them while it makes the last. Frames of one direction are numbered from 1. A frame is
+    encoded once, kept as bytes until it is acknowledged, and sent again as the same bytes. The receiver hands frames on in
+    order, keeps a bounded number of those that came too early, and drops those it had.
 
 Acknowledgement
     `ack` is the highest frame received in order. Every frame out carries it; if none goes out, a bare acknowledgement (a frame
@@ -297,7 +298,8 @@ class Endpoint:
         self._subscription = await self._transport.subscribe(self._subjects.box_filter(self.me.name), self._on_delivered)
 
     def send(self, to: Address, message: Message) -> None:
-        """Sends `message`; it leaves at the end of this turn of the loop, a `Call` not before the window has room.
+        """Sends `message`; it leaves at the end of this turn of the loop or in a full frame before, a `Call` not before the
+        window has room.
 
         To an incarnation that is lost it comes back through `on_lost` in the next turn. To one that is higher than the last
         one known, that one's channel is lost first. A call sent again under its id while it waits replaces the one that
@@ -324,8 +326,16 @@ class Endpoint:
             channel.add(data)
         if len(channel.open_parts) >= _FRAME_MESSAGES:
             channel.seal()
-        if not channel.is_dirty:
+            if self._transport.is_connected and not self._is_closed:
+                self._send_frames(channel)
+        elif not channel.is_dirty:
             self._soil(channel)
+
+    def flush(self) -> None:
+        """Sends what this turn has made so far, for who knows that little more will come of it."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flush()
 
     def withdraw(self, to: Address, call_id: bytes) -> bool:
         """Takes a call back that still waits for the window; True if it did, and so never leaves."""

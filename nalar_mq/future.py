@@ -461,7 +461,7 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
     for future in pending:
         if future.failed():
             await future
-    return tuple([await future for future in pending])
+    return tuple([future.value() for future in pending])
 
 
 async def _all_ended_or_one_failed(futures: list[Future[Any]]) -> None:

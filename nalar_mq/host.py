@@ -67,7 +67,10 @@ _log = logger(__name__)
 
 
 class Execution:
-    """One call in this worker; also its slot in the replica (`context.Slot`)."""
+    """One call in this worker; also its slot in the replica (`context.Slot`).
+
+    Its `session_key` is what the mailbox keeps apart: a session, or one instance within it.
+    """
 
     __slots__ = (
         "arrived",
@@ -86,6 +89,7 @@ class Execution:
         "outflow",
         "owner",
         "replica",
+        "session_key",
         "started",
         "task",
         "waits",
@@ -101,6 +105,7 @@ class Execution:
         self.arrived = now
         self.wanted_at = now
         self.deadline = None if call.timeout_s is None else now + call.timeout_s
+        self.session_key = f"{call.session}/{call.instance}" if call.instance else call.session
         self.missing: set[bytes] | None = None
         self.given: dict[bytes, Resolve | Fail] = {}
         self.consumers: list[Address] | None = None
@@ -122,11 +127,6 @@ class Execution:
     def label(self) -> str:
         """`actor` or `actor.method`."""
         return f"{self.call.actor}.{self.call.method}" if self.call.method else self.call.actor
-
-    @property
-    def session_key(self) -> str:
-        """What the mailbox keeps apart: a session, or one instance within it."""
-        return f"{self.call.session}/{self.call.instance}" if self.call.instance else self.call.session
 
     @property
     def hold(self) -> str:
@@ -256,7 +256,7 @@ class Host:
         self._early_credits: OrderedDict[bytes, int] = OrderedDict()
         self._casts: dict[bytes, Execution] = {}
         self._threads = Threads(f"{name}-call")
-        self._runner = Runner(self._loop)
+        self._runner = Runner(self._loop, calls.flush)
         self._inbox = LoopInbox(self._loop)
         self._base = contextvars.copy_context()
         self._upkeep: asyncio.Task[None] | None = None

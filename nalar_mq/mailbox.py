@@ -250,7 +250,9 @@ class _Lane:
 
     def _offer_line(self, line: _Line) -> None:
         head = line.head()
-        if head is not None and head is not line.candidate and self._may_run(head):
+        if head is None or head is line.candidate or not head.is_ready:
+            return
+        if not self.hold_gaps or head.number <= line.expected:
             line.candidate = head
             heapq.heappush(self._heads, (head.serial, head))
 

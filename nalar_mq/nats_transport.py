@@ -146,7 +146,10 @@ class _Client(Client):
         self._attempts = 0
 
     def enqueue(self, command: bytes) -> None:
-        """Sends a publication at the end of this loop turn, or when that is possible again."""
+        """Sends a publication, now or when that is possible again; what the socket does not take at once it takes together."""
+        if not self._outbox and not self._congestion.is_set() and self._can_write():
+            self._write(command)
+            return
         self._outbox.append(command)
         self._outbox_bytes += len(command)
         if self._outbox_bytes > _SOCKET_BYTES:

@@ -27,10 +27,14 @@ OnSuspend = Callable[["asyncio.Task[None]"], None]
 
 
 class Runner:
-    """Runs coroutines in the order in which they were given, each until it ends or first suspends; all on one loop."""
+    """Runs coroutines in the order in which they were given, each until it ends or first suspends; all on one loop.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    `on_pause` is called when one has ended that had a task to itself, or all that were ready have been run.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_pause: Callable[[], None]) -> None:
         self._loop = loop
+        self._on_pause = on_pause
         self._ready: deque[tuple[Coroutine[Any, Any, None], contextvars.Context, OnSuspend]] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -58,6 +62,7 @@ class Runner:
         finally:
             if self._task is task:
                 self._hand_over()
+            self._on_pause()
 
     def _hand_over(self) -> None:
         """The task of now belongs to the coroutine in it, or ends; another one does the rest."""
