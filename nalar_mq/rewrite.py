@@ -11,7 +11,8 @@ Each expression stands in one of three places:
 `nalar_mq.moves`. Where names are read by code that is not rewritten (modules, class bodies, names that an `async def` uses)
 bindings are deep. Bodies of `try` and `with` are guarded: what a statement there binds is deep and all calls made meanwhile
 have ended, and names from outside that the body reads have their values before it begins, as errors of calls made outside
-belong outside. `async def` stays as it is; functions inside it are rewritten.
+belong outside. In generators each statement of such a body that does not yield is guarded on its own. `async def` stays as
+it is; functions inside it are rewritten.
 
 File name, lines and columns are the user's. The names put in begin with `_@`, which no Python source can write.
 """
@@ -752,10 +753,18 @@ class _Rewriter:
         before, known = scope.guarded, set(scope.known)
         scope.guarded = before if guarded is None else guarded
         try:
-            return [out for statement in body for out in self._statement(statement)]
+            return [out for statement in body for out in self._in_body(statement)]
         finally:
             scope.guarded = before
             scope.known = known
+
+    def _in_body(self, node: ast.stmt) -> list[ast.stmt]:
+        """One statement; in a guarded body of a generator it is guarded on its own, since others run while it yields."""
+        alone = self._scope.is_generator and self._scope.guarded and _calls_and_goes_on(node)
+        rewritten = self._statement(node)
+        if not alone:
+            return rewritten
+        return [ast.copy_location(ast.With([ast.withitem(self._ask("guard", node))], rewritten), node)]
 
     def _statement(self, node: ast.stmt) -> list[ast.stmt]:
         rewrite = getattr(self, f"_do_{type(node).__name__.lower()}", None)
@@ -1085,6 +1094,12 @@ def _is_flat(target: ast.expr) -> bool:
 
 def _has_call(node: ast.expr) -> bool:
     return any(isinstance(n, (ast.Call, ast.YieldFrom)) for n in ast.walk(node))
+
+
+def _calls_and_goes_on(statement: ast.stmt) -> bool:
+    """True if a statement calls something and never yields."""
+    nodes = list(_own_nodes([statement]))
+    return any(isinstance(n, ast.Call) for n in nodes) and not any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in nodes)
 
 
 def _has_yield(node: ast.expr) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +13,13 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+
+from nalar_mq.app import load_app
+from nalar_mq.client import connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.errors import RemoteTraceback
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.worker import Worker
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "plain"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
@@ -75,3 +84,80 @@ def test_python_and_nalar_give_the_same_answer_and_only_nalar_overlaps_the_calls
     assert len(intervals(alone)) == len(intervals(together)) == 3
     assert overlaps(alone) == []
     assert overlaps(together) != []
+
+
+FAILING = """\
+class Clerk:
+    def file(self, number):
+        return {}[number]
+
+
+def check(number):
+    raise ValueError(f"{number} is wrong")
+
+
+def late():
+    first = Clerk().file(3)
+    second = len("other work")
+    return first + second
+
+
+def nested():
+    return sorted(map(check, [1]))
+
+
+def own():
+    return check_all([0])
+
+
+def check_all(numbers):
+    return [1 / number for number in numbers]
+"""
+FAILING_MANIFEST = """
+[agents.clerk]
+source = "failing:Clerk"
+[tools.check]
+source = "failing:check"
+[workflows.late]
+source = "failing:late"
+[workflows.nested]
+source = "failing:nested"
+[workflows.own]
+source = "failing:own"
+"""
+
+
+@pytest.mark.parametrize(
+    ("workflow", "error", "lines"),
+    [("late", KeyError, [3, 13, 11]), ("nested", ValueError, [7, 17]), ("own", ZeroDivisionError, [21, 25])],
+)
+def test_a_traceback_shows_the_users_lines_and_no_others(
+    tmp_path: Path,
+    broker_access: BrokerAccess,
+    monkeypatch: pytest.MonkeyPatch,
+    workflow: str,
+    error: type[Exception],
+    lines: list[int],
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "nalar.toml").write_text(FAILING_MANIFEST)
+    app = load_app(tmp_path)
+    settings = Settings(broker=broker_access, namespace="unmodified", node="here")
+
+    async def call() -> BaseException | None:
+        hub = MemoryHub(seed=1)
+        async with (
+            Worker(app, settings, name="w", connect=hub.connect, lease_in_thread=False),
+            connect(settings=settings, connect=hub.connect) as client,
+        ):
+            with pytest.raises(error) as raised:
+                await client.call(workflow)
+            return raised.value.__cause__
+
+    cause = asyncio.run(call())
+    app.unload()
+    assert isinstance(cause, RemoteTraceback)
+    text = str(cause)
+    assert set(re.findall(r'File "(.*?)"', text)) == {str(tmp_path / "failing.py")}
+    assert list(dict.fromkeys(map(int, re.findall(r"line (\d+)", text)))) == lines

@@ -924,6 +924,41 @@ def p_async_in_thread():
         return pool.submit(asyncio.run, aslow(3)).result()
 
 
+def put_in(d, k, x):
+    d[k] = boom(x)
+
+
+def p_gen_stored():
+    def inner():
+        d = {}
+        for i in range(2):
+            try:
+                if i == 0:
+                    put_in(d, "a", i)
+                yield "went on"
+                put_in(d, "b", i)
+                yield "not reached"
+            except Boom as e:
+                yield e.what
+            finally:
+                d.clear()
+
+    return list(inner())
+
+
+def p_gen_with_stored():
+    @contextlib.contextmanager
+    def kept():
+        d = {}
+        with contextlib.suppress(Boom):
+            put_in(d, "a", 1)
+            d["reached"] = 1
+        yield d
+
+    with kept() as d:
+        return d.get("reached")
+
+
 REGISTRY = {}
 TOOLS = [
     slow,
