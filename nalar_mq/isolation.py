@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -63,11 +64,11 @@ class Children:
             child = self._idle.pop() if self._idle else None
         if child is None:
             child = _Child(self._app_path)
-        stoppable(child.kill)
+        stoppable(child.stop)
         try:
             outcome = child.ask(Job(actor, method, init, payload))
         except (OSError, EOFError):
-            child.kill()
+            child.end()
             label = f"{actor}.{method}" if method else actor
             raise WorkerLostError(f"the child process that ran {label} ended with {child.exit_code()}", actor=label) from None
         self._keep(child)
@@ -81,7 +82,7 @@ class Children:
             if not self._closed and len(self._idle) < _IDLE_CHILDREN:
                 self._idle.append(child)
                 return
-        child.kill()
+        child.end()
 
     def close(self) -> None:
         """Ends all idle children; busy ones end after their call."""
@@ -89,7 +90,7 @@ class Children:
             self._closed = True
             idle, self._idle = self._idle, []
         for child in idle:
-            child.kill()
+            child.end()
 
 
 class _Child:
@@ -98,16 +99,25 @@ class _Child:
             [sys.executable, "-m", "nalar_mq.isolation", str(app_path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,
         )
+        self._lock = threading.Lock()
 
     def ask(self, job: Job) -> Outcome:
         assert self._process.stdin is not None and self._process.stdout is not None
         _write(self._process.stdin, msgspec.msgpack.encode(job))
         return msgspec.msgpack.decode(_read(self._process.stdout), type=Outcome)
 
-    def kill(self) -> None:
-        with contextlib.suppress(OSError):
-            self._process.kill()
+    def stop(self) -> None:
+        """Kills it and the processes it has started; waits for nothing, so that it may be called on the loop."""
+        with self._lock:
+            if self._process.poll() is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kills it, and leaves nothing of it; in the thread of its call, or where no call is."""
+        self.stop()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -141,6 +151,8 @@ def serve(app_path: Path) -> None:
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    for pipe in (requests, answers):  # a process that the user's code forks off would keep them open
+        os.register_at_fork(after_in_child=pipe.close)
     app = load_app(app_path)
     instances: dict[tuple[str, bytes], Any] = {}
     while True:
