@@ -308,16 +308,17 @@ class Calls:
         else:
             self._places.find(key, call.actor, entry.future.id, self._placed)
 
-    def _placed(self, id: bytes, address: Address | None, error: CallError | None) -> None:
+    def _placed(self, id: bytes, address: Address | None, error: CallError | None) -> bool:
         entry = self._entries.get(id)
         if entry is None or entry.call is None:
-            return
+            return False
         if error is not None:
             self._end_with(entry, copy.copy(error))
         elif address is None:
             self._route(entry)
         else:
             self._send(entry, entry.call, address)
+        return True
 
     def _send(self, entry: Entry, call: Call, address: Address) -> None:
         entry.address = address

@@ -27,6 +27,7 @@ class RoutingTable:
         self._random = random
         self._members: dict[str, Member] = {}
         self._replicas: dict[str, list[Address]] = {}
+        self._infos: dict[str, ActorInfo] = {}
         self._buried: dict[str, int] = {}
         self.version = 0
 
@@ -74,6 +75,8 @@ class RoutingTable:
                 # The longest-lived ones serve; everybody who has the same members leaves out the same others.
                 addresses.sort(key=lambda address: (address.incarnation, address.name))
                 del addresses[first.max_instances :]
+        # Replaced, never changed: threads that make calls read them meanwhile.
+        self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in replicas.items() if found}
         self._replicas = replicas
         self.version += 1
 
@@ -82,15 +85,19 @@ class RoutingTable:
         member = self._members.get(address.name)
         return member is not None and member.incarnation == address.incarnation
 
+    def is_lost(self, address: Address) -> bool:
+        """True if that incarnation has left, was lost or was replaced; False also for one that was never heard of."""
+        member = self._members.get(address.name)
+        is_replaced = member is not None and member.incarnation > address.incarnation
+        return is_replaced or self._buried.get(address.name, -1) >= address.incarnation
+
     def replicas(self, actor: str) -> list[Address]:
         """Where calls of the actor may go: everywhere it is served, up to its `max_instances`; empty if nowhere."""
         return self._replicas.get(actor, [])
 
     def info(self, actor: str) -> ActorInfo | None:
-        """What the members tell of an actor."""
-        for address in self._replicas.get(actor, ()):
-            return self._members[address.name].actors[actor]
-        return None
+        """What the members tell of an actor; any thread."""
+        return self._infos.get(actor)
 
     def known_actors(self) -> list[str]:
         """Names of all actors that somebody serves."""

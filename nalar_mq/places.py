@@ -12,11 +12,16 @@ from collections.abc import Callable
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.errors import CallError, KeyConflictError, NalarError, StateLostError, WireError, WorkerLostError
-from nalar_mq.messages import WIRE_VERSION, Place, decode_place, encode_record
+from nalar_mq.logs import logger
+from nalar_mq.messages import WIRE_VERSION, Place, decode_member, decode_place, encode_record
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyValue, Transport
 
-OnPlaced = Callable[[bytes, Address | None, CallError | None], None]
+OnPlaced = Callable[[bytes, Address | None, CallError | None], bool]
+"""Is told the id it asked for, the place and what went wrong; False if nobody waits for the answer any more."""
+
+_PLACES_KEPT = 200_000
+_log = logger(__name__)
 
 
 class Places:
@@ -67,12 +72,20 @@ class Places:
             address, lost = await self._decide(key, actor)
         except NalarError as cause:
             error = WorkerLostError(f"the place of {key} could not be read: {cause}")
+        except Exception as cause:
+            _log.exception("places.find_failed", key=key)
+            error = WorkerLostError(f"the place of {key} could not be read: {cause!r}")
         if address is not None:
             self._known[key] = address
-        waiting = self._finding.pop(key)
-        for position, (id, on_placed) in enumerate(waiting):
-            first_after_loss = lost and position == 0
-            on_placed(id, address, _state_lost(key) if first_after_loss else error)
+            if len(self._known) > _PLACES_KEPT:
+                del self._known[next(iter(self._known))]
+        for id, on_placed in self._finding.pop(key):
+            try:
+                was_told = on_placed(id, address, _state_lost(key) if lost else error)
+            except Exception:
+                _log.exception("places.asker_failed", key=key)
+            else:
+                lost = lost and not was_told
 
     async def _decide(self, key: str, actor: str) -> tuple[Address | None, bool]:
         """The place, and whether a former one was lost; None if there is no replica to propose."""
@@ -81,7 +94,7 @@ class Places:
         while True:
             entry = await self._bucket.get(key)
             former = self._read(entry.value) if entry is not None and entry.value is not None else None
-            if former is not None and self._table.is_alive(former):
+            if former is not None and (self._table.is_alive(former) or await self._has_just_joined(former)):
                 return former, False
             proposed = self._table.rank(actor, key)
             if proposed is None:
@@ -95,6 +108,19 @@ class Places:
             except KeyConflictError:
                 continue
             return proposed, entry is not None
+
+    async def _has_just_joined(self, address: Address) -> bool:
+        """True for a live process of which whoever wrote the entry has heard before this one."""
+        if self._table.is_lost(address):
+            return False
+        members = await self._transport.key_value(self._subjects.members_bucket)
+        entry = await members.get(address.name)
+        if entry is None or entry.value is None:
+            return False
+        try:
+            return decode_member(entry.value).incarnation == address.incarnation
+        except WireError:
+            return False
 
     async def release(self, key: str, address: Address) -> None:
         """Removes the entry of a session that has ended at `address`."""
