@@ -40,6 +40,7 @@ from nalar_mq.errors import BrokerError, ConfigError
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Member
+from nalar_mq.nats_transport import NatsTransport
 
 T = TypeVar("T")
 
@@ -123,6 +124,8 @@ async def up(
         elif port is not None:
             raise ConfigError("--port is for the embedded broker, but another broker is named: leave out one of the two")
         settings = Settings(broker=access, namespace=_namespace(choice, entry), node=_node_name())
+        if broker is None:
+            await _reach(settings)
         stack.callback(remove_runtime_file, app.parent)
         _announce(app.parent, settings)
         show(access.urls[0])
@@ -136,6 +139,7 @@ async def worker(
     """One node of a runtime whose broker is there already, until SIGINT or SIGTERM."""
     entry = _runtime_entry(app)
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else _node_name())
+    await _reach(settings)
     controller = _controller(app, settings, entry, workers, log_level)
     show(settings.broker.urls[0])
     await _serve(controller, None, tell)
@@ -189,6 +193,12 @@ async def members(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, 
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
         return settings, await client.members()
+
+
+async def _reach(settings: Settings) -> None:
+    """Raises at once what every worker would fail with, again and again."""
+    transport = await NatsTransport.connect(settings.broker, name=settings.node)
+    await transport.aclose()
 
 
 async def _serve(controller: LocalController, broker: EmbeddedBroker | None, tell: Show) -> None:
