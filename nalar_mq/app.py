@@ -22,9 +22,9 @@ from nalar_mq import moves
 from nalar_mq.actor import ActorSpec, MethodSpec, function_spec, spec_of
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import AppError, ConfigError, DirectiveError
+from nalar_mq.finder import RewritingFinder, is_rewritten_module
 from nalar_mq.logs import logger
 from nalar_mq.manifest import MANIFEST_NAME, ActorEntry, Manifest, load_manifest
-from nalar_mq.rewrite import RewritingFinder, is_rewritten_module
 from nalar_mq.stub import original_of, public_functions, stand_in
 
 _log = logger(__name__)

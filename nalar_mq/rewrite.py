@@ -20,25 +20,19 @@ File name, lines and columns are the user's. The names put in begin with `_@`, w
 from __future__ import annotations
 
 import ast
-import importlib.abc
-import importlib.machinery
-import os
-import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from nalar_mq import moves
+from nalar_mq.scopes import SCALAR_CALLS, Scope, bound_names, function_scope, own_nodes, parameters
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 _N = TypeVar("_N", bound=ast.AST)
 
 _LAZY_CALLS: Final = frozenset({"zip", "enumerate", "reversed", "iter"})
-_CONSTRUCTORS: Final = frozenset({"list", "dict", "set", "tuple", "frozenset"})
 _SHALLOW_CALLS: Final = frozenset({"len", "bool", "id", "isinstance"})
-_SCALAR_CALLS: Final = frozenset({"len", "int", "float", "str", "bool", "ord", "chr", "repr", "hash", "id", "isinstance"})
 # Methods of containers and text that store or look up and call nothing back; what else has them is a plain method.
 _SIMPLE_METHODS: Final = frozenset(
     {
@@ -47,7 +41,6 @@ _SIMPLE_METHODS: Final = frozenset(
     }
 )
 _NUMERIC: Final = (ast.Sub, ast.Div, ast.FloorDiv, ast.Pow, ast.LShift, ast.RShift)
-_RECURSION_LIMIT: Final = 3000
 
 
 def rewrite_source(source: str | bytes, filename: str, plain: Collection[str] = ()) -> types.CodeType:
@@ -87,237 +80,14 @@ def _marked(code: types.CodeType, kept: Sequence[range], *, outermost: bool = Fa
     return code.replace(co_consts=consts)
 
 
-# Names.
-
-
-class _Scope:
-    """The names of one module, class, function or comprehension, and what is known of them."""
-
-    def __init__(self, kind: Literal["module", "class", "function", "comprehension"], parent: _Scope | None) -> None:
-        self.kind = kind
-        self.parent = parent
-        self.names: set[str] = set()
-        self.scalars: frozenset[str] = frozenset()
-        self.values: frozenset[str] = frozenset()
-        self.known: set[str] = set()
-        self.fixed: frozenset[str] = frozenset()
-        self.exposed: frozenset[str] = frozenset()
-        self.globals: set[str] = set()
-        self.self_name = ""
-        self.class_name = ""
-        self.is_generator = False
-        self.guarded = False
-        self.temporaries = 0
-
-    @property
-    def binds_futures(self) -> bool:
-        """True if names bound here are read by rewritten code only."""
-        return self.kind == "function" or self.kind == "comprehension"
-
-    def may_be_future(self, name: str) -> bool:
-        if name in self.known:
-            return False
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.globals:
-                return False
-            if name in scope.names and scope.binds_futures:
-                return name not in scope.values and name != scope.self_name
-            scope = scope.parent
-        return False
-
-    def is_global(self, name: str) -> bool:
-        scope: _Scope | None = self
-        while scope is not None and scope.kind != "module":
-            if name in scope.names and name not in scope.globals:
-                return False
-            scope = scope.parent
-        return True
-
-    def is_scalar(self, name: str) -> bool:
-        scope: _Scope | None = self
-        while scope is not None:
-            if name in scope.names and scope.binds_futures:
-                return name in scope.scalars
-            scope = scope.parent
-        return False
-
-    def mangled(self, name: str) -> str:
-        scope: _Scope | None = self
-        while scope is not None and not scope.class_name:
-            scope = scope.parent
-        if scope is None or not name.startswith("__") or name.endswith("__"):
-            return name
-        return f"_{scope.class_name.lstrip('_')}{name}"
-
-
-def _own_nodes(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """All nodes that run in the same scope as `body`, and the definitions in it without their insides."""
-    pending = list(body)
-    while pending:
-        node = pending.pop()
-        yield node
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            pending.extend([*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)])
-        elif isinstance(node, ast.ClassDef):
-            pending.extend([*node.decorator_list, *node.bases, *node.keywords])
-        elif isinstance(node, ast.Lambda):
-            pending.extend([*node.args.defaults, *(d for d in node.args.kw_defaults if d)])
-        elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            pending.extend(n for n in ast.walk(node) if isinstance(n, ast.NamedExpr))
-            pending.append(node.generators[0].iter)
-        else:
-            pending.extend(ast.iter_child_nodes(node))
-
-
-def _bound_names(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    for node in nodes:
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            yield node.id
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.alias):
-            yield (node.asname or node.name).partition(".")[0]
-        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
-            yield node.name
-        elif isinstance(node, ast.MatchMapping) and node.rest:
-            yield node.rest
-
-
-def _parameters(arguments: ast.arguments) -> list[str]:
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return [a.arg for a in (*every, arguments.vararg, arguments.kwarg) if a is not None]
-
-
-def _function_scope(node: ast.FunctionDef | ast.Lambda, parent: _Scope, module_names: Collection[str]) -> _Scope:
-    scope = _Scope("function", parent)
-    body: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else [*node.body]
-    own = list(_own_nodes(body))
-    scope.globals = {name for n in own if isinstance(n, ast.Global) for name in n.names}
-    nonlocals = {name for n in own if isinstance(n, ast.Nonlocal) for name in n.names}
-    parameters = _parameters(node.args)
-    scope.names = ({*_bound_names(own), *parameters} | _walrus_names(own)) - scope.globals - nonlocals
-    scope.is_generator = any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in own)
-    scope.exposed = frozenset(_names_in_async(body))
-    scope.fixed = frozenset(scope.names - _nonlocals_inside(body))
-    scope.scalars = _inferred(own, scope.fixed - set(parameters), module_names, _is_scalar)
-    scope.values = scope.scalars | _inferred(own, scope.fixed - set(parameters), module_names, _is_never_future)
-    scope.self_name = _self_name(node, parent, own)
-    return scope
-
-
-def _walrus_names(nodes: Iterable[ast.AST]) -> set[str]:
-    return {n.target.id for n in nodes if isinstance(n, ast.NamedExpr)}
-
-
-def _names_in_async(body: Iterable[ast.AST]) -> Iterator[str]:
-    for node in body:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.AsyncFunctionDef):
-                yield from (n.id for n in ast.walk(inner) if isinstance(n, ast.Name))
-
-
-def _nonlocals_inside(body: Iterable[ast.AST]) -> set[str]:
-    return {name for top in body for n in ast.walk(top) if isinstance(n, ast.Nonlocal) for name in n.names}
-
-
-def _self_name(node: ast.FunctionDef | ast.Lambda, parent: _Scope, own: Sequence[ast.AST]) -> str:
-    """The first parameter of a method, which is never a future unless the method binds it anew."""
-    if parent.kind != "class" or isinstance(node, ast.Lambda):
-        return ""
-    first = [*node.args.posonlyargs, *node.args.args][:1]
-    if any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list) or not first:
-        return ""
-    return "" if first[0].arg in set(_bound_names(own)) else first[0].arg
-
-
-_Test = Callable[[ast.expr, Collection[str], Collection[str]], bool]
-
-
-def _inferred(own: Sequence[ast.AST], names: Collection[str], module_names: Collection[str], test: _Test) -> frozenset[str]:
-    """Names of which every binding passes the test, given that the others in the result do."""
-    candidates = set(names)
-    bindings: dict[str, list[ast.expr | None]] = {}
-    simple: set[int] = set()
-    for node in own:
-        for name, target, source in _simple_bindings(node, module_names):
-            bindings.setdefault(name, []).append(source)
-            simple.add(id(target))
-    for node in own:
-        if id(node) not in simple:
-            candidates -= set(_bound_names([node]))
-    candidates &= bindings.keys()
-    while True:
-        wrong = {n for n in candidates if not all(b is None or test(b, candidates, module_names) for b in bindings[n])}
-        if not wrong:
-            return frozenset(candidates)
-        candidates -= wrong
-
-
-def _simple_bindings(node: ast.AST, module_names: Collection[str]) -> Iterator[tuple[str, ast.Name, ast.expr | None]]:
-    if isinstance(node, ast.Assign):
-        for target in node.targets:
-            if isinstance(target, ast.Name):
-                yield target.id, target, node.value
-    elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr)):
-        if isinstance(node.target, ast.Name) and node.value is not None:
-            yield node.target.id, node.target, node.value
-    elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and isinstance(node.iter.func, ast.Name):
-        called = node.iter.func.id
-        target = node.target
-        if called == "enumerate" and isinstance(target, ast.Tuple) and target.elts:
-            target = target.elts[0]
-        elif called != "range":
-            return
-        if isinstance(target, ast.Name) and called not in module_names:
-            yield target.id, target, None
-
-
-def _is_scalar(node: ast.expr, names: Collection[str], module_names: Collection[str]) -> bool:
-    match node:
-        case ast.Constant() | ast.JoinedStr() | ast.Compare():
-            return True
-        case ast.UnaryOp(op=ast.Not()):
-            return True
-        case ast.UnaryOp(operand=operand):
-            return _is_scalar(operand, names, module_names)
-        case ast.BinOp(left=left, right=right):
-            return _is_scalar(left, names, module_names) and _is_scalar(right, names, module_names)
-        case ast.IfExp(body=body, orelse=orelse):
-            return _is_scalar(body, names, module_names) and _is_scalar(orelse, names, module_names)
-        case ast.Name(id=name):
-            return name in names
-        case ast.Call(func=ast.Name(id=name)):
-            return name in _SCALAR_CALLS and name not in module_names
-        case _:
-            return False
-
-
-def _is_never_future(node: ast.expr, names: Collection[str], module_names: Collection[str]) -> bool:
-    match node:
-        case ast.List() | ast.Tuple() | ast.Dict() | ast.Set() | ast.ListComp() | ast.SetComp() | ast.DictComp():
-            return True
-        case ast.BinOp() | ast.UnaryOp() | ast.Lambda() | ast.GeneratorExp():
-            return True
-        case ast.Call(func=ast.Name(id=name)) if name in _CONSTRUCTORS and name not in module_names:
-            return True
-        case ast.IfExp(body=body, orelse=orelse):
-            return _is_never_future(body, names, module_names) and _is_never_future(orelse, names, module_names)
-        case _:
-            return _is_scalar(node, names, module_names)
-
-
-# The rewriting.
-
-
 class _Rewriter:
     """Rewrites one module; nodes are changed in place where they stay what they are."""
 
     def __init__(self, tree: ast.Module, plain: frozenset[str]) -> None:
         self._tree = tree
         self._plain = plain
-        self._scope = _Scope("module", None)
-        every = [*_bound_names(ast.walk(tree)), *(a.arg for a in ast.walk(tree) if isinstance(a, ast.arg))]
+        self._scope = Scope("module", None)
+        every = [*bound_names(ast.walk(tree)), *(a.arg for a in ast.walk(tree) if isinstance(a, ast.arg))]
         self._module_names = frozenset(every)
         self._functions = frozenset(
             n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.decorator_list and every.count(n.name) == 1
@@ -394,7 +164,7 @@ class _Rewriter:
     def _is_scalar_call(self, node: ast.Call) -> bool:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         plain = not any(isinstance(a, ast.Starred) for a in node.args) and all(k.arg for k in node.keywords)
-        return plain and name in _SCALAR_CALLS and name not in self._module_names
+        return plain and name in SCALAR_CALLS and name not in self._module_names
 
     # The places an expression may stand in.
 
@@ -670,7 +440,7 @@ class _Rewriter:
     def _move_lambda(self, node: ast.Lambda) -> ast.expr:
         self._defaults(node.args)
         outer = self._scope
-        self._scope = _function_scope(node, outer, self._module_names)
+        self._scope = function_scope(node, outer, self._module_names)
         clean = self._is_clean(node.body)
         body = self._move(node.body)
         if self._scope.is_generator:
@@ -693,10 +463,10 @@ class _Rewriter:
         node.value = self._ask("delegate", moved, moved)
         return node
 
-    def _comprehension(self, node: _Comprehension) -> _Scope:
+    def _comprehension(self, node: _Comprehension) -> Scope:
         outer = self._scope
-        inner = _Scope("comprehension", outer)
-        inner.names = {n for g in node.generators for n in _bound_names(ast.walk(g.target))}
+        inner = Scope("comprehension", outer)
+        inner.names = {n for g in node.generators for n in bound_names(ast.walk(g.target))}
         if not isinstance(node, ast.GeneratorExp):
             inner.known = outer.known - inner.names
         for i, generator in enumerate(node.generators):
@@ -768,7 +538,7 @@ class _Rewriter:
 
     def _statement(self, node: ast.stmt) -> list[ast.stmt]:
         rewrite = getattr(self, f"_do_{type(node).__name__.lower()}", None)
-        bound = set(_bound_names(_own_nodes([node])))
+        bound = set(bound_names(own_nodes([node])))
         if isinstance(node, (ast.For, ast.While, ast.Try, ast.TryStar)):
             self._scope.known -= bound
         result: list[ast.stmt] = [node] if rewrite is None else rewrite(node)
@@ -1024,11 +794,11 @@ class _Rewriter:
         node.decorator_list = [self._value(d) for d in node.decorator_list]
         self._defaults(node.args)
         outer = self._scope
-        self._scope = _function_scope(node, outer, self._module_names)
+        self._scope = function_scope(node, outer, self._module_names)
         first = 1 if ast.get_docstring(node, clean=False) is not None else 0
         start = [
             self._assign(name, self._ask("deep", node.body[0], self._load(name, node.body[0])), node.body[0])
-            for name in _parameters(node.args)
+            for name in parameters(node.args)
             if name in self._scope.exposed
         ]
         node.body = [*node.body[:first], *start, *self._body(node.body[first:])]
@@ -1039,8 +809,8 @@ class _Rewriter:
         node.decorator_list = [self._value(d) for d in node.decorator_list]
         self._defaults(node.args)
         outer = self._scope
-        self._scope = _Scope("module", outer)
-        self._scope.names = {*_parameters(node.args), *_bound_names(_own_nodes(node.body))}
+        self._scope = Scope("module", outer)
+        self._scope.names = {*parameters(node.args), *bound_names(own_nodes(node.body))}
         for body in _bodies(node):
             body[:] = [out for s in body for out in (self._statement(s) if isinstance(s, _DEFINITIONS) else [s])]
         self._scope = outer
@@ -1052,9 +822,9 @@ class _Rewriter:
         for keyword in node.keywords:
             keyword.value = self._deep(keyword.value)
         outer = self._scope
-        self._scope = _Scope("class", outer)
+        self._scope = Scope("class", outer)
         self._scope.class_name = node.name
-        self._scope.names = set(_bound_names(_own_nodes(node.body)))
+        self._scope.names = set(bound_names(own_nodes(node.body)))
         node.body = self._body(node.body)
         self._scope = outer
         return [node]
@@ -1098,109 +868,9 @@ def _has_call(node: ast.expr) -> bool:
 
 def _calls_and_goes_on(statement: ast.stmt) -> bool:
     """True if a statement calls something and never yields."""
-    nodes = list(_own_nodes([statement]))
+    nodes = list(own_nodes([statement]))
     return any(isinstance(n, ast.Call) for n in nodes) and not any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in nodes)
 
 
 def _has_yield(node: ast.expr) -> bool:
     return any(isinstance(n, (ast.Yield, ast.YieldFrom)) for n in ast.walk(node))
-
-
-# Importing.
-
-
-class _RewritingLoader(importlib.machinery.SourceFileLoader):
-    """Loads one module from its source, rewritten; no byte code is kept."""
-
-    def __init__(self, fullname: str, path: str, finder: RewritingFinder) -> None:
-        super().__init__(fullname, path)
-        self._finder = finder
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        path = self.get_filename(fullname)
-        return rewrite_source(self.get_data(path), path, self._finder.plain(fullname))
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        names = vars(module)
-        names.update(moves.NAMES)
-        names[moves.PLAIN_NAMES] = frozenset(self._finder.plain(module.__name__))
-        super().exec_module(module)
-        self._finder.on_module(module)
-
-
-def is_rewritten_module(module: types.ModuleType) -> bool:
-    """True if the module was loaded through a `RewritingFinder`."""
-    return type(getattr(getattr(module, "__spec__", None), "loader", None)) is _RewritingLoader
-
-
-def _nothing(_: object) -> None:
-    return None
-
-
-def _no_names(_: str) -> tuple[str, ...]:
-    return ()
-
-
-def _never(_: str) -> bool:
-    return False
-
-
-class RewritingFinder(importlib.abc.MetaPathFinder):
-    """Rewrites the app's own modules when they are imported.
-
-    Args:
-        roots: folders whose modules are the app's; installed packages under them are not.
-        on_module: called with each rewritten module after its body ran.
-        skip: True for modules, by full name, that are to be imported as they are.
-        plain: the names of the definitions at the top of a module, by its full name, that stay as they are: actors.
-    """
-
-    def __init__(
-        self,
-        roots: Sequence[Path],
-        on_module: Callable[[types.ModuleType], None] | None = None,
-        skip: Callable[[str], bool] | None = None,
-        plain: Callable[[str], Collection[str]] | None = None,
-    ) -> None:
-        self.roots = tuple(root.resolve() for root in roots)
-        self.on_module = on_module or _nothing
-        self.plain = plain or _no_names
-        self._skip = skip or _never
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of a module of the app; None for all others."""
-        if self._skip(fullname):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or type(spec.loader) is not importlib.machinery.SourceFileLoader or spec.origin is None:
-            return None
-        if not self._is_of_app(Path(spec.origin)):
-            return None
-        spec.loader = _RewritingLoader(fullname, spec.origin, self)
-        return spec
-
-    def _is_of_app(self, file: Path) -> bool:
-        file = Path(os.path.abspath(file))
-        for root in self.roots:
-            for candidate in (file, file.resolve()):
-                if candidate.is_relative_to(root):
-                    inside = candidate.relative_to(root).parent
-                    return not any(_is_environment(root, parent) for parent in [inside, *inside.parents])
-        return False
-
-    def install(self) -> None:
-        """Puts the finder first. Rewritten calls take two frames each, so the recursion limit is raised to match."""
-        if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)
-            sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION_LIMIT))
-
-    def uninstall(self) -> None:
-        """Takes the finder away; modules it has loaded stay."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-
-
-def _is_environment(root: Path, folder: Path) -> bool:
-    return folder.name in {"site-packages", "dist-packages"} or (folder != Path() and (root / folder / "pyvenv.cfg").exists())

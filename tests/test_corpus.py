@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nalar_mq import moves
-from nalar_mq.rewrite import RewritingFinder
+from nalar_mq.finder import RewritingFinder
 from tests import actor_threads
 
 FOLDER = Path(__file__).parent / "corpus"

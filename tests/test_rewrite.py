@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 
 from nalar_mq import moves
-from nalar_mq.rewrite import RewritingFinder, rewrite_source
+from nalar_mq.finder import RewritingFinder
+from nalar_mq.rewrite import rewrite_source
 from tests.actor_threads import Calls, stand_in
 
 _TOOLS = """
