@@ -40,6 +40,7 @@ R_co = TypeVar("R_co", covariant=True)
 Plain_co = TypeVar("Plain_co", covariant=True)
 C = TypeVar("C", bound=type[Any])
 _SPEC = "__nalar_actor_spec__"
+_EXACT: frozenset[Any] = frozenset({str, int, float, bool, bytes})  # what has exactly such a type needs no closer look
 
 Style = Literal["async", "sync", "async_generator", "generator"]
 
@@ -98,7 +99,7 @@ class MethodSpec:
         by_position, rest, by_name, others = self._wanted
         for position, value in enumerate(args):
             name, wanted = by_position[position] if position < len(by_position) else rest
-            if wanted is not Any:
+            if wanted is not Any and not (type(value) is wanted and wanted in _EXACT):
                 args[position] = check(value, wanted, f"argument {name!r} of {actor}")
         for name, value in kwargs.items():
             wanted = by_name.get(name, others)

@@ -447,9 +447,9 @@ class Host:
             replica.is_pumping = False
 
     def _pump_calls(self, replica: Replica) -> None:
-        take = replica.mailbox.take
+        take, now = replica.mailbox.take, self._loop.time()
         while True:
-            id = take(self._loop.time())
+            id = take(now)
             if id is None:
                 return
             execution = self._executions.get(id)
@@ -574,7 +574,7 @@ class Host:
         payload: bytes | None = None
         error: BaseException | None = None
         try:
-            if execution.context is not None:
+            if execution.context is not None and execution.context.cancelled:
                 execution.context.check_cancelled()
             function = self._function_on_loop(execution) or await self._made_on_loop(execution)
             result = function(*args, **kwargs)
