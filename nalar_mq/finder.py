@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
-from nalar_mq import moves
+from nalar_mq import depth, moves
 from nalar_mq.rewrite import rewrite_source
 
 _RECURSION_LIMIT: Final = 3000
@@ -31,7 +31,7 @@ class _RewritingLoader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         names = vars(module)
         names.update(moves.NAMES)
-        names[moves.PLAIN_NAMES] = frozenset(self._finder.plain(module.__name__))
+        names[depth.PLAIN_NAMES] = frozenset(self._finder.plain(module.__name__))
         super().exec_module(module)
         self._finder.on_module(module)
 

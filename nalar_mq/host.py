@@ -29,7 +29,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any, cast
 
-from nalar_mq import moves, values
+from nalar_mq import origins, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, current_context
@@ -753,7 +753,7 @@ class Host:
         if isinstance(error, CallError):
             error.call_id = error.call_id or execution.call.id.hex()
             error.actor = error.actor or execution.label
-        moves.strip(error)
+        origins.strip(error)
         failure = values.encode_error(error)
         if len(failure.payload) > VALUE_LIMIT_BYTES:
             failure = failure._replace(payload=b"")  # its text and traceback are short

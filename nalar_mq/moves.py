@@ -12,12 +12,7 @@ A future only *moves* in rewritten code. Whoever is no rewritten code sees value
 Who calls is read from the frame: a rewritten function that runs directly below `call` was called by rewritten code; below any
 other frame, C code included, it was not. Functions are known as rewritten by the last constant of their code.
 
-`deep` puts values in the place of futures inside the same list, dict, deque or object, so that who shares it sees them too;
-tuples are made again. While no future is alive it does nothing, so rewritten code that calls no actor scans nothing.
-
-Errors come in the order of the program. Inside a `try` or `with` body (`Guard`) each statement waits for the calls made
-during it; when it raises, the error of an earlier call goes first, and later calls, which plain Python would not have made,
-are forgotten. The same order holds for a workflow as a whole (`RunScope`).
+Values in depth are made in `nalar_mq.depth`; the order of errors and the end of a run are in `nalar_mq.runs`.
 """
 
 # What runs through here is of any type whatever.
@@ -31,337 +26,23 @@ import builtins
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import dis
 import functools
-import gc
 import inspect
-import itertools
 import operator
-import os
 import sys
 import threading
 import types
-import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any, Final, Generic, Protocol, TypeGuard, cast
+from typing import Any, Final, TypeGuard, cast
 
-from nalar_mq.future import Future, waiting
+from nalar_mq.depth import CONTAINERS, KEEPS, LEAVES, VIEWS, deep, force, is_rewritten_callable, storage, takes_futures, value
+from nalar_mq.future import Future
+from nalar_mq.origins import MARK, AnyFuture, is_rewritten, living, user_frame
+from nalar_mq.runs import Guard, carry_over, handled, journal, mark, noted, settled, wait_in_order
 
-MARK: Final = sys.intern("nalar:rewritten")
-PLAIN_NAMES: Final = "_@plain"  # in a rewritten module: the names of its definitions that were left as they are
-
-_AnyFuture = Future[Any]
 _Thunk = Callable[[], Any]
-
-_LEAVES: Final = frozenset(
-    {
-        int,
-        str,
-        float,
-        bool,
-        type(None),
-        bytes,
-        complex,
-        range,
-        type,
-        types.FunctionType,
-        types.BuiltinFunctionType,
-        types.ModuleType,
-        type(...),
-    }
-)
-
-
-# Which futures there are, and where they were made.
-
-
-class _Origin(weakref.ref[_AnyFuture]):
-    """Remembers where in the user's code a living future was made."""
-
-    __slots__ = ("filename", "key", "line")
-
-    filename: str
-    key: int
-    line: int
-
-
-class _Living(dict[int, _Origin]):
-    """The origins of all futures that rewritten code made and something still holds, by identity."""
-
-    def note(self, future: _AnyFuture, frame: types.FrameType | None) -> None:
-        origin = _Origin(future, self.forget)
-        origin.key = id(future)
-        origin.filename = frame.f_code.co_filename if frame is not None else "?"
-        origin.line = frame.f_lineno if frame is not None else 0
-        self[origin.key] = origin
-
-    def forget(self, origin: weakref.ref[_AnyFuture]) -> None:
-        key = cast(_Origin, origin).key
-        if self.get(key) is origin:
-            del self[key]
-
-
-_living: Final = _Living()
-
-
-class _Journal(threading.local):
-    """The futures made by this thread inside the guards that are open, in the order of the program."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.made: list[_AnyFuture] = []
-
-
-_journal: Final = _Journal()
-
-
-def living_count() -> int:
-    """How many futures made by rewritten code something still holds."""
-    return len(_living)
-
-
-def is_rewritten(code: types.CodeType) -> bool:
-    """True if functions with this code may be given futures."""
-    consts = code.co_consts
-    return bool(consts) and consts[-1] is MARK
-
-
-_FOLDER: Final = os.path.dirname(__file__)
-
-
-def _is_runtime(code: types.CodeType) -> bool:
-    return code.co_filename.rpartition(os.sep)[0] == _FOLDER
-
-
-def _user_frame(frame: types.FrameType | None = None) -> types.FrameType | None:
-    """The frame of the user that leads to `frame`, or to the caller."""
-    frame = frame or sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame is not None and _is_runtime(frame.f_code):
-        frame = frame.f_back
-    return frame
-
-
-# From a future to its value.
-
-
-def force(future: _AnyFuture) -> Any:
-    """Waits for the value; an error gets a note that names the line of the call, unless it arises there."""
-    try:
-        return future.value()
-    except Exception as error:
-        origin = _living.get(id(future))
-        if origin is not None:
-            _add_origin(error, origin, _user_frame())
-        raise
-
-
-def _add_origin(error: BaseException, origin: _Origin, frame: types.FrameType | None) -> None:
-    if frame is not None and frame.f_lineno == origin.line and frame.f_code.co_filename == origin.filename:
-        return
-    note = f'raised by the call at File "{origin.filename}", line {origin.line}'
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
-
-
-def value(x: Any) -> Any:
-    """`x`, or its value if it is a future."""
-    return force(x) if isinstance(x, Future) else x
-
-
-def deep(x: Any) -> Any:
-    """`x` with values in the place of all futures in it."""
-    if type(x) in _LEAVES:
-        return x
-    if isinstance(x, Future):
-        return force(x)
-    return _Walk().visit(x) if _living else x
-
-
-_Types = tuple[type[Any], ...]
-_DICTS: Final[tuple[dict[Any, Any], ...]] = ({}, OrderedDict())
-_VIEWS: Final[_Types] = tuple(type(view) for d in _DICTS for view in (d.keys(), d.values(), d.items()))
-_ITERABLES: Final[tuple[Any, ...]] = ([], (), {}, {}.values(), {}.items(), deque[Any]())
-_ITERATORS: Final[_Types] = (
-    zip,
-    enumerate,
-    reversed,
-    map,
-    filter,
-    *(type(iter(cast("Iterable[Any]", x))) for x in _ITERABLES),
-    type(reversed(list[Any]())),
-    *(t for t in vars(itertools).values() if isinstance(t, type)),
-)
-_CONTAINERS: Final[_Types] = (list, dict, tuple, deque, set, frozenset)
-
-
-class _Walk:
-    """One pass over everything reachable from a value through containers and the user's objects."""
-
-    __slots__ = ("seen",)
-
-    def __init__(self) -> None:
-        self.seen: dict[int, Any] = {}
-
-    def visit(self, x: Any) -> Any:
-        if type(x) in _LEAVES:
-            return x
-        if isinstance(x, Future):
-            return force(x)
-        if id(x) in self.seen:
-            return x
-        if isinstance(x, tuple):
-            return self._tuple(x)
-        self.seen[id(x)] = x
-        self._inside(x)
-        return x
-
-    def _inside(self, x: Any) -> None:
-        if isinstance(x, (list, deque)):
-            self._sequence(x)
-        elif isinstance(x, dict):
-            self._dict(x)
-        elif isinstance(x, (set, frozenset)):
-            for element in tuple(x):
-                self.visit(element)
-        elif isinstance(x, functools.partial):
-            self.visit(x.args)
-            self.visit(x.keywords)
-        elif isinstance(x, types.MethodType):
-            if not _is_rewritten_callable(x):
-                self.visit(x.__self__)
-        elif isinstance(x, _VIEWS + _ITERATORS):
-            self._referents(x)
-        elif _shape(type(x)) != _FOREIGN:
-            self._instance(x)
-
-    def _sequence(self, x: list[Any] | deque[Any]) -> None:
-        for i, old in enumerate(tuple(x)):
-            if type(old) in _LEAVES:
-                continue
-            new = self.visit(old)
-            if new is not old and i < len(x) and x[i] is old:
-                if isinstance(x, list):
-                    list.__setitem__(x, i, new)
-                else:
-                    x[i] = new
-
-    def _dict(self, x: dict[Any, Any]) -> None:
-        for key, old in tuple(dict.items(x)):
-            if type(key) not in _LEAVES:
-                self.visit(key)
-            if type(old) in _LEAVES:
-                continue
-            new = self.visit(old)
-            if new is not old and dict.get(x, key) is old:
-                dict.__setitem__(x, key, new)
-
-    def _tuple(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
-        parts = [self.visit(part) for part in x]
-        if all(new is old for new, old in zip(parts, x, strict=True)):
-            return x
-        if type(x) is tuple:
-            return tuple(parts)
-        return tuple.__new__(type(x), parts)
-
-    def _referents(self, x: Any) -> None:
-        for inner in gc.get_referents(x):
-            if isinstance(inner, _CONTAINERS + _VIEWS + _ITERATORS):
-                self.visit(inner)
-
-    def _instance(self, x: Any) -> None:
-        attributes = getattr(x, "__dict__", None)
-        if type(attributes) is dict:
-            self._dict(attributes)
-        for cls in type(x).__mro__[:-1]:
-            for name in _slots(cls):
-                self._slot(x, cls.__dict__.get(name))
-
-    def _slot(self, x: Any, descriptor: Any) -> None:
-        if isinstance(descriptor, types.MemberDescriptorType):
-            with contextlib.suppress(AttributeError):
-                old = descriptor.__get__(x)
-                new = self.visit(old)
-                if new is not old:
-                    descriptor.__set__(x, new)
-
-
-def _slots(cls: type) -> Sequence[str]:
-    slots: Any = cls.__dict__.get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return [f"_{cls.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
-
-
-# The user's classes.
-
-_FOREIGN: Final = 0  # never looked into: futures are not stored there
-_OURS: Final = 1  # looked into, but code that is not rewritten may read its attributes at any time
-_KEEPS: Final = 2  # only rewritten code reads its attributes, so futures may be stored there
-
-_shapes: Final[weakref.WeakKeyDictionary[type, int]] = weakref.WeakKeyDictionary()
-_NEUTRAL: Final = frozenset({object, Generic, Protocol})
-
-
-def _shape(cls: type) -> int:
-    shape = _shapes.get(cls)
-    if shape is None:
-        shape = _shapes[cls] = _shape_of(cls)
-    return shape
-
-
-def _shape_of(cls: type) -> int:
-    if hasattr(cls, "__nalar_reference__"):
-        return _FOREIGN
-    bases = [c for c in cls.__mro__ if c not in _NEUTRAL and c.__module__ != "abc"]
-    ours = [c for c in bases if _is_rewritten_class(c)]
-    if not ours:
-        known = cls is types.SimpleNamespace or issubclass(cls, BaseException) or hasattr(cls, "__dataclass_fields__")
-        return _OURS if known else _FOREIGN
-    if len(ours) < len(bases) or any(c.__dict__.get("__slots__") for c in bases):
-        return _OURS
-    return _KEEPS if _is_plain_storing(cls) else _OURS
-
-
-def _is_plain_storing(cls: type) -> bool:
-    setter: Any = cls.__setattr__
-    frozen = getattr(getattr(cls, "__dataclass_params__", None), "frozen", False)
-    return setter is object.__setattr__ or frozen or _is_rewritten_callable(setter)
-
-
-def _is_rewritten_class(cls: type) -> bool:
-    module = sys.modules.get(cls.__module__)
-    names = getattr(module, PLAIN_NAMES, None)
-    return names is not None and cls.__qualname__.partition(".")[0] not in names
-
-
-def _is_rewritten_callable(f: Any) -> bool:
-    function = getattr(f, "__func__", f)
-    return type(function) is types.FunctionType and is_rewritten(function.__code__)
-
-
-def _takes_futures(cls: type) -> bool:
-    """True if making an instance only stores the arguments or gives them to rewritten code."""
-    if type(cls).__call__ is not type.__call__ or _shape(cls) == _FOREIGN:
-        return False
-    maker: Any = cls.__new__
-    starter: Any = getattr(cls, "__init__")  # noqa: B009 - which one is asked of the class on purpose
-    if maker is not object.__new__ and not _is_rewritten_callable(maker):
-        return False
-    return _is_rewritten_callable(starter) or _is_generated_init(cls, starter)
-
-
-def _is_generated_init(cls: type, starter: Any) -> bool:
-    if "__dataclass_fields__" not in cls.__dict__ or _shape(cls) != _KEEPS or type(starter) is not types.FunctionType:
-        return False
-    if starter.__code__.co_filename != "<string>":
-        return False
-    after = getattr(cls, "__post_init__", None)
-    if after is not None and not _is_rewritten_callable(after):
-        return False
-    return not any(hasattr(getattr(cls, f.name, None), "__set__") for f in dataclasses.fields(cls))
-
 
 # Calls.
 
@@ -428,24 +109,10 @@ def _actor_for(f: Any, kind: type) -> Any:
     return f
 
 
-def noted(result: Any, frame: types.FrameType | None = None) -> Any:
-    """Enters the future of a call that was just made into all books, once, as made in `frame` of the user; returns it."""
-    if isinstance(result, Future):
-        future = result
-        if id(future) not in _living:
-            _living.note(future, _user_frame(frame))
-            if _journal.depth:
-                _journal.made.append(future)
-            scope = _scope.get()
-            if scope is not None:
-                scope.add(future)
-    return result
-
-
 def _foreign(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
     receiver = getattr(f, "__self__", None)
     if isinstance(receiver, (threading.Thread, concurrent.futures.ThreadPoolExecutor)):
-        args = _carried(receiver, f.__name__, args)
+        args = carry_over(receiver, f.__name__, args)
     elif f in _DRAINING_DESCRIPTORS if type(f) is types.MethodDescriptorType else False:
         args = tuple(_drained(a) for a in args)
     deep(receiver if receiver is not None else f)
@@ -456,7 +123,7 @@ def _class(f: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thun
     rule = _TYPE_RULES.get(f) if type(f) is type else None
     if rule is not None:
         return [rule(f, args, kwargs)].pop
-    if _takes_futures(f):
+    if takes_futures(f):
         return [_direct(f, args, kwargs)].pop
     return _foreign(f, args, kwargs)
 
@@ -478,6 +145,7 @@ def _builtin(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Thunk:
 
 
 # Rules: how builtins that only store, hand over or count their arguments are called.
+
 
 _Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -520,7 +188,7 @@ def _consumes(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _maps(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) > 1 and (_is_rewritten_callable(args[0]) or getattr(type(args[0]), "__nalar_actor__", False)):
+    if len(args) > 1 and (is_rewritten_callable(args[0]) or getattr(type(args[0]), "__nalar_actor__", False)):
         return _mapped(args[0], [iter(iterated(a)) for a in args[1:]])
     return _keyed(f, args, kwargs)
 
@@ -533,7 +201,7 @@ def _mapped(f: Any, sources: list[Iterator[Any]]) -> Iterator[Any]:
 
 def _evaluates(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`eval` and `exec` in the user's frame, of which a copy with values is shown to them."""
-    frame = _user_frame()
+    frame = user_frame()
     source, *namespaces = map(deep, args)
     if frame is None:
         return f(source, *namespaces, **kwargs)
@@ -594,12 +262,14 @@ _METHOD_RULES: Final[dict[type, dict[str, _Rule]]] = {
         **dict.fromkeys(("update", "union", "difference", "intersection"), _consumes),
     },
 }
+
 _FUNCTION_RULES: Final[dict[Any, _Rule]] = {
     **dict.fromkeys((len, id, isinstance, issubclass, callable, iter, getattr, hasattr), _shallow),
     **dict.fromkeys((sum, sorted, min, max), _consumes),
     **dict.fromkeys((print, repr, abs, round, chr, ord, hash, any, all, divmod, pow, next), _keyed),
     **dict.fromkeys((eval, exec), _evaluates),
 }
+
 _TYPE_RULES: Final[dict[Any, _Rule]] = {
     **dict.fromkeys((bool, type), _shallow),
     **dict.fromkeys((list, tuple, deque), _gathers),
@@ -609,10 +279,13 @@ _TYPE_RULES: Final[dict[Any, _Rule]] = {
     map: _maps,
     defaultdict: _looks_up,
 }
+
 _DRAINING_DESCRIPTORS: Final[frozenset[Any]] = frozenset({str.join, bytes.join})
+
 _FUTURE_FLAGS: Final[int] = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
+
 _LAZY: Final = frozenset({zip, enumerate, reversed, iter})
 
 
@@ -649,7 +322,7 @@ def _noted_call(actor: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 def _called_builtin(f: Any) -> Any:
     if type(f.__self__) is types.ModuleType:
-        if f in _NATIVE_FUNCTIONS or f.__module__ in _NATIVE_MODULES or (f in _EVALUATING and not _living):
+        if f in _NATIVE_FUNCTIONS or f.__module__ in _NATIVE_MODULES or (f in _EVALUATING and not living):
             return f
         if f in _FRAME_FUNCTIONS:
             return functools.partial(_FRAME_FUNCTIONS[f], f)
@@ -670,10 +343,10 @@ def _called_other(f: Any) -> Any:
     receiver = getattr(f, "__self__", None)
     if isinstance(receiver, (threading.Thread, concurrent.futures.ThreadPoolExecutor)):
         return functools.partial(_with_scope, f)
-    if type(f) is functools.partial and _living:
+    if type(f) is functools.partial and living:
         return functools.partial(_through_partial, f)
     deep(receiver if receiver is not None else f)
-    if type(f) is types.MethodType or _is_rewritten_callable(getattr(type(f), "__call__", None)):  # noqa: B004
+    if type(f) is types.MethodType or is_rewritten_callable(getattr(type(f), "__call__", None)):  # noqa: B004
         return f
     return functools.partial(_through, f)
 
@@ -699,7 +372,7 @@ def _through_partial(f: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _with_scope(f: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return f(*_carried(f.__self__, f.__name__, args), **kwargs)
+    return f(*carry_over(f.__self__, f.__name__, args), **kwargs)
 
 
 def _map(*args: Any) -> Any:
@@ -709,7 +382,7 @@ def _map(*args: Any) -> Any:
 def argument(f: Any, x: Any, position: int) -> Any:
     """`x` as `f` may be given it at `position`, which is -1 for a keyword."""
     kind = type(x)
-    if kind in _LEAVES or not (_living or kind is types.GeneratorType):
+    if kind in LEAVES or not (living or kind is types.GeneratorType):
         return x
     return _argument(f, x, position)
 
@@ -717,7 +390,7 @@ def argument(f: Any, x: Any, position: int) -> Any:
 def _argument(f: Any, x: Any, position: int) -> Any:
     f = value(f)
     kind = type(f)
-    if _is_rewritten_callable(f) or getattr(type(_actor_for(f, kind)), "__nalar_actor__", False):
+    if is_rewritten_callable(f) or getattr(type(_actor_for(f, kind)), "__nalar_actor__", False):
         return x
     if kind is types.BuiltinFunctionType:
         rules = _rules_of(f)
@@ -726,10 +399,10 @@ def _argument(f: Any, x: Any, position: int) -> Any:
         rule = _TYPE_RULES.get(f) if kind is type else None
     if rule is not None:
         return _ARGUMENT_RULES[rule](x, position)
-    if kind is functools.partial or _is_rewritten_callable(getattr(kind, "__call__", None)):  # noqa: B004
+    if kind is functools.partial or is_rewritten_callable(getattr(kind, "__call__", None)):  # noqa: B004
         return x
     if isinstance(f, type):
-        return x if _takes_futures(f) else deep(x)
+        return x if takes_futures(f) else deep(x)
     return deep(_drained(x)) if kind is types.BuiltinFunctionType and type(f.__self__) in (str, bytes) else deep(x)
 
 
@@ -753,6 +426,7 @@ _ARGUMENT_RULES: Final[dict[_Rule, Callable[[Any, int], Any]]] = {
     _maps: lambda x, position: x,
     _evaluates: lambda x, position: deep(x),
 }
+
 _NATIVE_METHODS: Final[dict[type, frozenset[str]]] = {
     str: frozenset(dir(str)) - {"join", "maketrans", "translate"},
     bytes: frozenset(dir(bytes)) - {"join"},
@@ -764,9 +438,11 @@ _NATIVE_METHODS: Final[dict[type, frozenset[str]]] = {
         frozenset({"get", "setdefault", "pop", "copy", "clear", "items", "values", "keys", "popitem", "move_to_end"}),
     ),
 }
+
 _NATIVE_FUNCTIONS: Final = frozenset(
     {len, id, isinstance, issubclass, callable, hasattr, print, repr, abs, round, ord, chr, hash, divmod, pow, globals}
 )
+
 _NATIVE_TYPES: Final = frozenset({str, int, float, bool, complex, bytes, bytearray, range, slice, object, type, Future})
 
 
@@ -774,7 +450,7 @@ def _visible(f: Any, /, *args: Any) -> Any:
     """`locals()`, `vars()` and `dir()` as the user's frame sees them, without names of ours."""
     if args:
         return f(deep(args[0]))
-    frame = _user_frame()
+    frame = user_frame()
     assert frame is not None
     names = frame.f_locals
     if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # functions; modules and class bodies give the names themselves
@@ -787,7 +463,9 @@ def _evaluated(f: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 _NATIVE_MODULES: Final = frozenset({"_warnings", "sys", "time", "math", "posix", "nt", "io", "_io"})
+
 _EVALUATING: Final = frozenset({eval, exec})
+
 _FRAME_FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     **dict.fromkeys((locals, vars, dir), _visible),
     **dict.fromkeys((eval, exec), _evaluated),
@@ -799,9 +477,9 @@ def call_guarded(f: Any, start: int, /, *args: Any, **kwargs: Any) -> _Thunk:
     f = value(f)
     if getattr(type(_actor_for(f, type(f))), "__nalar_actor__", False):
         return call(f, *args, **kwargs)
-    made = _journal.made[start:]
-    del _journal.made[start:]
-    _wait_in_order(made)
+    made = journal.made[start:]
+    del journal.made[start:]
+    wait_in_order(made)
     return call(f, *map(deep, args), **{k: deep(a) for k, a in kwargs.items()})
 
 
@@ -814,7 +492,9 @@ def call_for_iteration(f: Any, /, *args: Any, **kwargs: Any) -> _Thunk:
 
 # What leaves rewritten code.
 
+
 _CALL_OPCODES: Final = frozenset(dis.opmap[n] for n in ("CALL", "CALL_KW", "CALL_FUNCTION_EX") if n in dis.opmap)
+
 _CACHE_OPCODE: Final = dis.opmap.get("CACHE", 0)
 
 
@@ -837,7 +517,7 @@ def _takes_futures_back(callee: types.CodeType, caller: types.FrameType | None) 
 
 def given_back(x: Any) -> Any:
     """What a rewritten function returns: as it is to rewritten code, in values to all others."""
-    if type(x) in _LEAVES or not _living:
+    if type(x) in LEAVES or not living:
         return x
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     return x if _takes_futures_back(frame.f_code, frame.f_back) else deep(x)
@@ -845,7 +525,7 @@ def given_back(x: Any) -> Any:
 
 def yielded(x: Any) -> Any:
     """What a rewritten generator yields: as it is to a loop in rewritten code, in values to all others."""
-    if type(x) in _LEAVES or not _living:
+    if type(x) in LEAVES or not living:
         return x
     frame = sys._getframe(1).f_back  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame.f_code is _DELEGATED:
@@ -856,7 +536,7 @@ def yielded(x: Any) -> Any:
     return deep(x)
 
 
-def delivered(future: _AnyFuture) -> Any:
+def delivered(future: AnyFuture) -> Any:
     """What a stand-in's method gives to whoever called it: the future to rewritten code, its value to all others.
 
     To be called directly from the method that was called.
@@ -886,7 +566,9 @@ def _delegated(generator: Any) -> Any:
 
 
 _DRIVEN: Final = _driven.__code__
+
 _DELEGATED: Final = _delegated.__code__
+
 _MAPPED: Final = _mapped.__code__
 
 
@@ -915,7 +597,7 @@ def delegated(x: Any) -> Any:
 
 
 def _each_in_values(x: Any) -> Any:
-    return map(deep, cast("Iterable[Any]", x)) if isinstance(x, _CONTAINERS + _VIEWS) else x
+    return map(deep, cast("Iterable[Any]", x)) if isinstance(x, CONTAINERS + VIEWS) else x
 
 
 # Stores and operators that care about what they are given.
@@ -923,7 +605,7 @@ def _each_in_values(x: Any) -> Any:
 
 def kept_item(x: Any, container: Any) -> Any:
     """`x` as it may be stored under a key of `container`."""
-    if type(x) in _LEAVES or not _living:
+    if type(x) in LEAVES or not living:
         return x
     container = value(container)
     if type(container) in (list, dict, deque, defaultdict, OrderedDict):
@@ -931,15 +613,15 @@ def kept_item(x: Any, container: Any) -> Any:
     setter: Any = getattr(type(container), "__setitem__", None)
     if isinstance(container, (list, dict)) and setter in (list.__setitem__, dict.__setitem__):
         return x
-    return x if _is_rewritten_callable(setter) else deep(x)
+    return x if is_rewritten_callable(setter) else deep(x)
 
 
 def kept_attribute(x: Any, holder: Any, name: str) -> Any:
     """`x` as it may be stored as the attribute `name` of `holder`."""
-    if type(x) in _LEAVES or not _living:
+    if type(x) in LEAVES or not living:
         return x
     cls = type(value(holder))
-    if _shape(cls) == _KEEPS and not hasattr(getattr(cls, name, None), "__set__"):
+    if storage(cls) == KEEPS and not hasattr(getattr(cls, name, None), "__set__"):
         return x
     return deep(x)
 
@@ -960,7 +642,7 @@ def added(x: Any, target: Any) -> Any:
 
 def settle_item(container: Any, key: Any) -> None:
     """Puts the value in the place of a future under a key, before an operator changes it."""
-    if not _living:
+    if not living:
         return
     if isinstance(container, dict):
         old: Any = dict.get(container, key)
@@ -975,242 +657,16 @@ def settle_item(container: Any, key: Any) -> None:
 
 def settle_attribute(holder: Any, name: str) -> None:
     """Puts the value in the place of a future in an attribute, before an operator changes it."""
-    if not _living:
+    if not living:
         return
     attributes = getattr(holder, "__dict__", None)
     if type(attributes) is dict and isinstance(attributes.get(name), Future):
         attributes[name] = force(attributes[name])
 
 
-# Bodies of `try` and `with`.
-
-
-def mark() -> int:
-    """The place in this thread's journal where a statement begins."""
-    return len(_journal.made)
-
-
-def settled(start: int, x: Any) -> Any:
-    """`x` in values, after all calls made since `start` have ended; raises the error of the first that failed."""
-    made = _journal.made[start:]
-    del _journal.made[start:]
-    _wait_in_order(made)
-    return deep(x)
-
-
-def _wait_in_order(made: list[_AnyFuture]) -> None:
-    for i, future in enumerate(made):
-        try:
-            if not future.seen:
-                force(future)
-        except BaseException:
-            _abandon(made[i + 1 :])
-            raise
-
-
-def _abandon(futures: Iterable[_AnyFuture]) -> None:
-    for future in futures:
-        future.seen = True
-
-
-def _earlier_error(made: list[_AnyFuture], error: BaseException) -> BaseException | None:
-    """The error of a call that plain Python would have met before `error`; forgets the calls after it."""
-    for i, future in enumerate(made):
-        if future.seen and future.error() is not error:
-            continue
-        found = error if future.seen else _error_of(future)
-        if found is not None:
-            _abandon(made[i + 1 :])
-            return None if found is error else found
-    return None
-
-
-def _error_of(future: _AnyFuture) -> Exception | None:
-    try:
-        force(future)
-    except Exception as error:
-        return error
-    return None
-
-
-def _raise_instead(error: BaseException) -> None:
-    context = error.__context__
-    try:
-        raise error
-    finally:
-        error.__context__ = context
-
-
-class Guard:
-    """Stands around the body of a `try` or `with`: what the body called has ended, and raised, before it is left."""
-
-    __slots__ = ("_start",)
-
-    def __enter__(self) -> None:
-        _journal.depth += 1
-        self._start = len(_journal.made)
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        _journal.depth -= 1
-        made = _journal.made[self._start :]
-        del _journal.made[self._start :]
-        if error is None:
-            _wait_in_order(made)
-        elif isinstance(error, Exception):
-            earlier = _earlier_error(made, error)
-            if earlier is not None:
-                _raise_instead(earlier)
-
-
-def strip(error: BaseException | None) -> None:
-    """Takes the runtime's frames out of the traceback of `error` and of what caused it: what remains is the user's own."""
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        found = pending.pop()
-        if found is not None and id(found) not in seen:
-            seen.add(id(found))
-            found.__traceback__ = _stripped(found.__traceback__)
-            pending += [found.__cause__, found.__context__]
-
-
-def _stripped(traceback: types.TracebackType | None) -> types.TracebackType | None:
-    """The same traceback without frames of the runtime; as it is if there are no others."""
-    frames: list[types.TracebackType] = []
-    inner = traceback
-    while inner is not None:
-        if not _is_runtime(inner.tb_frame.f_code):
-            frames.append(inner)
-        inner = inner.tb_next
-    if not frames:
-        return traceback
-    for frame in reversed(frames):
-        frame.tb_next = inner
-        inner = frame
-    return inner
-
-
-def handled() -> None:
-    """First statement of an `except` block: the user sees a traceback of the user's own lines."""
-    strip(sys.exception())
-
-
-# Runs.
-
-
-class RunScope:
-    """All calls that one run of a workflow made, in whichever of its threads; use as a context manager.
-
-    Leaving the block waits for all of them. An error that nobody has looked at is raised then; when the block itself raises,
-    the error of an earlier call goes first, as in plain Python.
-
-    Args:
-        carried: context variables that threads started by rewritten code inherit, besides the scope itself.
-    """
-
-    def __init__(self, carried: Sequence[ContextVar[Any]] = ()) -> None:
-        self._made: list[_AnyFuture] = []
-        self._lock = threading.Lock()
-        self._prune_at = 256
-        self.carried = tuple(carried)
-
-    def add(self, future: _AnyFuture) -> None:
-        """Enters a call; one that has ended well or was looked at may be forgotten."""
-        with self._lock:
-            self._made.append(future)
-            if len(self._made) >= self._prune_at:
-                self._made = [f for f in self._made if not _is_over(f)]
-                self._prune_at = max(256, 2 * len(self._made))
-
-    def settle(self) -> None:
-        """Waits until all calls made so far have ended, without looking at how."""
-        with self._lock:
-            made = list(self._made)
-        for future in made:
-            done = threading.Event()
-            if future.on_end(done.set):
-                with waiting():
-                    done.wait()
-
-    def finish(self) -> None:
-        """Waits for all calls, also those made meanwhile; raises the first error that nobody has looked at."""
-        while self._made:
-            with self._lock:
-                made, self._made = self._made, []
-            _wait_in_order(made)
-
-    def __enter__(self) -> RunScope:
-        self._token = _scope.set(self)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        try:
-            if error is None:
-                self.finish()
-            elif isinstance(error, Exception):
-                self._fail(error)
-        finally:
-            _scope.reset(self._token)
-
-    def _fail(self, error: Exception) -> None:
-        earlier = _earlier_error(self._made, error)
-        if earlier is not None:
-            _raise_instead(earlier)
-
-
-def _is_over(future: _AnyFuture) -> bool:
-    return future.available() and (future.seen or not future.failed())
-
-
-_scope: Final[ContextVar[RunScope | None]] = ContextVar("nalar_run_scope", default=None)
-
-
-def run_scope(carried: Sequence[ContextVar[Any]] = ()) -> RunScope:
-    """A scope for one run of a workflow; see `RunScope`."""
-    return RunScope(carried)
-
-
-def run(f: Callable[..., Any], /, *args: Any, carried: Sequence[ContextVar[Any]] = (), **kwargs: Any) -> Any:
-    """Runs one workflow to the end of all its calls and returns its result in values."""
-    with run_scope(carried):
-        return deep(f(*args, **kwargs))
-
-
-def settle_calls() -> None:
-    """Waits until all calls that this run has made have ended, without looking at how; outside of a run it does nothing."""
-    scope = _scope.get()
-    if scope is not None:
-        scope.settle()
-
-
-def _carried(receiver: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lets threads that rewritten code starts belong to its run."""
-    scope = _scope.get()
-    if scope is None:
-        return args
-    if isinstance(receiver, threading.Thread) and name == "start":
-        vars(receiver)["run"] = functools.partial(_run_in, scope, _values_of(scope), receiver.run)
-    elif name in ("submit", "map") and args:
-        return (functools.partial(_run_in, scope, _values_of(scope), args[0]), *args[1:])
-    return args
-
-
-def _values_of(scope: RunScope) -> list[tuple[ContextVar[Any], Any]]:
-    return [(variable, variable.get()) for variable in scope.carried if variable.get(None) is not None]
-
-
-def _run_in(
-    scope: RunScope, carried: list[tuple[ContextVar[Any], Any]], f: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
-    tokens = [(variable, variable.set(x)) for variable, x in [(_scope, scope), *carried]]
-    try:
-        return f(*args, **kwargs)
-    finally:
-        for variable, token in tokens:
-            variable.reset(token)
-
-
 # Under these names rewritten modules find the functions above; no name of the user's can be one of them.
+
+
 NAMES: Final[Mapping[str, Any]] = types.MappingProxyType(
     {
         "_@called": called,

@@ -24,7 +24,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-from nalar_mq import moves
+from nalar_mq import origins
 from nalar_mq.scopes import SCALAR_CALLS, Scope, bound_names, function_scope, own_nodes, parameters
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -76,7 +76,7 @@ def _marked(code: types.CodeType, kept: Sequence[range], *, outermost: bool = Fa
     asynchronous = code.co_flags & (0x80 | 0x200)  # CO_COROUTINE, CO_ASYNC_GENERATOR
     is_function = code.co_flags & 0x2  # CO_NEWLOCALS: functions, not modules and classes
     if is_function and not asynchronous:
-        consts = (*consts, moves.MARK)
+        consts = (*consts, origins.MARK)
     return code.replace(co_consts=consts)
 
 

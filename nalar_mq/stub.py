@@ -19,7 +19,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
-from nalar_mq import classes, moves, values
+from nalar_mq import classes, depth, moves, runs, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.call_context import CallContext, CallOptions, current_context
 from nalar_mq.errors import MalformedMessageError, NalarError, RemoteError
@@ -82,7 +82,7 @@ def _begin(
     args = tuple([moves.collected(x) for x in args])
     shares = shares or _holds_instance((args, kwargs))
     if shares:
-        moves.settle_calls()
+        runs.settle_calls()
 
     def call() -> Any:
         return context.caller.call(context, spec.name, method.name, args, kwargs, options)
@@ -91,8 +91,8 @@ def _begin(
         case "sync":
             future = call()
             if shares:
-                moves.noted(future)
-                moves.settle_calls()
+                runs.noted(future)
+                runs.settle_calls()
             return future
         case "async":
             return _awaited(call)
@@ -212,7 +212,7 @@ class InstanceStandIn:
         return context.caller.call(context, spec.name, "." + name, (), {}, _options_of(self)).value()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _change(self, "=" + name, moves.deep(value))
+        _change(self, "=" + name, depth.deep(value))
 
     def __delattr__(self, name: str) -> None:
         _change(self, "-" + name)
@@ -282,7 +282,7 @@ class AgentType(type):
             return spec.target(*args, **kwargs)
         context.check_cancelled()
         inspect.signature(spec.target).bind(*args, **kwargs)
-        args, kwargs = moves.deep((args, kwargs))
+        args, kwargs = depth.deep((args, kwargs))
         init = values.encode_arguments(args, kwargs) if args or kwargs else b""
         context.constructed += 1
         number = str(context.constructed)
@@ -290,11 +290,11 @@ class AgentType(type):
         home = (context.session, instance if spec.stateful else "", init)
         shares = _holds_instance((args, kwargs))
         if shares:
-            moves.settle_calls()
+            runs.settle_calls()
         made = cls._nalar_made[home] = cls._nalar_instance(home, shares=shares)
-        moves.noted(context.caller.call(context, spec.name, CONSTRUCT, (), {}, _options_of(made)))
+        runs.noted(context.caller.call(context, spec.name, CONSTRUCT, (), {}, _options_of(made)))
         if shares:
-            moves.settle_calls()
+            runs.settle_calls()
         return made
 
     def _nalar_instance(cls, home: _Home, *, shares: bool) -> InstanceStandIn:
@@ -404,7 +404,7 @@ class InstanceOutlivedError(NalarError):
 
 def _special(name: str) -> Callable[..., Any]:
     def special(self: InstanceStandIn, *args: Any, **kwargs: Any) -> Any:
-        return moves.deep(InstanceStandIn.__getattr__(self, name)(*args, **kwargs))
+        return depth.deep(InstanceStandIn.__getattr__(self, name)(*args, **kwargs))
 
     def leave(self: InstanceStandIn, kind: Any, error: Any, traceback: Any) -> Any:
         return special(self, kind, error, None)  # a traceback cannot travel

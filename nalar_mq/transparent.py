@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from nalar_mq import moves
+from nalar_mq import depth, runs
 from nalar_mq.call_context import current_context
 
 
@@ -18,23 +18,23 @@ def run_driver(function: Callable[..., Any], args: list[Any], kwargs: dict[str, 
     at is raised. Async workflows get an event loop of their own, since plain Python may block it.
     """
     if inspect.iscoroutinefunction(function):
-        with moves.run_scope(carried=(current_context,)):
+        with runs.run_scope(carried=(current_context,)):
             return asyncio.run(function(*args, **kwargs))
     if inspect.isasyncgenfunction(function):
         return _drained(function, args, kwargs)
     if inspect.isgeneratorfunction(function):
         return _pieces(function, args, kwargs)
-    return moves.run(function, *args, carried=(current_context,), **kwargs)
+    return runs.run(function, *args, carried=(current_context,), **kwargs)
 
 
 def _pieces(function: Callable[..., Iterator[Any]], args: list[Any], kwargs: dict[str, Any]) -> Generator[Any]:
-    with moves.run_scope(carried=(current_context,)):
+    with runs.run_scope(carried=(current_context,)):
         for piece in function(*args, **kwargs):
-            yield moves.deep(piece)
+            yield depth.deep(piece)
 
 
 def _drained(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Generator[Any]:
-    with moves.run_scope(carried=(current_context,)), asyncio.Runner() as runner:
+    with runs.run_scope(carried=(current_context,)), asyncio.Runner() as runner:
         pieces = function(*args, **kwargs)
         while True:
             try:

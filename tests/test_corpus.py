@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nalar_mq import moves
+from nalar_mq import runs
 from nalar_mq.finder import RewritingFinder
 from tests import actor_threads
 
@@ -61,5 +61,5 @@ def test_corpus_is_large_enough() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_rewritten_gives_what_plain_python_gives(name: str, rewritten: ModuleType) -> None:
     expected = _outcome(getattr(PLAIN, name))
-    found = _outcome(lambda: moves.run(getattr(rewritten, name)))
+    found = _outcome(lambda: runs.run(getattr(rewritten, name)))
     assert found == (expected[0], expected[1].replace("plain_patterns", "patterns"))

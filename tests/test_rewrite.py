@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from nalar_mq import moves
+from nalar_mq import origins, runs
 from nalar_mq.finder import RewritingFinder
 from nalar_mq.rewrite import rewrite_source
 from tests.actor_threads import Calls, stand_in
@@ -162,7 +162,7 @@ def test_independent_calls_overlap(name: str, apps: Apps) -> None:
     parties, body, expected = OVERLAPPING[name]
     module = apps.load(_DRIVER + textwrap.indent(body, "    "))
     module.BARRIER = threading.Barrier(parties)
-    assert moves.run(module.driver) == expected
+    assert runs.run(module.driver) == expected
 
 
 def test_a_result_thrown_away_is_waited_for(apps: Apps) -> None:
@@ -175,7 +175,7 @@ def test_a_result_thrown_away_is_waited_for(apps: Apps) -> None:
             note("a")
             return list(DONE)
     """)
-    assert moves.run(module.driver) == ["a"]
+    assert runs.run(module.driver) == ["a"]
 
 
 # Errors.
@@ -189,7 +189,7 @@ def test_a_late_error_names_the_line_of_the_call(apps: Apps) -> None:
             return f"{y}{x}"
     """)
     with pytest.raises(ValueError, match="late") as caught:
-        moves.run(module.driver)
+        runs.run(module.driver)
     line = apps.line_of(module, "# the call")
     assert caught.value.__notes__ == [f'raised by the call at File "{module.__file__}", line {line}']
 
@@ -200,7 +200,7 @@ def test_an_error_where_the_call_stands_has_no_note(apps: Apps) -> None:
             return "x" + fail("here")
     """)
     with pytest.raises(ValueError, match="here") as caught:
-        moves.run(module.driver)
+        runs.run(module.driver)
     assert not hasattr(caught.value, "__notes__")
 
 
@@ -212,7 +212,7 @@ def test_an_unseen_error_fails_the_run_after_all_its_calls(apps: Apps) -> None:
             return "done"
     """)
     with pytest.raises(ValueError, match="unseen"):
-        moves.run(module.driver)
+        runs.run(module.driver)
 
 
 def test_an_error_that_was_handled_does_not_fail_the_run(apps: Apps) -> None:
@@ -223,7 +223,7 @@ def test_an_error_that_was_handled_does_not_fail_the_run(apps: Apps) -> None:
             except ValueError:
                 return "fine"
     """)
-    assert moves.run(module.driver) == "fine"
+    assert runs.run(module.driver) == "fine"
 
 
 def test_the_error_of_an_earlier_call_goes_first(apps: Apps) -> None:
@@ -233,7 +233,7 @@ def test_the_error_of_an_earlier_call_goes_first(apps: Apps) -> None:
             return int("x")
     """)
     with pytest.raises(ValueError, match="first"):
-        moves.run(module.driver)
+        runs.run(module.driver)
 
 
 def test_errors_in_threads_the_user_starts_belong_to_the_run(apps: Apps) -> None:
@@ -248,7 +248,7 @@ def test_errors_in_threads_the_user_starts_belong_to_the_run(apps: Apps) -> None
             return 1
     """)
     with pytest.raises(ValueError, match="in a thread"):
-        moves.run(module.driver)
+        runs.run(module.driver)
 
 
 def test_threads_inherit_the_variables_that_are_carried(apps: Apps) -> None:
@@ -272,7 +272,7 @@ def test_threads_inherit_the_variables_that_are_carried(apps: Apps) -> None:
     module.VARIABLE = variable
     token = variable.set("inherited")
     try:
-        assert moves.run(module.driver, carried=(variable,)) == ["inherited"] * 3
+        assert runs.run(module.driver, carried=(variable,)) == ["inherited"] * 3
     finally:
         variable.reset(token)
 
@@ -285,11 +285,11 @@ def test_tracebacks_show_the_users_lines(apps: Apps) -> None:
             return inner(echo("k"))  # the driver
     """)
     with pytest.raises(KeyError) as caught:
-        moves.run(module.driver)
+        runs.run(module.driver)
     frames = traceback.extract_tb(caught.value.__traceback__)
     own = [(f.name, f.lineno) for f in frames if f.filename == module.__file__]
     assert own == [("driver", apps.line_of(module, "# the driver")), ("inner", apps.line_of(module, "# it breaks here"))]
-    moves.strip(caught.value)
+    origins.strip(caught.value)
     assert all("moves.py" not in f.filename for f in traceback.extract_tb(caught.value.__traceback__))
 
 
@@ -320,15 +320,15 @@ async def test_async_drivers_stay_as_they_are(apps: Apps) -> None:
             return later
     """)
     assert await module.driver(1) == [1, "1"]
-    later = moves.run(module.capture)
+    later = runs.run(module.capture)
     assert await later() == "SEEN"
 
 
 def test_definitions_named_plain_are_not_marked(apps: Apps) -> None:
     module = apps.load("def driver():\n    return (lambda: 1)()\n")
-    assert moves.is_rewritten(module.driver.__code__)
+    assert origins.is_rewritten(module.driver.__code__)
     original = module.TOOLS[0]
-    assert not moves.is_rewritten(original.__code__)
+    assert not origins.is_rewritten(original.__code__)
 
 
 def test_aliases_of_originals_are_recognised_when_called(apps: Apps) -> None:
@@ -338,7 +338,7 @@ def test_aliases_of_originals_are_recognised_when_called(apps: Apps) -> None:
             return [BY_NAME["echo"](x) for x in "ab"]
     """)
     before = apps.calls.count
-    assert moves.run(module.driver) == ["a", "b"]
+    assert runs.run(module.driver) == ["a", "b"]
     assert apps.calls.count == before + 2
 
 
@@ -355,10 +355,10 @@ def test_only_modules_under_the_roots_are_rewritten(apps: Apps, tmp_path: Path) 
     finally:
         sys.path.remove(str(environment))
         sys.modules.pop("foreign_of_app", None)
-    assert not moves.is_rewritten(foreign.f.__code__)
+    assert not origins.is_rewritten(foreign.f.__code__)
     import colorsys
 
-    assert not moves.is_rewritten(colorsys.rgb_to_hsv.__code__)
+    assert not origins.is_rewritten(colorsys.rgb_to_hsv.__code__)
 
 
 def test_no_byte_code_is_written_and_the_source_is_the_users(apps: Apps, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_packages_and_relative_imports(apps: Apps, tmp_path: Path) -> None:
     importlib.invalidate_caches()
     found = importlib.import_module("app_package_of_test")
     assert found.g(1) == [1]
-    assert moves.is_rewritten(found.g.__code__)
+    assert origins.is_rewritten(found.g.__code__)
 
 
 def test_skipped_modules_are_imported_as_they_are(tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ def test_nothing_is_scanned_while_no_future_lives(apps: Apps) -> None:
         def driver():
             return str(len(Touchy([1]))) + type(Touchy()).__name__
     """)
-    assert moves.run(module.driver) == "1Touchy"
+    assert runs.run(module.driver) == "1Touchy"
 
 
 def test_futures_are_not_kept_alive(apps: Apps) -> None:
@@ -410,11 +410,11 @@ def test_futures_are_not_kept_alive(apps: Apps) -> None:
         def driver():
             return sum([echo(i) for i in range(50)])
     """)
-    before = moves.living_count()
-    assert moves.run(module.driver) == sum(range(50))
+    before = origins.living_count()
+    assert runs.run(module.driver) == sum(range(50))
     apps.calls.by_id.clear()
     gc.collect()
-    assert moves.living_count() <= before
+    assert origins.living_count() <= before
 
 
 @pytest.mark.parametrize(
