@@ -18,11 +18,14 @@ from random import Random
 from typing import Any, TypeVar
 
 from nalar_mq.address import check_token, random_token
+from nalar_mq.arguments import parameters_of
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
-from nalar_mq.errors import CallCancelledError, UnknownActorError
+from nalar_mq.errors import ArgumentError, CallCancelledError, UnknownActorError
 from nalar_mq.future import Future, Stream
+from nalar_mq.interchange import write_value
+from nalar_mq.jobs import JobHandle, Jobs
 from nalar_mq.messages import Member
 from nalar_mq.process import Connect, Process
 
@@ -132,6 +135,7 @@ class Client(Caller):
         self._context: CallContext | None = None
         self._outer: CallContext | None = None
         self._thread: _LoopThread | None = None
+        self._jobs: Jobs | None = None
 
     @property
     def context(self) -> CallContext:
@@ -200,6 +204,9 @@ class Client(Caller):
         self._context = CallContext(process.calls)
 
     async def _close(self) -> None:
+        jobs, self._jobs = self._jobs, None
+        if jobs is not None:
+            jobs.close()
         process, self._process, self._context = self._process, None, None
         if process is not None:
             await process.aclose(CallCancelledError("the client has closed", started=True))
@@ -214,6 +221,52 @@ class Client(Caller):
         if not await self.process.wait_for(actor, timeout_s):
             known = ", ".join(self.process.table.known_actors()) or "nothing"
             raise UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor)
+
+    async def submit(self, workflow: str, /, *args: Any, job_id: str | None = None, **kwargs: Any) -> JobHandle:
+        """Makes a durable call of a workflow; when it returns, the broker has it, and no loss of a process undoes that.
+
+        A job whose worker is lost runs again from its start. Arguments travel as JSON: objects arrive as what the
+        workflow's annotations say.
+
+        Args:
+            workflow: its name; it need not be served yet.
+            args: by position; together with `kwargs` only if the workflow is served, so that their names are known.
+            job_id: a token; submitting it again is the same job. A fresh one if None.
+            kwargs: by name.
+
+        Raises:
+            AddressError: `workflow` or `job_id` is no token.
+            ArgumentError: positional and named arguments cannot be put together.
+            BrokerError: it may have been accepted or not; to submit it again under the same `job_id` is safe.
+        """
+        jobs = await self.jobs()
+        named = kwargs if not args else self._by_name(workflow, args, kwargs) if kwargs else None
+        id = await jobs.submit(workflow, write_value(list(args) if named is None else named), job_id or "")
+        return JobHandle(jobs, id)
+
+    def _by_name(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        info = self.process.table.info(workflow)
+        names = list(parameters_of(info.methods.get("", "")).annotations) if info is not None else []
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or given.keys() & kwargs.keys():
+            raise ArgumentError(f"{workflow}: give the arguments of a job by name", actor=workflow)
+        return given | kwargs
+
+    async def job(self, id: str) -> JobHandle:
+        """A job that was submitted by anybody, whether it is known or not."""
+        return JobHandle(await self.jobs(), id)
+
+    async def jobs(self) -> Jobs:
+        """All jobs of the namespace."""
+        if self._jobs is None:
+            self._jobs = await Jobs.open(self.process.transport, self.process.subjects)
+        return self._jobs
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine of this client on its loop and returns the result, in a program without an event loop."""
+        if self._thread is None:
+            raise RuntimeError("this client runs on your own event loop: await the coroutine instead")
+        return self._thread.run(coroutine)
 
     async def members(self) -> list[tuple[str, Member]]:
         """All live processes by name, this one included."""

@@ -19,6 +19,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── BrokerAuthError          the broker refuses our credentials
     │   ├── BrokerFeatureError       the broker lacks something we need (JetStream)
     │   └── KeyConflictError         a compare-and-set met another revision
+    ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── WireError
     │   ├── MalformedMessageError
     │   │   └── UnknownClassError    a value of a class that this process has not loaded; `class_name`
@@ -147,6 +148,14 @@ class KeyConflictError(BrokerError):
     def __init__(self, key: str) -> None:
         super().__init__(f"key {key!r} has another revision")
         self.key = key
+
+
+class UnknownJobError(NalarError):
+    """There is no job `job_id`, or its result is not kept any more."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}, or its result is not kept any more")
+        self.job_id = job_id
 
 
 class WireError(NalarError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from random import Random
+from random import Random, SystemRandom
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
 from nalar_mq.config import Settings
+from nalar_mq.door import Door
 from nalar_mq.host import Host
+from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
 from nalar_mq.logs import logger
 from nalar_mq.membership import LEASE_S
@@ -25,6 +27,7 @@ class Worker:
         app: what to serve.
         settings: broker, namespace and node.
         name: a token, unique in the namespace; the process that had it before is replaced.
+        intake: how it takes jobs in.
         connect, lease_in_thread, lease_s, random: as for `Process`.
     """
 
@@ -34,6 +37,7 @@ class Worker:
         settings: Settings,
         *,
         name: str,
+        intake: IntakeOptions | None = None,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
         lease_s: float = LEASE_S,
@@ -51,6 +55,10 @@ class Worker:
             random=random,
         )
         self._host: Host | None = None
+        self._intake_options = intake
+        self._random = random or SystemRandom()
+        self._intake: Intake | None = None
+        self._door: Door | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process.replaced.add_done_callback(lambda _: self._end())
         self._process.declared_lost.add_done_callback(lambda _: self._end())
@@ -82,6 +90,11 @@ class Worker:
             BrokerError: the broker is not there, refuses us, or lacks something.
         """
         await self._process.start(self._begin_hosting)
+        try:
+            await self._open_to_all()
+        except BaseException:
+            await self.aclose()
+            raise
         _log.info("worker.started", worker=self.name, actors=sorted(self._app.actors))
 
     def _begin_hosting(self) -> None:
@@ -89,12 +102,23 @@ class Worker:
         self._host = calls.host = Host(self._app.actors, calls, Children(self._app.path), name=self.name)
         self._host.start()
 
+    async def _open_to_all(self) -> None:
+        """Takes jobs and calls from any client of the broker."""
+        process, specs = self._process, self._app.actors
+        calls, transport, subjects = process.calls, process.transport, process.subjects
+        self._door = Door(specs, calls, transport, subjects)
+        self._intake = Intake(specs, calls, transport, subjects, process.table, process.me, self._random, self._intake_options)
+        await asyncio.gather(self._door.start(), self._intake.start())
+
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and finishes what it has; False if that took longer than `timeout_s`."""
         if self._host is None:
             return True
         try:
             async with asyncio.timeout(timeout_s):
+                await asyncio.gather(
+                    *([self._door.aclose()] if self._door else ()), *([self._intake.drain()] if self._intake else ())
+                )
                 await self._process.membership.drain()
                 await self._host.drained()
                 await self._process.drain(timeout_s)
@@ -105,7 +129,13 @@ class Worker:
 
     async def aclose(self) -> None:
         """Ends what runs and leaves; idempotent."""
+        door, self._door = self._door, None
+        intake, self._intake = self._intake, None
         host, self._host = self._host, None
+        if intake is not None:
+            await intake.aclose()
+        if door is not None:
+            await door.aclose()
         if host is not None:
             await host.aclose()
         await self._process.aclose()

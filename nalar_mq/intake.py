@@ -1,0 +1,456 @@
+"""Takes jobs out of the queue and has them run: the part of a worker that serves `NS.job.<workflow>`.
+
+Life of a job in here, each step waiting for the broker for as long as it is away:
+
+    pulled ──▶ has it ended? ──▶ recorded in NS-running ──▶ runs ──▶ result ──▶ record removed ──▶ out of the queue
+                 │                 │                          │
+                 │                 │                          └─ failed, and may be tried again: back into the queue for a
+                 │                 │                             while, the record saying how often it has failed
+                 │                 └─ somebody alive runs it, under this message or another one: back into the queue, to be
+                 │                    looked at again; that is how a job is run by one process at a time although the queue
+                 │                    gives a message to another worker when its holder is silent
+                 └─ yes: out of the queue
+
+What a worker has in hand is bounded: it pulls only what it has room for. While a job runs, its message is kept from other
+workers by heartbeats; if those fail because the worker's loop is blocked or the broker away, the record does the same, for
+as long as the worker's lease lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from random import Random
+from typing import Any, Final
+
+import msgspec
+
+from nalar_mq.actor import ActorSpec
+from nalar_mq.address import Address, Subjects
+from nalar_mq.call_context import CallContext, CallOptions
+from nalar_mq.calls import Calls
+from nalar_mq.errors import (
+    AddressError,
+    ArgumentError,
+    BrokerError,
+    KeyConflictError,
+    NalarError,
+    OverloadedError,
+    OwnerLostError,
+    RemoteError,
+    UnknownActorError,
+    ValueTooLargeError,
+    WireError,
+    WorkerLostError,
+)
+from nalar_mq.future import Future
+from nalar_mq.interchange import Arguments, read_arguments
+from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, job_id_of, write_job_value
+from nalar_mq.logs import logger
+from nalar_mq.messages import WIRE_VERSION, Running, encode_record
+from nalar_mq.placement import RoutingTable
+from nalar_mq.transport import Delivered, QueueMessage, Subscription, Transport
+
+_log = logger(__name__)
+
+
+class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How jobs are taken in.
+
+    Attributes:
+        at_once: jobs of one workflow that a worker has in hand at most; fewer if the workflow's concurrency is lower.
+        ack_wait_s: a message whose holder has been silent for this long is given to another worker.
+        look_again_s: pause before a message is looked at again whose job somebody else runs.
+        losses: how often the worker of a job may be lost before the job is given up.
+        unserved_s: jobs of a workflow that nobody has served for this long go to the dead letters.
+        back_off_s: pause before the second attempt of a failed job; twice that before the third, and so on.
+    """
+
+    at_once: int = 64
+    ack_wait_s: float = 15.0
+    look_again_s: float = 5.0
+    losses: int = 10
+    unserved_s: float = 900.0
+    back_off_s: float = 1.0
+
+
+_BATCH: Final = 16
+_PULL_S: Final = 10.0
+_RETRY_S: Final = 1.0
+_BACK_OFF_MAX_S: Final = 60.0
+
+
+class _Job:
+    """One job in the hands of this worker."""
+
+    __slots__ = ("failures", "future", "id", "losses", "message", "revision", "spec")
+
+    def __init__(self, spec: ActorSpec, message: QueueMessage) -> None:
+        self.spec = spec
+        self.message = message
+        self.id = ""
+        self.revision = 0
+        self.failures = 0
+        self.losses = 0
+        self.future: Future[Any] | None = None
+
+
+class Intake:
+    """The jobs of one worker, from `start` to `aclose`.
+
+    Args:
+        specs: what the worker serves; of these the workflows are taken.
+        calls: makes the calls; who takes a job in need not be who runs it.
+        transport, subjects, table, me, random: of the process.
+        options: how much and how long.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, ActorSpec],
+        calls: Calls,
+        transport: Transport,
+        subjects: Subjects,
+        table: RoutingTable,
+        me: Address,
+        random: Random,
+        options: IntakeOptions | None = None,
+    ) -> None:
+        self._workflows = [spec for spec in specs.values() if spec.kind == "workflow"]
+        self._calls = calls
+        self._transport = transport
+        self._subjects = subjects
+        self._table = table
+        self._me = me
+        self._random = random
+        self._options = options or IntakeOptions()
+        self._loop = asyncio.get_running_loop()
+        self._in_hand: dict[str, int] = {spec.name: 0 for spec in self._workflows}
+        self._running: dict[str, _Job] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pullers: list[asyncio.Task[None]] = []
+        self._upkeep: list[asyncio.Task[None]] = []
+        self._subscription: Subscription | None = None
+        self._changed = asyncio.Event()
+        self._unserved_since: dict[str, float] = {}
+        self._is_closing = False
+        self.jobs: Jobs
+
+    async def start(self) -> None:
+        """Begins to pull. When it returns, what any client publishes is kept.
+
+        Raises:
+            BrokerError: the broker lacks JetStream or does not answer.
+        """
+        self.jobs = await Jobs.open(self._transport, self._subjects)
+        self._subscription = await self._transport.subscribe(self._subjects.cancel("*"), self._on_cancel)
+        self._pullers = [self._loop.create_task(self._pull(spec)) for spec in self._workflows]
+        self._upkeep = [self._loop.create_task(work) for work in (self._keep_in_hand(), self._sweep())]
+
+    @property
+    def in_hand(self) -> int:
+        """Jobs that this worker has taken and not yet ended or given back."""
+        return len(self._tasks)
+
+    async def drain(self) -> None:
+        """Takes nothing more; returns when what it has in hand has ended."""
+        await _cancelled(self._pullers)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def aclose(self) -> None:
+        """Gives back what has not ended; idempotent."""
+        self._is_closing = True
+        if hasattr(self, "jobs"):
+            self.jobs.close()
+        await _cancelled([*self._pullers, *self._upkeep])
+        await _cancelled(list(self._tasks))
+        if self._subscription is not None:
+            await self._subscription.unsubscribe()
+
+    # Pulling.
+
+    async def _pull(self, spec: ActorSpec) -> None:
+        subject = self._subjects.job(spec.name)
+        limit = min(spec.concurrency, self._options.at_once)
+        while True:
+            room = limit - self._in_hand[spec.name]
+            if room <= 0:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            try:
+                messages = await self.jobs.queue.pull(
+                    subject, batch=min(room, _BATCH), timeout_s=_PULL_S, ack_wait_s=self._options.ack_wait_s
+                )
+            except BrokerError as error:
+                _log.warning("jobs.pull_failed", workflow=spec.name, reason=str(error))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            for message in messages:
+                self._take(spec, message)
+
+    def _take(self, spec: ActorSpec, message: QueueMessage) -> None:
+        self._in_hand[spec.name] += 1
+        task = self._loop.create_task(self._handle(_Job(spec, message)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, job: _Job) -> None:
+        try:
+            await self._carry_out(job)
+        except BrokerError as error:
+            _log.warning("job.interrupted", job=job.id, workflow=job.spec.name, reason=str(error))
+        except asyncio.CancelledError:
+            await self._give_back(job)
+            raise
+        except Exception:
+            _log.exception("job.crashed", job=job.id, workflow=job.spec.name)
+            job.losses += 1
+            await self._give_back(job, self._options.back_off_s)
+        finally:
+            if self._running.get(job.id) is job:
+                del self._running[job.id]
+            self._in_hand[job.spec.name] -= 1
+            self._changed.set()
+
+    async def _give_back(self, job: _Job, pause_s: float = 0.0) -> None:
+        """Lets another worker have the job at once, rather than when its time in our hands is over."""
+        if job.future is not None:
+            job.future.cancel("its worker gives the job back")
+        with contextlib.suppress(BrokerError, TimeoutError):
+            async with asyncio.timeout(_RETRY_S):
+                if job.revision:
+                    await self._try_again(job, pause_s)
+                else:
+                    await job.message.nak(pause_s)
+
+    async def _carry_out(self, job: _Job) -> None:
+        try:
+            job.id = job_id_of(job.message.headers, job.message.sequence)
+            arguments = read_arguments(job.message.data)
+        except WireError as error:
+            await self._reject(job.message, job.id, error)
+            return
+        found = await self.jobs.patiently(lambda: self.jobs.result(job.id))
+        if found is not None:
+            await self._leave(job, found)
+        elif await self._claim(job):
+            if job.losses > self._options.losses:
+                lost = WorkerLostError(f"its worker was lost {job.losses} times", actor=job.spec.name)
+                await self._fail(job, lost, ran_s=0.0)
+            else:
+                await self._run(job, arguments)
+
+    # Who runs it.
+
+    async def _claim(self, job: _Job) -> bool:
+        """Records that this worker runs the job; False if somebody else does, or this worker does already."""
+        me = self._me
+        while True:
+            held = await self.jobs.patiently(lambda: self.jobs.holder(job.id))
+            if held is not None and not await self._may_take_over(job, held[0]):
+                return False
+            sequence, workflow = job.message.sequence, job.spec.name
+            record = Running(WIRE_VERSION, me.name, me.incarnation, sequence, workflow, job.failures, job.losses)
+            try:
+                if held is None:
+                    job.revision = await self.jobs.running.create(job.id, encode_record(record))
+                else:
+                    job.revision = await self.jobs.running.update(job.id, encode_record(record), held[1])
+            except KeyConflictError:
+                continue
+            except BrokerError:
+                # It may have been written: the next look will tell.
+                if self._is_closing:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._running[job.id] = job
+            return True
+
+    async def _may_take_over(self, job: _Job, record: Running) -> bool:
+        """Judges by the record that is there; a message that must wait is given back."""
+        holder = Address(record.name, record.incarnation)
+        if record.sequence != job.message.sequence:
+            if not await self.jobs.patiently(lambda: self.jobs.is_queued(record.sequence)):
+                return True
+            await job.message.nak(self._options.look_again_s)
+            return False
+        if holder == self._me:
+            mine = self._running.get(job.id)
+            if mine is not None:
+                mine.message = job.message
+                return False
+        elif record.name and self._table.is_alive(holder):
+            await job.message.nak(self._options.look_again_s)
+            return False
+        job.failures = record.failures
+        job.losses = record.losses + (1 if record.name and holder != self._me else 0)
+        return True
+
+    # Running it.
+
+    async def _run(self, job: _Job, arguments: Arguments) -> None:
+        name = job.spec.name
+        begun_s = self._loop.time()
+        context = CallContext(self._calls, job=job.id)
+        options = CallOptions(retries=self._options.losses - job.losses)
+        try:
+            job.future = self._calls.call(context, name, "", tuple(arguments.args), arguments.kwargs, options)
+            value = write_job_value(await job.future)
+        except Exception as error:
+            await self._on_error(job, error, self._loop.time() - begun_s)
+            return
+        done = JobResult(job.id, name, "done", value, timings=self._timings(job, self._loop.time() - begun_s))
+        try:
+            await self.jobs.patiently(lambda: self.jobs.finish(done))
+        except ValueTooLargeError as error:
+            await self._fail(job, error, done.timings.ran_s)
+            return
+        _log.info("job.done", job=job.id, workflow=name)
+        await self._leave(job, None)
+
+    async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
+        if self._is_closing:
+            await self._try_again(job, 0.0)
+        elif _is_lost(error, job.spec.name):
+            job.losses += 1
+            await self._try_again(job, self._options.back_off_s)
+        elif await self.jobs.patiently(lambda: self.jobs.result(job.id)) is not None:
+            await self._leave(job, None)
+        elif job.failures < job.spec.directives.retries and not is_wrong_argument(error, job.spec.name):
+            job.failures += 1
+            pause_s = min(_BACK_OFF_MAX_S, self._options.back_off_s * 2 ** (job.failures - 1))
+            _log.warning("job.retried", job=job.id, workflow=job.spec.name, failures=job.failures, reason=repr(error))
+            await self._try_again(job, pause_s * self._random.uniform(0.5, 1.0))
+        else:
+            await self._fail(job, error, ran_s)
+
+    async def _try_again(self, job: _Job, pause_s: float) -> None:
+        waiting = Running(WIRE_VERSION, "", 0, job.message.sequence, job.spec.name, failures=job.failures, losses=job.losses)
+        with contextlib.suppress(KeyConflictError):
+            await self.jobs.patiently(lambda: self.jobs.running.update(job.id, encode_record(waiting), job.revision))
+        self._running.pop(job.id, None)
+        await job.message.nak(pause_s)
+
+    async def _fail(self, job: _Job, error: Exception, ran_s: float) -> None:
+        failed = JobResult(job.id, job.spec.name, "failed", error=describe(error), timings=self._timings(job, ran_s))
+        await self.jobs.patiently(lambda: self.jobs.finish(failed))
+        _log.warning("job.failed", job=job.id, workflow=job.spec.name, reason=repr(error))
+        await self.jobs.patiently(lambda: self.jobs.bury(job.message, job.id, error))
+        await self._leave(job, None)
+
+    def _timings(self, job: _Job, ran_s: float) -> Timings:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        return Timings(now, round(ran_s, 6), 1 + job.failures + job.losses)
+
+    async def _leave(self, job: _Job, found: JobResult | None) -> None:
+        """The job has ended: takes it out of everything but the results.
+
+        `found` is a result that was there when the message came: then who wrote it may have died before it went on.
+        """
+        if found is not None and found.state == "failed" and found.error and job.message.deliveries > 1:
+            error = RemoteError(found.error.message, type_name=found.error.type)
+            await self.jobs.patiently(lambda: self.jobs.bury(job.message, job.id, error))
+        await self.jobs.patiently(lambda: self._forget(job))
+        await job.message.ack()
+
+    async def _forget(self, job: _Job) -> None:
+        held = (await self.jobs.holder(job.id)) if not job.revision else None
+        if held is not None and held[0].sequence != job.message.sequence:
+            return
+        revision = held[1] if held is not None else job.revision
+        if revision:
+            with contextlib.suppress(KeyConflictError):
+                await self.jobs.running.delete(job.id, revision)
+
+    async def _reject(self, message: QueueMessage, id: str, error: NalarError) -> None:
+        """What cannot be run goes to the dead letters; who waits for it learns why."""
+        workflow = self.jobs.workflow_of(message.subject)
+        _log.warning("job.rejected", job=id, workflow=workflow, sequence=message.sequence, reason=str(error))
+        if id:
+            rejected = JobResult(id, workflow, "failed", error=describe(error), timings=Timings(attempts=0))
+            await self.jobs.patiently(lambda: self.jobs.finish(rejected))
+        await self.jobs.patiently(lambda: self.jobs.bury(message, id, error))
+        await message.ack()
+
+    # Upkeep.
+
+    def _on_cancel(self, message: Delivered) -> None:
+        job = self._running.get(message.subject.rpartition(".")[2])
+        if job is not None and job.future is not None:
+            job.future.cancel(message.data.decode("utf-8", "replace") or "cancelled")
+
+    async def _keep_in_hand(self) -> None:
+        """Heartbeats, and a look at whether somebody has ended what runs here."""
+        while True:
+            await asyncio.sleep(self._options.ack_wait_s / 3)
+            await asyncio.gather(*(self._beat(job) for job in list(self._running.values())))
+
+    async def _beat(self, job: _Job) -> None:
+        try:
+            await job.message.in_progress()
+            ended = await self.jobs.result(job.id)
+        except BrokerError:
+            return
+        if ended is not None and job.future is not None and self._running.get(job.id) is job:
+            job.future.cancel("the job has ended elsewhere")
+
+    async def _sweep(self) -> None:
+        """Jobs whose workflow nobody serves go to the dead letters after a while."""
+        while True:
+            await asyncio.sleep(self._options.unserved_s / 4 * self._random.uniform(0.8, 1.2))
+            with contextlib.suppress(BrokerError):
+                for subject in self._long_unserved(await self.jobs.queue.subjects()):
+                    await self._clear(subject)
+
+    def _long_unserved(self, subjects: Mapping[str, int]) -> list[str]:
+        now_s = self._loop.time()
+        unserved = {subject for subject in subjects if not self._table.replicas(self.jobs.workflow_of(subject))}
+        self._unserved_since = {subject: self._unserved_since.get(subject, now_s) for subject in unserved}
+        return [subject for subject, since_s in self._unserved_since.items() if now_s - since_s >= self._options.unserved_s]
+
+    async def _clear(self, subject: str) -> None:
+        workflow = self.jobs.workflow_of(subject)
+        known = ", ".join(spec for spec in self._table.known_actors()) or "nothing"
+        cause = UnknownActorError(
+            f"nobody has served {workflow!r} for {self._options.unserved_s:g} s; served are: {known}", actor=workflow
+        )
+        while messages := await self.jobs.queue.pull(subject, batch=_BATCH, timeout_s=0.0, ack_wait_s=self._options.ack_wait_s):
+            for message in messages:
+                await self._reject(message, _id_or_nothing(message), cause)
+
+
+def describe(error: BaseException) -> JobError:
+    """An error as it stands in a result."""
+    name = error.type_name.rpartition(":")[2] if isinstance(error, RemoteError) and error.type_name else type(error).__name__
+    return JobError(name, str(error))
+
+
+def is_wrong_argument(error: BaseException, actor: str) -> bool:
+    """True if the caller's arguments do not fit the signature of `actor`, and nothing has run."""
+    return isinstance(error, ArgumentError) and error.actor == actor
+
+
+def _is_lost(error: BaseException, actor: str) -> bool:
+    """True if it is not the workflow that failed, but who ran it."""
+    return isinstance(error, WorkerLostError | OwnerLostError | OverloadedError) and error.actor == actor
+
+
+def _id_or_nothing(message: QueueMessage) -> str:
+    try:
+        return job_id_of(message.headers, message.sequence)
+    except AddressError:
+        return ""
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancels until they have ended: `asyncio.wait_for` of Python 3.11, deep in the client, may lose a cancellation."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_RETRY_S)

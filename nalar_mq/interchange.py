@@ -1,0 +1,68 @@
+"""Arguments and results as programs in other languages write and read them: JSON, or MessagePack without extensions.
+
+Which of the two it is shows in the first byte: JSON begins with a character of ASCII, and a map, a list or a text in
+MessagePack never does. An object holds arguments by name, an array by position; anything else is the only argument, and
+nothing at all means none.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from nalar_mq.annotations import to_json
+from nalar_mq.errors import MalformedMessageError
+
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class Arguments(msgspec.Struct, frozen=True):
+    """Arguments of a call; `is_json` tells in which form the caller wrote them, and wants the answer."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    is_json: bool = True
+
+
+def read_arguments(data: bytes) -> Arguments:
+    """The arguments that another program has written.
+
+    Raises:
+        MalformedMessageError: they are neither JSON nor MessagePack, or a name is no text.
+    """
+    data = data.removeprefix(_BOM)
+    is_json = not data or data[0] < 0x80
+    if is_json and not data.strip():
+        return Arguments([], {})
+    value = _read(data, is_json)
+    kind: type[object] = type(value)
+    if kind is dict:
+        if any(type(name) is not str for name in value):
+            raise MalformedMessageError("arguments by name need names that are texts")
+        return Arguments([], value, is_json)
+    return Arguments(value if kind is list else [value], {}, is_json)
+
+
+def write_value(value: object, *, is_json: bool = True) -> bytes:
+    """A result for another program; what has no counterpart there gets the nearest one, as in `annotations.to_json`.
+
+    Raises:
+        ValueError: the value contains itself or is nested too deeply.
+    """
+    written = to_json(value)
+    return written if is_json else msgspec.msgpack.encode(msgspec.json.decode(written))
+
+
+def _read(data: bytes, is_json: bool) -> Any:
+    try:
+        return msgspec.json.decode(data) if is_json else _msgpack.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise MalformedMessageError(f"not {'JSON' if is_json else 'MessagePack'}: {error}") from None
+
+
+def _refuse_extension(code: int, _data: memoryview) -> NoReturn:
+    raise msgspec.ValidationError(f"extension {code} is not understood here")
+
+
+_msgpack: Final = msgspec.msgpack.Decoder(ext_hook=_refuse_extension)

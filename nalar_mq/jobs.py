@@ -1,0 +1,469 @@
+"""Jobs: workflow calls that survive their caller and their workers, open to any NATS client.
+
+    publish NS.job.<workflow>  ──▶  queue NS-jobs  ──▶  a worker pulls it  ──▶  NS-running: who runs it
+                                                                │
+                                     NS.result.<id>  ◀──────────┴──────────▶  NS.dead.<id>
+                                     (ledger NS-results)                      (ledger NS-dead)
+
+A job's id is its header `Nats-Msg-Id`, else `job-<sequence in the queue>`. One id is one job for as long as its result is
+kept, however often it is published.
+
+What ends a job is one message on `NS.result.<id>`, appended on condition that there is none: of a result, a failure and a
+cancellation that race, the first one counts and the others are dropped. Only after that does the message leave the queue.
+So at every moment an accepted job lies in the queue, in the results or in both, and whoever finds it in both just takes it
+out of the queue.
+
+    in the queue, no record                      queued
+    in the queue, record with a process          running
+    in the queue, record without a process       waits for another attempt
+    result                                       done, failed or cancelled
+
+A failed job, and a message that is none, lies in the dead letters too. Taking it from there is publishing it again under
+its id (in `Nalar-Job-Id`, since the broker would take a repeated `Nats-Msg-Id` for a double), after its result is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from nalar_mq.address import Subjects, check_token, random_token
+from nalar_mq.errors import (
+    BrokerAuthError,
+    BrokerError,
+    BrokerFeatureError,
+    CallCancelledError,
+    KeyConflictError,
+    MalformedMessageError,
+    RemoteError,
+    UnknownJobError,
+    ValueTooLargeError,
+    WireError,
+)
+from nalar_mq.interchange import write_value
+from nalar_mq.messages import Running, decode_running
+from nalar_mq.transport import Kept, KeyValue, Ledger, QueueMessage, Transport, WorkQueue
+
+T = TypeVar("T")
+
+MESSAGE_ID: Final = "Nats-Msg-Id"
+JOB_ID: Final = "Nalar-Job-Id"
+RESULTS_KEPT_S: Final = 7 * 24 * 3600.0
+_HEADER_ROOM: Final = 4096
+_CAUSE_SHOWN: Final = 1000
+_LOOK_AGAIN_S: Final = 5.0
+_RETRY_S: Final = 0.5
+
+State = Literal["done", "failed", "cancelled"]
+Phase = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+class JobError(msgspec.Struct, frozen=True):
+    """Why a job failed: the name of the exception's type and its text."""
+
+    type: str
+    message: str
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """When and how long: `finished_at` in ISO 8601 and UTC; `ran_s` of the last attempt."""
+
+    finished_at: str = ""
+    ran_s: float = 0.0
+    attempts: int = 1
+
+
+class JobResult(msgspec.Struct, frozen=True):
+    """What lies on `NS.result.<id>`, as JSON; `value` only if done, `error` only if failed or cancelled."""
+
+    id: str
+    workflow: str
+    state: State
+    value: Any = msgspec.UNSET
+    error: JobError | msgspec.UnsetType = msgspec.UNSET
+    timings: Timings = Timings()
+
+
+class JobStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a job stands; `worker` only while it runs, `error` only if it failed."""
+
+    id: str
+    workflow: str
+    state: Phase
+    worker: str = ""
+    failures: int = 0
+    error: JobError | None = None
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A job that could not be done, as it was published, and why."""
+
+    key: str
+    job: str
+    workflow: str
+    subject: str
+    cause: str
+    data: bytes
+    sequence: int
+    is_cut: bool = False
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """Jobs by where they stand: how many lie in the queue, by workflow; those that run; the last ones that have ended."""
+
+    queued: dict[str, int]
+    running: list[JobStatus]
+    ended: list[JobResult]
+
+
+_results: Final = msgspec.json.Decoder(JobResult)
+
+
+class Jobs:
+    """The jobs of one namespace, as any process may see and change them. Made by `open`.
+
+    Raises (every operation):
+        BrokerError: the broker does not answer, or cannot keep what it is asked to.
+    """
+
+    def __init__(
+        self, transport: Transport, subjects: Subjects, queue: WorkQueue, results: Ledger, dead: Ledger, running: KeyValue
+    ) -> None:
+        self._transport = transport
+        self._subjects = subjects
+        self.queue = queue
+        self.running = running
+        self._results = results
+        self._dead = dead
+        self._is_closed = False
+
+    @classmethod
+    async def open(cls, transport: Transport, subjects: Subjects, *, results_kept_s: float = RESULTS_KEPT_S) -> Jobs:
+        """Opens queue, ledgers and bucket, creating what does not exist; results are kept for `results_kept_s`."""
+        queue, results, dead, running = await asyncio.gather(
+            transport.work_queue(subjects.jobs_queue, [subjects.job("*")]),
+            transport.ledger(subjects.results_ledger, [subjects.result("*")], max_age_s=results_kept_s, per_subject=1),
+            transport.ledger(subjects.dead_ledger, [subjects.dead("*")], per_subject=1),
+            transport.key_value(subjects.running_bucket),
+        )
+        return cls(transport, subjects, queue, results, dead, running)
+
+    # Publishing.
+
+    async def submit(self, workflow: str, payload: bytes, job_id: str = "") -> str:
+        """Makes a job of a payload as `interchange` describes it; returns its id once the broker has it.
+
+        An id that is known already adds nothing. After an error the job may be there all the same; to submit it again
+        under the same id is safe.
+
+        Raises:
+            AddressError: workflow or id are no tokens.
+        """
+        check_token(workflow, "workflow")
+        id = check_token(job_id, "job id") if job_id else random_token("job")
+        await self.queue.publish(self._subjects.job(workflow), payload, message_id=id)
+        return id
+
+    # How it ends.
+
+    async def result(self, id: str) -> JobResult | None:
+        """How a job has ended, or None if it has not, or if it is not known any more."""
+        kept = await self._results.last(self._subjects.result(check_token(id, "job id")))
+        return None if kept is None else read_result(kept.data)
+
+    async def wait(self, id: str) -> JobResult:
+        """How a job ends, as soon as it does; waits while the broker is away.
+
+        Raises:
+            BrokerError: the connection has been closed.
+        """
+        arrived = asyncio.Event()
+        subject = self._subjects.result(check_token(id, "job id"))
+        subscription = await self.patiently(lambda: self._transport.subscribe(subject, lambda _: arrived.set()))
+        try:
+            while True:
+                arrived.clear()
+                found = await self.patiently(lambda: self.result(id))
+                if found is not None:
+                    return found
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_AGAIN_S):
+                        await arrived.wait()
+        finally:
+            await subscription.unsubscribe()
+
+    async def patiently(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Repeats an operation until the broker has answered it.
+
+        Raises:
+            BrokerAuthError, BrokerFeatureError, KeyConflictError: trying again would not help.
+            BrokerError: `close` has been called.
+        """
+        while True:
+            try:
+                return await operation()
+            except (BrokerAuthError, BrokerFeatureError, KeyConflictError):
+                raise
+            except BrokerError:
+                if self._is_closed:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+
+    def close(self) -> None:
+        """Nobody waits for the broker any more."""
+        self._is_closed = True
+
+    async def finish(self, result: JobResult) -> bool:
+        """Ends a job; False if it has ended already, and this is dropped.
+
+        Raises:
+            ValueTooLargeError: the value is larger than what one message holds.
+        """
+        subject = self._subjects.result(result.id)
+        try:
+            await self._results.append(subject, msgspec.json.encode(result), last=0)
+        except KeyConflictError:
+            return False
+        return True
+
+    async def cancel(self, id: str, reason: str = "cancelled by a client") -> bool:
+        """Ends a job without a value, whether it runs or not; False if it had ended.
+
+        It counts from now on. What runs is told to stop, and is not heard if it does not.
+
+        Raises:
+            UnknownJobError: there is no such job.
+        """
+        status = await self.status(id)
+        cancelled = JobResult(id, status.workflow, "cancelled", error=JobError("CallCancelledError", reason))
+        if not await self.finish(cancelled):
+            return False
+        self._transport.publish(self._subjects.cancel(id), reason.encode())
+        return True
+
+    # Looking.
+
+    async def status(self, id: str) -> JobStatus:
+        """Where a job stands; looks through the queue for one that has not begun.
+
+        Raises:
+            UnknownJobError: there is no such job, or its result is not kept any more.
+        """
+        result = await self.result(id)
+        if result is None:
+            held = await self.holder(id)
+            if held is not None:
+                return _status_of(id, held[0])
+            waiting = await self._find_queued(id)
+            result = None if waiting is not None else await self.result(id)
+            if waiting is not None:
+                return JobStatus(id, self.workflow_of(waiting.subject), "queued")
+        if result is None:
+            raise UnknownJobError(id)
+        return JobStatus(id, result.workflow, result.state, error=result.error or None)
+
+    async def holder(self, id: str) -> tuple[Running, int] | None:
+        """The record of a job that runs or waits for another attempt, and its revision."""
+        entry = await self.running.get(id)
+        if entry is None or entry.value is None:
+            return None
+        with contextlib.suppress(WireError):
+            return decode_running(entry.value), entry.revision
+        return Running(0, "", 0, 0, ""), entry.revision
+
+    async def is_queued(self, sequence: int) -> bool:
+        """True while the message of that number is in the queue, in somebody's hands or not."""
+        found = await self.queue.read(self._subjects.job("*"), after=sequence - 1, limit=1)
+        return bool(found) and found[0].sequence == sequence
+
+    async def _find_queued(self, id: str) -> Kept | None:
+        async for message in _pages(self.queue.read, self._subjects.job("*")):
+            if job_id_of(message.headers, message.sequence) == id:
+                return message
+        return None
+
+    async def overview(self, limit: int = 50) -> Overview:
+        """All jobs that have not ended, by counts, and the last `limit` that have."""
+        counts = await self.queue.subjects()
+        running = [_status_of(entry.key, decode_running(entry.value)) for entry in await self.running.entries() if entry.value]
+        ended: list[JobResult] = []
+        async for kept in _pages(self._results.read, self._subjects.result("*")):
+            ended.append(read_result(kept.data))
+            if len(ended) > 2 * limit:
+                del ended[:-limit]
+        queued = {self.workflow_of(subject): count for subject, count in sorted(counts.items())}
+        return Overview(queued, running, ended[-limit:] if limit else [])
+
+    def workflow_of(self, subject: str) -> str:
+        """The workflow in a subject of jobs."""
+        return subject.rpartition(".")[2]
+
+    # Dead letters.
+
+    async def bury(self, message: QueueMessage, id: str, error: BaseException) -> None:
+        """Keeps what was published, with the cause; once more if it lies there already."""
+        headers = {
+            "Nalar-Workflow": self.workflow_of(message.subject),
+            "Nalar-Subject": message.subject,
+            "Nalar-Cause": _cause(error),
+        }
+        if id:
+            headers[JOB_ID] = id
+        data, room = message.data, self._transport.max_payload - _HEADER_ROOM
+        if len(data) > room:
+            data = data[:room]
+            headers["Nalar-Cut-From-Bytes"] = str(len(message.data))
+        key = id or f"seq-{message.sequence}"
+        await self._dead.append(self._subjects.dead(key), data, headers=headers)
+
+    async def dead_letters(self) -> AsyncIterator[DeadLetter]:
+        """All of them, oldest first."""
+        async for kept in _pages(self._dead.read, self._subjects.dead("*")):
+            yield _dead_letter(kept)
+
+    async def dead_letter(self, key: str) -> DeadLetter | None:
+        """One of them by the last token of its subject: the job's id, or `seq-<number>`."""
+        kept = await self._dead.last(self._subjects.dead(check_token(key, "key of a dead letter")))
+        return None if kept is None else _dead_letter(kept)
+
+    async def retry(self, letter: DeadLetter) -> str:
+        """Publishes a dead letter again under its id and removes it; returns the id, empty if it gets another one.
+
+        Raises:
+            ValueTooLargeError: it was too large to be kept whole.
+        """
+        if letter.is_cut:
+            raise ValueTooLargeError(f"dead letter {letter.key!r} was too large to be kept whole, so it cannot be retried")
+        if letter.job:
+            await self._results.purge(self._subjects.result(letter.job))
+        headers = {JOB_ID: letter.job} if letter.job else None
+        await self.queue.publish(letter.subject, letter.data, headers=headers)
+        await self.drop(letter)
+        return letter.job
+
+    async def drop(self, letter: DeadLetter) -> None:
+        """Removes a dead letter."""
+        await self._dead.purge(self._subjects.dead(letter.key))
+
+
+class JobHandle:
+    """A job as its client sees it. Made by `Client.submit` and `Client.job`."""
+
+    def __init__(self, jobs: Jobs, id: str) -> None:
+        self._jobs = jobs
+        self.id = check_token(id, "job id")
+
+    async def result(self, timeout: float | None = None) -> Any:
+        """The job's value, as JSON has it: dicts, lists, texts, numbers.
+
+        Args:
+            timeout: seconds to wait at most; the job goes on after that.
+
+        Raises:
+            RemoteError: it failed; `type_name` says with what.
+            CallCancelledError: somebody cancelled it.
+            TimeoutError: it has not ended within `timeout`.
+        """
+        async with asyncio.timeout(timeout):
+            return value_of(await self._jobs.wait(self.id))
+
+    async def status(self) -> JobStatus:
+        """Where it stands.
+
+        Raises:
+            UnknownJobError: there is no such job, or its result is not kept any more.
+        """
+        return await self._jobs.status(self.id)
+
+    async def cancel(self) -> bool:
+        """Ends it without a value, whether it runs or not; False if it had ended.
+
+        Raises:
+            UnknownJobError: there is no such job.
+        """
+        return await self._jobs.cancel(self.id)
+
+    def __repr__(self) -> str:
+        return f"<job {self.id}>"
+
+
+def job_id_of(headers: Mapping[str, str], sequence: int) -> str:
+    """The id of a job.
+
+    Raises:
+        AddressError: the one it was given is not allowed.
+    """
+    given = headers.get(JOB_ID) or headers.get(MESSAGE_ID)
+    return f"job-{sequence}" if not given else check_token(given, "job id")
+
+
+def value_of(result: JobResult) -> Any:
+    """The value of a job that is done.
+
+    Raises:
+        RemoteError: it failed.
+        CallCancelledError: it was cancelled.
+    """
+    if result.state == "done":
+        return None if result.value is msgspec.UNSET else result.value
+    error = result.error or JobError("", "")
+    if result.state == "cancelled":
+        raise CallCancelledError(f"job {result.id!r}: {error.message}", actor=result.workflow, started=True)
+    text = f"job {result.id!r} failed: {error.type}: {error.message}"
+    raise RemoteError(text, actor=result.workflow, type_name=error.type)
+
+
+def write_job_value(value: object) -> msgspec.Raw:
+    """A value as it stands in a result.
+
+    Raises:
+        ValueError: it contains itself or is nested too deeply.
+    """
+    return msgspec.Raw(write_value(value))
+
+
+def read_result(data: bytes) -> JobResult:
+    """Reads what lies on a result subject.
+
+    Raises:
+        MalformedMessageError: it is no result.
+    """
+    try:
+        return _results.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise MalformedMessageError(f"not the result of a job: {error}") from None
+
+
+def _status_of(id: str, held: Running) -> JobStatus:
+    return JobStatus(id, held.workflow, "running" if held.name else "queued", held.name, held.failures)
+
+
+def _cause(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text[:_CAUSE_SHOWN]
+
+
+def _dead_letter(kept: Kept) -> DeadLetter:
+    headers = kept.headers
+    return DeadLetter(
+        kept.subject.rpartition(".")[2],
+        headers.get(JOB_ID, ""),
+        headers.get("Nalar-Workflow", ""),
+        headers.get("Nalar-Subject", ""),
+        headers.get("Nalar-Cause", ""),
+        kept.data,
+        kept.sequence,
+        "Nalar-Cut-From-Bytes" in headers,
+    )
+
+
+async def _pages(read: Callable[..., Any], subject: str) -> AsyncIterator[Kept]:
+    after = 0
+    while page := await read(subject, after=after):
+        for kept in page:
+            yield kept
+        after = page[-1].sequence

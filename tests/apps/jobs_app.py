@@ -1,0 +1,92 @@
+"""Workflows for the tests of jobs and of calls from other programs. What happens is written down where the tests look."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nalar_mq import tool, workflow
+
+GATES: dict[str, asyncio.Event] = {}
+RUNS: list[str] = []
+
+
+def note(line: str) -> None:
+    RUNS.append(line)
+    if "JOBS_LOG" in os.environ:
+        with Path(os.environ["JOBS_LOG"]).open("a") as log:
+            log.write(f"{line}\n")
+
+
+@dataclass
+class Point:
+    x: int
+    y: int = 0
+
+
+@tool
+async def double(x: int) -> int:
+    note(f"double {x}")
+    return 2 * x
+
+
+@workflow
+async def answer(question: str, times: int = 1) -> dict[str, Any]:
+    note(f"answer {question}")
+    return {"answer": question.upper() * times, "score": await double(times)}
+
+
+@workflow
+async def move(point: Point, by: int) -> Point:
+    return Point(point.x + by, point.y)
+
+
+@workflow(concurrency=3)
+async def gated(name: str) -> str:
+    note(f"gated {name}")
+    gate = GATES.setdefault(name.partition("-")[0], asyncio.Event())
+    await gate.wait()
+    return name
+
+
+@workflow(retries=2)
+async def flaky(name: str, failures: int) -> int:
+    note(f"flaky {name}")
+    tried = RUNS.count(f"flaky {name}")
+    if tried <= failures:
+        raise ValueError(f"attempt {tried}")
+    return tried
+
+
+@workflow
+async def broken(text: str) -> None:
+    raise KeyError(text)
+
+
+@workflow
+async def inner_mistake() -> int:
+    wrong: Any = "no number"
+    return await double(wrong)
+
+
+@workflow
+async def large(size: int) -> str:
+    return "x" * size
+
+
+@workflow(timeout_s=0.2)
+async def late() -> None:
+    await asyncio.Event().wait()
+
+
+@workflow
+async def echo(value: Any) -> Any:
+    return value
+
+
+@workflow(concurrency=64)
+async def three_calls(number: int) -> int:
+    return await double(await double(await double(number)))

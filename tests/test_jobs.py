@@ -1,0 +1,448 @@
+"""Durable jobs and direct calls from any NATS client, over both transports; what needs a real broker says so."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from nalar_mq import errors
+from nalar_mq.address import Subjects
+from nalar_mq.app import App, load_app
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.intake import IntakeOptions
+from nalar_mq.interchange import read_arguments, write_value
+from nalar_mq.jobs import JobResult, Jobs, read_result
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.messages import WIRE_VERSION, Running, encode_record
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.transport import Delivered, Transport
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "jobs_app.py"
+PATIENCE_S = 30.0
+QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2, unserved_s=0.5, back_off_s=0.05)
+
+
+class Bench:
+    """Workers on demand, and a client that is a program in another language: it knows subjects and bytes only."""
+
+    foreign: Transport
+
+    def __init__(self, app: App, settings: Settings, connect: Callable[[str], Awaitable[Transport]], hub: MemoryHub) -> None:
+        self.app = app
+        self.settings = settings
+        self.connect = connect
+        self.hub = hub
+        self.subjects = Subjects(settings.namespace)
+        self.stack = AsyncExitStack()
+        self.actors: Any = importlib.import_module("jobs_app")
+
+    async def worker(self, name: str, options: IntakeOptions = QUICK) -> Worker:
+        worker = Worker(
+            self.app, self.settings, name=name, intake=options, connect=self.connect, lease_in_thread=False, lease_s=2.0
+        )
+        return await self.stack.enter_async_context(worker)
+
+    async def client(self) -> Client:
+        return await self.stack.enter_async_context(connect(settings=self.settings, connect=self.connect))
+
+    async def jobs(self) -> Jobs:
+        return await Jobs.open(self.foreign, self.subjects)
+
+    async def publish(self, workflow: str, payload: bytes, **headers: str) -> int:
+        """What `nats pub` does, with the broker's acknowledgement."""
+        queue = await self.foreign.work_queue(self.subjects.jobs_queue, [self.subjects.job("*")])
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        message_id = given.pop("Nats-Msg-Id", "")
+        sequence, _ = await queue.publish(self.subjects.job(workflow), payload, message_id=message_id, headers=given)
+        return sequence
+
+    async def result(self, id: str) -> JobResult:
+        async with asyncio.timeout(PATIENCE_S):
+            return await (await self.jobs()).wait(id)
+
+    async def request(self, name: str, payload: bytes, **headers: str) -> tuple[bytes, dict[str, str]]:
+        """What `nats req` does."""
+        answered: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
+        inbox = f"_INBOX.{self.settings.namespace}.{len(payload)}.{id(answered)}"
+        subscription = await self.foreign.subscribe(inbox, answered.set_result)
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.foreign.publish(self.subjects.call(name), payload, reply=inbox, headers=given or None)
+        async with asyncio.timeout(PATIENCE_S):
+            message = await answered
+        await subscription.unsubscribe()
+        return message.data, dict(message.headers or {})
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def emptied(self) -> None:
+        """Returns when no job is in the queue."""
+        queue = (await self.jobs()).queue
+        async with asyncio.timeout(PATIENCE_S):
+            while await queue.depth():
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def bench(request: pytest.FixtureRequest, namespace: str, broker_access: BrokerAccess) -> AsyncIterator[Bench]:
+    hub = MemoryHub(seed=1)
+
+    async def over_nats(name: str) -> Transport:
+        return await NatsTransport.connect(broker_access, name=name)
+
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    made = Bench(load_app(APP), settings, hub.connect if request.param == "memory" else over_nats, hub)
+    made.actors.GATES.clear()
+    made.actors.RUNS.clear()
+    async with made.stack:
+        made.foreign = await made.connect("foreign")
+        made.stack.push_async_callback(made.foreign.aclose)
+        yield made
+
+
+only_in_memory = pytest.mark.parametrize("bench", ["memory"], indirect=True)
+
+
+# Jobs
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"question": "why?", "times": 2}',
+        b'\xef\xbb\xbf ["why?", 2]',
+        msgspec.msgpack.encode({"question": "why?", "times": 2}),
+        msgspec.msgpack.encode(["why?", 2]),
+    ],
+    ids=["object", "array", "MessagePack map", "MessagePack array"],
+)
+async def test_a_published_job_has_a_result_that_anybody_can_read(bench: Bench, payload: bytes) -> None:
+    await bench.worker("one")
+    sequence = await bench.publish("answer", payload)
+    result = await bench.result(f"job-{sequence}")
+    assert (result.state, result.value) == ("done", {"answer": "WHY?WHY?", "score": 4})
+    await bench.emptied()
+    kept = await (await bench.foreign.ledger(bench.subjects.results_ledger, [])).last(bench.subjects.result(f"job-{sequence}"))
+    assert kept is not None
+    plain = json.loads(kept.data)
+    assert plain["id"] == f"job-{sequence}"
+    assert plain["workflow"] == "answer"
+    assert "error" not in plain
+    assert plain["timings"]["attempts"] == 1
+    assert await (await bench.jobs()).overview() == await (await bench.jobs()).overview()
+
+
+async def test_results_are_heard_live(bench: Bench) -> None:
+    await bench.worker("one")
+    heard: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
+    await bench.foreign.subscribe(bench.subjects.result("mine"), heard.set_result)
+    await bench.publish("answer", b'["x"]', Nats_Msg_Id="mine")
+    async with asyncio.timeout(PATIENCE_S):
+        assert read_result((await heard).data).value == {"answer": "X", "score": 2}
+
+
+async def test_a_job_that_waits_for_its_worker_is_done_when_one_comes(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    await bench.publish("answer", b'["x"]', Nats_Msg_Id="early")
+    assert (await jobs.status("early")).state == "queued"
+    await bench.worker("one")
+    assert (await bench.result("early")).value["answer"] == "X"
+
+
+async def test_one_id_is_one_job(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.worker("two")
+    for _ in range(5):
+        await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="same")
+    await bench.until(lambda: "gated a-x" in bench.actors.RUNS)
+    bench.actors.GATES["a"].set()
+    assert (await bench.result("same")).value == "a-x"
+    await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="same")
+    await bench.emptied()
+    assert bench.actors.RUNS == ["gated a-x"]
+
+
+async def test_what_cannot_be_read_goes_to_the_dead_letters_with_its_cause(bench: Bench) -> None:
+    await bench.worker("one")
+    unreadable = [b"{not json", b"\xc7\x01\x05x", b"\x81\x01\x02", b"\xff", b"[1,2", b"\x91" * 5000, b'"\xff"']
+    ids = [f"job-{await bench.publish('answer', payload)}" for payload in unreadable]
+    ids.append(f"job-{await bench.publish('answer', b'[1, 2, 3, 4]')}")
+    ids.append(f"job-{await bench.publish('answer', json.dumps({'quest': 1}).encode())}")
+    ids.append(f"job-{await bench.publish('answer', json.dumps({'question': [1]}).encode())}")
+    for id in ids:
+        result = await bench.result(id)
+        assert result.state == "failed"
+        assert result.error and result.error.type in ("MalformedMessageError", "ArgumentError")
+    bad = await bench.publish("answer", b"[]", Nalar_Job_Id="not a token!")
+    await bench.emptied()
+    letters = {letter.key: letter async for letter in (await bench.jobs()).dead_letters()}
+    assert letters.keys() == {*ids, f"seq-{bad}"}
+    assert "not allowed" in letters[f"seq-{bad}"].cause
+    assert letters[ids[0]].data == unreadable[0]
+    assert "missing a required argument" in letters[ids[-2]].cause or "unexpected" in letters[ids[-2]].cause
+    assert bench.actors.RUNS == []
+
+
+async def test_a_failed_job_is_tried_as_often_as_its_workflow_says(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.worker("two")
+    await bench.publish("flaky", b'["a", 2]', Nats_Msg_Id="a")
+    await bench.publish("flaky", b'["b", 9]', Nats_Msg_Id="b")
+    await bench.publish("broken", b'["c"]', Nats_Msg_Id="c")
+    first, second, third = await bench.result("a"), await bench.result("b"), await bench.result("c")
+    assert (first.state, first.value, first.timings.attempts) == ("done", 3, 3)
+    assert second.error and (second.error.type, second.error.message) == ("ValueError", "attempt 3")
+    assert third.error and third.error.type == "KeyError"
+    await bench.emptied()
+    assert sorted([letter.job async for letter in (await bench.jobs()).dead_letters()]) == ["b", "c"]
+    assert sorted(bench.actors.RUNS) == ["flaky a"] * 3 + ["flaky b"] * 3
+
+
+async def test_dead_letters_are_retried_and_dropped(bench: Bench) -> None:
+    await bench.worker("one")
+    jobs = await bench.jobs()
+    await bench.publish("flaky", b'["a", 4]', Nats_Msg_Id="a")
+    await bench.publish("broken", b'["c"]', Nats_Msg_Id="c")
+    await bench.result("a")
+    await bench.result("c")
+    await bench.emptied()
+    letter = await jobs.dead_letter("a")
+    assert letter is not None
+    assert await jobs.retry(letter) == "a"
+    result = await bench.result("a")
+    assert (result.state, result.value) == ("done", 5)
+    other = await jobs.dead_letter("c")
+    assert other is not None
+    await jobs.drop(other)
+    assert [letter async for letter in jobs.dead_letters()] == []
+    assert (await jobs.status("c")).state == "failed"
+
+
+async def test_jobs_that_nobody_serves_are_swept_out(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.publish("nobody", b"{}", Nats_Msg_Id="a")
+    result = await bench.result("a")
+    assert result.error and "served are: answer" in result.error.message
+    await bench.emptied()
+    letter = await (await bench.jobs()).dead_letter("a")
+    assert letter is not None
+    assert letter.workflow == "nobody"
+
+
+async def test_a_job_is_cancelled_whether_it_runs_or_waits(bench: Bench) -> None:
+    worker = await bench.worker("one")
+    client = await bench.client()
+    running = [await client.submit("gated", name=f"a-{n}", job_id=f"r{n}") for n in range(3)]
+    await bench.until(lambda: len(bench.actors.RUNS) == 3)
+    waiting = await client.submit("gated", "a-w", job_id="w")
+    assert (await running[0].status()).state == "running"
+    assert (await running[0].status()).worker == "one"
+    assert (await waiting.status()).state == "queued"
+    assert await waiting.cancel()
+    assert await running[0].cancel()
+    assert not await running[0].cancel()
+    for handle in (waiting, running[0]):
+        with pytest.raises(errors.CallCancelledError):
+            await handle.result(timeout=PATIENCE_S)
+    await bench.until(lambda: worker.running == 2)
+    bench.actors.GATES["a"].set()
+    assert [await handle.result(timeout=PATIENCE_S) for handle in running[1:]] == ["a-1", "a-2"]
+    await bench.emptied()
+    assert "gated a-w" not in bench.actors.RUNS
+    with pytest.raises(errors.UnknownJobError):
+        await (await client.job("never")).cancel()
+
+
+async def test_a_worker_takes_only_what_it_has_room_for(bench: Bench) -> None:
+    worker = await bench.worker("one")
+    client = await bench.client()
+    handles = [await client.submit("gated", f"a-{n}") for n in range(20)]
+    await bench.until(lambda: len(bench.actors.RUNS) == 3)
+    overview = await (await bench.jobs()).overview()
+    assert overview.queued == {"gated": 20}
+    assert len(overview.running) == 3
+    assert worker._intake is not None
+    assert worker._intake.in_hand == 3
+    bench.actors.GATES["a"].set()
+    assert [await handle.result(timeout=PATIENCE_S) for handle in handles] == [f"a-{n}" for n in range(20)]
+    assert len(bench.actors.RUNS) == 20
+
+
+async def test_a_job_longer_than_every_wait_runs_once(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.worker("two")
+    client = await bench.client()
+    handle = await client.submit("gated", "a-x")
+    await bench.until(lambda: bench.actors.RUNS == ["gated a-x"])
+    with pytest.raises(TimeoutError):
+        await handle.result(timeout=3 * QUICK.ack_wait_s)
+    assert bench.actors.RUNS == ["gated a-x"]
+    bench.actors.GATES["a"].set()
+    assert await handle.result(timeout=PATIENCE_S) == "a-x"
+
+
+async def test_objects_arrive_as_the_annotations_say(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    handle = await client.submit("move", bench.actors.Point(1, 2), by=3)
+    assert await handle.result(timeout=PATIENCE_S) == {"x": 4, "y": 2}
+    with pytest.raises(errors.ArgumentError):
+        await client.submit("move", 1, point=3)
+    with pytest.raises(errors.AddressError):
+        await client.submit("move", 1, job_id="no token")
+
+
+async def test_failures_reach_the_client_by_type(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    with pytest.raises(errors.RemoteError, match="KeyError") as raised:
+        await (await client.submit("broken", "x")).result(timeout=PATIENCE_S)
+    assert raised.value.type_name == "KeyError"
+    with pytest.raises(errors.RemoteError, match="ArgumentError"):
+        await (await client.submit("inner_mistake")).result(timeout=PATIENCE_S)
+    with pytest.raises(errors.RemoteError, match="CallTimeoutError"):
+        await (await client.submit("late")).result(timeout=PATIENCE_S)
+    with pytest.raises(errors.RemoteError, match="ValueTooLargeError"):
+        await (await client.submit("large", 600_000)).result(timeout=PATIENCE_S)
+
+
+async def test_a_stopped_worker_gives_its_jobs_back(bench: Bench) -> None:
+    first = await bench.worker("one")
+    client = await bench.client()
+    handles = [await client.submit("gated", f"a-{n}") for n in range(3)]
+    await bench.until(lambda: len(bench.actors.RUNS) == 3)
+    await first.aclose()
+    await bench.worker("two")
+    await bench.until(lambda: len(bench.actors.RUNS) == 6)
+    bench.actors.GATES["a"].set()
+    assert [await handle.result(timeout=PATIENCE_S) for handle in handles] == ["a-0", "a-1", "a-2"]
+
+
+async def test_a_draining_worker_finishes_its_jobs(bench: Bench) -> None:
+    first = await bench.worker("one")
+    client = await bench.client()
+    handle = await client.submit("gated", "a-0")
+    await bench.until(lambda: len(bench.actors.RUNS) == 1)
+    drained = asyncio.create_task(first.drain(PATIENCE_S))
+    later = await client.submit("answer", "x")
+    bench.actors.GATES["a"].set()
+    assert await drained
+    assert await handle.result(timeout=PATIENCE_S) == "a-0"
+    assert (await later.status()).state == "queued"
+
+
+@only_in_memory
+async def test_a_job_survives_the_loss_of_its_worker(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    handle = await client.submit("gated", "a-0")
+    await bench.until(lambda: len(bench.actors.RUNS) == 1)
+    bench.hub.kill("one")
+    await bench.worker("two")
+    await bench.until(lambda: len(bench.actors.RUNS) == 2)
+    bench.actors.GATES["a"].set()
+    assert await handle.result(timeout=PATIENCE_S) == "a-0"
+    assert (await (await bench.jobs()).result(handle.id) or JobResult("", "", "failed")).timings.attempts == 2
+
+
+async def test_a_job_that_takes_its_workers_down_is_given_up(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    sequence = await bench.publish("answer", b'["x"]', Nats_Msg_Id="killer")
+    lost = Running(WIRE_VERSION, "gone", 1, sequence, "answer", losses=QUICK.losses)
+    await jobs.running.create("killer", encode_record(lost))
+    await bench.worker("one")
+    result = await bench.result("killer")
+    assert result.error and result.error.type == "WorkerLostError"
+    assert bench.actors.RUNS == []
+
+
+async def test_a_record_of_a_message_that_is_gone_holds_nobody_back(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    await bench.publish("answer", b'["x"]', Nats_Msg_Id="again")
+    await jobs.running.create("again", encode_record(Running(WIRE_VERSION, "one", 1, 999_999, "answer", failures=5)))
+    await bench.worker("one")
+    assert (await bench.result("again")).state == "done"
+
+
+# Direct calls
+
+
+async def test_a_call_from_any_client_is_answered_in_its_own_form(bench: Bench) -> None:
+    await bench.worker("one")
+    data, headers = await bench.request("answer", b'{"question": "why?"}')
+    assert (json.loads(data), headers) == ({"answer": "WHY?", "score": 2}, {})
+    data, _ = await bench.request("double", msgspec.msgpack.encode([4]))
+    assert msgspec.msgpack.decode(data) == 8
+    data, _ = await bench.request("echo", b"[null]", Nalar_Session="s", Nalar_Timeout_S="5", Nalar_Priority="2")
+    assert data == b"null"
+    assert bench.actors.RUNS.count("double 4") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "headers", "code"),
+    [
+        ("answer", b"{", {}, 400),
+        ("answer", b'{"q": 1}', {}, 400),
+        ("answer", b'{"question": 1}', {}, 400),
+        ("answer", b'["x"]', {"Nalar_Timeout_S": "soon"}, 400),
+        ("answer", b'["x"]', {"Nalar_Session": "a b"}, 400),
+        ("nobody", b"", {}, 404),
+        ("answer.method", b"", {}, 404),
+        ("late", b"", {}, 408),
+        ("large", b"[600000]", {}, 413),
+        ("broken", b'["x"]', {}, 500),
+        ("inner_mistake", b"", {}, 500),
+    ],
+)
+async def test_a_failed_call_is_answered_with_its_code(
+    bench: Bench, name: str, payload: bytes, headers: dict[str, str], code: int
+) -> None:
+    await bench.worker("one")
+    data, answered = await bench.request(name, payload, **headers)
+    assert (data, answered["Nats-Service-Error-Code"]) == (b"", str(code))
+    assert answered["Nats-Service-Error"]
+
+
+async def test_the_service_shows_what_can_be_called(bench: Bench) -> None:
+    await bench.worker("one")
+    namespace = bench.settings.namespace
+    answer = await bench.foreign.request(f"$SRV.INFO.{namespace}", b"", timeout_s=PATIENCE_S)
+    endpoints = {endpoint["name"]: endpoint for endpoint in json.loads(answer.data)["endpoints"]}
+    assert endpoints["answer"]["subject"] == f"{namespace}.call.answer"
+    assert endpoints["answer"]["metadata"]["signature"].startswith("(question: ")
+    assert "double" in endpoints
+
+
+# Arguments and values of other programs
+
+
+@pytest.mark.parametrize("data", [b"", b"  ", b"[]", b"{}", b"\x90", b"\x80"])
+def test_no_arguments_are_no_arguments(data: bytes) -> None:
+    arguments = read_arguments(data)
+    assert (arguments.args, arguments.kwargs) == ([], {})
+
+
+@pytest.mark.parametrize("value", ["text", 1.5, None, True, -1, ["a"], {"a": [1, {"b": None}]}])
+def test_a_value_comes_back_from_both_forms(value: Any) -> None:
+    for is_json in (True, False):
+        written = write_value([value], is_json=is_json)
+        arguments = read_arguments(written)
+        assert (arguments.args, arguments.is_json) == ([value], is_json)
+
+
+@pytest.mark.parametrize("data", [b"{", b"nul", b"\xc1", b"\x81", b"\xd9\x02\xff\xff", b"\x81\x01\x01", b"\xc7\x01\x07a"])
+def test_what_is_neither_form_is_malformed(data: bytes) -> None:
+    with pytest.raises(errors.MalformedMessageError):
+        read_arguments(data)
