@@ -22,7 +22,7 @@ from nalar_mq.arguments import parameters_of
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
-from nalar_mq.errors import ArgumentError, CallCancelledError, UnknownActorError
+from nalar_mq.errors import ArgumentError, BrokerError, CallCancelledError, UnknownActorError
 from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import JobHandle, Jobs
@@ -30,6 +30,8 @@ from nalar_mq.messages import Member
 from nalar_mq.process import Connect, Process
 
 T = TypeVar("T")
+
+_REJOIN_PAUSE_S = 1.0
 
 
 def connect(
@@ -135,6 +137,7 @@ class Client(Caller):
         self._context: CallContext | None = None
         self._outer: CallContext | None = None
         self._thread: _LoopThread | None = None
+        self._rejoining: asyncio.Task[None] | None = None
         self._jobs: Jobs | None = None
 
     @property
@@ -191,6 +194,10 @@ class Client(Caller):
             current_context.set(self._outer)
 
     async def _open(self) -> None:
+        self._process = await self._join()
+        self._context = CallContext(self._process.calls)
+
+    async def _join(self) -> Process:
         process = Process(
             self._settings,
             name=self.name,
@@ -200,10 +207,33 @@ class Client(Caller):
             random=self._random,
         )
         await process.start()
-        self._process = process
-        self._context = CallContext(process.calls)
+        process.declared_lost.add_done_callback(self._begin_rejoining)
+        return process
+
+    def _begin_rejoining(self, declared_lost: asyncio.Future[None]) -> None:
+        if not declared_lost.cancelled() and self._process is not None:
+            self._rejoining = asyncio.get_running_loop().create_task(self._rejoin(self._process))
+
+    async def _rejoin(self, former: Process) -> None:
+        """The program stood still and was given up: its calls have failed by now, the next ones come from another life."""
+        jobs, self._jobs = self._jobs, None
+        if jobs is not None:
+            jobs.close()
+        await former.aclose()
+        while True:
+            try:
+                self._process = await self._join()
+                break
+            except BrokerError:
+                await asyncio.sleep(_REJOIN_PAUSE_S)
+        if self._context is not None:
+            self._context.caller = self._process.calls
 
     async def _close(self) -> None:
+        rejoining, self._rejoining = self._rejoining, None
+        if rejoining is not None:
+            rejoining.cancel()
+            await asyncio.gather(rejoining, return_exceptions=True)
         jobs, self._jobs = self._jobs, None
         if jobs is not None:
             jobs.close()

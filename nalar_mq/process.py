@@ -142,6 +142,7 @@ class Process:
         _log.error("process.replaced", process=self.name, hint="another process was started under the same name")
         if not self.replaced.done():
             self.replaced.set_result(None)
+        self.calls.close(OwnerLostError(f"another process was started under the name {self.name!r}"))
 
     def on_declared_lost(self) -> None:
         """This process stood still for longer than its lease, and others have given it up (`membership.LeaseEvents`)."""

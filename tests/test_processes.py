@@ -287,6 +287,50 @@ async def test_the_calls_of_a_killed_client_are_cancelled(
         await caller.end(signal.SIGKILL)
 
 
+FROZEN = """
+import asyncio, sys
+import msgspec, nalar_mq
+from nalar_mq.config import Settings
+from nalar_mq.errors import NalarError, OwnerLostError
+
+async def main():
+    settings = msgspec.json.decode(sys.argv[1], type=Settings)
+    async with nalar_mq.connect(settings=settings, name="frozen") as client:
+        await client.wait_for("endure")
+        call = client.call("endure", "frozen", sys.argv[2])
+        try:
+            await call
+        except OwnerLostError as error:
+            print("ended:", error, flush=True)
+        while True:
+            try:
+                await client.wait_for("square", 1.0)
+                print("again:", await client.call("square", 7, sys.argv[2]), flush=True)
+                return
+            except NalarError:
+                await asyncio.sleep(0.1)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_client_frozen_beyond_its_lease_is_told_and_begins_again(
+    node: LocalController, client: Client, settings: Settings, tmp_path: Path, folder: Path
+) -> None:
+    caller = Program(sys.executable, "-c", FROZEN, msgspec.json.encode(settings).decode(), folder, log=tmp_path / "log")
+    try:
+        await until(lambda: traces(folder)["began frozen"], "it never began")
+        caller.process.send_signal(signal.SIGSTOP)
+        await until(lambda: traces(folder)["cancelled frozen"], "its call goes on")
+        await until(lambda: "frozen" not in client.process.table.members, "it was never given up")
+        caller.process.send_signal(signal.SIGCONT)
+        await caller.says("stood still for longer than its lease")
+        await caller.says("again: 49")
+        assert await asyncio.to_thread(caller.process.wait, PATIENCE_S) == 0
+    finally:
+        await caller.end(signal.SIGKILL)
+
+
 async def test_two_workers_that_flood_each_other_go_on(node: LocalController, client: Client) -> None:
     await until(lambda: len(incarnations(client)) == 2, "somebody is missing")
     assert await outcomes([client.call("flood", 100, 6) for _ in range(10)]) == [600] * 10
