@@ -15,7 +15,8 @@ A failure is an exit, asked for by nobody, of a process that was not ready for `
 process that served is given up after `max_failures` of them in a row, or at once if the process ends with `EXIT_CONFIG`,
 which says that another start would not help. A slot that has served goes on for ever: what ends its processes may pass, and
 between two of them it serves. One that ends with `EXIT_REPLACED` is given up in any case: somebody else has its name, and
-two that take it from each other would serve nobody.
+two that take it from each other would serve nobody. One that ends with `EXIT_LOST` stood still for so long that the others
+gave it up; its successor is started like that of any other process that has served.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ DECISIONS = [
     ("failures spread", STARTING, Exited(1, "", 1.0), 101, Phase.WAITING, 102.5, Action.NONE),
     ("a fault of the user is final", STARTING, Exited(2), 101, Phase.FAILED, math.inf, Action.NONE),
     ("what has served is never given up", READY, Exited(2), 101, Phase.WAITING, 102, Action.NONE),
+    ("one that was declared lost has a successor", READY, Exited(5), 101, Phase.WAITING, 102, Action.NONE),
     ("a name that another has is given up", READY, Exited(4), 101, Phase.FAILED, math.inf, Action.NONE),
     ("stop while waiting", WAITING, Stop(7), 100, Phase.STOPPED, math.inf, Action.NONE),
     ("stop while starting", STARTING, Stop(7), 100, Phase.STOPPING, 107, Action.TERMINATE),
