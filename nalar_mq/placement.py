@@ -53,10 +53,10 @@ class RoutingTable:
         return None
 
     def leave(self, address: Address) -> bool:
-        """Removes a member for good if it is still of that incarnation; True if it was there."""
+        """Removes a member for good unless it is of a higher incarnation; True if it was there."""
         self._buried[address.name] = max(address.incarnation, self._buried.get(address.name, -1))
         member = self._members.get(address.name)
-        if member is None or member.incarnation != address.incarnation:
+        if member is None or member.incarnation > address.incarnation:
             return False
         del self._members[address.name]
         self._rebuild()

@@ -1,0 +1,108 @@
+"""The routing table against a naive model of it."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nalar_mq.address import Address
+from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member
+from nalar_mq.placement import RoutingTable
+
+NAMES = ("a", "b", "c", "d")
+ACTORS = ("plain", "single", "pair")
+LIMITS = {"plain": None, "single": 1, "pair": 2}
+
+
+def _member(incarnation: int, actors: frozenset[str], draining: bool = False) -> Member:
+    infos = {actor: ActorInfo("tool", {}, max_instances=LIMITS[actor]) for actor in sorted(actors)}
+    return Member(WIRE_VERSION, incarnation, "node", "worker", 1, infos, draining)
+
+
+class Model:
+    """What the table should know, worked out from all that has happened."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, Member] = {}
+        self.dead: set[Address] = set()
+
+    def join(self, name: str, member: Member) -> Address | None:
+        former = self.members.get(name)
+        is_dead = any(dead.name == name and dead.incarnation >= member.incarnation for dead in self.dead)
+        if is_dead or (former is not None and former.incarnation > member.incarnation):
+            return None
+        self.members[name] = member
+        if former is None or former.incarnation == member.incarnation:
+            return None
+        return Address(name, former.incarnation)
+
+    def leave(self, address: Address) -> bool:
+        self.dead.add(address)
+        member = self.members.get(address.name)
+        if member is None or member.incarnation > address.incarnation:
+            return False
+        del self.members[address.name]
+        return True
+
+    def replicas(self, actor: str) -> set[Address]:
+        serving = [Address(n, m.incarnation) for n, m in self.members.items() if actor in m.actors and not m.draining]
+        return set(sorted(serving, key=lambda address: (address.incarnation, address.name))[: LIMITS[actor]])
+
+
+_joins = st.tuples(
+    st.just("join"), st.sampled_from(NAMES), st.integers(1, 4), st.frozensets(st.sampled_from(ACTORS)), st.booleans()
+)
+_leaves = st.tuples(st.just("leave"), st.sampled_from(NAMES), st.integers(1, 4), st.just(frozenset[str]()), st.just(False))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(_joins | _leaves, max_size=30),
+    seed=st.integers(0, 1000),
+    load=st.dictionaries(st.sampled_from(NAMES), st.integers(0, 5)),
+)
+def test_the_table_knows_what_a_naive_model_knows(
+    steps: list[tuple[str, str, int, frozenset[str], bool]], seed: int, load: dict[str, int]
+) -> None:
+    table, model = RoutingTable(Random(seed)), Model()
+    for what, name, incarnation, actors, draining in steps:
+        address = Address(name, incarnation)
+        if what == "join":
+            member = _member(incarnation, actors, draining)
+            assert table.join(name, member) == model.join(name, member)
+        else:
+            assert table.leave(address) == model.leave(address)
+        assert not (table.is_alive(address) and table.is_lost(address))
+    assert dict(table.members) == model.members
+    for actor in ACTORS:
+        replicas = model.replicas(actor)
+        assert set(table.replicas(actor)) == replicas
+        assert (table.info(actor) is None) == (not replicas)
+        chosen = {table.choose(actor, load) for _ in range(20)} - {None}
+        assert chosen <= replicas
+        assert bool(chosen) == bool(replicas)
+        most = max((load.get(address.name, 0) for address in replicas), default=0)
+        if sum(load.get(address.name, 0) == most for address in replicas) == 1 and len(replicas) > 1:
+            assert all(load.get(address.name, 0) < most for address in chosen if address is not None)
+    for dead in model.dead:
+        assert table.is_lost(dead)
+        assert not table.is_alive(dead)
+
+
+@settings(max_examples=60, deadline=None)
+@given(key=st.text(max_size=20), names=st.sets(st.text("xyz", min_size=1), min_size=2, max_size=8), seed=st.integers(0, 9))
+def test_a_session_moves_only_if_its_own_place_goes(key: str, names: set[str], seed: int) -> None:
+    tables = [RoutingTable(Random(seed)), RoutingTable(Random(seed + 1))]
+    for table, order in zip(tables, (sorted(names), sorted(names, reverse=True)), strict=True):
+        for name in order:
+            table.join(name, _member(1, frozenset({"plain"})))
+    place = tables[0].rank("plain", key)
+    assert place is not None
+    assert tables[1].rank("plain", key) == place
+    for name in sorted(names - {place.name}):
+        tables[0].leave(Address(name, 1))
+        assert tables[0].rank("plain", key) == place
+    tables[0].leave(place)
+    assert tables[0].rank("plain", key) is None
