@@ -1,0 +1,105 @@
+"""Where sessions live, as several processes see it; the key-value store is the one in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from typing import Any, cast
+
+from nalar_mq.address import Address, Subjects
+from nalar_mq.errors import CallError, StateLostError, WorkerLostError
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, encode_record
+from nalar_mq.placement import RoutingTable
+from nalar_mq.places import Places
+from nalar_mq.transport import Transport
+
+SUBJECTS = Subjects("places")
+Answer = tuple[bytes, Address | None, CallError | None]
+
+
+def _member(incarnation: int) -> Member:
+    return Member(WIRE_VERSION, incarnation, "node", "worker", 1, {"agent": ActorInfo("agent", {}, stateful=True)})
+
+
+class Asker:
+    """One process that asks for places."""
+
+    def __init__(self, transport: Transport, *names: str) -> None:
+        self.table = RoutingTable(Random(1))
+        self.places = Places(transport, SUBJECTS, self.table)
+        self.answers: list[Answer] = []
+        self.gone: set[bytes] = set()
+        for name in names:
+            self.table.join(name, _member(1))
+
+    def take(self, id: bytes, address: Address | None, error: CallError | None) -> bool:
+        self.answers.append((id, address, error))
+        return id not in self.gone
+
+    async def ask(self, key: str, *ids: bytes) -> list[Answer]:
+        self.answers.clear()
+        for id in ids:
+            self.places.find(key, "agent", id, self.take)
+        async with asyncio.timeout(5):
+            while len(self.answers) < len(ids):
+                await asyncio.sleep(0)
+        return list(self.answers)
+
+
+async def test_whoever_asks_first_decides_for_all() -> None:
+    hub = MemoryHub(seed=1)
+    one, two = Asker(await hub.connect("one"), "a", "b"), Asker(await hub.connect("two"), "b", "a")
+    answers = await asyncio.gather(*[asker.ask("agent.s", b"1", b"2") for asker in (one, two)])
+    assert {address for found in answers for _, address, _ in found} == {answers[0][0][1]}
+    assert [id for id, _, _ in answers[0]] == [b"1", b"2"]
+    assert one.places.known("agent.s") == two.places.known("agent.s") == answers[0][0][1]
+
+
+async def test_a_loss_is_told_once_and_to_somebody_who_waits() -> None:
+    hub = MemoryHub(seed=1)
+    asker = Asker(await hub.connect("one"), "a")
+    assert await asker.ask("agent.s", b"1") == [(b"1", Address("a", 1), None)]
+    asker.table.leave(Address("a", 1))
+    assert asker.places.known("agent.s") is None
+    asker.table.join("b", _member(1))
+    asker.gone.add(b"2")
+    answers = await asker.ask("agent.s", b"2", b"3", b"4")
+    assert [type(error) for _, _, error in answers] == [StateLostError, StateLostError, type(None)]
+    assert {address for _, address, _ in answers} == {Address("b", 1)}
+
+
+async def test_a_process_that_others_have_heard_of_first_is_not_taken_for_dead() -> None:
+    hub = MemoryHub(seed=1)
+    members = await (await hub.connect("c")).key_value(SUBJECTS.members_bucket)
+    await members.put("late", encode_record(_member(1)))
+    knowing, unknowing = Asker(await hub.connect("one"), "late"), Asker(await hub.connect("two"), "a")
+    assert await knowing.ask("agent.s", b"1") == [(b"1", Address("late", 1), None)]
+    assert await unknowing.ask("agent.s", b"1") == [(b"1", Address("late", 1), None)]
+    unknowing.table.join("late", _member(1))
+    unknowing.table.leave(Address("late", 1))
+    ((_, address, error),) = await unknowing.ask("agent.s", b"2")
+    assert (address, type(error)) == (Address("a", 1), StateLostError)
+
+
+async def test_nobody_waits_for_ever_if_the_store_fails_or_another_asker_does() -> None:
+    class Failing:
+        async def key_value(self, bucket: str) -> Any:
+            raise ZeroDivisionError(bucket)
+
+    asker = Asker(cast("Transport", Failing()), "a")
+    answers = await asker.ask("agent.s", b"1", b"2")
+    assert [type(error) for _, _, error in answers] == [WorkerLostError] * 2
+    working = Asker(await MemoryHub(seed=1).connect("one"), "a")
+
+    def fails(id: bytes, address: Address | None, error: CallError | None) -> bool:
+        raise ZeroDivisionError
+
+    working.places.find("agent.s", "agent", b"0", fails)
+    assert await working.ask("agent.s", b"1") == [(b"1", Address("a", 1), None)]
+
+
+async def test_without_a_replica_there_is_no_place() -> None:
+    asker = Asker(await MemoryHub(seed=1).connect("one"))
+    assert await asker.ask("agent.s", b"1") == [(b"1", None, None)]
+    assert asker.places.known("agent.s") is None
