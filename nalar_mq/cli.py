@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 
 import click
 
@@ -342,6 +342,207 @@ def stubs(options: _Options, /, app: Path, output: Path | None) -> None:
         output.write_text(text, "utf-8")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+
+
+_wait_option = click.option("--wait", is_flag=True, help="Wait for the end and print the result.")
+
+
+@cli.command()
+@click.argument("workflow")
+@click.argument("arguments", nargs=-1)
+@click.option("--json", metavar="JSON", help="All arguments, as one JSON object or array.")
+@click.option("--file", type=click.File("r", encoding="utf-8"), help="A job of every line of JSON in this file; - is stdin.")
+@click.option("--id", metavar="ID", default="", help="Id of the job; with --file the ids are ID-<number of the line>.")
+@_wait_option
+@click.option("--progress", is_flag=True, help="With --file: show on stderr how many are accepted and done.")
+@_app_option
+@_broker_options
+@_with_options
+def submit(
+    options: _Options,
+    /,
+    workflow: str,
+    arguments: tuple[str, ...],
+    json: str | None,
+    file: TextIO | None,
+    id: str,
+    wait: bool,
+    progress: bool,
+    app: Path | None,
+    **broker: str | None,
+) -> None:
+    """Make a durable call of WORKFLOW and print the job's id.
+
+    A job is kept by the broker until it has ended, whatever happens to workers and clients. The same ID again is the same
+    job. ARGUMENTS are written as for `nalar run`. With --file and --wait, one line of JSON is printed for each job.
+    """
+    from nalar_mq import job_commands
+
+    choice = _choice(broker)
+    if file is None:
+        wish = job_commands.JobWish(workflow=workflow, words=arguments, json_text=json, id=id)
+        made = _run(options, job_commands.submit(choice, app, wish))
+        if not wait:
+            _show(made)
+            return
+        _tell(f"job {made}")
+        _printer(False, False)(_run(options, job_commands.result(choice, app, made, wait=True)))
+        return
+    if arguments or json:
+        raise ConfigError("arguments are given by --file and by words or --json: choose one of them")
+    _run(
+        options,
+        job_commands.submit_lines(
+            choice,
+            app,
+            workflow,
+            file,
+            prefix=id,
+            wait=wait,
+            take=_show,
+            take_result=_show_line,
+            on_progress=_progress_line if progress else _no_progress,
+        ),
+    )
+    if progress:
+        click.echo(err=True)
+
+
+@cli.command()
+@click.argument("id")
+@click.option("--json-output", is_flag=True, help="Print the result as JSON even if it is text.")
+@_wait_option
+@_app_option
+@_broker_options
+@_with_options
+def result(options: _Options, /, id: str, json_output: bool, wait: bool, app: Path | None, **broker: str | None) -> None:
+    """Print the result of job ID."""
+    from nalar_mq import job_commands
+
+    value = _run(options, job_commands.result(_choice(broker), app, id, wait=wait))
+    _printer(False, json_output)(value)
+
+
+@cli.command()
+@click.argument("id")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def status(options: _Options, /, id: str, json: bool, app: Path | None, **broker: str | None) -> None:
+    """Print where job ID stands: queued, running, done, failed or cancelled."""
+    from nalar_mq import job_commands
+
+    found = _run(options, job_commands.status(_choice(broker), app, id))
+    if json:
+        _show_json(found)
+    else:
+        _show(found.state)
+
+
+@cli.command()
+@click.argument("id")
+@_app_option
+@_broker_options
+@_with_options
+def cancel(options: _Options, /, id: str, app: Path | None, **broker: str | None) -> None:
+    """End job ID without a result, whether it runs or not."""
+    from nalar_mq import job_commands
+
+    ended = _run(options, job_commands.cancel(_choice(broker), app, id))
+    _tell(f"job {id} is cancelled" if ended else f"job {id} had ended already")
+
+
+@cli.command()
+@click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True, help="How many ended jobs to list.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def jobs(options: _Options, /, limit: int, json: bool, app: Path | None, **broker: str | None) -> None:
+    """List jobs: how many are queued, which run, and the last ones that ended."""
+    from nalar_mq import job_commands
+
+    found = _run(options, job_commands.overview(_choice(broker), app, limit))
+    if json:
+        _show_json(found)
+        return
+    queued = ", ".join(f"{count} of {workflow}" for workflow, count in found.queued.items()) or "none"
+    _tell(f"not ended: {queued}")
+    rows = [[job.id, job.workflow, job.state, job.worker] for job in found.running]
+    rows += [[job.id, job.workflow, job.state, job.timings.finished_at] for job in found.ended]
+    _show_table(["ID", "WORKFLOW", "STATE", "WORKER OR END"], rows)
+
+
+@cli.group(name="dead-letters")
+def dead_letters() -> None:
+    """Jobs that could not be done, with their cause."""
+
+
+@dead_letters.command()
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def ls(options: _Options, /, json: bool, app: Path | None, **broker: str | None) -> None:
+    """List the dead letters."""
+    from nalar_mq import job_commands
+
+    letters = _run(options, job_commands.dead_letters(_choice(broker), app))
+    if json:
+        _show_json(letters)
+        return
+    _show_table(["KEY", "WORKFLOW", "CAUSE"], [[letter.key, letter.workflow, letter.cause] for letter in letters])
+
+
+@dead_letters.command()
+@click.argument("keys", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="All of them.")
+@_app_option
+@_broker_options
+@_with_options
+def retry(options: _Options, /, keys: tuple[str, ...], every: bool, app: Path | None, **broker: str | None) -> None:
+    """Publish the dead letters KEYS again."""
+    from nalar_mq import job_commands
+
+    _check_chosen(keys, every)
+    count = _run(options, job_commands.retry(_choice(broker), app, keys))
+    _tell(f"{count} published again")
+
+
+@dead_letters.command()
+@click.argument("keys", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="All of them.")
+@_app_option
+@_broker_options
+@_with_options
+def drop(options: _Options, /, keys: tuple[str, ...], every: bool, app: Path | None, **broker: str | None) -> None:
+    """Remove the dead letters KEYS for good."""
+    from nalar_mq import job_commands
+
+    _check_chosen(keys, every)
+    count = _run(options, job_commands.drop(_choice(broker), app, keys))
+    _tell(f"{count} removed")
+
+
+def _check_chosen(keys: tuple[str, ...], every: bool) -> None:
+    if bool(keys) == every:
+        raise ConfigError("name the dead letters by their keys, or all of them by --all")
+
+
+def _show_line(value: object) -> None:
+    import msgspec
+
+    _show(msgspec.json.encode(value).decode())
+
+
+def _progress_line(accepted: int, ended: int) -> None:
+    if accepted == ended or (accepted + ended) % 100 == 0:
+        click.echo(f"\r{accepted} accepted, {ended} ended", nl=False, err=True)
+
+
+def _no_progress(_accepted: int, _ended: int) -> None:
+    """Nobody wants to know."""
 
 
 @cli.group()

@@ -36,7 +36,7 @@ def read_arguments(data: bytes) -> Arguments:
     if is_json and not data.strip():
         return Arguments([], {})
     value = _read(data, is_json)
-    kind: type[object] = type(value)
+    kind = value.__class__
     if kind is dict:
         if any(type(name) is not str for name in value):
             raise MalformedMessageError("arguments by name need names that are texts")

@@ -1,0 +1,213 @@
+"""What the commands of `nalar` do with jobs, without the command line: `cli` reads the options, this carries them out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from nalar_mq.address import check_token
+from nalar_mq.arguments import parameters_of, parse_arguments
+from nalar_mq.broker import read_runtime_file
+from nalar_mq.client import Client, connect
+from nalar_mq.commands import BrokerChoice
+from nalar_mq.config import load_settings
+from nalar_mq.errors import ConfigError, UnknownJobError
+from nalar_mq.exits import CallFailed
+from nalar_mq.interchange import write_value
+from nalar_mq.jobs import DeadLetter, JobResult, Jobs, JobStatus, Overview, value_of
+
+T = TypeVar("T")
+
+_IN_FLIGHT: Final = 256
+
+Progress = Callable[[int, int], None]
+
+
+class JobWish(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as the command line describes it."""
+
+    workflow: str
+    words: tuple[str, ...] = ()
+    json_text: str | None = None
+    id: str = ""
+
+
+async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> str:
+    """Makes one job; returns its id once the broker has it."""
+    async with _client(choice, app) as client:
+        info = client.process.table.info(wish.workflow)
+        parameters = parameters_of(info.methods.get("", "") if info is not None else "")
+        args, kwargs = parse_arguments(wish.words, wish.json_text, parameters)
+        handle = await client.submit(wish.workflow, *args, job_id=wish.id or None, **kwargs)
+        return handle.id
+
+
+async def submit_lines(
+    choice: BrokerChoice,
+    app: Path | None,
+    workflow: str,
+    lines: Iterable[str],
+    *,
+    prefix: str,
+    wait: bool,
+    take: Callable[[str], None],
+    take_result: Callable[[JobResult], None],
+    on_progress: Progress,
+) -> None:
+    """Makes a job of every line of JSON, in order, some hundreds at a time.
+
+    Args:
+        choice, app, workflow: as for `submit`.
+        lines: JSON; empty lines are left out.
+        prefix: the ids become `<prefix>-<number of the line>`, so that submitting the lines again adds nothing; if empty,
+            they are fresh.
+        wait: hand over the results, in the order of the lines.
+        take: gets the id of each job once the broker has it.
+        take_result: gets each result.
+        on_progress: hears how many jobs were accepted and how many results have been handed over.
+    """
+    async with _client(choice, app) as client:
+        jobs = await client.jobs()
+        ids: deque[str] = deque()
+        accepted = ended = 0
+        async for id in _in_order(_submissions(jobs, workflow, lines, prefix)):
+            accepted += 1
+            on_progress(accepted, 0)
+            if wait:
+                ids.append(id)
+            else:
+                take(id)
+        async for result in _in_order(jobs.wait(id) for id in ids):
+            ended += 1
+            take_result(result)
+            on_progress(accepted, ended)
+
+
+async def result(choice: BrokerChoice, app: Path | None, id: str, *, wait: bool) -> Any:
+    """The value of a job.
+
+    Raises:
+        CallFailed: it failed or was cancelled.
+        UnknownJobError: it has not ended, and nobody wants to wait; or there is none.
+    """
+    async with _client(choice, app) as client:
+        jobs = await client.jobs()
+        found = await jobs.wait(id) if wait else await jobs.result(id)
+        if found is None:
+            status = await jobs.status(id)
+            raise ConfigError(f"job {id!r} has not ended: it is {status.state}; `nalar result {id} --wait` waits for it")
+        return checked_value(found)
+
+
+async def status(choice: BrokerChoice, app: Path | None, id: str) -> JobStatus:
+    """Where a job stands."""
+    async with _client(choice, app) as client:
+        return await (await client.jobs()).status(id)
+
+
+async def cancel(choice: BrokerChoice, app: Path | None, id: str) -> bool:
+    """Ends a job; False if it had ended."""
+    async with _client(choice, app) as client:
+        return await (await client.jobs()).cancel(id)
+
+
+async def overview(choice: BrokerChoice, app: Path | None, limit: int) -> Overview:
+    """All jobs by where they stand, and the last `limit` that have ended."""
+    async with _client(choice, app) as client:
+        return await (await client.jobs()).overview(limit)
+
+
+async def dead_letters(choice: BrokerChoice, app: Path | None) -> list[DeadLetter]:
+    """All dead letters, oldest first."""
+    async with _client(choice, app) as client:
+        return [letter async for letter in (await client.jobs()).dead_letters()]
+
+
+async def retry(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> int:
+    """Publishes dead letters again, all of them if none is named; returns how many."""
+    async with _client(choice, app) as client:
+        jobs = await client.jobs()
+        letters = await _chosen(jobs, keys)
+        for letter in letters:
+            await jobs.retry(letter)
+        return len(letters)
+
+
+async def drop(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> int:
+    """Removes dead letters, all of them if none is named; returns how many."""
+    async with _client(choice, app) as client:
+        jobs = await client.jobs()
+        letters = await _chosen(jobs, keys)
+        for letter in letters:
+            await jobs.drop(letter)
+        return len(letters)
+
+
+def checked_value(found: JobResult) -> Any:
+    """The value of a job that is done.
+
+    Raises:
+        CallFailed: it is not.
+    """
+    try:
+        return value_of(found)
+    except Exception as error:
+        raise CallFailed(error, found.workflow) from error
+
+
+async def _chosen(jobs: Jobs, keys: tuple[str, ...]) -> list[DeadLetter]:
+    if not keys:
+        return [letter async for letter in jobs.dead_letters()]
+    found = [(key, await jobs.dead_letter(key)) for key in keys]
+    for key, letter in found:
+        if letter is None:
+            raise UnknownJobError(key)
+    return [letter for _, letter in found if letter is not None]
+
+
+def _submissions(jobs: Jobs, workflow: str, lines: Iterable[str], prefix: str) -> Iterator[Coroutine[Any, Any, str]]:
+    if prefix:
+        check_token(prefix, "--id")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ConfigError(f"line {number} is not JSON: {error}") from None
+        yield jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "")
+
+
+async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[T]:
+    """The results of coroutines in their order, while some hundreds of them run."""
+    running: deque[asyncio.Task[T]] = deque()
+    try:
+        for coroutine in work:
+            running.append(asyncio.ensure_future(coroutine))
+            if len(running) >= _IN_FLIGHT:
+                yield await running[0]
+                running.popleft()
+        while running:
+            yield await running[0]
+            running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _client(choice: BrokerChoice, app: Path | None) -> Client:
+    running = read_runtime_file(app.parent if app else Path.cwd())
+    settings = load_settings(
+        nats=choice.nats,
+        context=choice.context,
+        runtime=running.access if running else None,
+        namespace=choice.namespace,
+        app_namespace=running.namespace if running else "",
+    )
+    return connect(settings=settings)
