@@ -308,6 +308,8 @@ def called(f: Any) -> Any:
     elif kind is types.BuiltinFunctionType:
         names = _NATIVE_METHODS.get(type(f.__self__))
         return f if names is not None and f.__name__ in names else _called_builtin(f)
+    elif kind is type:
+        return _called_class(f)
     return _called_other(f)
 
 
@@ -359,7 +361,10 @@ def _called_class(f: type[Any]) -> Any:
     actor = _actor_for(f, type(f))
     if actor is not f:
         return functools.partial(_noted_call, actor)
-    parts: tuple[Any, ...] = (f.__init__, f.__new__, type(f).__call__)
+    starter: Any = f.__init__
+    if type(starter) is types.FunctionType:
+        return f
+    parts: tuple[Any, ...] = (f.__new__, type(f).__call__)
     return f if any(type(part) is types.FunctionType for part in parts) else functools.partial(_through, f)
 
 

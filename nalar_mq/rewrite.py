@@ -453,6 +453,8 @@ class _Rewriter:
         if node.value is not None:
             if self._scope.guarded:
                 node.value = self._full(node.value)
+            elif self._is_clean(node.value):
+                node.value = self._move(node.value)
             else:
                 moved = self._move(node.value)
                 node.value = self._ask("yield", moved, moved)

@@ -56,6 +56,8 @@ def mark() -> int:
 
 def settled(start: int, x: Any) -> Any:
     """`x` in values, after all calls made since `start` have ended; raises the error of the first that failed."""
+    if not living:
+        return x
     made = journal.made[start:]
     del journal.made[start:]
     wait_in_order(made)
@@ -117,6 +119,8 @@ class Guard:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         journal.depth -= 1
+        if len(journal.made) == self._start:
+            return
         made = journal.made[self._start :]
         del journal.made[self._start :]
         if error is None:
