@@ -860,6 +860,7 @@ class Host:
     async def aclose(self) -> None:
         """Ends all instances and threads; what still runs is cancelled."""
         for execution in list(self._executions.values()):
+            execution.is_answered = True  # nobody cancelled it: its owner hears of the loss and may send it elsewhere
             self._cancel(execution, "its worker is stopping")
         if self._upkeep is not None:
             self._upkeep.cancel()

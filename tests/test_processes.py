@@ -20,12 +20,14 @@ import psutil
 import pytest
 
 from nalar_mq import errors
+from nalar_mq.app import load_app
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.membership import LEASE_S
 from nalar_mq.process import Process
+from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "fire.py"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
@@ -138,6 +140,24 @@ async def test_a_worker_killed_under_load(node: LocalController, client: Client,
     ended = traces(folder)
     assert all(ended[f"began {1000 + n}"] <= 1 for n in range(200)), "a call that may not be retried ran twice"
     await until(lambda: len(incarnations(client)) == 2, "the killed worker never came back")
+
+
+async def test_calls_of_a_worker_that_stops_go_elsewhere(settings: Settings, client: Client, folder: Path) -> None:
+    first = Worker(load_app(APP), settings, name="first")
+    await first.start()
+    try:
+        await client.wait_for("square")
+        retried = [client.options(retries=1).call("square", n, str(folder), 1.0) for n in range(10)]
+        single = [client.call("endure", str(n), str(folder)) for n in range(10)]
+        await until(lambda: len(traces(folder)) == 20, "some never began")
+        async with Worker(load_app(APP), settings, name="second"):
+            await until(lambda: len(incarnations(client)) == 2, "the second never joined")
+            await first.aclose()
+            assert await outcomes(retried) == [n * n for n in range(10)]
+            found = await outcomes(single)
+            assert all(isinstance(error, errors.WorkerLostError) for error in found), found
+    finally:
+        await first.aclose()
 
 
 async def test_a_worker_frozen_beyond_its_lease_is_replaced_by_itself(
