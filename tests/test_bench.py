@@ -1,0 +1,62 @@
+"""The benchmark itself: it runs, checks what comes back, and writes the shape that others read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"BENCH_RTT_CALLS": "20", "BENCH_PIPE_CALLS": "500", "BENCH_FAN_CALLS": "2000", "BENCH_CHAIN_CALLS": "20"}
+
+
+def test_all_figures_of_all_benchmarks_in_one_object(tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    names = ["calls", "futures", "chain", "startup"]
+    command = [sys.executable, "-m", "bench", *names, "--runs", "1", "--seed", "7", "--json", str(target)]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | SMALL, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(target.read_text())
+    assert found["bench"] == "calls,futures,chain,startup"
+    assert (found["seed"], found["runs"], found["failures"]) == (7, 1, {})
+    assert found["machine"]["cores"] and found["versions"]["nalar"]
+    figures = found["systems"]["nalar"]
+    wanted = {
+        *("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "fan_s", "rss_peak_fan_mb"),
+        *("chain_ms", "chain_affinity_ms", "startup_s", "rss_idle_mb"),
+    }
+    assert wanted <= figures.keys()
+    assert all(value > 0 for value in figures.values())
+    assert found["spread"]["nalar"]["chain_ms"] == [figures["chain_ms"]] * 2
+    assert "rtt_p50_us" in ran.stdout
+
+
+def test_an_unknown_system_is_named() -> None:
+    command = [sys.executable, "-m", "bench", "calls", "--against", "abacus"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert ran.returncode != 0
+    assert "abacus" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import work; work.answered; work.expect(1, 2)", "wrong answer: 1 in place of 2"),
+        ("import work; work.phase('pipe'); raise SystemExit('out of order')", "phase 'pipe'.*out of order"),
+        ("import time, work; work.phase('rtt'); time.sleep(60)", "phase 'rtt' took longer"),
+    ],
+)
+def test_a_system_that_fails_says_where(program: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.measuring import BenchmarkError, run_once
+    from bench.systems import SYSTEMS, System
+
+    file = tmp_path / "program.py"
+    file.write_text(f"import sys; sys.path.insert(0, {str(SYSTEMS['nalar'].program.parent)!r}); {program}\n")
+    monkeypatch.setattr(System, "program", property(lambda self: file))
+    with pytest.raises(BenchmarkError, match=words):
+        run_once(System("broken", "", (), "nalar-mq", limit_s=1.0), ["calls"], 1)
