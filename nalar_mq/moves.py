@@ -345,7 +345,7 @@ def _called_other(f: Any) -> Any:
     receiver = getattr(f, "__self__", None)
     if isinstance(receiver, (threading.Thread, concurrent.futures.ThreadPoolExecutor)):
         return functools.partial(_with_scope, f)
-    if type(f) is functools.partial and living:
+    if type(f) is functools.partial:
         return functools.partial(_through_partial, f)
     deep(receiver if receiver is not None else f)
     if type(f) is types.MethodType or is_rewritten_callable(getattr(type(f), "__call__", None)):  # noqa: B004
