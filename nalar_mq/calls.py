@@ -147,6 +147,8 @@ class Calls:
         self._numbers = itertools.count(1)
         self._inbox = LoopInbox(self.loop)
         self._entries: dict[bytes, Entry] = {}
+        self._children: dict[bytes, dict[bytes, None]] = {}
+        self._lent: dict[bytes, tuple[Future[Any], int]] = {}
         self._load: dict[str, int] = {}
         self._unrouted: dict[str, list[Entry]] = {}
         self._grace: dict[str, asyncio.TimerHandle] = {}
@@ -261,6 +263,10 @@ class Calls:
             future.fail(copy.copy(self._closed))
             return
         self._entries[future.id] = entry
+        if entry.parent:
+            self._children.setdefault(entry.parent, {})[future.id] = None
+        for dep in entry.depends or ():
+            self._lent[dep.id] = dep, self._lent.get(dep.id, (dep, 0))[1] + 1
         if entry.deadline is not None:
             self._watch_deadline(entry, entry.deadline)
         self._route(entry)
@@ -299,7 +305,7 @@ class Calls:
         """The routing table has changed: calls that found no replica look again."""
         for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
             for entry in self._pop_unrouted(actor):
-                self._route(entry)
+                self._again(entry)
 
     def _route_to_session(self, entry: Entry, call: Call) -> None:
         key = entry.place = entry.place or self._places.key(call.actor, call.session, call.instance)
@@ -318,9 +324,9 @@ class Calls:
         if error is not None:
             self._end_with(entry, copy.copy(error))
         elif address is None:
-            self._route(entry)
+            self._again(entry)
         else:
-            self._send(entry, entry.call, address)
+            self._send(entry, self._with_time_left(entry, entry.call), address)
         return True
 
     def _send(self, entry: Entry, call: Call, address: Address) -> None:
@@ -466,11 +472,9 @@ class Calls:
             if sender not in entry.consumers:
                 entry.consumers.append(sender)
             return
-        for other in self._entries.values():
-            for dep in other.depends or ():
-                if dep.id == want.id:
-                    self._push(dep, sender)
-                    return
+        lent = self._lent.get(want.id)
+        if lent is not None:
+            self._push(lent[0], sender)
 
     # How an entry ends.
 
@@ -478,12 +482,29 @@ class Calls:
         id = entry.future.id
         if self._entries.pop(id, None) is None:
             return
+        self._stop_watching(entry)
+        if entry.parent:
+            siblings = self._children[entry.parent]
+            del siblings[id]
+            if not siblings:
+                del self._children[entry.parent]
+        for dep in entry.depends or ():
+            self._give_back(dep.id)
+        if entry.address is not None:
+            self._load[entry.address.name] -= 1
+
+    def _give_back(self, id: bytes) -> None:
+        dep, calls = self._lent[id]
+        if calls > 1:
+            self._lent[id] = dep, calls - 1
+        else:
+            del self._lent[id]
+
+    def _stop_watching(self, entry: Entry) -> None:
         if entry.tick:
             bucket = self._wheel.get(entry.tick)
             if bucket is not None:
-                bucket.pop(id, None)
-        if entry.address is not None:
-            self._load[entry.address.name] -= 1
+                bucket.pop(entry.future.id, None)
 
     def _end_with(self, entry: Entry, error: BaseException) -> None:
         if isinstance(error, CallError):
@@ -550,8 +571,7 @@ class Calls:
             self._end_with(entry, CallCancelledError(reason, started=False))
             return
         entry.cancelling = True
-        if entry.tick:
-            self._wheel[entry.tick].pop(id, None)
+        self._stop_watching(entry)
         self._watch_deadline(entry, self.loop.time() + _CANCEL_GRACE_S)
 
     def _credit(self, id: bytes, limit: int) -> None:
@@ -564,14 +584,19 @@ class Calls:
 
     def probe_children(self, parent: bytes, probe: Probe) -> None:
         """Passes a probe on to the executors of all calls that `parent` has made and that have not ended."""
-        for id, entry in self._entries.items():
-            if entry.parent == parent and entry.address is not None:
-                self.tell(entry.address, msgspec.structs.replace(probe, id=id))
+        for id in self._children.get(parent, ()):
+            address = self._entries[id].address
+            if address is not None:
+                self.tell(address, msgspec.structs.replace(probe, id=id))
 
     def cancel_children(self, parent: bytes, reason: str) -> None:
         """Cancels every call that `parent` has made and that has not ended."""
-        for id in [id for id, entry in self._entries.items() if entry.parent == parent]:
+        for id in list(self._children.get(parent, ())):
             self._cancel(id, reason)
+
+    def release_place(self, actor: str, session: str, instance: str) -> None:
+        """The session has ended here; whoever calls it next decides its place anew."""
+        self._places.release(self._places.key(actor, session, instance), self.me)
 
     # Losses.
 
@@ -607,9 +632,13 @@ class Calls:
     def _again(self, entry: Entry) -> None:
         call = entry.call
         assert call is not None
-        if entry.deadline is not None:
-            entry.call = msgspec.structs.replace(call, timeout_s=max(0.0, entry.deadline - self.loop.time()))
+        entry.call = self._with_time_left(entry, call)
         self._route(entry)
+
+    def _with_time_left(self, entry: Entry, call: Call) -> Call:
+        if entry.deadline is None:
+            return call
+        return msgspec.structs.replace(call, timeout_s=max(0.0, entry.deadline - self.loop.time()))
 
     # The end.
 

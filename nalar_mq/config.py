@@ -49,12 +49,23 @@ class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         return f"BrokerAccess(urls={self.urls!r}, with={means!r})"
 
 
+LEASE_S = 6.0
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What every process of a runtime needs to know."""
+    """What every process of a runtime needs to know.
+
+    Attributes:
+        broker: how to reach it.
+        namespace: first token of all subjects and buckets.
+        node: name of the machine or GPU.
+        lease_s: seconds after which a silent process is dead; the same for all processes of a namespace.
+    """
 
     broker: BrokerAccess
     namespace: str = DEFAULT_NAMESPACE
     node: str = ""
+    lease_s: float = LEASE_S
 
 
 def load_settings(

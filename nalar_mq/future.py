@@ -362,7 +362,11 @@ class ChunkBuffer:
 
 
 class Stream(Generic[T]):
-    """Iterates over the pieces of a call; see `Future.stream`."""
+    """Iterates over the pieces of a call; see `Future.stream`.
+
+    A stream that is let go before its end (`close`, or nobody refers to it any more) cancels its call, so that leaving a loop
+    early leaves no producer behind.
+    """
 
     def __init__(self, future: Future[Any], chunks: ChunkBuffer, caller: Caller) -> None:
         self._future = future
@@ -401,6 +405,14 @@ class Stream(Generic[T]):
                 with waiting():
                     changed.wait()
         return self._take()
+
+    def close(self) -> None:
+        """Takes no more pieces: a call that has not ended is cancelled. Idempotent; any thread."""
+        if not self._chunks.closed and not self._future.available():
+            self._future.cancel("nobody reads its stream any more")
+
+    def __del__(self) -> None:
+        self.close()
 
     def _take(self) -> T:
         chunks = self._chunks

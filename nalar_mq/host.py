@@ -61,7 +61,7 @@ _WANT_AFTER_S = 1.0
 _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
-_SESSION_IDLE_S = 900.0  # a session that nobody named is forgotten after this long without a call
+_SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 HIGH_WATER = 1_000_000
 _log = logger(__name__)
 
@@ -302,7 +302,8 @@ class Host:
             self._await_values(execution)
         if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
             self._outflow(execution).allow(limit)
-        reentrant = replica.spec.stateful and bool(call.holds) and execution.hold in call.holds
+        # An ancestor that has ended holds nothing any more: then the call queues like any other.
+        reentrant = bool(call.holds) and execution.hold in call.holds and execution.session_key in replica.holders
         is_new = replica.mailbox.put(
             call.id,
             session=execution.session_key,
@@ -845,6 +846,9 @@ class Host:
                 if key in replica.holders:
                     continue
                 self._threads.run(functools.partial(replica.stop_instance, key))
+                if replica.spec.stateful:
+                    session, _, instance = key.partition("/")
+                    self._calls.release_place(replica.spec.name, session, instance)
 
     @property
     def running(self) -> int:

@@ -35,13 +35,13 @@ from typing import Protocol
 import msgspec
 
 from nalar_mq.address import Address, Subjects, check_token
+from nalar_mq.config import LEASE_S
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Lost, Member, decode_lost, decode_member, encode_record
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
-LEASE_S = 6.0
 _LOST_KEPT_S = 7 * 24 * 3600.0  # a process that stood still for longer has lost its connection, too
 _log = logger(__name__)
 

@@ -8,10 +8,11 @@ writes the successor's entry and is told `StateLostError`, once; everybody after
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from nalar_mq.address import Address, Subjects
-from nalar_mq.errors import CallError, KeyConflictError, NalarError, StateLostError, WireError, WorkerLostError
+from nalar_mq.errors import BrokerError, CallError, KeyConflictError, NalarError, StateLostError, WireError, WorkerLostError
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, decode_member, decode_place, encode_record
 from nalar_mq.placement import RoutingTable
@@ -122,9 +123,18 @@ class Places:
         except WireError:
             return False
 
-    async def release(self, key: str, address: Address) -> None:
-        """Removes the entry of a session that has ended at `address`."""
+    def release(self, key: str, address: Address) -> None:
+        """Removes the entry of a session that has ended at `address`, soon."""
         self._known.pop(key, None)
+        task = asyncio.get_running_loop().create_task(self._release(key, address))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _release(self, key: str, address: Address) -> None:
+        with contextlib.suppress(BrokerError):
+            await self._remove(key, address)
+
+    async def _remove(self, key: str, address: Address) -> None:
         if self._bucket is None:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
         entry = await self._bucket.get(key)

@@ -13,7 +13,6 @@ from nalar_mq.host import Host
 from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
 from nalar_mq.logs import logger
-from nalar_mq.membership import LEASE_S
 from nalar_mq.messages import ActorInfo
 from nalar_mq.process import Connect, Process
 
@@ -40,7 +39,7 @@ class Worker:
         intake: IntakeOptions | None = None,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
-        lease_s: float = LEASE_S,
+        lease_s: float | None = None,
         random: Random | None = None,
     ) -> None:
         self._app = app

@@ -32,6 +32,9 @@ class Owner:
     def credit(self, future: Future[Any], limit: int) -> None:
         self.credits.append(limit)
 
+    def cancel(self, future: Future[Any], reason: str) -> None:
+        future.fail(RuntimeError(reason))
+
 
 @pytest.fixture
 async def owner() -> Owner:

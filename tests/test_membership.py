@@ -11,8 +11,9 @@ import pytest
 
 from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
+from nalar_mq.config import LEASE_S
 from nalar_mq.errors import BrokerError
-from nalar_mq.membership import LEASE_S, Membership
+from nalar_mq.membership import Membership
 from nalar_mq.memory_transport import MemoryHub, MemoryTransport
 from nalar_mq.messages import WIRE_VERSION, Lost, Member, encode_record
 from nalar_mq.placement import RoutingTable

@@ -23,9 +23,8 @@ from nalar_mq import errors
 from nalar_mq.app import load_app
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
-from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.config import LEASE_S, BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
-from nalar_mq.membership import LEASE_S
 from nalar_mq.process import Process
 from nalar_mq.worker import Worker
 

@@ -9,12 +9,39 @@ import pytest
 
 import nalar_mq
 
-PUBLIC = """
-ArgumentError BrokerError CallCancelledError CallContext CallError CallExpiredError CallTimeoutError Client ConfigError Future
-NalarError NotConnectedError OverloadedError RemoteError StateLostError Stream StreamRestartedError UnknownActorError
-UnknownMethodError ValueNotEncodableError ValueTooLargeError WaitCycleError WorkerLostError
-agent as_completed connect context gather method tool workflow
-""".split()
+PUBLIC = [
+    "ArgumentError",
+    "BrokerError",
+    "CallCancelledError",
+    "CallContext",
+    "CallError",
+    "CallExpiredError",
+    "CallTimeoutError",
+    "Client",
+    "ConfigError",
+    "Future",
+    "NalarError",
+    "NotConnectedError",
+    "OverloadedError",
+    "RemoteError",
+    "StateLostError",
+    "Stream",
+    "StreamRestartedError",
+    "UnknownActorError",
+    "UnknownMethodError",
+    "ValueNotEncodableError",
+    "ValueTooLargeError",
+    "WaitCycleError",
+    "WorkerLostError",
+    "agent",
+    "as_completed",
+    "connect",
+    "context",
+    "gather",
+    "method",
+    "tool",
+    "workflow",
+]
 
 
 def test_the_public_names_are_these() -> None:

@@ -45,7 +45,7 @@ class Runtime:
         return sum(e.started and e.call.actor == actor for host in hosts if host for e in host._executions.values())
 
     async def worker(self, name: str) -> Worker:
-        worker = Worker(self.app, self.settings, name=name, connect=self.connect, lease_in_thread=False, lease_s=2.0)
+        worker = Worker(self.app, self.settings, name=name, connect=self.connect, lease_in_thread=False)
         return await self.stack.enter_async_context(worker)
 
     async def client(self, **options: Any) -> Client:
@@ -59,7 +59,7 @@ async def runtime(request: pytest.FixtureRequest, namespace: str, broker_access:
     async def over_nats(name: str) -> Transport:
         return await NatsTransport.connect(broker_access, name=name)
 
-    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    settings = Settings(broker=broker_access, namespace=namespace, node="here", lease_s=2.0)
     made = Runtime(load_app(APP), settings, hub.connect if request.param == "memory" else over_nats, hub)
     made.actors.GATES.clear()
     async with made.stack:
@@ -144,6 +144,11 @@ async def test_streams_come_in_order_and_slow_the_producer(runtime: Runtime) -> 
     assert [x async for x in a.sync_numbers(300).stream()] == list(range(300))
     assert await a.numbers(4) == [0, 1, 2, 3]
     assert await a.sync_numbers(3) == [0, 1, 2]
+    async for piece in a.endless().stream():
+        if piece == 3:
+            break
+    assert await asyncio.to_thread(a.gate("endless-ended").wait, 5)
+    a.gate("endless-ended").clear()
     endless = a.endless()
     taken = [x async for _, x in _first_of(endless.stream(), 1000)]
     assert taken == list(range(1000))
