@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-
-from typing_extensions import assert_type
+from typing import assert_type
 
 from nalar_mq import Future, agent, as_completed, connect, gather, method, tool, workflow
 
