@@ -40,6 +40,7 @@ from nalar_mq.errors import (
     OverloadedError,
     OwnerLostError,
     RemoteError,
+    StateLostError,
     UnknownActorError,
     ValueTooLargeError,
     WireError,
@@ -69,7 +70,7 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     at_once: int = 64
-    ack_wait_s: float = 15.0
+    ack_wait_s: float = 9.0
     look_again_s: float = 5.0
     losses: int = 10
     unserved_s: float = 900.0
@@ -316,7 +317,7 @@ class Intake:
     async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
         if self._is_closing:
             await self._try_again(job, 0.0)
-        elif _is_lost(error, job.spec.name):
+        elif _is_lost(error) and job.losses < self._options.losses:
             job.losses += 1
             await self._try_again(job, self._options.back_off_s)
         elif await self.jobs.patiently(lambda: self.jobs.result(job.id)) is not None:
@@ -435,9 +436,9 @@ def is_wrong_argument(error: BaseException, actor: str) -> bool:
     return isinstance(error, ArgumentError) and error.actor == actor
 
 
-def _is_lost(error: BaseException, actor: str) -> bool:
-    """True if it is not the workflow that failed, but who ran it."""
-    return isinstance(error, WorkerLostError | OwnerLostError | OverloadedError) and error.actor == actor
+def _is_lost(error: BaseException) -> bool:
+    """True if it is not the workflow that is at fault, but a process that it needed."""
+    return isinstance(error, WorkerLostError | OwnerLostError | OverloadedError | StateLostError)
 
 
 def _id_or_nothing(message: QueueMessage) -> str:

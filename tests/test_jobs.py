@@ -343,6 +343,21 @@ async def test_a_draining_worker_finishes_its_jobs(bench: Bench) -> None:
     assert (await later.status()).state == "queued"
 
 
+async def test_thousands_of_jobs_at_once_are_taken_in_as_there_is_room(bench: Bench) -> None:
+    count = 300 if bench.foreign.url.startswith("memory") else 2000
+    worker = await bench.worker("one")
+    jobs = await bench.jobs()
+    most = 0
+    await asyncio.gather(*(jobs.submit("three_calls", b"[%d]" % n, f"j{n}") for n in range(count)))
+    async with asyncio.timeout(PATIENCE_S):
+        while await jobs.queue.depth():
+            assert worker._intake is not None
+            most = max(most, worker._intake.in_hand)
+    assert 0 < most <= QUICK.at_once
+    values = [await jobs.result(f"j{n}") for n in range(0, count, 37)]
+    assert [result.value if result else None for result in values] == [8 * n for n in range(0, count, 37)]
+
+
 @only_in_memory
 async def test_a_job_survives_the_loss_of_its_worker(bench: Bench) -> None:
     await bench.worker("one")

@@ -90,3 +90,19 @@ async def echo(value: Any) -> Any:
 @workflow(concurrency=64)
 async def three_calls(number: int) -> int:
     return await double(await double(await double(number)))
+
+
+@tool
+async def slowly(x: int, pause_s: float) -> int:
+    note(f"slowly {x}")
+    await asyncio.sleep(pause_s)
+    return x + 1
+
+
+@workflow(concurrency=64)
+async def steps(number: int, pause_s: float) -> int:
+    note(f"steps {number}")
+    for _ in range(3):
+        number = await slowly(number, pause_s)
+    note(f"end {number}")
+    return number

@@ -1,0 +1,138 @@
+"""Jobs while worker processes and the broker are killed: what was accepted ends once, and right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import psutil
+import pytest
+
+from nalar_mq.broker import EmbeddedBroker
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.jobs import JobHandle, Jobs
+
+APP = Path(__file__).parent / "apps" / "jobs_app.py"
+PATIENCE_S = 110.0
+
+
+class Site:
+    """Three worker processes and a client; what the workers do is written into a file."""
+
+    def __init__(self, node: LocalController, client: Client, log: Path) -> None:
+        self.node = node
+        self.client = client
+        self.log = log
+
+    def lines(self) -> Counter[str]:
+        return Counter(self.log.read_text().splitlines())
+
+    def count(self, word: str) -> int:
+        return sum(count for line, count in self.lines().items() if line.startswith(word))
+
+    async def submit(self, count: int, pause_s: float) -> list[JobHandle]:
+        made = (self.client.submit("steps", 10 * n, pause_s, job_id=f"j{n}") for n in range(count))
+        return list(await asyncio.gather(*made))
+
+    async def check(self, handles: list[JobHandle]) -> None:
+        """Every job has its right result, and nothing is left over."""
+        async with asyncio.timeout(PATIENCE_S):
+            results = await asyncio.gather(*(handle.result() for handle in handles))
+            assert results == [10 * n + 3 for n in range(len(handles))]
+            jobs = await self.client.jobs()
+            while await jobs.queue.depth() or await jobs.running.entries():
+                await asyncio.sleep(0.1)
+        assert [letter async for letter in jobs.dead_letters()] == []
+
+
+@asynccontextmanager
+async def site(settings: Settings, log: Path) -> AsyncIterator[Site]:
+    log.touch()
+    variables = {"JOBS_LOG": str(log)}
+    async with LocalController(APP, settings, workers=3, variables=variables, log_level="error") as node:
+        async with asyncio.timeout(PATIENCE_S):
+            await node.ready()
+        async with connect(settings=settings) as client:
+            yield Site(node, client, log)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def kill_workers(site: Site, kills: int, total: int, rng: Random) -> None:
+    """Kills one worker after another, at random moments spread over the run."""
+    for number in range(kills):
+        await until(lambda number=number: site.count("slowly") >= total * (number + 1) // (kills + 1))
+        await asyncio.sleep(rng.uniform(0.0, 0.05))
+        pids = [pid for pid in site.node.pids.values() if psutil.pid_exists(pid)]
+        os.kill(rng.choice(pids), signal.SIGKILL)
+
+
+async def test_jobs_survive_killed_workers(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    async with site(settings, tmp_path / "log") as here:
+        handles = await here.submit(60, 0.3)
+        await kill_workers(here, 2, 180, Random(1))
+        await here.check(handles)
+
+
+async def test_jobs_survive_a_killed_broker(tmp_path: Path) -> None:
+    async with EmbeddedBroker(tmp_path / "broker") as broker:
+        settings = Settings(broker=broker.access, node="here")
+        async with site(settings, tmp_path / "log") as here:
+            handles = await here.submit(60, 0.3)
+            await until(lambda: here.count("slowly") > 40)
+            assert broker.pid is not None
+            os.kill(broker.pid, signal.SIGKILL)
+            await here.check(handles)
+            repeated = {line: count for line, count in here.lines().items() if count > 1}
+            assert repeated == {}, "work was repeated although no worker was lost"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_many_kills(tmp_path: Path) -> None:
+    rng = Random(7)
+    async with EmbeddedBroker(tmp_path / "broker", restart_attempts=50) as broker:
+        settings = Settings(broker=broker.access, node="here")
+        async with site(settings, tmp_path / "log") as here:
+            handles = await here.submit(400, 0.5)
+            await kill_workers(here, 10, 1200, rng)
+            await here.check(handles)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+async def test_a_hundred_thousand_jobs_at_once(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    count = 100_000
+    async with site(settings, tmp_path / "log") as here:
+        jobs: Jobs = await here.client.jobs()
+        before = {pid: psutil.Process(pid).memory_info().rss for pid in here.node.pids.values()}
+        room = asyncio.Semaphore(500)
+
+        async def publish(number: int) -> None:
+            async with room:
+                await jobs.submit("three_calls", b"[%d]" % number, f"j{number}")
+
+        await asyncio.gather(*(publish(number) for number in range(count)))
+        async with asyncio.timeout(1500):
+            while await jobs.queue.depth():
+                await asyncio.sleep(1.0)
+        for pid, rss in before.items():
+            assert psutil.Process(pid).memory_info().rss < rss + 128 * 1024 * 1024
+        for number in range(0, count, 997):
+            result = await jobs.result(f"j{number}")
+            assert result is not None
+            assert result.value == 8 * number
