@@ -25,7 +25,7 @@ import functools
 import hashlib
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any, cast
 
@@ -44,10 +44,12 @@ from nalar_mq.errors import (
     UnknownMethodError,
     WaitCycleError,
 )
+from nalar_mq.execution import Execution
 from nalar_mq.future import Future
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
-from nalar_mq.messages import Call, Cancel, Chunk, Consume, Credit, Fail, Probe, Resolve, Want
+from nalar_mq.messages import Call, Cancel, Consume, Credit, Fail, Probe, Resolve, Want
+from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
 from nalar_mq.stub import CONSTRUCT
@@ -64,180 +66,6 @@ BATCH_LIMIT = 64
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 HIGH_WATER = 1_000_000
 _log = logger(__name__)
-
-
-class Execution:
-    """One call in this worker; also its slot in the replica (`context.Slot`).
-
-    Its `session_key` is what the mailbox keeps apart: a session, or one instance within it.
-    """
-
-    __slots__ = (
-        "arrived",
-        "call",
-        "child",
-        "consumers",
-        "context",
-        "deadline",
-        "ended",
-        "given",
-        "host",
-        "is_answered",
-        "is_batched",
-        "method",
-        "missing",
-        "outflow",
-        "owner",
-        "replica",
-        "session_key",
-        "started",
-        "task",
-        "waits",
-        "wanted_at",
-    )
-
-    def __init__(self, host: Host, owner: Address, call: Call, replica: Replica, method: MethodSpec, now: float) -> None:
-        self.host = host
-        self.owner = owner
-        self.call = call
-        self.replica = replica
-        self.method = method
-        self.arrived = now
-        self.wanted_at = now
-        self.deadline = None if call.timeout_s is None else now + call.timeout_s
-        self.session_key = f"{call.session}/{call.instance}" if call.instance else call.session
-        self.missing: set[bytes] | None = None
-        self.given: dict[bytes, Resolve | Fail] = {}
-        self.consumers: list[Address] | None = None
-        self.context: CallContext | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.child: Callable[[], None] | None = None
-        self.outflow: Outflow | None = None
-        self.started = False
-        self.ended = False
-        self.is_answered = False
-        self.is_batched = False
-        self.waits = 0
-
-    def has_suspended(self, task: asyncio.Task[None]) -> None:
-        """It waits on the loop for the first time; `task` is its own from now on."""
-        self.task = task
-
-    @property
-    def label(self) -> str:
-        """`actor` or `actor.method`."""
-        return f"{self.call.actor}.{self.call.method}" if self.call.method else self.call.actor
-
-    @property
-    def hold(self) -> str:
-        """How this execution's session is named in the `holds` of its children."""
-        return f"{self.call.actor}/{self.session_key}"
-
-    def value_of(self, id: bytes) -> Any:
-        """The value of a future that it depends on."""
-        return values.decode(self.given[id].payload)
-
-    def give_up(self) -> None:
-        """It waits. Any thread."""
-        self.host.on_loop(self._wait)
-
-    def take_back(self) -> None:
-        """It goes on. Any thread."""
-        self.host.on_loop(self._resume)
-
-    def _wait(self) -> None:
-        self.waits += 1
-        if self.waits == 1 and not self.ended:
-            self.replica.mailbox.wait(self.call.id)
-            self.host.pump(self.replica)
-
-    def _resume(self) -> None:
-        self.waits -= 1
-        if self.waits == 0 and not self.ended:
-            self.replica.mailbox.resume(self.call.id)
-
-
-class Outflow:
-    """The pieces that a generator yields: kept for the value of the call, or sent as a stream once somebody asks for it."""
-
-    def __init__(self, execution: Execution, send: Callable[[Chunk], None], loop: asyncio.AbstractEventLoop) -> None:
-        self._execution = execution
-        self._send = send
-        self._loop = loop
-        self._kept: deque[bytes] = deque()
-        self._size_bytes = 0
-        self._sent = 0
-        self._limit = 0
-        self._is_closed = False
-        self._room: list[Callable[[], object]] = []
-
-    @property
-    def is_streaming(self) -> bool:
-        """True once somebody has asked for the pieces as they come."""
-        return self._limit > 0
-
-    def allow(self, limit: int) -> None:
-        """The consumer takes pieces up to number `limit`; on the loop."""
-        self._limit = max(self._limit, limit)
-        self._flush()
-
-    def _flush(self) -> None:
-        call = self._execution.call
-        while self._kept and self._sent < self._limit:
-            self._sent += 1
-            self._send(Chunk(call.id, self._sent, self._kept.popleft(), call.attempt))
-        if not self._kept:
-            room, self._room = self._room, []
-            for wake in room:
-                wake()
-
-    def close(self) -> None:
-        """Nobody takes more pieces; whoever waits for room goes on. On the loop."""
-        self._is_closed = True
-        self._kept.clear()
-        self._flush()
-
-    def encoded(self, piece: Any) -> bytes:
-        """A piece as bytes; any thread.
-
-        Raises:
-            ValueTooLargeError: it does not fit, or all together do not fit into one value and nobody has asked for a stream.
-        """
-        label = self._execution.label
-        payload = values.encode(piece, None, f"a piece of {label}")
-        self._size_bytes += len(payload)
-        if len(payload) > VALUE_LIMIT_BYTES:
-            raise too_large(f"a piece of {label}", len(payload), label)
-        if self._size_bytes > VALUE_LIMIT_BYTES and not self.is_streaming and not self._is_closed:
-            raise too_large(f"the pieces of {label}, which nobody takes as a stream,", self._size_bytes, label)
-        return payload
-
-    def put(self, payload: bytes) -> bool:
-        """Adds a piece; False if the producer should wait for room. On the loop."""
-        if self._is_closed:
-            return True
-        self._kept.append(payload)
-        if self.is_streaming:
-            self._flush()
-        return not (self.is_streaming and self._kept)
-
-    def on_room(self, wake: Callable[[], object]) -> None:
-        """Calls `wake` once there is room; on the loop."""
-        if self.is_streaming and self._kept:
-            self._room.append(wake)
-        else:
-            wake()
-
-    def rest(self) -> list[Any]:
-        """The pieces that were not sent, decoded."""
-        return [values.decode(piece) for piece in self._kept]
-
-    async def drained(self) -> None:
-        """Returns when a stream's last piece has been sent."""
-        if self.is_streaming and self._kept:
-            room: asyncio.Future[None] = self._loop.create_future()
-            self.on_room(functools.partial(_settle, room))
-            await room
 
 
 class Host:
@@ -418,7 +246,7 @@ class Host:
     def _outflow(self, execution: Execution) -> Outflow:
         if execution.outflow is None:
             send = functools.partial(self._calls.tell, execution.owner)
-            execution.outflow = Outflow(execution, send, self._loop)
+            execution.outflow = Outflow(execution.call, execution.label, send, self._loop)
         return execution.outflow
 
     def on_owner_lost(self, owner: Address) -> None:
@@ -498,9 +326,7 @@ class Host:
         label = executions[0].label
         try:
             function = self._bound_in_thread(executions[0], batch)
-            results = completed(function(arguments))
-            if not isinstance(results, list) or len(results) != len(arguments):
-                raise TypeError(f"{label}_batch was given {len(arguments)} arguments and must return a list of as many results")
+            results = _results_of_batch(completed(function(arguments)), len(arguments), label)
             payloads = [_checked_size(values.encode(result, None, f"a result of {label}"), executions[0]) for result in results]
         except BaseException as cause:
             error = cause
@@ -611,9 +437,9 @@ class Host:
             instance = execution.replica.make(key, execution.call.init)
         except BaseException as error:
             cause = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            self._inbox.put(functools.partial(_settle, made, None, cause))
+            self._inbox.put(functools.partial(settle, made, None, cause))
         else:
-            self._inbox.put(functools.partial(_settle, made, instance))
+            self._inbox.put(functools.partial(settle, made, instance))
 
     async def _pour(self, execution: Execution, pieces: AsyncIterator[Any]) -> Any:
         outflow = self._outflow(execution)
@@ -621,7 +447,7 @@ class Host:
             async for piece in pieces:
                 if not outflow.put(outflow.encoded(piece)):
                     room: asyncio.Future[None] = self._loop.create_future()
-                    outflow.on_room(functools.partial(_settle, room))
+                    outflow.on_room(functools.partial(settle, room))
                     await room
         finally:
             if isinstance(pieces, AsyncGenerator):
@@ -946,19 +772,17 @@ def _names(consumers: list[Address] | None) -> tuple[str, ...]:
     return tuple(consumer.name for consumer in consumers) if consumers else ()
 
 
+def _results_of_batch(results: Any, count: int, label: str) -> list[Any]:
+    if results.__class__ is not list or len(results) != count:
+        raise TypeError(f"{label}_batch was given {count} arguments and must return a list of as many results")
+    checked: list[Any] = results
+    return checked
+
+
 def _checked_size(payload: bytes, execution: Execution) -> bytes:
     if len(payload) > VALUE_LIMIT_BYTES:
         raise too_large(f"the result of {execution.label}", len(payload), execution.label)
     return payload
-
-
-def _settle(future: asyncio.Future[Any], result: Any = None, error: BaseException | None = None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
 
 
 def _put_and_tell(outflow: Outflow, payload: bytes, room: threading.Event) -> None:

@@ -1,0 +1,118 @@
+"""One call in a worker, from its arrival to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from nalar_mq import values
+from nalar_mq.actor import MethodSpec
+from nalar_mq.address import Address
+from nalar_mq.call_context import CallContext
+from nalar_mq.messages import Call, Fail, Resolve
+from nalar_mq.outflow import Outflow
+from nalar_mq.replica import Replica
+
+
+class Pump(Protocol):
+    """What an execution needs of its host."""
+
+    def on_loop(self, function: Callable[[], None]) -> None:
+        """Runs `function` on the loop; any thread."""
+        ...
+
+    def pump(self, replica: Replica) -> None:
+        """Starts what may run now."""
+        ...
+
+
+class Execution:
+    """One call in this worker; also its slot in the replica (`context.Slot`).
+
+    Its `session_key` is what the mailbox keeps apart: a session, or one instance within it.
+    """
+
+    __slots__ = (
+        "arrived",
+        "call",
+        "child",
+        "consumers",
+        "context",
+        "deadline",
+        "ended",
+        "given",
+        "host",
+        "is_answered",
+        "is_batched",
+        "method",
+        "missing",
+        "outflow",
+        "owner",
+        "replica",
+        "session_key",
+        "started",
+        "task",
+        "waits",
+        "wanted_at",
+    )
+
+    def __init__(self, host: Pump, owner: Address, call: Call, replica: Replica, method: MethodSpec, now: float) -> None:
+        self.host = host
+        self.owner = owner
+        self.call = call
+        self.replica = replica
+        self.method = method
+        self.arrived = now
+        self.wanted_at = now
+        self.deadline = None if call.timeout_s is None else now + call.timeout_s
+        self.session_key = f"{call.session}/{call.instance}" if call.instance else call.session
+        self.missing: set[bytes] | None = None
+        self.given: dict[bytes, Resolve | Fail] = {}
+        self.consumers: list[Address] | None = None
+        self.context: CallContext | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.child: Callable[[], None] | None = None
+        self.outflow: Outflow | None = None
+        self.started = False
+        self.ended = False
+        self.is_answered = False
+        self.is_batched = False
+        self.waits = 0
+
+    def has_suspended(self, task: asyncio.Task[None]) -> None:
+        """It waits on the loop for the first time; `task` is its own from now on."""
+        self.task = task
+
+    @property
+    def label(self) -> str:
+        """`actor` or `actor.method`."""
+        return f"{self.call.actor}.{self.call.method}" if self.call.method else self.call.actor
+
+    @property
+    def hold(self) -> str:
+        """How this execution's session is named in the `holds` of its children."""
+        return f"{self.call.actor}/{self.session_key}"
+
+    def value_of(self, id: bytes) -> Any:
+        """The value of a future that it depends on."""
+        return values.decode(self.given[id].payload)
+
+    def give_up(self) -> None:
+        """It waits. Any thread."""
+        self.host.on_loop(self._wait)
+
+    def take_back(self) -> None:
+        """It goes on. Any thread."""
+        self.host.on_loop(self._resume)
+
+    def _wait(self) -> None:
+        self.waits += 1
+        if self.waits == 1 and not self.ended:
+            self.replica.mailbox.wait(self.call.id)
+            self.host.pump(self.replica)
+
+    def _resume(self) -> None:
+        self.waits -= 1
+        if self.waits == 0 and not self.ended:
+            self.replica.mailbox.resume(self.call.id)
