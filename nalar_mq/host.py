@@ -64,14 +64,17 @@ _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
-HIGH_WATER = 1_000_000
+_STOP_S = 5.0
+HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 1.2 KB each and their arguments
 _log = logger(__name__)
 
 
 class Host:
     """The executions of one worker. Implements `calls.Host`; everything is for the loop unless it says otherwise."""
 
-    def __init__(self, specs: dict[str, ActorSpec], calls: Calls, children: Children, *, name: str) -> None:
+    def __init__(
+        self, specs: dict[str, ActorSpec], calls: Calls, children: Children, *, name: str, high_water: int = HIGH_WATER
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._calls = calls
@@ -90,7 +93,9 @@ class Host:
         self._upkeep: asyncio.Task[None] | None = None
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
+        self._high_water = high_water
         self.completed = 0
+        self.shed = 0
 
     def start(self) -> None:
         """Begins to look after what waits for long."""
@@ -117,9 +122,6 @@ class Host:
         if method is None:
             known = ", ".join(name for name in replica.spec.methods if name) or "none; it is called by its own name"
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} has no method {call.method!r}; it has: {known}"))
-            return
-        if len(self._executions) >= HIGH_WATER:
-            self._refuse(owner, call, OverloadedError(f"worker {self._calls.me.name!r} holds {HIGH_WATER:,} calls"))
             return
         now = self._loop.time()
         execution = Execution(self, owner, call, replica, method, now)
@@ -148,6 +150,20 @@ class Host:
             self._forget(execution)
             return
         self.pump(replica)
+        if len(self._executions) > self._high_water:
+            self._shed(replica)
+
+    def _shed(self, replica: Replica) -> None:
+        """Gives back the queued call that matters least: of the lowest priority the youngest, perhaps the one just come."""
+        id = replica.mailbox.shed()
+        execution = self._executions.get(id) if id is not None else None
+        if execution is None:
+            return
+        self.shed += 1
+        text = f"worker {self._calls.me.name!r} holds {self._high_water:,} calls, and this one mattered least"
+        retry_after_s = max(1.0, replica.mailbox.last_wait_s)
+        self._answer_error(execution, OverloadedError(text, retry_after_s=retry_after_s))
+        self._forget(execution)
 
     def _refuse(self, owner: Address, call: Call, error: CallError) -> None:
         error.call_id, error.actor = call.id.hex(), call.actor
@@ -699,11 +715,27 @@ class Host:
         tasks = [e.task for e in self._executions.values() if e.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=2.0)
-        for replica in self._replicas.values():
-            await asyncio.to_thread(replica.stop)
+        await self._stop_instances()
         self._runner.close()
         self._children.close()
         self._threads.close()
+
+    async def _stop_instances(self) -> None:
+        """Ends all instances; an `on_stop` that takes longer than its time is left behind in its thread."""
+        stopped: list[asyncio.Future[None]] = []
+        for replica in self._replicas.values():
+            done: asyncio.Future[None] = self._loop.create_future()
+            stopped.append(done)
+            self._threads.run(functools.partial(self._stop_in_thread, replica, done))
+        _, late = await asyncio.wait(stopped, timeout=_STOP_S)
+        if late:
+            _log.warning("agent.on_stop_too_slow", hint=f"on_stop has {_STOP_S:.0f} s")
+
+    def _stop_in_thread(self, replica: Replica, done: asyncio.Future[None]) -> None:
+        try:
+            replica.stop()
+        finally:
+            self._inbox.put(functools.partial(settle, done))
 
 
 def _method(spec: ActorSpec, name: str) -> MethodSpec | None:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def serve(app_path: Path) -> None:
     os.dup2(2, 1)
     for pipe in (requests, answers):  # a process that the user's code forks off would keep them open
         os.register_at_fork(after_in_child=pipe.close)
+    threading.Thread(target=_end_with_parent, args=(requests.fileno(),), daemon=True).start()
     app = load_app(app_path)
     instances: dict[tuple[str, bytes], Any] = {}
     while True:
@@ -171,6 +173,14 @@ def serve(app_path: Path) -> None:
             failure = values.encode_error(error)
             outcome = Outcome(b"", (failure.kind, failure.text, failure.payload, failure.traceback))
         _write(answers, msgspec.msgpack.encode(outcome))
+
+
+def _end_with_parent(pipe: int) -> None:
+    """Ends this process, in the middle of a call too, when nobody is left at the other end of the pipe."""
+    hang_up = select.poll()
+    hang_up.register(pipe, 0)
+    hang_up.poll()
+    os._exit(1)
 
 
 def _instance(instances: dict[tuple[str, bytes], Any], target: Callable[..., Any], job: Job) -> Any:

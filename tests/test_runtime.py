@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import nalar_mq
@@ -44,8 +45,8 @@ class Runtime:
         hosts = [worker._host for worker in (self.first, self.second)]
         return sum(e.started and e.call.actor == actor for host in hosts if host for e in host._executions.values())
 
-    async def worker(self, name: str) -> Worker:
-        worker = Worker(self.app, self.settings, name=name, connect=self.connect, lease_in_thread=False)
+    async def worker(self, name: str, **options: Any) -> Worker:
+        worker = Worker(self.app, self.settings, name=name, connect=self.connect, lease_in_thread=False, **options)
         return await self.stack.enter_async_context(worker)
 
     async def client(self, **options: Any) -> Client:
@@ -386,6 +387,26 @@ async def test_calls_that_wait_for_each_other_are_told_so(runtime: Runtime) -> N
         await (one if outcomes[0] is errors.WaitCycleError else other)
     assert set(raised.value.cycle) == {"Fork[a]", "Fork[b]"}
     assert await a.Left.ask.options(session="x")("x", 6) == 6  # a chain that comes back to its own session is no circle
+
+
+async def test_an_overloaded_worker_gives_back_what_matters_least(runtime: Runtime) -> None:
+    settings = msgspec.structs.replace(runtime.settings, namespace=f"{runtime.settings.namespace}-full")
+    runtime.settings = settings
+    worker = await runtime.worker("small", high_water=20)
+    client = await runtime.client()
+    running = client.call("one_at_a_time", "full")
+    await _until(lambda: worker.running == 1)
+    low = [client.options(priority=0).call("one_at_a_time", "full") for _ in range(30)]
+    high = [client.options(priority=5).call("one_at_a_time", "full") for _ in range(15)]
+    await _until(lambda: sum(future.failed() for future in low) == 26)
+    assert not any(future.failed() for future in high)
+    shed = [future for future in low if future.failed()]
+    assert shed == low[4:]  # of one priority the youngest
+    with pytest.raises(errors.OverloadedError) as raised:
+        await shed[0]
+    assert raised.value.retry_after_s >= 1.0
+    runtime.actors.gate("full").set()
+    assert [await future for future in [running, *low[:4], *high]] == ["full"] * 20
 
 
 async def test_a_cast_runs_and_gives_nothing_back(runtime: Runtime) -> None:
