@@ -9,7 +9,7 @@ from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
 from nalar_mq.config import Settings
 from nalar_mq.door import Door
-from nalar_mq.host import Host
+from nalar_mq.host import HIGH_WATER, Host
 from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
 from nalar_mq.logs import logger
@@ -27,6 +27,7 @@ class Worker:
         settings: broker, namespace and node.
         name: a token, unique in the namespace; the process that had it before is replaced.
         intake: how it takes jobs in.
+        high_water: calls it holds before it gives back those of the lowest priority with `OverloadedError`.
         connect, lease_in_thread, lease_s, random: as for `Process`.
     """
 
@@ -37,6 +38,7 @@ class Worker:
         *,
         name: str,
         intake: IntakeOptions | None = None,
+        high_water: int = HIGH_WATER,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
         lease_s: float | None = None,
@@ -55,6 +57,7 @@ class Worker:
         )
         self._host: Host | None = None
         self._intake_options = intake
+        self._high_water = high_water
         self._random = random or SystemRandom()
         self._intake: Intake | None = None
         self._door: Door | None = None
@@ -98,7 +101,9 @@ class Worker:
 
     def _begin_hosting(self) -> None:
         calls = self._process.calls
-        self._host = calls.host = Host(self._app.actors, calls, Children(self._app.path), name=self.name)
+        self._host = calls.host = Host(
+            self._app.actors, calls, Children(self._app.path), name=self.name, high_water=self._high_water
+        )
         self._host.start()
 
     async def _open_to_all(self) -> None:
