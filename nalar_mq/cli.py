@@ -10,7 +10,7 @@ import asyncio
 import os
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 
@@ -128,6 +128,9 @@ def _call_options(command: _Command) -> _Command:
 
 _app_argument = click.argument("app", type=click.Path(path_type=Path))
 _app_option = click.option("--app", type=click.Path(path_type=Path), help="The app whose runtime is meant.")
+_trust_option = click.option(
+    "--trust-broker", is_flag=True, help="Accept jobs although the broker acknowledges what is not on its disk yet."
+)
 _workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Worker processes.  [default: as the manifest says, else 2]"
 )
@@ -138,9 +141,10 @@ _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 @_app_argument
 @_workers_option
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker.  [default: 4222 if free, else any]")
+@_trust_option
 @_broker_options
 @_with_options
-def up(options: _Options, /, app: Path, workers: int | None, port: int | None, **broker: str | None) -> None:
+def up(options: _Options, /, app: Path, workers: int | None, port: int | None, **broker: Any) -> None:
     """Run APP on this machine: broker, workers and their controller.
 
     APP is a nalar.toml, a folder that holds one, or a Python file with decorated actors. The URL of the broker is printed
@@ -166,9 +170,10 @@ def up(options: _Options, /, app: Path, workers: int | None, port: int | None, *
 @_app_argument
 @_workers_option
 @click.option("--node", metavar="NAME", help="Name of this node.  [default: the host's, with a random end]")
+@_trust_option
 @_broker_options
 @_with_options
-def worker(options: _Options, /, app: Path, workers: int | None, node: str | None, **broker: str | None) -> None:
+def worker(options: _Options, /, app: Path, workers: int | None, node: str | None, **broker: Any) -> None:
     """Serve APP as a node of a runtime whose broker is there already."""
     from nalar_mq import commands
 
@@ -355,6 +360,7 @@ _wait_option = click.option("--wait", is_flag=True, help="Wait for the end and p
 @click.option("--id", metavar="ID", default="", help="Id of the job; with --file the ids are ID-<number of the line>.")
 @_wait_option
 @click.option("--progress", is_flag=True, help="With --file: show on stderr how many are accepted and done.")
+@_trust_option
 @_app_option
 @_broker_options
 @_with_options
@@ -369,7 +375,7 @@ def submit(
     wait: bool,
     progress: bool,
     app: Path | None,
-    **broker: str | None,
+    **broker: Any,
 ) -> None:
     """Make a durable call of WORKFLOW and print the job's id.
 
@@ -588,7 +594,7 @@ def _configure_logs(options: _Options) -> None:
     configure_logs(cast("Level", options.log_level))
 
 
-def _choice(values: dict[str, str | None]) -> BrokerChoice:
+def _choice(values: Mapping[str, Any]) -> BrokerChoice:
     from nalar_mq.commands import BrokerChoice
 
     return BrokerChoice(**values)

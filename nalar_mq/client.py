@@ -25,7 +25,7 @@ from nalar_mq.config import Settings, load_settings
 from nalar_mq.errors import ArgumentError, BrokerError, CallCancelledError, UnknownActorError
 from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
-from nalar_mq.jobs import JobHandle, Jobs
+from nalar_mq.jobs import JobHandle, Jobs, check_durable
 from nalar_mq.messages import Member
 from nalar_mq.process import Connect, Process
 
@@ -139,6 +139,7 @@ class Client(Caller):
         self._thread: _LoopThread | None = None
         self._rejoining: asyncio.Task[None] | None = None
         self._jobs: Jobs | None = None
+        self._is_durable = False
 
     @property
     def context(self) -> CallContext:
@@ -267,9 +268,10 @@ class Client(Caller):
         Raises:
             AddressError: `workflow` or `job_id` is no token.
             ArgumentError: positional and named arguments cannot be put together.
+            BrokerFeatureError: the broker is known to acknowledge what it has not synced to disk, and not trusted.
             BrokerError: it may have been accepted or not; to submit it again under the same `job_id` is safe.
         """
-        jobs = await self.jobs()
+        jobs = await self.jobs(to_submit=True)
         named = kwargs if not args else self._by_name(workflow, args, kwargs) if kwargs else None
         id = await jobs.submit(workflow, write_value(list(args) if named is None else named), job_id or "")
         return JobHandle(jobs, id)
@@ -286,8 +288,16 @@ class Client(Caller):
         """A job that was submitted by anybody, whether it is known or not."""
         return JobHandle(await self.jobs(), id)
 
-    async def jobs(self) -> Jobs:
-        """All jobs of the namespace."""
+    async def jobs(self, *, to_submit: bool = False) -> Jobs:
+        """All jobs of the namespace.
+
+        Raises:
+            BrokerFeatureError: jobs are to be submitted, and the broker is known to acknowledge what it has not synced.
+        """
+        if to_submit and not self._is_durable:
+            if not self._settings.trust_broker:
+                await check_durable(self.process.transport)
+            self._is_durable = True
         if self._jobs is None:
             self._jobs = await Jobs.open(self.process.transport, self.process.subjects)
         return self._jobs

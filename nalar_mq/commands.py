@@ -33,7 +33,16 @@ from nalar_mq.broker import (
     write_runtime_file,
 )
 from nalar_mq.client import Client, connect
-from nalar_mq.config import DEFAULT_PORT, BrokerAccess, Settings, engine_variables, find_broker, find_namespace, load_settings
+from nalar_mq.config import (
+    DEFAULT_PORT,
+    BrokerAccess,
+    Settings,
+    engine_variables,
+    find_broker,
+    find_namespace,
+    load_settings,
+    trusts_broker,
+)
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import BrokerError, ConfigError
@@ -55,6 +64,7 @@ class BrokerChoice(msgspec.Struct, frozen=True, kw_only=True):
     nats: str | None = None
     context: str | None = None
     namespace: str | None = None
+    trust_broker: bool = False
 
 
 class CallWish(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +133,12 @@ async def up(
             access = broker.access
         elif port is not None:
             raise ConfigError("--port is for the embedded broker, but another broker is named: leave out one of the two")
-        settings = Settings(broker=access, namespace=_namespace(choice, entry), node=_node_name())
+        settings = Settings(
+            broker=access,
+            namespace=_namespace(choice, entry),
+            node=_node_name(),
+            trust_broker=trusts_broker(choice.trust_broker),
+        )
         if broker is None:
             await _reach(settings)
         stack.callback(remove_runtime_file, app.parent)
@@ -307,6 +322,7 @@ def _settings(folder: Path, choice: BrokerChoice, entry: RuntimeEntry, *, node: 
         context=choice.context,
         runtime=running.access if running else None,
         namespace=choice.namespace,
+        trust_broker=choice.trust_broker,
         app_namespace=_known_namespace(running, entry),
         node=node,
     )

@@ -60,12 +60,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         namespace: first token of all subjects and buckets.
         node: name of the machine or GPU.
         lease_s: seconds after which a silent process is dead; the same for all processes of a namespace.
+        trust_broker: jobs are accepted even if the broker is known to acknowledge what it has not synced to disk.
     """
 
     broker: BrokerAccess
     namespace: str = DEFAULT_NAMESPACE
     node: str = ""
     lease_s: float = LEASE_S
+    trust_broker: bool = False
 
 
 def load_settings(
@@ -76,6 +78,7 @@ def load_settings(
     namespace: str | None = None,
     app_namespace: str = "",
     node: str = "",
+    trust_broker: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
     """Settings of a process that uses a broker which is already there.
@@ -87,6 +90,7 @@ def load_settings(
         namespace: given by hand; else `NALAR_NAMESPACE` counts.
         app_namespace: what the manifest or the runtime file says, which counts after these.
         node: name of the machine or GPU.
+        trust_broker: given by hand; else `NALAR_TRUST_BROKER` counts.
         environ: stands in for the environment of the process.
 
     Raises:
@@ -96,7 +100,14 @@ def load_settings(
     access = find_broker(nats=nats, context=context, runtime=runtime, environ=env)
     if access is None:
         raise ConfigError("no broker is known: start one with `nalar up APP`, or name one by --nats or NATS_URL")
-    return Settings(broker=access, namespace=find_namespace(namespace, app_namespace, environ=env), node=node)
+    chosen = find_namespace(namespace, app_namespace, environ=env)
+    return Settings(broker=access, namespace=chosen, node=node, trust_broker=trusts_broker(trust_broker, environ=env))
+
+
+def trusts_broker(given: bool = False, *, environ: Mapping[str, str] | None = None) -> bool:
+    """True if the user says so by hand or by `NALAR_TRUST_BROKER`: a broker that does not sync may keep jobs."""
+    env = os.environ if environ is None else environ
+    return given or env.get("NALAR_TRUST_BROKER", "").lower() in ("1", "true", "yes", "on")
 
 
 def find_namespace(namespace: str | None = None, app_namespace: str = "", *, environ: Mapping[str, str] | None = None) -> str:

@@ -35,6 +35,7 @@ from nalar_mq.errors import (
     AddressError,
     ArgumentError,
     BrokerError,
+    BrokerFeatureError,
     KeyConflictError,
     NalarError,
     OverloadedError,
@@ -48,7 +49,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.future import Future
 from nalar_mq.interchange import Arguments, read_arguments
-from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, job_id_of, write_job_value
+from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, write_job_value
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Running, encode_record
 from nalar_mq.placement import RoutingTable
@@ -105,6 +106,7 @@ class Intake:
         specs: what the worker serves; of these the workflows are taken.
         calls: makes the calls; who takes a job in need not be who runs it.
         transport, subjects, table, me, random: of the process.
+        trust_broker: jobs are taken even from a broker that is known not to sync.
         options: how much and how long.
     """
 
@@ -117,6 +119,8 @@ class Intake:
         table: RoutingTable,
         me: Address,
         random: Random,
+        *,
+        trust_broker: bool = False,
         options: IntakeOptions | None = None,
     ) -> None:
         self._workflows = [spec for spec in specs.values() if spec.kind == "workflow"]
@@ -126,6 +130,7 @@ class Intake:
         self._table = table
         self._me = me
         self._random = random
+        self._trust_broker = trust_broker
         self._options = options or IntakeOptions()
         self._loop = asyncio.get_running_loop()
         self._in_hand: dict[str, int] = {spec.name: 0 for spec in self._workflows}
@@ -142,9 +147,17 @@ class Intake:
     async def start(self) -> None:
         """Begins to pull. When it returns, what any client publishes is kept.
 
+        On a broker that is known not to sync, and not trusted, no jobs are taken: the log says so.
+
         Raises:
-            BrokerError: the broker lacks JetStream or does not answer.
+            BrokerError: the broker does not answer.
         """
+        try:
+            if not self._trust_broker:
+                await check_durable(self._transport)
+        except BrokerFeatureError as error:
+            _log.error("jobs.refused", reason=str(error))
+            return
         self.jobs = await Jobs.open(self._transport, self._subjects)
         self._subscription = await self._transport.subscribe(self._subjects.cancel("*"), self._on_cancel)
         self._pullers = [self._loop.create_task(self._pull(spec)) for spec in self._workflows]

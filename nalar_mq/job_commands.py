@@ -72,7 +72,7 @@ async def submit_lines(
         on_progress: hears how many jobs were accepted and how many results have been handed over.
     """
     async with _client(choice, app) as client:
-        jobs = await client.jobs()
+        jobs = await client.jobs(to_submit=True)
         ids: deque[str] = deque()
         accepted = ended = 0
         async for id in _in_order(_submissions(jobs, workflow, lines, prefix)):
@@ -208,6 +208,7 @@ def _client(choice: BrokerChoice, app: Path | None) -> Client:
         context=choice.context,
         runtime=running.access if running else None,
         namespace=choice.namespace,
+        trust_broker=choice.trust_broker,
         app_namespace=running.namespace if running else "",
     )
     return connect(settings=settings)

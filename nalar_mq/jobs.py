@@ -142,7 +142,13 @@ class Jobs:
         self._is_closed = False
 
     @classmethod
-    async def open(cls, transport: Transport, subjects: Subjects, *, results_kept_s: float = RESULTS_KEPT_S) -> Jobs:
+    async def open(
+        cls,
+        transport: Transport,
+        subjects: Subjects,
+        *,
+        results_kept_s: float = RESULTS_KEPT_S,
+    ) -> Jobs:
         """Opens queue, ledgers and bucket, creating what does not exist; results are kept for `results_kept_s`."""
         queue, results, dead, running = await asyncio.gather(
             transport.work_queue(subjects.jobs_queue, [subjects.job("*")]),
@@ -348,6 +354,19 @@ class Jobs:
     async def drop(self, letter: DeadLetter) -> None:
         """Removes a dead letter."""
         await self._dead.purge(self._subjects.dead(letter.key))
+
+
+async def check_durable(transport: Transport) -> None:
+    """Returns unless the broker is known to lose jobs with its power; what it does not let us know is assumed.
+
+    Raises:
+        BrokerFeatureError: it acknowledges what it has not synced to disk.
+    """
+    if await transport.syncs() is False:
+        raise BrokerFeatureError(
+            f"the broker at {transport.url} acknowledges jobs before they are on its disk: set `jetstream {{ sync_interval: "
+            "always }` there, or accept that a power failure loses jobs by --trust-broker or NALAR_TRUST_BROKER=1"
+        )
 
 
 class JobHandle:

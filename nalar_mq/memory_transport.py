@@ -334,6 +334,10 @@ class MemoryTransport:
         else:
             self.hub.route(self, message)
 
+    async def syncs(self) -> bool | None:
+        """True: what it keeps, it keeps as long as there is anybody who could ask."""
+        return True
+
     async def flush(self) -> None:
         """Returns when the hub has everything published so far. Raises `BrokerError` if it stays away."""
         await self.reach()

@@ -25,9 +25,11 @@ import os
 import random
 import re
 import ssl
+import urllib.request
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
 from datetime import UTC, datetime
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import ParseResult
@@ -106,6 +108,9 @@ _HARMLESS_ERRORS: Final = (
 _WRONG_REVISION: Final = (10071, 10164)
 _STREAM_EXISTS: Final = 10058
 _NO_STREAM: Final = 10059
+_MONITOR_PORT: Final = 8222
+_MONITOR_TIMEOUT_S: Final = 1.0
+_MONITOR_BYTES: Final = 1024 * 1024
 _READ_BYTES: Final = 8 * 1024 * 1024
 _NO_JETSTREAM: Final = (10039, 10076)
 
@@ -432,6 +437,20 @@ class NatsTransport:
             self._client.enqueue(b"".join((b"H", prefix, answer_to, sizes, block, data, b"\r\n")))
         else:
             self._client.enqueue(b"%b%b%d\r\n%b\r\n" % (prefix, answer_to, size_bytes, data))
+
+    async def syncs(self) -> bool | None:
+        """What the server's monitoring says, if it listens on its usual port; None if nothing, or another server, does."""
+        server = self._client._current_server
+        host = server.uri.hostname if server is not None else None
+        if not host:
+            return None
+        try:
+            told: Any = json.loads(await asyncio.to_thread(_monitoring, f"http://{_bracketed(host)}:{_MONITOR_PORT}/jsz"))
+            if told["server_id"] != self._client._server_info["server_id"]:
+                return None
+            return bool(told["config"].get("sync_always"))
+        except (OSError, ValueError, KeyError, TypeError, HTTPException):
+            return None
 
     async def flush(self) -> None:
         """Returns when the broker has seen everything published so far. Raises `BrokerError` if it does not answer."""
@@ -1359,6 +1378,17 @@ async def _connected_client(access: BrokerAccess, url: str, name: str, deadline_
     client.fails_fast = False
     client.options["allow_reconnect"] = True
     return client
+
+
+def _monitoring(url: str) -> bytes:
+    """What the broker's monitoring answers; proxies are not asked."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=_MONITOR_TIMEOUT_S) as answer:
+        return bytes(answer.read(_MONITOR_BYTES))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 async def _ignore_error(_error: Exception) -> None:

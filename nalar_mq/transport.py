@@ -282,6 +282,10 @@ class Transport(Protocol):
         """
         ...
 
+    async def syncs(self) -> bool | None:
+        """True if the broker syncs to disk before it acknowledges, None if it does not let us know."""
+        ...
+
     async def flush(self) -> None:
         """Returns when the broker has seen everything published so far. Raises `BrokerError` if it does not answer."""
         ...

@@ -111,7 +111,17 @@ class Worker:
         process, specs = self._process, self._app.actors
         calls, transport, subjects = process.calls, process.transport, process.subjects
         self._door = Door(specs, calls, transport, subjects)
-        self._intake = Intake(specs, calls, transport, subjects, process.table, process.me, self._random, self._intake_options)
+        self._intake = Intake(
+            specs,
+            calls,
+            transport,
+            subjects,
+            process.table,
+            process.me,
+            self._random,
+            trust_broker=process.settings.trust_broker,
+            options=self._intake_options,
+        )
         await asyncio.gather(self._door.start(), self._intake.start())
 
     async def drain(self, timeout_s: float) -> bool:

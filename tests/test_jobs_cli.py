@@ -1,0 +1,178 @@
+"""The commands for jobs, as processes beside a runtime; and a broker that does not keep what it acknowledges."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nalar_mq import nats_transport
+from nalar_mq.app import load_app
+from nalar_mq.broker import EmbeddedBroker
+from nalar_mq.client import connect
+from nalar_mq.config import BrokerAccess, Settings, trusts_broker
+from nalar_mq.errors import BrokerFeatureError
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "jobs_app.py"
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+PATIENCE_S = 60.0
+
+
+def environment(home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
+    return kept | {"HOME": str(home)}
+
+
+class Shell:
+    """Runs `nalar` in the folder of an app that is up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *words: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [SCRIPTS / "nalar", *words],
+            cwd=self.folder,
+            env=environment(self.folder),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def state(self, id: str) -> str:
+        return str(json.loads(self("status", id, "--json").stdout)["state"])
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    shutil.copy(APP, tmp_path)
+    errors = tmp_path / "up.err"
+    with errors.open("w") as log:
+        up = subprocess.Popen(
+            [SCRIPTS / "nalar", "up", APP.name, "--workers", "1"],
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while "ready" not in errors.read_text():
+            assert up.poll() is None and time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.05)
+        yield Shell(tmp_path)
+    finally:
+        up.send_signal(signal.SIGTERM)
+        try:
+            up.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            up.kill()
+            up.wait()
+
+
+def test_jobs_by_the_command_line(shell: Shell) -> None:
+    assert json.loads(shell("submit", "answer", "question=why", "--wait").stdout) == {"answer": "WHY", "score": 2}
+    assert shell("submit", "gated", "a-1", "--id", "g1").stdout == "g1\n"
+    while shell.state("g1") != "running":
+        time.sleep(0.05)
+    assert "has not ended: it is running" in shell("result", "g1", code=2).stderr
+    assert [job["id"] for job in json.loads(shell("jobs", "--json").stdout)["running"]] == ["g1"]
+    assert "is cancelled" in shell("cancel", "g1").stderr
+    assert "had ended already" in shell("cancel", "g1").stderr
+    assert shell.state("g1") == "cancelled"
+    assert "CallCancelledError" in shell("result", "g1", code=1).stderr
+    assert "there is no job 'never'" in shell("status", "never", code=1).stderr
+    assert "KeyError" in shell("submit", "broken", "x", "--id", "b1", "--wait", code=1).stderr
+    assert [letter["key"] for letter in json.loads(shell("dead-letters", "ls", "--json").stdout)] == ["b1"]
+    assert "1 published again" in shell("dead-letters", "retry", "b1").stderr
+    assert "KeyError" in shell("result", "b1", "--wait", code=1).stderr
+    assert "1 removed" in shell("dead-letters", "drop", "b1").stderr
+    assert "by their keys" in shell("dead-letters", "drop", code=2).stderr
+    assert "g1" in shell("jobs").stdout
+
+
+def test_a_job_of_every_line(shell: Shell) -> None:
+    lines = "".join(f"[{number}]\n\n" for number in range(300))
+    done = shell("submit", "three_calls", "--file", "-", "--id", "l", "--wait", "--progress", stdin=lines)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["id"] for result in results] == [f"l-{2 * number + 1}" for number in range(300)]
+    assert [result["value"] for result in results] == [8 * number for number in range(300)]
+    assert "300 accepted, 300 ended" in done.stderr
+    ids = shell("submit", "three_calls", "--file", "-", "--id", "l", stdin=lines).stdout.split()
+    assert ids == [result["id"] for result in results]
+    assert "line 2 is not JSON" in shell("submit", "answer", "--file", "-", stdin='["x"]\n{', code=2).stderr
+
+
+# A broker that does not sync
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+async def test_jobs_need_a_broker_that_keeps_them(syncs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        port, monitor = first.getsockname()[1], second.getsockname()[1]
+    interval = "sync_interval: always" if syncs else ""
+    config = tmp_path / "broker.conf"
+    config.write_text(
+        f'listen: "127.0.0.1:{port}"\nhttp: "127.0.0.1:{monitor}"\njetstream {{ store_dir: "{tmp_path}"\n{interval} }}\n'
+    )
+    monkeypatch.setattr(nats_transport, "_MONITOR_PORT", monitor)
+    server = await asyncio.create_subprocess_exec(SCRIPTS / "nats-server", "-c", config, stderr=subprocess.DEVNULL)
+    settings = Settings(broker=BrokerAccess(urls=(f"nats://127.0.0.1:{port}",)), node="here")
+    trusting = Settings(broker=settings.broker, node="here", trust_broker=True)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                try:
+                    (await asyncio.open_connection("127.0.0.1", port))[1].close()
+                    break
+                except OSError:
+                    await asyncio.sleep(0.05)
+            app = load_app(APP)
+            async with connect(settings=settings) as client, Worker(app, settings, name="careful", lease_in_thread=False):
+                assert await client.process.transport.syncs() is syncs
+                assert await client.call("double", 1) == 2
+                if syncs:
+                    assert await (await client.submit("three_calls", 1)).result() == 8
+                    return
+                with pytest.raises(BrokerFeatureError, match="NALAR_TRUST_BROKER"):
+                    await client.submit("three_calls", 1)
+            async with connect(settings=trusting) as client, Worker(app, trusting, name="trusting", lease_in_thread=False):
+                assert await (await client.submit("three_calls", 1)).result() == 8
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+async def test_another_server_on_the_monitoring_port_says_nothing_of_ours(
+    broker_access: BrokerAccess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with EmbeddedBroker(tmp_path) as broker:
+        monkeypatch.setattr(nats_transport, "_MONITOR_PORT", int(broker.url.rpartition(":")[2]))
+        transport = await NatsTransport.connect(broker_access, name="asks")
+        assert await transport.syncs() is None
+        await transport.aclose()
+
+
+def test_trust_is_given_by_hand_or_by_the_environment() -> None:
+    assert trusts_broker(True, environ={})
+    assert trusts_broker(environ={"NALAR_TRUST_BROKER": "1"})
+    assert not trusts_broker(environ={"NALAR_TRUST_BROKER": "0"})
+    assert not trusts_broker(environ={})
