@@ -68,7 +68,7 @@ class Execution:
         self.deadline = None if call.timeout_s is None else now + call.timeout_s
         self.session_key = f"{call.session}/{call.instance}" if call.instance else call.session
         self.missing: set[bytes] | None = None
-        self.given: dict[bytes, Resolve | Fail] = {}
+        self.given: dict[bytes, Resolve | Fail] | None = None
         self.consumers: list[Address] | None = None
         self.context: CallContext | None = None
         self.task: asyncio.Task[None] | None = None
@@ -96,6 +96,7 @@ class Execution:
 
     def value_of(self, id: bytes) -> Any:
         """The value of a future that it depends on."""
+        assert self.given is not None
         return values.decode(self.given[id].payload)
 
     def give_up(self) -> None:

@@ -93,6 +93,7 @@ class Host:
         self._upkeep: asyncio.Task[None] | None = None
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
+        self._sender_names: dict[Address, str] = {}
         self._high_water = high_water
         self.completed = 0
         self.shed = 0
@@ -137,7 +138,7 @@ class Host:
         is_new = replica.mailbox.put(
             call.id,
             session=execution.session_key,
-            sender=f"{owner.name}/{owner.incarnation}",
+            sender=self._sender_name(owner),
             number=call.number,
             priority=call.priority,
             now=now,
@@ -152,6 +153,13 @@ class Host:
         self.pump(replica)
         if len(self._executions) > self._high_water:
             self._shed(replica)
+
+    def _sender_name(self, owner: Address) -> str:
+        """The name of a sender in mailboxes, the same object for all its calls."""
+        name = self._sender_names.get(owner)
+        if name is None:
+            name = self._sender_names[owner] = f"{owner.name}/{owner.incarnation}"
+        return name
 
     def _shed(self, replica: Replica) -> None:
         """Gives back the queued call that matters least: of the lowest priority the youngest, perhaps the one just come."""
@@ -187,7 +195,7 @@ class Host:
         self._pushed_bytes += len(message.payload)
         for execution in self._waiting.pop(message.id, ()):
             missing = execution.missing
-            if missing is not None:
+            if missing is not None and execution.given is not None:
                 missing.discard(message.id)
                 execution.given[message.id] = message
                 if not missing and not execution.ended:
@@ -270,6 +278,7 @@ class Host:
 
         Casts go on, since nobody ever waited for them, unless they need a value that now never comes.
         """
+        self._sender_names.pop(owner, None)
         for execution in [e for e in self._executions.values() if e.owner == owner]:
             if execution.call.cast and not execution.missing:
                 continue
@@ -403,6 +412,8 @@ class Host:
             self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
 
     def _failed_dependency(self, execution: Execution) -> Fail | None:
+        if execution.given is None:
+            return None
         return next((given for given in execution.given.values() if type(given) is Fail), None)
 
     def _arguments(self, execution: Execution) -> tuple[list[Any], dict[str, Any]]:

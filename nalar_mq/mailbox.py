@@ -471,7 +471,7 @@ class Mailbox:
         self._aging_s = aging_s
         self._queue: _BySession | _ByCall = _BySession(hold_gaps) if per_session else _ByCall()
         self._entries: dict[bytes, _Entry] = {}
-        self._queued_of: dict[str, dict[bytes, _Entry]] = {}
+        self._queued_of: dict[str, _Entry | dict[bytes, _Entry]] = {}
         self._priorities: dict[str, int] = {}
         self._urgent: deque[_Entry] = deque()
         self._worst: list[tuple[int, int, _Entry]] | None = None
@@ -528,7 +528,7 @@ class Mailbox:
         entry.is_reentrant = reentrant
         entry.batch = batch
         self._queued += 1
-        self._queued_of.setdefault(session, {})[call_key] = entry
+        self._note_queued(entry)
         self._set_rank(entry)
         if not reentrant:
             self._queue.add(entry)
@@ -639,7 +639,7 @@ class Mailbox:
             self._priorities.pop(session, None)
         else:
             self._priorities[session] = value
-        for entry in self._queued_of.get(session, {}).values():
+        for entry in self._queued_in(session):
             self._set_rank(entry)
             if not entry.is_reentrant:
                 self._queue.rank(entry)
@@ -667,10 +667,25 @@ class Mailbox:
 
     def _unqueue(self, entry: _Entry) -> None:
         self._queued -= 1
-        siblings = self._queued_of[entry.session]
-        del siblings[entry.key]
-        if not siblings:
+        found = self._queued_of[entry.session]
+        if isinstance(found, dict):
+            del found[entry.key]
+        if found is entry or not found:
             del self._queued_of[entry.session]
+
+    def _note_queued(self, entry: _Entry) -> None:
+        # Most sessions queue one call: a dict for each of them would be a fifth of what a queued call takes.
+        found = self._queued_of.setdefault(entry.session, entry)
+        if isinstance(found, dict):
+            found[entry.key] = entry
+        elif found is not entry:
+            self._queued_of[entry.session] = {found.key: found, entry.key: entry}
+
+    def _queued_in(self, session: str) -> list[_Entry]:
+        found = self._queued_of.get(session)
+        if found is None:
+            return []
+        return list(found.values()) if isinstance(found, dict) else [found]
 
     def _priority(self, entry: _Entry) -> int:
         return self._priorities.get(entry.session, entry.priority)
