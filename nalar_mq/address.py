@@ -10,6 +10,7 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.result.<job>         how the job ended, as JSON; kept in the ledger `NS-results` for a time
     NS.dead.<job>           a job that cannot or did not succeed, as it was published, with the cause in its headers; kept in
                             the ledger `NS-dead` until somebody retries or drops it; `seq-<number>` where the id is no token
+    NS.running.<job>        the process that runs a job, and how often it has failed; kept in the ledger `NS-running`
     NS.cancel.<job>         somebody has cancelled the job: whoever runs it may stop
     NS.call.<name>          a call with an answer and no durability, from any client: a workflow, a tool, `agent.method`
 
@@ -18,7 +19,6 @@ Key-value buckets (their names are the namespace, a dash and the word):
     NS-members              <process>              who is alive, its incarnation, and which actors it serves
     NS-places               <actor>.<instance>     the process that holds the memory of a session
     NS-lost                 <process>              its highest incarnation that has been declared lost
-    NS-running              <job>                  the process that runs a job, and how often it has failed
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Subjects:
         "namespace",
         "places_bucket",
         "results_ledger",
-        "running_bucket",
+        "running_ledger",
     )
 
     def __init__(self, namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -84,7 +84,7 @@ class Subjects:
         self.members_bucket = f"{namespace}-members"
         self.places_bucket = f"{namespace}-places"
         self.lost_bucket = f"{namespace}-lost"
-        self.running_bucket = f"{namespace}-running"
+        self.running_ledger = f"{namespace}-running"
         self.jobs_queue = f"{namespace}-jobs"
         self.results_ledger = f"{namespace}-results"
         self.dead_ledger = f"{namespace}-dead"
@@ -108,6 +108,10 @@ class Subjects:
     def result(self, job: str) -> str:
         """Where the result of a job is published; `*` for all of them."""
         return f"{self.namespace}.result.{job}"
+
+    def running(self, job: str) -> str:
+        """Where it is written who runs a job; `*` for all of them."""
+        return f"{self.namespace}.running.{job}"
 
     def dead(self, job: str) -> str:
         """Where a job goes that cannot be done; `*` for all of them."""

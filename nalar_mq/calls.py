@@ -51,7 +51,7 @@ from nalar_mq.places import Places
 from nalar_mq.threads import LoopInbox
 
 VALUE_LIMIT_BYTES = 512 * 1024
-JOB_RETRIES = 10  # of a call that belongs to a job, after the loss of its worker
+JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05

@@ -46,6 +46,8 @@ SESSION: Final = "Nalar-Session"
 TIMEOUT: Final = "Nalar-Timeout-S"
 PRIORITY: Final = "Nalar-Priority"
 _AT_ONCE: Final = 10_000
+_LONGEST_S: Final = 1e8
+_MOST_URGENT: Final = 1_000_000
 
 
 class Door:
@@ -78,11 +80,11 @@ class Door:
         name = self._subjects.namespace
         self._service = await self._transport.serve(name, endpoints, version=version("nalar-mq"), description=about)
 
-    async def aclose(self) -> None:
-        """Takes no more requests and lets those that run finish; idempotent."""
+    async def aclose(self, patience_s: float = 0.0) -> None:
+        """Takes no more requests and lets those that run finish, for `patience_s`; idempotent."""
         service, self._service = self._service, None
         if service is not None:
-            await service.stop()
+            await service.stop(patience_s)
 
     def _endpoint(self, spec: ActorSpec) -> ServiceEndpoint:
         about = {"kind": spec.kind, "signature": str(spec.methods[""].signature), "description": spec.doc}
@@ -124,11 +126,15 @@ def _options(headers: Mapping[str, str]) -> CallOptions:
     try:
         session = headers.get(SESSION)
         timeout_s = float(headers.get(TIMEOUT, "-1"))
-        priority = headers.get(PRIORITY)
+        priority = int(headers.get(PRIORITY, "0"))
+        if TIMEOUT in headers and not 0 < timeout_s <= _LONGEST_S:
+            raise ValueError(f"{TIMEOUT} must be above 0 and at most {_LONGEST_S:g}")
+        if abs(priority) > _MOST_URGENT:
+            raise ValueError(f"{PRIORITY} must be between -{_MOST_URGENT} and {_MOST_URGENT}")
         return CallOptions(
             session=check_token(session, "session") if session else None,
             timeout_s=timeout_s,
-            priority=int(priority) if priority else None,
+            priority=priority if PRIORITY in headers else None,
         )
     except (ValueError, AddressError) as error:
         raise ServiceFailure(400, f"a header cannot be understood: {error}") from None

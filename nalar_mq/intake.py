@@ -37,6 +37,7 @@ from nalar_mq.errors import (
     BrokerError,
     BrokerFeatureError,
     KeyConflictError,
+    MalformedMessageError,
     NalarError,
     OverloadedError,
     OwnerLostError,
@@ -48,10 +49,10 @@ from nalar_mq.errors import (
     WorkerLostError,
 )
 from nalar_mq.future import Future
-from nalar_mq.interchange import Arguments, read_arguments
-from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, write_job_value
+from nalar_mq.interchange import read_arguments
+from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
 from nalar_mq.logs import logger
-from nalar_mq.messages import WIRE_VERSION, Running, encode_record
+from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import Delivered, QueueMessage, Subscription, Transport
 
@@ -73,7 +74,7 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     at_once: int = 64
     ack_wait_s: float = 9.0
     look_again_s: float = 5.0
-    losses: int = 10
+    losses: int = 8
     unserved_s: float = 900.0
     back_off_s: float = 1.0
 
@@ -244,9 +245,8 @@ class Intake:
     async def _carry_out(self, job: _Job) -> None:
         try:
             job.id = job_id_of(job.message.headers, job.message.sequence)
-            arguments = read_arguments(job.message.data)
         except WireError as error:
-            await self._reject(job.message, job.id, error)
+            await self._reject(job.message, "", error)
             return
         found = await self.jobs.patiently(lambda: self.jobs.result(job.id))
         if found is not None:
@@ -256,7 +256,7 @@ class Intake:
                 lost = WorkerLostError(f"its worker was lost {job.losses} times", actor=job.spec.name)
                 await self._fail(job, lost, ran_s=0.0)
             else:
-                await self._run(job, arguments)
+                await self._run(job)
 
     # Who runs it.
 
@@ -270,10 +270,7 @@ class Intake:
             sequence, workflow = job.message.sequence, job.spec.name
             record = Running(WIRE_VERSION, me.name, me.incarnation, sequence, workflow, job.failures, job.losses)
             try:
-                if held is None:
-                    job.revision = await self.jobs.running.create(job.id, encode_record(record))
-                else:
-                    job.revision = await self.jobs.running.update(job.id, encode_record(record), held[1])
+                job.revision = await self.jobs.hold(job.id, record, 0 if held is None else held[1])
             except KeyConflictError:
                 continue
             except BrokerError:
@@ -307,12 +304,13 @@ class Intake:
 
     # Running it.
 
-    async def _run(self, job: _Job, arguments: Arguments) -> None:
+    async def _run(self, job: _Job) -> None:
         name = job.spec.name
         begun_s = self._loop.time()
         context = CallContext(self._calls, job=job.id)
-        options = CallOptions(retries=self._options.losses - job.losses)
+        options = CallOptions(retries=0)
         try:
+            arguments = read_arguments(job.message.data)
             job.future = self._calls.call(context, name, "", tuple(arguments.args), arguments.kwargs, options)
             value = write_job_value(await job.future)
         except Exception as error:
@@ -320,11 +318,11 @@ class Intake:
             return
         done = JobResult(job.id, name, "done", value, timings=self._timings(job, self._loop.time() - begun_s))
         try:
-            await self.jobs.patiently(lambda: self.jobs.finish(done))
+            counts = await self.jobs.patiently(lambda: self.jobs.finish(done))
         except ValueTooLargeError as error:
             await self._fail(job, error, done.timings.ran_s)
             return
-        _log.info("job.done", job=job.id, workflow=name)
+        _log.info("job.done" if counts else "job.ended_elsewhere", job=job.id, workflow=name)
         await self._leave(job, None)
 
     async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
@@ -335,7 +333,7 @@ class Intake:
             await self._try_again(job, self._options.back_off_s)
         elif await self.jobs.patiently(lambda: self.jobs.result(job.id)) is not None:
             await self._leave(job, None)
-        elif job.failures < job.spec.directives.retries and not is_wrong_argument(error, job.spec.name):
+        elif job.failures < job.spec.directives.retries and not _is_hopeless(error, job.spec.name):
             job.failures += 1
             pause_s = min(_BACK_OFF_MAX_S, self._options.back_off_s * 2 ** (job.failures - 1))
             _log.warning("job.retried", job=job.id, workflow=job.spec.name, failures=job.failures, reason=repr(error))
@@ -346,7 +344,7 @@ class Intake:
     async def _try_again(self, job: _Job, pause_s: float) -> None:
         waiting = Running(WIRE_VERSION, "", 0, job.message.sequence, job.spec.name, failures=job.failures, losses=job.losses)
         with contextlib.suppress(KeyConflictError):
-            await self.jobs.patiently(lambda: self.jobs.running.update(job.id, encode_record(waiting), job.revision))
+            await self.jobs.patiently(lambda: self.jobs.hold(job.id, waiting, job.revision))
         self._running.pop(job.id, None)
         await job.message.nak(pause_s)
 
@@ -378,8 +376,7 @@ class Intake:
             return
         revision = held[1] if held is not None else job.revision
         if revision:
-            with contextlib.suppress(KeyConflictError):
-                await self.jobs.running.delete(job.id, revision)
+            await self.jobs.release(revision)
 
     async def _reject(self, message: QueueMessage, id: str, error: NalarError) -> None:
         """What cannot be run goes to the dead letters; who waits for it learns why."""
@@ -441,12 +438,12 @@ class Intake:
 def describe(error: BaseException) -> JobError:
     """An error as it stands in a result."""
     name = error.type_name.rpartition(":")[2] if isinstance(error, RemoteError) and error.type_name else type(error).__name__
-    return JobError(name, str(error))
+    return JobError(name, plain_text(error))
 
 
-def is_wrong_argument(error: BaseException, actor: str) -> bool:
-    """True if the caller's arguments do not fit the signature of `actor`, and nothing has run."""
-    return isinstance(error, ArgumentError) and error.actor == actor
+def _is_hopeless(error: BaseException, workflow: str) -> bool:
+    """True if another attempt cannot succeed: what was published is no call of the workflow."""
+    return isinstance(error, MalformedMessageError) or (isinstance(error, ArgumentError) and error.actor == workflow)
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, Literal, TypeVar
 
@@ -33,6 +34,7 @@ import msgspec
 
 from nalar_mq.address import Subjects, check_token, random_token
 from nalar_mq.errors import (
+    AddressError,
     BrokerAuthError,
     BrokerError,
     BrokerFeatureError,
@@ -45,16 +47,18 @@ from nalar_mq.errors import (
     WireError,
 )
 from nalar_mq.interchange import write_value
-from nalar_mq.messages import Running, decode_running
-from nalar_mq.transport import Kept, KeyValue, Ledger, QueueMessage, Transport, WorkQueue
+from nalar_mq.messages import Running, decode_running, encode_record
+from nalar_mq.transport import Kept, Ledger, QueueMessage, Transport, WorkQueue
 
 T = TypeVar("T")
 
 MESSAGE_ID: Final = "Nats-Msg-Id"
 JOB_ID: Final = "Nalar-Job-Id"
 RESULTS_KEPT_S: Final = 7 * 24 * 3600.0
+_OF_THE_QUEUE: Final = re.compile(r"job-[0-9]+")
 _HEADER_ROOM: Final = 4096
-_CAUSE_SHOWN: Final = 1000
+_CAUSE_SHOWN: Final = 800
+_TEXT_KEPT: Final = 16_384
 _LOOK_AGAIN_S: Final = 5.0
 _RETRY_S: Final = 0.5
 
@@ -131,12 +135,12 @@ class Jobs:
     """
 
     def __init__(
-        self, transport: Transport, subjects: Subjects, queue: WorkQueue, results: Ledger, dead: Ledger, running: KeyValue
+        self, transport: Transport, subjects: Subjects, queue: WorkQueue, results: Ledger, dead: Ledger, running: Ledger
     ) -> None:
         self._transport = transport
         self._subjects = subjects
         self.queue = queue
-        self.running = running
+        self._running = running
         self._results = results
         self._dead = dead
         self._is_closed = False
@@ -154,7 +158,7 @@ class Jobs:
             transport.work_queue(subjects.jobs_queue, [subjects.job("*")]),
             transport.ledger(subjects.results_ledger, [subjects.result("*")], max_age_s=results_kept_s, per_subject=1),
             transport.ledger(subjects.dead_ledger, [subjects.dead("*")], per_subject=1),
-            transport.key_value(subjects.running_bucket),
+            transport.ledger(subjects.running_ledger, [subjects.running("*")], per_subject=1),
         )
         return cls(transport, subjects, queue, results, dead, running)
 
@@ -170,7 +174,7 @@ class Jobs:
             AddressError: workflow or id are no tokens.
         """
         check_token(workflow, "workflow")
-        id = check_token(job_id, "job id") if job_id else random_token("job")
+        id = job_id_of({MESSAGE_ID: job_id}, 0) if job_id else random_token("j")
         await self.queue.publish(self._subjects.job(workflow), payload, message_id=id)
         return id
 
@@ -274,12 +278,20 @@ class Jobs:
 
     async def holder(self, id: str) -> tuple[Running, int] | None:
         """The record of a job that runs or waits for another attempt, and its revision."""
-        entry = await self.running.get(id)
-        if entry is None or entry.value is None:
-            return None
-        with contextlib.suppress(WireError):
-            return decode_running(entry.value), entry.revision
-        return Running(0, "", 0, 0, ""), entry.revision
+        kept = await self._running.last(self._subjects.running(id))
+        return None if kept is None else (_read_running(kept), kept.sequence)
+
+    async def hold(self, id: str, record: Running, revision: int) -> int:
+        """Writes the record of a job whose present one has that revision, 0 meaning none; returns the new revision.
+
+        Raises:
+            KeyConflictError: somebody else has written it.
+        """
+        return await self._running.append(self._subjects.running(id), encode_record(record), last=revision)
+
+    async def release(self, revision: int) -> bool:
+        """Removes the record of that revision; False if it has been removed or replaced."""
+        return await self._running.remove(revision)
 
     async def is_queued(self, sequence: int) -> bool:
         """True while the message of that number is in the queue, in somebody's hands or not."""
@@ -295,7 +307,8 @@ class Jobs:
     async def overview(self, limit: int = 50) -> Overview:
         """All jobs that have not ended, by counts, and the last `limit` that have."""
         counts = await self.queue.subjects()
-        running = [_status_of(entry.key, decode_running(entry.value)) for entry in await self.running.entries() if entry.value]
+        held = _pages(self._running.read, self._subjects.running("*"))
+        running = [_status_of(kept.subject.rpartition(".")[2], _read_running(kept)) async for kept in held]
         ended: list[JobResult] = []
         async for kept in _pages(self._results.read, self._subjects.result("*")):
             ended.append(read_result(kept.data))
@@ -416,8 +429,13 @@ def job_id_of(headers: Mapping[str, str], sequence: int) -> str:
     Raises:
         AddressError: the one it was given is not allowed.
     """
-    given = headers.get(JOB_ID) or headers.get(MESSAGE_ID)
-    return f"job-{sequence}" if not given else check_token(given, "job id")
+    taken_up = headers.get(JOB_ID)
+    if taken_up:
+        return check_token(taken_up, "job id")
+    given = headers.get(MESSAGE_ID)
+    if given and _OF_THE_QUEUE.fullmatch(given):
+        raise AddressError(f"job id {given!r} is not allowed: job-<number> are the ids of jobs that were given none")
+    return check_token(given, "job id") if given else f"job-{sequence}"
 
 
 def value_of(result: JobResult) -> Any:
@@ -457,13 +475,25 @@ def read_result(data: bytes) -> JobResult:
         raise MalformedMessageError(f"not the result of a job: {error}") from None
 
 
+def _read_running(kept: Kept) -> Running:
+    """The record, or one that names nobody if it cannot be read: then the job may be taken over."""
+    try:
+        return decode_running(kept.data)
+    except WireError:
+        return Running(0, "", 0, 0, "")
+
+
 def _status_of(id: str, held: Running) -> JobStatus:
     return JobStatus(id, held.workflow, "running" if held.name else "queued", held.name, held.failures)
 
 
 def _cause(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text[:_CAUSE_SHOWN]
+    return " ".join(f"{type(error).__name__}: {plain_text(error)}".split())[:_CAUSE_SHOWN]
+
+
+def plain_text(error: BaseException) -> str:
+    """An error's text as any program can read it, cut where it is very long."""
+    return str(error)[:_TEXT_KEPT].encode("utf-8", "replace").decode()
 
 
 def _dead_letter(kept: Kept) -> DeadLetter:

@@ -798,6 +798,11 @@ class _Ledger:
         own = self._by_subject.get(subject)
         return self._messages[own[-1]][0] if own else None
 
+    def find(self, sequence: int) -> Kept | None:
+        self._forget_old()
+        found = self._messages.get(sequence)
+        return None if found is None else found[0]
+
     def all(self, pattern: str) -> Iterator[Kept]:
         self._forget_old()
         return (message for message, _ in self._messages.values() if subject_matches(pattern, message.subject))
@@ -848,6 +853,13 @@ class _OpenLedger:
         await self._transport.reach()
         newer = (message for message in self._ledger.all(subject) if message.sequence > after)
         return list(itertools.islice(newer, limit))
+
+    async def remove(self, sequence: int) -> bool:
+        await self._transport.reach()
+        found = self._ledger.find(sequence)
+        if found is not None:
+            self._ledger.remove(found)
+        return found is not None
 
     async def purge(self, subject: str) -> None:
         await self._transport.reach()
@@ -901,7 +913,7 @@ class _Service:
             for scope in ("", f".{self._identity['name']}", f".{self._identity['name']}.{self._identity['id']}"):
                 await self._listen(f"$SRV.{verb}{scope}", self._on_discovery(describe), "")
 
-    async def stop(self) -> None:
+    async def stop(self, patience_s: float | None = None) -> None:
         while self._subscriptions:
             await self._subscriptions.pop().unsubscribe()
 

@@ -340,7 +340,7 @@ class Lost(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=203):
 
 
 class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
-    """Value of a key in the running bucket: who runs a job.
+    """The message on a job's running subject: who runs it.
 
     Attributes:
         version: `WIRE_VERSION`.
@@ -368,7 +368,7 @@ _runs = msgspec.msgpack.Decoder(Running)
 
 
 def encode_record(record: Member | Place | Lost | Running) -> bytes:
-    """Bytes of a record for a key-value bucket."""
+    """Bytes of a record for a key-value bucket or a ledger."""
     return _encoder.encode(record)
 
 

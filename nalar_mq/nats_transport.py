@@ -108,6 +108,7 @@ _HARMLESS_ERRORS: Final = (
 _WRONG_REVISION: Final = (10071, 10164)
 _STREAM_EXISTS: Final = 10058
 _NO_STREAM: Final = 10059
+_NO_MESSAGE: Final = (10037, 10043, 10057)
 _MONITOR_PORT: Final = 8222
 _MONITOR_TIMEOUT_S: Final = 1.0
 _MONITOR_BYTES: Final = 1024 * 1024
@@ -1129,6 +1130,17 @@ class _Ledger:
     async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
         return await _read_stream(self._transport, self._name, subject, after, limit)
 
+    async def remove(self, sequence: int) -> bool:
+        async def delete() -> bool:
+            try:
+                return await self._transport.jetstream.delete_msg(self._name, sequence)
+            except nats.js.errors.APIError as error:
+                if error.err_code in _NO_MESSAGE:
+                    return False
+                raise
+
+        return await self._transport.ask(f"removing from {self._name!r}", delete)
+
     async def purge(self, subject: str) -> None:
         _checked_pattern(subject)
 
@@ -1248,11 +1260,12 @@ class _Service:
                 handler = self._on_discovery(describe)
                 self._subscriptions.append(await self._transport.subscribe(f"$SRV.{verb}{scope}", handler))
 
-    async def stop(self) -> None:
+    async def stop(self, patience_s: float | None = None) -> None:
         while self._subscriptions:
             await self._subscriptions.pop().unsubscribe()
         if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=self._transport.request_timeout_s)
+            limit_s = self._transport.request_timeout_s if patience_s is None else patience_s
+            _, late = await asyncio.wait(self._tasks, timeout=limit_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

@@ -197,6 +197,10 @@ class Ledger(Protocol):
         """
         ...
 
+    async def remove(self, sequence: int) -> bool:
+        """Removes one message, without a trace; False if it is not there any more."""
+        ...
+
     async def purge(self, subject: str) -> None:
         """Removes all messages for a subject filter."""
         ...
@@ -247,8 +251,8 @@ class ServiceEndpoint(msgspec.Struct, frozen=True):
 class Service(Protocol):
     """A running service that answers discovery."""
 
-    async def stop(self) -> None:
-        """Takes no more requests and lets those that run finish; idempotent."""
+    async def stop(self, patience_s: float | None = None) -> None:
+        """Takes no more requests and lets those that run finish, for `patience_s` or a request's time-out; idempotent."""
         ...
 
 

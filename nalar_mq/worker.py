@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from random import Random, SystemRandom
+from typing import Final
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
@@ -16,6 +17,7 @@ from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo
 from nalar_mq.process import Connect, Process
 
+_ANSWERS_S: Final = 0.5  # for the answers to calls that have just been ended
 _log = logger(__name__)
 
 
@@ -131,7 +133,7 @@ class Worker:
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(
-                    *([self._door.aclose()] if self._door else ()), *([self._intake.drain()] if self._intake else ())
+                    *([self._door.aclose(timeout_s)] if self._door else ()), *([self._intake.drain()] if self._intake else ())
                 )
                 await self._process.membership.drain()
                 await self._host.drained()
@@ -148,10 +150,10 @@ class Worker:
         host, self._host = self._host, None
         if intake is not None:
             await intake.aclose()
-        if door is not None:
-            await door.aclose()
         if host is not None:
             await host.aclose()
+        if door is not None:
+            await door.aclose(_ANSWERS_S)
         await self._process.aclose()
         self._end()
 

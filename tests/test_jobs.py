@@ -22,7 +22,7 @@ from nalar_mq.intake import IntakeOptions
 from nalar_mq.interchange import read_arguments, write_value
 from nalar_mq.jobs import JobResult, Jobs, read_result
 from nalar_mq.memory_transport import MemoryHub
-from nalar_mq.messages import WIRE_VERSION, Running, encode_record
+from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Delivered, Transport
 from nalar_mq.worker import Worker
@@ -376,7 +376,7 @@ async def test_a_job_that_takes_its_workers_down_is_given_up(bench: Bench) -> No
     jobs = await bench.jobs()
     sequence = await bench.publish("answer", b'["x"]', Nats_Msg_Id="killer")
     lost = Running(WIRE_VERSION, "gone", 1, sequence, "answer", losses=QUICK.losses)
-    await jobs.running.create("killer", encode_record(lost))
+    await jobs.hold("killer", lost, 0)
     await bench.worker("one")
     result = await bench.result("killer")
     assert result.error and result.error.type == "WorkerLostError"
@@ -386,9 +386,54 @@ async def test_a_job_that_takes_its_workers_down_is_given_up(bench: Bench) -> No
 async def test_a_record_of_a_message_that_is_gone_holds_nobody_back(bench: Bench) -> None:
     jobs = await bench.jobs()
     await bench.publish("answer", b'["x"]', Nats_Msg_Id="again")
-    await jobs.running.create("again", encode_record(Running(WIRE_VERSION, "one", 1, 999_999, "answer", failures=5)))
+    await jobs.hold("again", Running(WIRE_VERSION, "one", 1, 999_999, "answer", failures=5), 0)
     await bench.worker("one")
     assert (await bench.result("again")).state == "done"
+
+
+async def test_garbage_under_the_id_of_a_running_job_does_not_end_it(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="mine")
+    await bench.until(lambda: bench.actors.RUNS == ["gated a-x"])
+    await bench.publish("gated", b"{garbage", Nalar_Job_Id="mine")
+    queue = (await bench.jobs()).queue
+    assert await queue.depth() == 2
+    bench.actors.GATES["a"].set()
+    assert (await bench.result("mine")).value == "a-x"
+    await bench.emptied()
+    assert [letter async for letter in (await bench.jobs()).dead_letters()] == []
+
+
+async def test_ids_of_the_queue_cannot_be_given_by_hand(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    with pytest.raises(errors.AddressError, match="job-<number>"):
+        await client.submit("answer", "x", job_id="job-5")
+    await bench.publish("answer", b'["taken"]', Nats_Msg_Id="job-5")
+    await bench.emptied()
+    [letter] = [letter async for letter in (await bench.jobs()).dead_letters()]
+    assert "job-<number>" in letter.cause
+    assert bench.actors.RUNS == []
+
+
+async def test_jobs_leave_nothing_but_their_results_behind(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    handles = [await client.submit("answer", "x") for _ in range(5)]
+    await asyncio.gather(*(handle.result(timeout=PATIENCE_S) for handle in handles))
+    await bench.emptied()
+    ledger = await bench.foreign.ledger(bench.subjects.running_ledger, [])
+    assert await ledger.read(bench.subjects.running("*")) == []
+    assert len((await (await client.jobs()).overview()).ended) == 5
+
+
+async def test_an_error_that_is_no_plain_text_is_told_all_the_same(bench: Bench) -> None:
+    await bench.worker("one")
+    for text in ("\ud800", "x" * 2_000_000):
+        sequence = await bench.publish("unspeakable", json.dumps([len(text)]).encode())
+        result = await bench.result(f"job-{sequence}")
+        assert result.error and result.error.type == "ValueError"
+        assert len(result.error.message) <= 20_000
 
 
 # Direct calls
@@ -412,6 +457,9 @@ async def test_a_call_from_any_client_is_answered_in_its_own_form(bench: Bench) 
         ("answer", b'{"q": 1}', {}, 400),
         ("answer", b'{"question": 1}', {}, 400),
         ("answer", b'["x"]', {"Nalar_Timeout_S": "soon"}, 400),
+        ("answer", b'["x"]', {"Nalar_Timeout_S": "nan"}, 400),
+        ("answer", b'["x"]', {"Nalar_Timeout_S": "inf"}, 400),
+        ("answer", b'["x"]', {"Nalar_Priority": "99999999999999999999"}, 400),
         ("answer", b'["x"]', {"Nalar_Session": "a b"}, 400),
         ("nobody", b"", {}, 404),
         ("answer.method", b"", {}, 404),

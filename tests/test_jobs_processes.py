@@ -48,7 +48,7 @@ class Site:
             results = await asyncio.gather(*(handle.result() for handle in handles))
             assert results == [10 * n + 3 for n in range(len(handles))]
             jobs = await self.client.jobs()
-            while await jobs.queue.depth() or await jobs.running.entries():
+            while await jobs.queue.depth() or (await jobs.overview()).running:
                 await asyncio.sleep(0.1)
         assert [letter async for letter in jobs.dead_letters()] == []
 

@@ -571,6 +571,10 @@ async def test_ledger_keeps_what_is_appended_in_order(ledger: Ledger, namespace:
         after = page[-1].sequence
     assert [kept.sequence for kept in found] == [*sequences, other]
     assert [(kept.data, kept.headers) for kept in found] == [(b"%d" % n, {"N": str(n)}) for n in range(10)] + [(b"", {})]
+    assert await ledger.remove(sequences[3])
+    assert not await ledger.remove(sequences[3])
+    assert not await ledger.remove(999_999)
+    assert [kept.sequence for kept in await ledger.read(subject)] == [*sequences[:3], *sequences[4:]]
     await ledger.purge(subject)
     assert [kept.sequence for kept in await ledger.read(f"{namespace}.kept.*")] == [other]
     assert await ledger.last(subject) is None

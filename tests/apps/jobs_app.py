@@ -67,6 +67,11 @@ async def broken(text: str) -> None:
 
 
 @workflow
+async def unspeakable(size: int) -> None:
+    raise ValueError("\ud800" if size == 1 else "x" * size)
+
+
+@workflow
 async def inner_mistake() -> int:
     wrong: Any = "no number"
     return await double(wrong)
