@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import socket
@@ -39,6 +40,8 @@ def main() -> None:
     order = _read_order(link)
     _die_with(order.parent_pid)
     configure_logs(cast(Level, order.log_level))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what users print is seen at once, and not lost with the process
     try:
         event_loop.run(_serve(order, link))
     except ConfigError as error:

@@ -92,7 +92,7 @@ SCRIPT = """
 import json, os, signal, socket, subprocess, sys, time
 link = socket.socket(fileno=int(sys.argv[1]))
 order = json.loads(link.makefile().readline())
-print("on stdout")
+print("on stdout", flush=True)
 with open(order["app"] + "." + order["name"], "a") as log:
     log.write(f"{os.getpid()}\\n")
 def ready():

@@ -267,7 +267,7 @@ async def test_two_nodes_started_by_hand_share_the_work(
         first.process.kill()
         found = await outcomes(lost)
         assert all(isinstance(error, errors.WorkerLostError) for error in found), found
-        assert time.monotonic() - began < 2 * LEASE_S
+        assert time.monotonic() - began < 5 * LEASE_S  # generous: other processes may have the machine
         with pytest.raises(errors.UnknownActorError):
             await within(client.call("who"))
     finally:
@@ -301,7 +301,7 @@ async def test_the_calls_of_a_killed_client_are_cancelled(
         caller.process.kill()
         began = time.monotonic()
         await until(lambda: all(traces(folder)[f"cancelled {n}"] == 1 for n in range(10)), "some go on")
-        assert time.monotonic() - began < 2 * LEASE_S
+        assert time.monotonic() - began < 5 * LEASE_S  # generous: other processes may have the machine
     finally:
         await caller.end(signal.SIGKILL)
 
