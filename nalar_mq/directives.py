@@ -151,8 +151,8 @@ def _contradictions(d: Directives, kind: Kind, managed: bool) -> Iterator[Proble
         yield Problem("batchable", f"'batchable' contradicts {keeps}: sessions run one by one; remove one of the two")
     if d.isolation == "process" and keeps:
         yield Problem("isolation", f"'isolation' \"process\" contradicts {keeps}, which lives in the worker")
-    if kind != "agent" and d.durability in ("node", "replicated"):
-        yield Problem("durability", f"'durability' is about managed state, which a {kind} does not have")
+    if not managed and d.durability in ("node", "replicated"):
+        yield Problem("durability", f"'durability' {d.durability!r} is about managed state, and this {kind} has none")
 
 
 _WANTED: dict[str, tuple[Any, str]] = {

@@ -137,6 +137,7 @@ WRONG_DIRECTIVES = [
     ("agents", "stateful = true\nisolation = 'process'", 4, "contradicts 'stateful'"),
     ("tools", "stateful = true", 3, "cannot be 'stateful'"),
     ("tools", "durability = 'node'", 3, "managed state"),
+    ("agents", "durability = 'replicated'", 3, "this agent has none"),
     ("workflows", "stateful = true", 3, "cannot be 'stateful'"),
     ("workflows", "batchable = true", 3, "cannot be 'batchable'"),
     ("workflows", "isolation = 'process'", 3, "must run in its worker"),
