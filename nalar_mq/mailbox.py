@@ -26,7 +26,7 @@ goes before the higher numbers still queued. With `hold_gaps` a number that has 
 comes or is skipped; every sender must then skip each number it gives up.
 
 Costs: put, take, finish and remove are O(log n) amortised; a change of a session's priority costs O(log n) for each of its
-queued calls.
+queued calls, and the first such change one look at every queued call.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ import enum
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from typing import Final
+
+import msgspec
 
 DEFAULT_AGING_S = 5.0
 _REMEMBERED_NUMBERS = 256
+_ALL_NUMBERS = (1 << _REMEMBERED_NUMBERS) - 1
 _REMEMBERED_SESSIONS = 100_000
 _SLACK = 64
 
@@ -49,39 +53,34 @@ class _State(enum.Enum):
     GONE = enum.auto()
 
 
-class _Entry:
-    """One call."""
+# Found faster than the members of the class.
+_QUEUED: Final = _State.QUEUED
+_RUNNING: Final = _State.RUNNING
+_WAITING: Final = _State.WAITING
+_GONE: Final = _State.GONE
 
-    __slots__ = (
-        "arrived_s",
-        "batch",
-        "has_slot",
-        "is_ready",
-        "is_reentrant",
-        "key",
-        "number",
-        "priority",
-        "rank",
-        "sender",
-        "serial",
-        "session",
-        "state",
-    )
 
-    def __init__(self, key: bytes, session: str, sender: str, number: int, priority: int, arrived_s: float) -> None:
-        self.key = key
-        self.session = session
-        self.sender = sender
-        self.number = number
-        self.priority = priority
-        self.arrived_s = arrived_s
-        self.rank = 0.0
-        self.serial = 0
-        self.batch = ""
-        self.has_slot = False
-        self.is_ready = False
-        self.is_reentrant = False
-        self.state = _State.QUEUED
+class _Entry(msgspec.Struct, eq=False, gc=False):
+    """One call. It refers to nothing that could refer to it, so the garbage collector need not look at it.
+
+    Attributes:
+        is_moved: its rank has changed since it was queued.
+    """
+
+    key: bytes
+    session: str
+    sender: str
+    number: int
+    priority: int
+    arrived_s: float
+    rank: float
+    serial: int
+    batch: str
+    is_ready: bool
+    is_reentrant: bool
+    has_slot: bool = False
+    is_moved: bool = False
+    state: _State = _QUEUED
 
 
 _Ranked = tuple[float, int, _Entry]
@@ -127,22 +126,63 @@ class _Sorted:
         heapq.heapify(self._late)
 
 
+class _ByRank:
+    """Entries by rank, the least first. Those that come in order stand in a plain queue, with no tuple for each of them;
+    the others, and those whose rank changes later, in a heap.
+    """
+
+    __slots__ = ("_late", "_timely")
+
+    def __init__(self) -> None:
+        self._timely: deque[_Entry] = deque()
+        self._late: list[_Ranked] = []
+
+    def push(self, entry: _Entry, wanted: int) -> None:
+        """Adds an entry, or notes its changed rank; `wanted` entries of those in it still count."""
+        timely = self._timely
+        while timely and timely[-1].is_moved:
+            timely.pop()
+        last = timely[-1] if timely else entry
+        if entry.is_moved or last.rank > entry.rank or (last.rank == entry.rank and last.serial > entry.serial):
+            heapq.heappush(self._late, (entry.rank, entry.serial, entry))
+        else:
+            timely.append(entry)
+        if len(timely) + len(self._late) > 2 * wanted + _SLACK:
+            self._timely = deque(entry for entry in timely if entry.state is _QUEUED and not entry.is_moved)
+            self._late = [item for item in self._late if _is_current(item)]
+            heapq.heapify(self._late)
+
+    def pop(self) -> _Entry | None:
+        """Takes the first queued entry."""
+        timely, late = self._timely, self._late
+        while late and not _is_current(late[0]):
+            heapq.heappop(late)
+        while timely and (timely[0].state is not _QUEUED or timely[0].is_moved):
+            timely.popleft()
+        if late and (not timely or late[0][:2] < (timely[0].rank, timely[0].serial)):
+            return heapq.heappop(late)[2]
+        return timely.popleft() if timely else None
+
+
 class _Numbers:
     """Which numbers of one sender a session has had: the highest, and a bit for each of those shortly below it."""
 
-    __slots__ = ("_bits", "_highest")
+    __slots__ = ("_bits", "highest")
 
     def __init__(self) -> None:
-        self._highest = 0
+        self.highest = 0
         self._bits = 0
 
     def add(self, number: int) -> bool:
         """Notes a number; False if it was there already."""
-        ahead = number - self._highest
+        ahead = number - self.highest
+        if ahead == 1 and self._bits == _ALL_NUMBERS:  # the next one of an unbroken row, as most are
+            self.highest = number
+            return True
         if ahead > 0:
             kept = self._bits << ahead if ahead < _REMEMBERED_NUMBERS else 0
-            self._bits = (kept | 1) & ((1 << _REMEMBERED_NUMBERS) - 1)
-            self._highest = number
+            self._bits = (kept | 1) & _ALL_NUMBERS
+            self.highest = number
             return True
         bit = 1 << -ahead if -ahead < _REMEMBERED_NUMBERS else 0
         if self._bits & bit:
@@ -154,10 +194,9 @@ class _Numbers:
 class _Line:
     """Queued calls of one sender to one session, by number; `candidate` is the last one that was offered to run."""
 
-    __slots__ = ("_entries", "_skipped", "candidate", "expected", "numbers")
+    __slots__ = ("_entries", "_skipped", "candidate", "expected")
 
     def __init__(self) -> None:
-        self.numbers = _Numbers()
         self.expected = 0
         self.candidate: _Entry | None = None
         self._entries = _Sorted()
@@ -172,7 +211,7 @@ class _Line:
         """The queued call with the lowest number."""
         entries = self._entries
         while (first := entries.first()) is not None:
-            if first[2].state is _State.QUEUED:
+            if first[2].state is _QUEUED:
                 return first[2]
             entries.pop()
         return None
@@ -186,54 +225,49 @@ class _Line:
             self.expected += 1
 
 
-class _Lane:
-    """One session: its lines, its running call, and its place among the sessions."""
+class _Tangle:
+    """The queued calls of a session that came out of order, wait for arguments, or differ in priority."""
 
-    __slots__ = ("_heads", "_ranks", "busy", "hold_gaps", "lines", "offered", "queued")
+    __slots__ = ("_heads", "_hold_gaps", "_lines", "_ranks")
 
     def __init__(self, hold_gaps: bool) -> None:
-        self.hold_gaps = hold_gaps
-        self.lines: dict[str, _Line] = {}
-        self.busy: _Entry | None = None
-        self.offered: tuple[float, int] | None = None
-        self.queued = 0
+        self._hold_gaps = hold_gaps
+        self._lines: dict[str, _Line] = {}
         self._heads: list[tuple[int, _Entry]] = []
         self._ranks = _Sorted()
 
-    def line(self, sender: str) -> _Line:
-        found = self.lines.get(sender)
+    def _line(self, sender: str) -> _Line:
+        found = self._lines.get(sender)
         if found is None:
-            found = self.lines[sender] = _Line()
+            found = self._lines[sender] = _Line()
         return found
 
-    def add(self, entry: _Entry) -> None:
-        self.queued += 1
+    def add(self, entry: _Entry, queued: int) -> None:
         if entry.number:
-            self.line(entry.sender).add(entry)
-        self.rank(entry)
+            self._line(entry.sender).add(entry)
+        self.rank(entry, queued)
         self.offer_head(entry)
 
-    def rank(self, entry: _Entry) -> None:
-        """Notes the entry's rank, which may have changed."""
+    def rank(self, entry: _Entry, queued: int) -> None:
+        """Notes the entry's rank, which may have changed; `queued` calls count."""
         self._ranks.push((entry.rank, entry.serial, entry))
-        if len(self._ranks) > 2 * self.queued + _SLACK:
+        if len(self._ranks) > 2 * queued + _SLACK:
             self._ranks.compact()
 
     def offer_head(self, entry: _Entry) -> None:
         """Makes the call that `entry` may have uncovered, or is, a candidate."""
         if entry.number:
-            self._offer_line(self.lines[entry.sender])
-        elif entry.state is _State.QUEUED and entry.is_ready:
+            self._offer_line(self._lines[entry.sender])
+        elif entry.state is _QUEUED and entry.is_ready:
             heapq.heappush(self._heads, (entry.serial, entry))
 
     def skip(self, sender: str, number: int) -> None:
-        line = self.line(sender)
-        if self.hold_gaps:
+        line = self._line(sender)
+        if self._hold_gaps:
             line.pass_by(number)
         self._offer_line(line)
 
     def next(self) -> _Entry | None:
-        """The call to run when the session's turn comes."""
         heads = self._heads
         while heads and not self._may_run(heads[0][1]):
             heapq.heappop(heads)
@@ -252,22 +286,116 @@ class _Lane:
         head = line.head()
         if head is None or head is line.candidate or not head.is_ready:
             return
-        if not self.hold_gaps or head.number <= line.expected:
+        if not self._hold_gaps or head.number <= line.expected:
             line.candidate = head
             heapq.heappush(self._heads, (head.serial, head))
 
     def _may_run(self, entry: _Entry) -> bool:
-        if entry.state is not _State.QUEUED or not entry.is_ready:
+        if entry.state is not _QUEUED or not entry.is_ready:
             return False
         if not entry.number:
             return True
-        line = self.lines[entry.sender]
-        return line.head() is entry and (not self.hold_gaps or entry.number <= line.expected)
+        line = self._lines[entry.sender]
+        return line.head() is entry and (not self._hold_gaps or entry.number <= line.expected)
+
+
+class _Lane:
+    """One session: the numbers it has had, its queued calls, its running call, and its place among the sessions.
+
+    While the calls that are queued came in order and ready, none better than one before it, the first is both the next to
+    run and the best: a plain queue holds them. A call that is otherwise makes a `_Tangle` of them, until all have left.
+    Where numbers hold back higher ones it is always a tangle, which remembers them.
+    """
+
+    __slots__ = ("_plain", "_tangle", "busy", "hold_gaps", "numbers", "offered", "queued")
+
+    def __init__(self, hold_gaps: bool) -> None:
+        self.hold_gaps = hold_gaps
+        self.numbers: dict[str, _Numbers] = {}
+        self.busy: _Entry | None = None
+        self.offered: tuple[float, int] | None = None
+        self.queued = 0
+        self._plain: deque[_Entry] | None = None
+        self._tangle: _Tangle | None = _Tangle(hold_gaps) if hold_gaps else None
+
+    def note(self, sender: str, number: int) -> bool:
+        """Notes that the sender's `number` has come; False if it had before."""
+        numbers = self.numbers.get(sender)
+        if numbers is None:
+            numbers = self.numbers[sender] = _Numbers()
+        return numbers.add(number)
+
+    def add(self, entry: _Entry) -> None:
+        self.queued += 1
+        if self._tangle is not None:
+            self._tangle.add(entry, self.queued)
+            return
+        plain = self._plain
+        if plain is None:
+            plain = self._plain = deque()
+        is_in_order = not entry.number or self.numbers[entry.sender].highest == entry.number
+        if is_in_order and entry.is_ready and (not plain or plain[-1].rank <= entry.rank):
+            plain.append(entry)
+            if len(plain) > 2 * self.queued + _SLACK:
+                self._plain = deque(entry for entry in plain if entry.state is _QUEUED)
+        else:
+            self._tangled().add(entry, self.queued)
+
+    def _tangled(self) -> _Tangle:
+        """Its queued calls as a tangle."""
+        tangle = self._tangle
+        if tangle is None:
+            tangle = self._tangle = _Tangle(self.hold_gaps)
+            for entry in self._plain or ():
+                if entry.state is _QUEUED:
+                    tangle.add(entry, self.queued)
+            self._plain = None
+        return tangle
+
+    def leave(self, entry: _Entry) -> None:
+        """`entry` is no longer queued."""
+        self.queued -= 1
+        if self._tangle is not None and entry.number:
+            self._tangle.skip(entry.sender, entry.number)
+        if not self.queued:
+            self._plain = None
+            if not self.hold_gaps:
+                self._tangle = None
+
+    def rank(self, entry: _Entry) -> None:
+        """Notes that the entry's rank has changed."""
+        self._tangled().rank(entry, self.queued)
+
+    def mark_ready(self, entry: _Entry) -> None:
+        self._tangled().offer_head(entry)
+
+    def skip(self, sender: str, number: int) -> None:
+        self.note(sender, number)
+        if self._tangle is not None:
+            self._tangle.skip(sender, number)
+
+    def next(self) -> _Entry | None:
+        """The call to run when the session's turn comes."""
+        if self._tangle is not None:
+            return self._tangle.next()
+        plain = self._plain
+        while plain:
+            if plain[0].state is _QUEUED:
+                return plain[0]
+            plain.popleft()
+        return None
+
+    def best(self) -> tuple[float, int]:
+        """Rank of the best queued call, with its serial; `next` must just have found one."""
+        if self._tangle is not None:
+            return self._tangle.best()
+        assert self._plain is not None
+        return self._plain[0].rank, self._plain[0].serial
 
 
 def _is_current(item: _Ranked) -> bool:
     rank, _, entry = item
-    return entry.state is _State.QUEUED and entry.rank == rank
+    return entry.state is _QUEUED and entry.rank == rank
 
 
 class _BySession:
@@ -281,17 +409,19 @@ class _BySession:
 
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
-        return self._lane(session).line(sender).numbers.add(number)
+        return self._lane(session).note(sender, number)
 
     def add(self, entry: _Entry) -> None:
         lane = self._lane(entry.session)
-        self._idle.pop(entry.session, None)
+        if not lane.queued:
+            self._idle.pop(entry.session, None)
         lane.add(entry)
-        self._offer(lane)
+        if lane.busy is None:
+            self._offer(lane)
 
     def mark_ready(self, entry: _Entry) -> None:
         lane = self._lanes[entry.session]
-        lane.offer_head(entry)
+        lane.mark_ready(entry)
         self._offer(lane)
 
     def pop(self) -> _Entry | None:
@@ -304,8 +434,8 @@ class _BySession:
             if entry is None:
                 continue
             lane.busy = entry
-            entry.state = _State.RUNNING
-            self.leave(entry)
+            entry.state = _RUNNING
+            lane.leave(entry)
             return entry
         return None
 
@@ -315,9 +445,7 @@ class _BySession:
     def leave(self, entry: _Entry) -> None:
         """`entry` is no longer queued."""
         lane = self._lanes[entry.session]
-        lane.queued -= 1
-        if entry.number:
-            lane.skip(entry.sender, entry.number)
+        lane.leave(entry)
         self._offer(lane)
         self._rest(entry.session, lane)
 
@@ -335,7 +463,6 @@ class _BySession:
 
     def skip(self, session: str, sender: str, number: int) -> None:
         lane = self._lane(session)
-        lane.line(sender).numbers.add(number)
         lane.skip(sender, number)
         self._offer(lane)
 
@@ -376,8 +503,8 @@ class _ByCall:
     """Queued calls that have nothing to do with each other."""
 
     def __init__(self) -> None:
-        self._sorted = _Sorted()
-        self._batches: dict[str, _Sorted] = {}
+        self._all = _ByRank()
+        self._batches: dict[str, _ByRank] = {}
         self._ready = 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
@@ -392,20 +519,18 @@ class _ByCall:
         self._push(entry)
 
     def pop(self) -> _Entry | None:
-        return self._pop(self._sorted)
+        return self._pop(self._all)
 
     def pop_of(self, batch: str) -> _Entry | None:
         found = self._batches.get(batch)
         return None if found is None else self._pop(found)
 
-    def _pop(self, ranked: _Sorted) -> _Entry | None:
-        while (item := ranked.first()) is not None:
-            ranked.pop()
-            if _is_current(item):
-                item[2].state = _State.RUNNING
-                self.leave(item[2])
-                return item[2]
-        return None
+    def _pop(self, ranked: _ByRank) -> _Entry | None:
+        entry = ranked.pop()
+        if entry is not None:
+            entry.state = _RUNNING
+            self._ready -= 1
+        return entry
 
     def leave(self, entry: _Entry) -> None:
         self._ready -= entry.is_ready
@@ -424,19 +549,12 @@ class _ByCall:
         pass
 
     def _push(self, entry: _Entry) -> None:
-        item = (entry.rank, entry.serial, entry)
-        _push_compactly(self._sorted, item, self._ready)
+        self._all.push(entry, self._ready)
         if entry.batch:
             batch = self._batches.get(entry.batch)
             if batch is None:
-                batch = self._batches[entry.batch] = _Sorted()
-            _push_compactly(batch, item, self._ready)
-
-
-def _push_compactly(ranked: _Sorted, item: _Ranked, wanted: int) -> None:
-    ranked.push(item)
-    if len(ranked) > 2 * wanted + _SLACK:
-        ranked.compact()
+                batch = self._batches[entry.batch] = _ByRank()
+            batch.push(entry, self._ready)
 
 
 class Mailbox:
@@ -471,7 +589,7 @@ class Mailbox:
         self._aging_s = aging_s
         self._queue: _BySession | _ByCall = _BySession(hold_gaps) if per_session else _ByCall()
         self._entries: dict[bytes, _Entry] = {}
-        self._queued_of: dict[str, _Entry | dict[bytes, _Entry]] = {}
+        self._queued_of: dict[str, dict[bytes, _Entry]] | None = None
         self._priorities: dict[str, int] = {}
         self._urgent: deque[_Entry] = deque()
         self._worst: list[tuple[int, int, _Entry]] | None = None
@@ -521,15 +639,17 @@ class Mailbox:
         """
         if call_key in self._entries or (number and not self._queue.note(session, sender, number)):
             return False
-        self._serial += 1
-        entry = self._entries[call_key] = _Entry(call_key, session, sender, number, priority, now)
-        entry.serial = self._serial
-        entry.is_ready = ready
-        entry.is_reentrant = reentrant
-        entry.batch = batch
+        self._serial = serial = self._serial + 1
+        effective = self._priorities.get(session, priority) if self._priorities else priority
+        rank = now - effective * self._aging_s if effective else now
+        entry = self._entries[call_key] = _Entry(
+            call_key, session, sender, number, priority, now, rank, serial, batch, ready, reentrant
+        )
         self._queued += 1
-        self._note_queued(entry)
-        self._set_rank(entry)
+        if self._queued_of is not None:
+            self._queued_of.setdefault(session, {})[call_key] = entry
+        if self._worst is not None and not reentrant:
+            self._note_worst(effective, entry)
         if not reentrant:
             self._queue.add(entry)
             return True
@@ -542,7 +662,7 @@ class Mailbox:
     def mark_ready(self, call_key: bytes) -> None:
         """The arguments of a queued call are there."""
         entry = self._entries.get(call_key)
-        if entry is None or entry.is_ready or entry.state is not _State.QUEUED:
+        if entry is None or entry.is_ready or entry.state is not _QUEUED:
             return
         entry.is_ready = True
         if entry.is_reentrant:
@@ -552,7 +672,7 @@ class Mailbox:
 
     def take(self, now: float) -> bytes | None:
         """The call to run next, which is running from now on; None if none may."""
-        entry = self._take_urgent()
+        entry = self._take_urgent() if self._urgent else None
         if entry is None:
             if self._slots_used >= self.concurrency:
                 return None
@@ -583,25 +703,25 @@ class Mailbox:
     def wait(self, call_key: bytes) -> None:
         """A running call waits for others: its slot is free, its session stays its own."""
         entry = self._entries.get(call_key)
-        if entry is not None and entry.state is _State.RUNNING:
-            entry.state = _State.WAITING
+        if entry is not None and entry.state is _RUNNING:
+            entry.state = _WAITING
             self._slots_used -= entry.has_slot
 
     def resume(self, call_key: bytes) -> None:
         """A waiting call goes on, at once."""
         entry = self._entries.get(call_key)
-        if entry is not None and entry.state is _State.WAITING:
-            entry.state = _State.RUNNING
+        if entry is not None and entry.state is _WAITING:
+            entry.state = _RUNNING
             self._slots_used += entry.has_slot
 
     def finish(self, call_key: bytes) -> None:
         """A running or waiting call has ended; the next one of its session may run."""
         entry = self._entries.get(call_key)
-        if entry is None or entry.state is _State.QUEUED:
+        if entry is None or entry.state is _QUEUED:
             return
-        if entry.state is _State.RUNNING:
+        if entry.state is _RUNNING:
             self._slots_used -= entry.has_slot
-        entry.state = _State.GONE
+        entry.state = _GONE
         del self._entries[call_key]
         if not entry.is_reentrant:
             self._queue.finish(entry)
@@ -609,9 +729,9 @@ class Mailbox:
     def remove(self, call_key: bytes) -> bool:
         """Takes a call out of the queue; False if it is not queued."""
         entry = self._entries.get(call_key)
-        if entry is None or entry.state is not _State.QUEUED:
+        if entry is None or entry.state is not _QUEUED:
             return False
-        entry.state = _State.GONE
+        entry.state = _GONE
         del self._entries[call_key]
         self._unqueue(entry)
         if not entry.is_reentrant:
@@ -628,7 +748,7 @@ class Mailbox:
             heapq.heapify(self._worst)
         while self._worst:
             priority, _, entry = heapq.heappop(self._worst)
-            if entry.state is _State.QUEUED and priority == self._priority(entry):
+            if entry.state is _QUEUED and priority == self._priority(entry):
                 self.remove(entry.key)
                 return entry.key
         return None
@@ -639,7 +759,12 @@ class Mailbox:
             self._priorities.pop(session, None)
         else:
             self._priorities[session] = value
-        for entry in self._queued_in(session):
+        if self._queued_of is None:
+            self._queued_of = {}
+            for entry in self._entries.values():
+                if entry.state is _QUEUED:
+                    self._queued_of.setdefault(entry.session, {})[entry.key] = entry
+        for entry in self._queued_of.get(session, {}).values():
             self._set_rank(entry)
             if not entry.is_reentrant:
                 self._queue.rank(entry)
@@ -650,42 +775,28 @@ class Mailbox:
 
     def forget_session(self, session: str) -> None:
         """Drops what is remembered of a session that has no calls: its numbers and its priority."""
-        if session not in self._queued_of:
+        if self._queued_of is None or session not in self._queued_of:
             self._queue.forget(session)
             self._priorities.pop(session, None)
 
     def _all_queued(self) -> Iterable[_Entry]:
-        return (e for e in self._entries.values() if e.state is _State.QUEUED and not e.is_reentrant)
+        return (e for e in self._entries.values() if e.state is _QUEUED and not e.is_reentrant)
 
     def _take_urgent(self) -> _Entry | None:
         while self._urgent:
             entry = self._urgent.popleft()
-            if entry.state is _State.QUEUED:
-                entry.state = _State.RUNNING
+            if entry.state is _QUEUED:
+                entry.state = _RUNNING
                 return entry
         return None
 
     def _unqueue(self, entry: _Entry) -> None:
         self._queued -= 1
-        found = self._queued_of[entry.session]
-        if isinstance(found, dict):
-            del found[entry.key]
-        if found is entry or not found:
-            del self._queued_of[entry.session]
-
-    def _note_queued(self, entry: _Entry) -> None:
-        # Most sessions queue one call: a dict for each of them would be a fifth of what a queued call takes.
-        found = self._queued_of.setdefault(entry.session, entry)
-        if isinstance(found, dict):
-            found[entry.key] = entry
-        elif found is not entry:
-            self._queued_of[entry.session] = {found.key: found, entry.key: entry}
-
-    def _queued_in(self, session: str) -> list[_Entry]:
-        found = self._queued_of.get(session)
-        if found is None:
-            return []
-        return list(found.values()) if isinstance(found, dict) else [found]
+        if self._queued_of is not None:
+            queued = self._queued_of[entry.session]
+            del queued[entry.key]
+            if not queued:
+                del self._queued_of[entry.session]
 
     def _priority(self, entry: _Entry) -> int:
         return self._priorities.get(entry.session, entry.priority)
@@ -693,7 +804,12 @@ class Mailbox:
     def _set_rank(self, entry: _Entry) -> None:
         priority = self._priority(entry)
         entry.rank = entry.arrived_s - priority * self._aging_s
+        entry.is_moved = True
         if self._worst is not None and not entry.is_reentrant:
-            heapq.heappush(self._worst, (priority, -entry.serial, entry))
-            if len(self._worst) > 2 * self._queued + _SLACK:
-                self._worst = None
+            self._note_worst(priority, entry)
+
+    def _note_worst(self, priority: int, entry: _Entry) -> None:
+        assert self._worst is not None
+        heapq.heappush(self._worst, (priority, -entry.serial, entry))
+        if len(self._worst) > 2 * self._queued + _SLACK:
+            self._worst = None
