@@ -101,6 +101,25 @@ async def test_jobs_survive_a_killed_broker(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_worker_that_stands_still_and_wakes_up_changes_nothing(
+    broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    async with site(settings, tmp_path / "log") as here:
+        handles = await here.submit(60, 0.5)
+        await until(lambda: here.count("slowly") > 40)
+        pid = here.node.pids["here-2"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await here.check(handles)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: here.node.pids.get("here-2") not in (None, pid))
+        await here.check(handles)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_many_kills(tmp_path: Path) -> None:
     rng = Random(7)
