@@ -6,6 +6,8 @@ import asyncio
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from nalar_mq.errors import CallCancelledError, NotConnectedError
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ class CallOptions:
 DEFAULT_OPTIONS = CallOptions()
 
 
-class CallContext:
+class CallContext(msgspec.Struct, eq=False):
     """The context of one running call, or of a client's program, for which `call_id` is empty.
 
     Attributes:
@@ -110,50 +112,19 @@ class CallContext:
         constructed: how many agent instances its driver has made so far.
     """
 
-    __slots__ = (
-        "budget",
-        "call_id",
-        "caller",
-        "cancelled",
-        "constructed",
-        "deadline",
-        "holds",
-        "is_root",
-        "job",
-        "priority",
-        "session",
-        "slot",
-        "trace",
-    )
-
-    def __init__(
-        self,
-        caller: Caller,
-        *,
-        call_id: bytes = b"",
-        is_root: bool = True,
-        session: str = "",
-        job: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        holds: tuple[str, ...] = (),
-        trace: str = "",
-        budget: float | None = None,
-        slot: Slot | None = None,
-    ) -> None:
-        self.caller = caller
-        self.call_id = call_id
-        self.is_root = is_root
-        self.session = session
-        self.job = job
-        self.priority = priority
-        self.deadline = deadline
-        self.holds = holds
-        self.trace = trace
-        self.budget = budget
-        self.slot = slot
-        self.cancelled = ""
-        self.constructed = 0
+    caller: Caller
+    call_id: bytes = b""
+    is_root: bool = True
+    session: str = ""
+    job: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    holds: tuple[str, ...] = ()
+    trace: str = ""
+    budget: float | None = None
+    slot: Slot | None = None
+    cancelled: str = ""
+    constructed: int = 0
 
     def check_cancelled(self) -> None:
         """Raises `CallCancelledError` if this call must stop."""

@@ -63,8 +63,8 @@ _log = logger(__name__)
 class Host(Protocol):
     """The part of a worker that runs calls."""
 
-    def on_call(self, owner: Address, call: Call) -> None:
-        """A call has arrived."""
+    def on_call(self, owner: Address, call: Call, now: float) -> None:
+        """A call has arrived at `now`."""
         ...
 
     def on_cancel(self, owner: Address, cancel: Cancel) -> None:
@@ -391,6 +391,7 @@ class Calls:
     def on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
         """Messages of one frame, in order; one that cannot be served does not keep the others from it."""
         host = self.host
+        now = self.loop.time()  # one object for all calls of a frame
         for message in messages:
             kind = type(message)
             try:
@@ -399,7 +400,7 @@ class Calls:
                 elif kind is not Call:
                     self._on_rare(sender, message)
                 elif host is not None:
-                    host.on_call(sender, message)  # type: ignore[arg-type]
+                    host.on_call(sender, message, now)  # type: ignore[arg-type]
                 else:
                     self._refuse(sender, message)  # type: ignore[arg-type]
             except Exception:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
+
 from nalar_mq import values
 from nalar_mq.actor import MethodSpec
 from nalar_mq.address import Address
@@ -27,58 +29,43 @@ class Pump(Protocol):
         ...
 
 
-class Execution:
+def session_key_of(call: Call) -> str:
+    """What the mailbox keeps apart: a session, or one instance within it."""
+    return f"{call.session}/{call.instance}" if call.instance else call.session
+
+
+class Execution(msgspec.Struct, eq=False):
     """One call in this worker; also its slot in the replica (`context.Slot`).
 
-    Its `session_key` is what the mailbox keeps apart: a session, or one instance within it.
+    A struct, which is made in a fifth of the time that an `__init__` in Python takes.
     """
 
-    __slots__ = (
-        "arrived",
-        "call",
-        "child",
-        "consumers",
-        "context",
-        "deadline",
-        "ended",
-        "given",
-        "host",
-        "is_answered",
-        "is_batched",
-        "method",
-        "missing",
-        "outflow",
-        "owner",
-        "replica",
-        "session_key",
-        "started",
-        "task",
-        "waits",
-        "wanted_at",
-    )
+    host: Pump
+    owner: Address
+    call: Call
+    replica: Replica
+    method: MethodSpec
+    arrived: float
+    wanted_at: float
+    session_key: str
+    missing: set[bytes] | None = None
+    given: dict[bytes, Resolve | Fail] | None = None
+    consumers: list[Address] | None = None
+    context: CallContext | None = None
+    task: asyncio.Task[None] | None = None
+    child: Callable[[], None] | None = None
+    outflow: Outflow | None = None
+    started: bool = False
+    ended: bool = False
+    is_answered: bool = False
+    is_batched: bool = False
+    waits: int = 0
 
-    def __init__(self, host: Pump, owner: Address, call: Call, replica: Replica, method: MethodSpec, now: float) -> None:
-        self.host = host
-        self.owner = owner
-        self.call = call
-        self.replica = replica
-        self.method = method
-        self.arrived = now
-        self.wanted_at = now
-        self.deadline = None if call.timeout_s is None else now + call.timeout_s
-        self.session_key = f"{call.session}/{call.instance}" if call.instance else call.session
-        self.missing: set[bytes] | None = None
-        self.given: dict[bytes, Resolve | Fail] | None = None
-        self.consumers: list[Address] | None = None
-        self.context: CallContext | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.child: Callable[[], None] | None = None
-        self.outflow: Outflow | None = None
-        self.started = False
-        self.ended = False
-        self.is_answered = False
-        self.is_batched = False
-        self.waits = 0
+    @property
+    def deadline(self) -> float | None:
+        """On the clock of the loop; None for no deadline."""
+        timeout_s = self.call.timeout_s
+        return None if timeout_s is None else self.arrived + timeout_s
 
     def has_suspended(self, task: asyncio.Task[None]) -> None:
         """It waits on the loop for the first time; `task` is its own from now on."""

@@ -611,6 +611,11 @@ class Mailbox:
         """True if more calls are queued than `high_water`."""
         return self._queued > self.high_water
 
+    @property
+    def has_room(self) -> bool:
+        """False if no queued call may run before another has ended or waits."""
+        return self._slots_used < self.concurrency or bool(self._urgent)
+
     def put(
         self,
         call_key: bytes,

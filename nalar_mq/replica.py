@@ -42,10 +42,12 @@ class Replica:
 
     def instance(self, key: str) -> Any | None:
         """The instance under `key`, or None if it has to be made."""
-        found = self._instances.get(key)
-        if found is not None:
+        return self._instances.get(key)
+
+    def has_used(self, key: str) -> None:
+        """A call of the instance under `key` has ended."""
+        if key in self._instances:
             self._last_used[key] = self._loop.time()
-        return found
 
     def make(self, key: str, init: bytes) -> Any:
         """The instance under `key`, made if there is none; in a thread.

@@ -53,7 +53,17 @@ class Runner:
         left = _PER_TURN
         try:
             while self._ready and not task.cancelling():
-                if await self._drive(*self._ready.popleft()):
+                coroutine, variables, on_suspend = self._ready.popleft()
+                try:
+                    awaited = variables.run(coroutine.send, None)
+                except StopIteration:
+                    pass  # most never suspend: they cost no generator of their own
+                except Exception:
+                    _log.exception("runner.coroutine_failed")
+                else:
+                    on_suspend(task)
+                    self._hand_over()
+                    await self._rest(coroutine, variables, awaited)
                     return
                 left -= 1
                 if not left:
@@ -71,31 +81,25 @@ class Runner:
             self._begin()
 
     @types.coroutine
-    def _drive(
-        self, coroutine: Coroutine[Any, Any, None], variables: contextvars.Context, on_suspend: OnSuspend
-    ) -> Generator[Any, Any, bool]:
-        """Runs a coroutine to its end; True if it suspended on the way."""
+    def _rest(
+        self, coroutine: Coroutine[Any, Any, None], variables: contextvars.Context, awaited: Any
+    ) -> Generator[Any, Any, None]:
+        """Runs a coroutine that waits for `awaited` to its end."""
         step: Callable[[Any], Any] = coroutine.send
         sent: Any = None
-        has_suspended = False
         while True:
-            try:
-                awaited = variables.run(step, sent)
-            except StopIteration:
-                return has_suspended
-            except Exception:
-                _log.exception("runner.coroutine_failed")
-                return has_suspended
-            if not has_suspended:
-                has_suspended = True
-                assert self._task is not None
-                on_suspend(self._task)
-                self._hand_over()
             try:
                 sent = yield awaited
                 step = coroutine.send
             except BaseException as error:
                 step, sent = coroutine.throw, error
+            try:
+                awaited = variables.run(step, sent)
+            except StopIteration:
+                return
+            except Exception:
+                _log.exception("runner.coroutine_failed")
+                return
 
     def close(self) -> None:
         """Drops what has not begun."""

@@ -239,7 +239,7 @@ async def test_credit_may_overtake_its_call(runtime: Runtime) -> None:
     client = await runtime.open_client()
     me, id = client.process.me, b"early-credit-123"
     runtime.host.on_credit(me, Credit(id, 64))
-    runtime.host.on_call(me, Call(id, "endless", "", values.encode_arguments((), {}), "s"))
+    runtime.host.on_call(me, Call(id, "endless", "", values.encode_arguments((), {}), "s"), 0.0)
     outflow = runtime.host._executions[id].outflow
     assert outflow is not None
     await _until(lambda: outflow._sent == 64)
