@@ -124,7 +124,8 @@ class Host:
         method = _method(replica.spec, call.method)
         if method is None:
             known = ", ".join(name for name in replica.spec.methods if name) or "none; it is called by its own name"
-            self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} has no method {call.method!r}; it has: {known}"))
+            wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
+            self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
             return
         _share_names(call)
         execution = Execution(self, owner, call, replica, method, now, now, session_key_of(call))
@@ -513,10 +514,8 @@ class Host:
         if spec.directives.isolation == "process":
             return self._result_in_child(execution, args, kwargs)
         function = self._bound_in_thread(execution, method.function)
-        if _is_driver(spec):
-            return run_driver(function, args, kwargs)
-        result = function(*args, **kwargs)
-        return self._pour_in_thread(execution, result) if method.style == "generator" else result
+        result = run_driver(function, args, kwargs) if _is_driver(spec) else function(*args, **kwargs)
+        return self._pour_in_thread(execution, result) if method.style in ("generator", "async_generator") else result
 
     def _bound_in_thread(self, execution: Execution, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of the instance that the call is for; of no instance for a tool or workflow."""

@@ -161,3 +161,52 @@ def test_a_traceback_shows_the_users_lines_and_no_others(
     text = str(cause)
     assert set(re.findall(r'File "(.*?)"', text)) == {str(tmp_path / "failing.py")}
     assert list(dict.fromkeys(map(int, re.findall(r"line (\d+)", text)))) == lines
+
+
+GENERATORS = """\
+class Clerk:
+    def stamp(self, number: int) -> str:
+        return f"page {number}"
+
+
+def pages(count: int):
+    clerk = Clerk()
+    for number in range(count):
+        yield clerk.stamp(number)
+
+
+async def asynchronous(count: int):
+    for number in range(count):
+        yield f"page {number}"
+"""
+GENERATORS_MANIFEST = """
+[agents.clerk]
+source = "generators:Clerk"
+[workflows.pages]
+source = "generators:pages"
+[workflows.asynchronous]
+source = "generators:asynchronous"
+"""
+
+
+@pytest.mark.parametrize("workflow", ["pages", "asynchronous"])
+def test_a_workflow_that_yields_gives_its_pieces(
+    tmp_path: Path, broker_access: BrokerAccess, monkeypatch: pytest.MonkeyPatch, workflow: str
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "generators.py").write_text(GENERATORS)
+    (tmp_path / "nalar.toml").write_text(GENERATORS_MANIFEST)
+    app = load_app(tmp_path)
+    settings = Settings(broker=broker_access, namespace="unmodified", node="here")
+
+    async def call() -> tuple[list[str], list[str]]:
+        hub = MemoryHub(seed=1)
+        async with (
+            Worker(app, settings, name="w", connect=hub.connect, lease_in_thread=False),
+            connect(settings=settings, connect=hub.connect) as client,
+        ):
+            return await client.call(workflow, 3), [piece async for piece in client.stream(workflow, 3)]
+
+    whole, streamed = asyncio.run(call())
+    app.unload()
+    assert whole == streamed == ["page 0", "page 1", "page 2"]
