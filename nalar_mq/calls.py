@@ -678,7 +678,7 @@ def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:
 def too_large(what: str, size_bytes: int, label: str) -> ValueTooLargeError:
     """The error for a value that does not fit; says what would."""
     return ValueTooLargeError(
-        f"{what} take {size_bytes:,} bytes encoded, and {VALUE_LIMIT_BYTES:,} is the most that travels in one call: "
+        f"too large: {what}: {size_bytes:,} bytes encoded, and {VALUE_LIMIT_BYTES:,} is the most that travels in one call: "
         "pass a path or a key to the data instead",
         actor=label,
         size_bytes=size_bytes,

@@ -37,6 +37,10 @@ Every option can be set by the environment: --workers of `nalar up` is
 NALAR_UP_WORKERS. The broker is found by, in this order: --nats or --context,
 NALAR_NATS_URL, NATS_URL, NATS_CONTEXT, .nalar/runtime.json beside the app,
 the selected context of the nats command.
+
+\b
+Completion in bash, for this shell: eval "$(_NALAR_COMPLETE=bash_source nalar)"
+(zsh_source and fish_source write that of zsh and fish).
 """
 
 
@@ -69,6 +73,8 @@ def run_command(arguments: Sequence[str]) -> int:
 def _explain_usage(error: click.ClickException) -> tuple[int, str]:
     context = error.ctx if isinstance(error, click.UsageError) else None
     hint = f"\n       see `{context.command_path} --help`" if context is not None else ""
+    if isinstance(error, click.NoSuchOption) and any(error.option_name in option.opts for option in cli.params):
+        hint = f"\n       it goes before the command: `nalar {error.option_name} ...`"
     return EXIT_CONFIG, f"nalar: error: {error.format_message()}{hint}"
 
 
@@ -645,7 +651,8 @@ def _show_table(head: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
 
     on_terminal = sys.stdout.isatty()
-    table = Table(*head, box=SIMPLE_HEAD if on_terminal else None, pad_edge=False)
+    table = Table(*head, box=SIMPLE_HEAD if on_terminal else None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.columns[0].no_wrap = True  # the others give way where the terminal is narrow
     for row in rows:
         table.add_row(*row)
     Console(width=None if on_terminal else 1000, highlight=False, markup=False).print(table)

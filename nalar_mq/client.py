@@ -32,6 +32,9 @@ from nalar_mq.process import Connect, Process
 T = TypeVar("T")
 
 _REJOIN_PAUSE_S = 1.0
+_NOT_OPEN = (
+    "the client is not open: use it as `async with connect() as client`, without an event loop as `with connect() as client`"
+)
 
 
 def connect(
@@ -149,14 +152,14 @@ class Client(Caller):
             RuntimeError: the client is not open.
         """
         if self._context is None:
-            raise RuntimeError("the client is not open: use it as `async with connect() as client`")
+            raise RuntimeError(_NOT_OPEN)
         return self._context
 
     @property
     def process(self) -> Process:
         """Its part in the runtime."""
         if self._process is None:
-            raise RuntimeError("the client is not open: use it as `async with connect() as client`")
+            raise RuntimeError(_NOT_OPEN)
         return self._process
 
     async def __aenter__(self) -> Client:

@@ -207,7 +207,7 @@ async def members(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, 
     """The processes of a runtime that is there, and how it was reached."""
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
-        return settings, await client.members()
+        return settings, [(name, member) for name, member in await client.members() if name != client.process.name]
 
 
 async def _reach(settings: Settings) -> None:
@@ -222,7 +222,7 @@ async def _serve(controller: LocalController, broker: EmbeddedBroker | None, tel
         async with controller:
             await _first(stop.wait(), _watch(controller, tell), *_guards(broker))
             if stop.is_set():
-                tell("draining; a second signal ends it at once")
+                tell("draining: what has begun is finished; a second signal ends it at once")
                 await _first(hurry.wait(), controller.drain())
 
 

@@ -99,7 +99,10 @@ def load_settings(
     env = os.environ if environ is None else environ
     access = find_broker(nats=nats, context=context, runtime=runtime, environ=env)
     if access is None:
-        raise ConfigError("no broker is known: start one with `nalar up APP`, or name one by --nats or NATS_URL")
+        raise ConfigError(
+            "no broker is known: start one with `nalar up APP`, or name one by --nats or NATS_URL, or by --app the app of one "
+            "that is up for another folder (in Python: `connect(url)`, `connect(app=...)`)"
+        )
     chosen = find_namespace(namespace, app_namespace, environ=env)
     return Settings(broker=access, namespace=chosen, node=node, trust_broker=trusts_broker(trust_broker, environ=env))
 

@@ -26,6 +26,7 @@ EXIT_INTERNAL: Final = 70
 EXIT_INTERRUPTED: Final = 130
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_CAUSED = "The above exception was the direct cause of the following exception:"
 
 
 class Interrupted(Exception):
@@ -70,6 +71,8 @@ def _call_failure(failure: CallFailed) -> str:
     text = f"nalar: error: {actor} failed: {type(error).__name__}: {one_line(error)}"
     if isinstance(error, CallError):
         return text
-    frames = _FRAME.findall(str(error.__cause__ or ""))
+    tracebacks = str(error.__cause__ or "").split(_CAUSED)
+    raised = next((each for each in tracebacks if each.rstrip().endswith(str(error).rstrip())), tracebacks[-1])
+    frames = _FRAME.findall(raised)
     theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
     return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}" if theirs else text

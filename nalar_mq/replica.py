@@ -10,6 +10,7 @@ from typing import Any
 
 from nalar_mq import values
 from nalar_mq.actor import ActorSpec
+from nalar_mq.errors import ArgumentError
 from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
 from nalar_mq.stub import settle, unsettle
@@ -61,13 +62,23 @@ class Replica:
             found = self._instances.get(key)
             if found is None:
                 args, kwargs = values.decode_arguments(init) if init else ([], {})
-                found = self.spec.target(*args, **kwargs)
+                found = self._constructed(args, kwargs)
                 if self.spec.transparent:
                     settle(self.spec, found, key, init)
                 self._hook(found, "on_start")
                 self._instances[key] = found
                 self._last_used[key] = self._loop.time()
             return found
+
+    def _constructed(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self.spec.target(*args, **kwargs)
+        except TypeError as error:
+            below = error.__traceback__ and error.__traceback__.tb_next
+            if args or kwargs or below is not None:
+                raise
+            who = f"agent {self.spec.name!r} is made with arguments, so that only a workflow that makes it can call it"
+            raise ArgumentError(f"{who}: {error}") from None
 
     def _hook(self, instance: Any, name: str) -> None:
         hook: Callable[[], Coroutine[Any, Any, None] | None] | None = getattr(instance, name, None)

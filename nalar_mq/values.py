@@ -832,7 +832,7 @@ def _refusal(value: object, may_defer: bool) -> str | None:
 
 
 def _blame(value: object, what: str, may_defer: bool) -> str:
-    """`what -> ['a'][3]: generator`: the path to the first part that cannot travel, and what it is."""
+    """What cannot travel, and the path to its first such part: `...: what -> ['a'][3]: generator`."""
     path = ""
     refusal = _refusal(value, may_defer) or ""
     while len(path) < _PATH_SHOWN:
@@ -841,7 +841,8 @@ def _blame(value: object, what: str, may_defer: bool) -> str:
             break
         path, value = path + culprit[0], culprit[1]
         refusal = _refusal(value, may_defer) or refusal
-    return f"{what} -> {path[:_PATH_SHOWN]}: {refusal}" if path else f"{what}: {refusal}"
+    place = f"{what} -> {path[:_PATH_SHOWN]}" if path else what
+    return f"cannot travel between processes: {place}: {refusal}"
 
 
 def _parts_of(value: Any) -> Iterable[tuple[str, Any]]:

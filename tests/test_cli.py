@@ -20,7 +20,7 @@ from nalar_mq.app import load_app
 from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
 from nalar_mq.cli import run_command
 from nalar_mq.client_module import client_module
-from nalar_mq.errors import BrokerUnreachableError, ConfigError, UnknownActorError
+from nalar_mq.errors import BrokerUnreachableError, ConfigError, RemoteTraceback, UnknownActorError
 from nalar_mq.exits import CallFailed, Interrupted, explain
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
@@ -219,6 +219,16 @@ def test_signatures_that_cannot_be_read_know_nothing():
 # What a user sees of an error.
 
 
+def failed_below() -> KeyError:
+    """As it arrives from a workflow whose agent raised it."""
+    error = KeyError("x")
+    caused = "The above exception was the direct cause of the following exception:"
+    below = """Traceback (most recent call last):\n  File "/app/below.py", line 7, in read\nKeyError: 'x'\n"""
+    above = """Traceback (most recent call last):\n  File "/app/flow.py", line 3, in flow\nKeyError: 'x'\n"""
+    error.__cause__ = RemoteTraceback(f"{below}\n\n{caused}\n\n{above}")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
@@ -226,6 +236,7 @@ def test_signatures_that_cannot_be_read_know_nothing():
         (BrokerUnreachableError("nobody answers"), 3, "nalar: error: nobody answers"),
         (UnknownActorError("nobody serves 'x'"), 1, "nalar: error: nobody serves 'x'"),
         (CallFailed(ValueError("bad"), "flow"), 1, "nalar: error: flow failed: ValueError: bad"),
+        (CallFailed(failed_below(), "flow"), 1, "nalar: error: flow failed: KeyError: 'x'\n       at /app/below.py:7"),
         (Interrupted(), 130, "nalar: interrupted"),
         (KeyError("x"), 70, "nalar: internal error: KeyError: 'x' (`nalar --debug ...` shows where)"),
     ],
