@@ -274,11 +274,15 @@ async def _call(client: Client, wish: CallWish, arguments: Arguments, stream: bo
     if wish.timeout_s is not None:
         caller = caller.options(timeout_s=wish.timeout_s)
     try:
+        future = caller.call(wish.name, *args, **kwargs)
+        taken = 0
         if stream:
-            async for piece in caller.stream(wish.name, *args, **kwargs):
+            async for piece in future.stream():
                 take(piece)
-        else:
-            take(await caller.call(wish.name, *args, **kwargs))
+                taken += 1
+        value = await future
+        if not stream or (not taken and value not in (None, [])):  # not a generator after all
+            take(value)
     except (BrokerError, BrokenPipeError):
         raise
     except Exception as error:

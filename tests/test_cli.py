@@ -447,6 +447,8 @@ def test_call(runtime):
     assert nalar("call", "answer", "question=why", cwd=runtime).stdout == "dry: why 0, why 1\n"
     assert json.loads(nalar("call", "search", "1", "limit=1", cwd=runtime).stdout) == ["1 0"]
     assert nalar("call", "count", "3", "--stream", cwd=runtime).stdout == "0,1,2,"
+    assert nalar("call", "count", "0", "--stream", cwd=runtime).stdout == ""
+    assert "dry: why 0, why 1" in nalar("call", "answer", "why", "--stream", cwd=runtime).stdout
     found = nalar("call", "echo", "--json", '{"value": [1, null], "text": "é"}', "--app", runtime, cwd=runtime.parent)
     assert json.loads(found.stdout) == {"value": [1, None], "text": "é"}
     assert nalar("call", "answer", "x", "--json-output", cwd=runtime).stdout == '"dry: x 0, x 1"\n'
