@@ -17,7 +17,7 @@ import pytest
 from nalar_mq.app import load_app
 from nalar_mq.client import connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import RemoteTraceback
+from nalar_mq.errors import ArgumentError, RemoteTraceback
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.worker import Worker
 
@@ -210,3 +210,27 @@ def test_a_workflow_that_yields_gives_its_pieces(
     whole, streamed = asyncio.run(call())
     app.unload()
     assert whole == streamed == ["page 0", "page 1", "page 2"]
+
+
+def test_an_agent_made_with_arguments_cannot_be_called_from_outside(
+    tmp_path: Path, broker_access: BrokerAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "made.py").write_text(
+        "class Clerk:\n    def __init__(self, name):\n        self.name = name\n    def sign(self):\n        return self.name\n"
+    )
+    (tmp_path / "nalar.toml").write_text('[agents.clerk]\nsource = "made:Clerk"\n')
+    app = load_app(tmp_path)
+    settings = Settings(broker=broker_access, namespace="unmodified", node="here")
+
+    async def call() -> None:
+        hub = MemoryHub(seed=1)
+        async with (
+            Worker(app, settings, name="w", connect=hub.connect, lease_in_thread=False),
+            connect(settings=settings, connect=hub.connect) as client,
+        ):
+            with pytest.raises(ArgumentError, match=r"only a workflow that makes it can call it: .*'name'"):
+                await client.call("clerk.sign")
+
+    asyncio.run(call())
+    app.unload()
