@@ -7,8 +7,8 @@ import { Svcm } from "@nats-io/services";
 
 const [url, token, namespace] = process.argv.slice(2);
 const nc = await connect({ servers: url, token, name: "not-ours" });
-const js = jetstream(nc);
-const jsm = await jetstreamManager(nc);
+const js = jetstream(nc, { timeout: 30_000 });
+const jsm = await jetstreamManager(nc, { timeout: 30_000 });
 
 async function submit(workflow, body, msgID) {
   const receipt = await js.publish(`${namespace}.job.${workflow}`, JSON.stringify(body), msgID ? { msgID } : {});
@@ -57,7 +57,7 @@ const found = {
   services: [],
 };
 
-const services = new Svcm(nc).client();
+const services = new Svcm(nc).client({ strategy: "count", maxMessages: 1, maxWait: 30_000 });
 for await (const info of await services.info(namespace)) {
   found.services.push({ name: info.name, endpoints: info.endpoints.map((endpoint) => [endpoint.name, endpoint.subject]) });
 }
