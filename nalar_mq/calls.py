@@ -92,37 +92,21 @@ class Host(Protocol):
         ...
 
 
-class Entry:
-    """One call that has not ended."""
+class Entry(msgspec.Struct, eq=False):
+    """One call that has not ended. A struct, which is made in a fifth of the time that an `__init__` in Python takes."""
 
-    __slots__ = (
-        "address",
-        "call",
-        "cancelling",
-        "consumers",
-        "credit",
-        "deadline",
-        "depends",
-        "future",
-        "parent",
-        "place",
-        "retries",
-        "tick",
-    )
-
-    def __init__(self, future: Future[Any], call: Call, deadline: float | None) -> None:
-        self.future = future
-        self.call: Call | None = call
-        self.parent = call.parent
-        self.deadline = deadline
-        self.address: Address | None = None
-        self.consumers: list[Address] | None = None
-        self.depends: list[Future[Any]] | None = None
-        self.retries = 0
-        self.tick = 0
-        self.credit = 0
-        self.place = ""
-        self.cancelling = False
+    future: Future[Any]
+    call: Call | None
+    parent: bytes
+    deadline: float | None
+    place: str
+    retries: int
+    address: Address | None = None
+    consumers: list[Address] | None = None
+    depends: list[Future[Any]] | None = None
+    tick: int = 0
+    credit: int = 0
+    cancelling: bool = False
 
 
 class Calls:
@@ -209,11 +193,10 @@ class Calls:
             context.trace,
             context.budget,
         )
-        entry = Entry(future, call, deadline)
-        entry.place = place
-        entry.retries = options.retries if options.retries is not None else info.retries
+        retries = options.retries if options.retries is not None else info.retries
         if context.job and options.retries is None:
-            entry.retries = max(JOB_RETRIES, entry.retries)
+            retries = max(JOB_RETRIES, retries)
+        entry = Entry(future, call, context.call_id, deadline, place, retries)
         if deps:
             entry.depends = [dep for dep in deps if isinstance(dep, Future)]
         if is_on_loop:

@@ -153,8 +153,7 @@ class Host:
             self._answer_error(execution, CallExpiredError(f"session {call.session!r} has had this call already"))
             self._forget(execution)
             return
-        if replica.mailbox.has_room:
-            self.pump(replica)
+        self.pump(replica)
         if len(self._executions) > self._high_water:
             self._shed(replica)
 
@@ -293,7 +292,7 @@ class Host:
 
     def pump(self, replica: Replica) -> None:
         """Starts what may run now. What ends at once meanwhile makes room for this same pump, not for one inside it."""
-        if replica.is_pumping:
+        if replica.is_pumping or not replica.mailbox.is_ready:
             return
         replica.is_pumping = True
         try:
@@ -829,6 +828,8 @@ def _share_names(call: Call) -> None:
     """Has queued calls share the names that each of them brought: a fifth of what a call takes."""
     force_setattr(call, "actor", sys.intern(call.actor))
     force_setattr(call, "method", sys.intern(call.method))
+    if not call.session.startswith("auto-"):  # those have one call, as a rule
+        force_setattr(call, "session", sys.intern(call.session))
 
 
 def _checked_size(payload: bytes, execution: Execution) -> bytes:

@@ -407,6 +407,11 @@ class _BySession:
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._heap: list[tuple[float, int, _Lane]] = []
 
+    @property
+    def is_ready(self) -> bool:
+        """False if no session could run a call."""
+        return bool(self._heap)
+
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
         return self._lane(session).note(sender, number)
@@ -506,6 +511,10 @@ class _ByCall:
         self._all = _ByRank()
         self._batches: dict[str, _ByRank] = {}
         self._ready = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready > 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
         return True
@@ -612,9 +621,9 @@ class Mailbox:
         return self._queued > self.high_water
 
     @property
-    def has_room(self) -> bool:
-        """False if no queued call may run before another has ended or waits."""
-        return self._slots_used < self.concurrency or bool(self._urgent)
+    def is_ready(self) -> bool:
+        """False if `take` would find nothing; True if it is worth asking."""
+        return bool(self._urgent) or (self._slots_used < self.concurrency and self._queue.is_ready)
 
     def put(
         self,
