@@ -23,6 +23,7 @@ from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
 from nalar_mq.errors import ArgumentError, BrokerError, CallCancelledError, UnknownActorError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import JobHandle, Jobs, check_durable
@@ -236,8 +237,7 @@ class Client(Caller):
     async def _close(self) -> None:
         rejoining, self._rejoining = self._rejoining, None
         if rejoining is not None:
-            rejoining.cancel()
-            await asyncio.gather(rejoining, return_exceptions=True)
+            await cancel_all([rejoining])
         jobs, self._jobs = self._jobs, None
         if jobs is not None:
             jobs.close()

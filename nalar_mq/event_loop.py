@@ -1,15 +1,16 @@
-"""The event loop of a process of ours: uvloop where it is installed, asyncio's own elsewhere."""
+"""The event loop of a process of ours, uvloop where it is installed and asyncio's own elsewhere; and how its tasks end."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_CANCEL_AGAIN_S = 0.25
 
 # Calls in flight are many small objects that end by reference counting: a collection over them costs more than all the rest
 # of a call and finds nothing. Python's own first threshold is 700.
@@ -21,6 +22,18 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     gc.set_threshold(_COLLECT_AFTER, 20, 20)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancels tasks and returns when they have ended.
+
+    Cancels again what goes on: `asyncio.wait_for` of Python 3.11, which the broker's client uses, may lose a cancellation.
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -48,6 +48,7 @@ from nalar_mq.errors import (
     WireError,
     WorkerLostError,
 )
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future
 from nalar_mq.interchange import read_arguments
 from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
@@ -171,7 +172,7 @@ class Intake:
 
     async def drain(self) -> None:
         """Takes nothing more; returns when what it has in hand has ended."""
-        await _cancelled(self._pullers)
+        await cancel_all(self._pullers)
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -180,8 +181,8 @@ class Intake:
         self._is_closing = True
         if hasattr(self, "jobs"):
             self.jobs.close()
-        await _cancelled([*self._pullers, *self._upkeep])
-        await _cancelled(list(self._tasks))
+        await cancel_all([*self._pullers, *self._upkeep])
+        await cancel_all(list(self._tasks))
         if self._subscription is not None:
             await self._subscription.unsubscribe()
 
@@ -456,12 +457,3 @@ def _id_or_nothing(message: QueueMessage) -> str:
         return job_id_of(message.headers, message.sequence)
     except AddressError:
         return ""
-
-
-async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancels until they have ended: `asyncio.wait_for` of Python 3.11, deep in the client, may lose a cancellation."""
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_RETRY_S)

@@ -37,6 +37,7 @@ import msgspec
 from nalar_mq.address import Address, Subjects, check_token
 from nalar_mq.config import LEASE_S
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Lost, Member, decode_lost, decode_member, encode_record
 from nalar_mq.placement import RoutingTable
@@ -224,9 +225,7 @@ class LeaseThread:
         self._tell(None)
         keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
         await self._stop.wait()
-        keeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await keeping
+        await cancel_all([keeping])
         await self._lease.release()
 
     def _tell(self, error: Exception | None) -> None:
@@ -285,9 +284,7 @@ class LeaseTask:
     async def aclose(self) -> None:
         """Removes the record."""
         if self._keeping is not None:
-            self._keeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeping
+            await cancel_all([self._keeping])
         await self._lease.release()
 
 
@@ -363,9 +360,7 @@ class Membership:
     async def aclose(self) -> None:
         """Removes our record and stops watching; idempotent."""
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
         lease, self._lease = self._lease, None
         if lease is not None:
             await lease.aclose()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.errors import BrokerError, CallError, KeyConflictError, NalarError, StateLostError, WireError, WorkerLostError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, decode_member, decode_place, encode_record
 from nalar_mq.placement import RoutingTable
@@ -155,10 +156,7 @@ class Places:
 
     async def aclose(self) -> None:
         """Gives up what is being looked up."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
 
 
 def _state_lost(key: str) -> StateLostError:
