@@ -124,6 +124,7 @@ async def up(
     running = read_runtime_file(app.parent)
     if running is not None:
         raise ConfigError(f"this app is up already at {running.url} (process {running.pid}): `nalar call` uses it")
+    load_quietly(app)  # what is wrong with it is said once, and before anything starts
     entry = _runtime_entry(app)
     async with AsyncExitStack() as stack:
         broker: EmbeddedBroker | None = None
@@ -152,6 +153,7 @@ async def worker(
     app: Path, choice: BrokerChoice, *, workers: int | None, node: str | None, log_level: str, show: Show, tell: Show
 ) -> None:
     """One node of a runtime whose broker is there already, until SIGINT or SIGTERM."""
+    load_quietly(app)
     entry = _runtime_entry(app)
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else _node_name())
     await _reach(settings)

@@ -108,14 +108,18 @@ class Future(values.Deferred, Generic[T_co]):
             self._close_stream(self._chunks)
 
     def _close_stream(self, chunks: ChunkBuffer) -> None:
-        """Ends a stream; a producer that had finished before it heard of the stream has sent all pieces as one list."""
+        """Ends a stream; a producer that had finished before it heard of the stream has sent all pieces as one list.
+
+        The value of a callee that is no generator is the only piece.
+        """
         pieces: object = None
         if self._state == RESOLVED and not chunks.received and self._payload is not None:
             with contextlib.suppress(WireError):  # who comes to the end of the stream looks at the value, and learns
                 pieces = values.decode(self._payload)
         with _lock:
-            if not chunks.closed and isinstance(pieces, list):
-                chunks.waiting.extend(values.encode(piece) for piece in cast("list[object]", pieces))
+            if not chunks.closed and pieces is not None:
+                found = cast("list[object]", pieces) if isinstance(pieces, list) else [pieces]
+                chunks.waiting.extend(values.encode(piece) for piece in found)
             chunks.closed = True
         chunks.close()
 

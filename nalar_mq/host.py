@@ -67,6 +67,7 @@ _PROBE_HOPS = 64
 BATCH_LIMIT = 64
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 _STOP_S = 5.0
+_DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 1.2 KB each and their arguments
 _log = logger(__name__)
 
@@ -711,10 +712,12 @@ class Host:
         return len(self._executions)
 
     async def drained(self) -> None:
-        """Returns when nothing is queued or runs."""
-        while self._executions:
+        """Returns when nothing is queued or runs that anybody waits for; code that was cancelled in its thread is not."""
+        while any(not execution.is_answered for execution in self._executions.values()):
             self._idle.clear()
-            await self._idle.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DRAIN_LOOK_S):
+                    await self._idle.wait()
 
     async def aclose(self) -> None:
         """Ends all instances and threads; what still runs is cancelled."""

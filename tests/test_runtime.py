@@ -144,6 +144,7 @@ async def test_streams_come_in_order_and_slow_the_producer(runtime: Runtime) -> 
     assert [x async for x in client.stream("numbers", 500)] == list(range(500))
     assert [x async for x in a.sync_numbers(300).stream()] == list(range(300))
     assert await a.numbers(4) == [0, 1, 2, 3]
+    assert [x async for x in client.stream("add", 1, 2)] == [3]
     assert await a.sync_numbers(3) == [0, 1, 2]
     async for piece in a.endless().stream():
         if piece == 3:
