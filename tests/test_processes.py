@@ -356,15 +356,16 @@ async def test_two_workers_that_flood_each_other_go_on(node: LocalController, cl
 
 
 async def test_code_that_blocks_the_event_loop_keeps_its_lease(settings: Settings, folder: Path, tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(settings, lease_s=2.0)
     worker = Program(sys.executable, "-c", SHORT_LEASE, msgspec.json.encode(settings).decode(), APP, log=tmp_path / "log")
     try:
         await worker.says("ready")
-        judge = Process(settings, name="judge", role="client", lease_s=1.0)
+        judge = Process(settings, name="judge", role="client")
         await judge.start()
         try:
             async with connect(settings=settings) as client:
                 await client.wait_for("hog")
-                assert await within(client.options(retries=1).call("hog", 4.0, str(folder))) == "done"
+                assert await within(client.options(retries=1).call("hog", 7.0, str(folder))) == "done"
             assert traces(folder) == {"began hog": 1, "ended hog": 1}
             assert "w" in judge.table.members
         finally:
@@ -383,7 +384,7 @@ from nalar_mq.worker import Worker
 
 async def main():
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    async with Worker(load_app(Path(sys.argv[2])), settings, name="w", lease_s=1.0) as worker:
+    async with Worker(load_app(Path(sys.argv[2])), settings, name="w") as worker:
         print("ready", flush=True)
         await worker.closed
 
