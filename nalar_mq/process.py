@@ -34,7 +34,6 @@ class Process:
         role: `worker` or `client`.
         actors: what it serves.
         connect: opens a connection to the broker under a name; the NATS transport if None.
-        lease_s: its lease, where it is not that of the settings.
         lease_in_thread: renew the lease from a thread with a connection of its own, so that code which blocks the loop
             does not cost the process its life.
         random: source of ids and choices; the operating system's if None.
@@ -49,7 +48,6 @@ class Process:
         actors: dict[str, ActorInfo] | None = None,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
-        lease_s: float | None = None,
         random: Random | None = None,
     ) -> None:
         self.settings = settings
@@ -61,7 +59,7 @@ class Process:
         self._actors = actors or {}
         self._connect = connect or self._connect_nats
         self._lease_in_thread = lease_in_thread
-        self._lease_s = settings.lease_s if lease_s is None else lease_s
+        self._lease_s = settings.lease_s
         self._random = random or SystemRandom()
         self._table_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()

@@ -30,7 +30,7 @@ class Worker:
         name: a token, unique in the namespace; the process that had it before is replaced.
         intake: how it takes jobs in.
         high_water: calls it holds before it gives back those of the lowest priority with `OverloadedError`.
-        connect, lease_in_thread, lease_s, random: as for `Process`.
+        connect, lease_in_thread, random: as for `Process`.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Worker:
         high_water: int = HIGH_WATER,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
-        lease_s: float | None = None,
         random: Random | None = None,
     ) -> None:
         self._app = app
@@ -54,7 +53,6 @@ class Worker:
             actors={spec.name: info_of(spec) for spec in app.actors.values()},
             connect=connect,
             lease_in_thread=lease_in_thread,
-            lease_s=lease_s,
             random=random,
         )
         self._host: Host | None = None

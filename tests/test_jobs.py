@@ -47,9 +47,7 @@ class Bench:
         self.actors: Any = importlib.import_module("jobs_app")
 
     async def worker(self, name: str, options: IntakeOptions = QUICK) -> Worker:
-        worker = Worker(
-            self.app, self.settings, name=name, intake=options, connect=self.connect, lease_in_thread=False, lease_s=2.0
-        )
+        worker = Worker(self.app, self.settings, name=name, intake=options, connect=self.connect, lease_in_thread=False)
         return await self.stack.enter_async_context(worker)
 
     async def client(self) -> Client:
@@ -102,7 +100,7 @@ async def bench(request: pytest.FixtureRequest, namespace: str, broker_access: B
     async def over_nats(name: str) -> Transport:
         return await NatsTransport.connect(broker_access, name=name)
 
-    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    settings = Settings(broker=broker_access, namespace=namespace, node="here", lease_s=2.0)
     made = Bench(load_app(APP), settings, hub.connect if request.param == "memory" else over_nats, hub)
     made.actors.GATES.clear()
     made.actors.RUNS.clear()
