@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         StateLostError,
         StreamRestartedError,
         UnknownActorError,
+        UnknownJobError,
         UnknownMethodError,
         ValueNotEncodableError,
         ValueTooLargeError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         WorkerLostError,
     )
     from nalar_mq.future import Future, Stream, as_completed, gather
+    from nalar_mq.jobs import JobHandle, JobResult, JobStatus
 
 _HOMES: Final = {
     "actor": (
@@ -66,6 +68,7 @@ _HOMES: Final = {
         "StateLostError",
         "StreamRestartedError",
         "UnknownActorError",
+        "UnknownJobError",
         "UnknownMethodError",
         "ValueNotEncodableError",
         "ValueTooLargeError",
@@ -77,6 +80,11 @@ _HOMES: Final = {
         "Stream",
         "as_completed",
         "gather",
+    ),
+    "jobs": (
+        "JobHandle",
+        "JobResult",
+        "JobStatus",
     ),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
@@ -92,6 +100,9 @@ __all__ = [
     "Client",
     "ConfigError",
     "Future",
+    "JobHandle",
+    "JobResult",
+    "JobStatus",
     "NalarError",
     "NotConnectedError",
     "OverloadedError",
@@ -100,6 +111,7 @@ __all__ = [
     "Stream",
     "StreamRestartedError",
     "UnknownActorError",
+    "UnknownJobError",
     "UnknownMethodError",
     "ValueNotEncodableError",
     "ValueTooLargeError",
