@@ -33,11 +33,11 @@ class Librarian:
     """Knows the documents."""
 
     def __init__(self, folder: str) -> None:
-        self.library = Library(folder)
+        self.index = Library(folder)
 
     def find(self, question: str) -> list[tuple[str, str]]:
         """Where something about the question stands, and the sentences there that come closest to it; best first."""
-        found = self.library.search(question, limit=2)
+        found = self.index.search(question, limit=2)
         near = [passage for passage in found if passage.score > found[0].score / 2]
         return [(passage.source, highlight(question, passage.text)) for passage in near]
 
