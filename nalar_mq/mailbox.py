@@ -270,7 +270,10 @@ class _Tangle:
     def next(self) -> _Entry | None:
         heads = self._heads
         while heads and not self._may_run(heads[0][1]):
-            heapq.heappop(heads)
+            passed = heapq.heappop(heads)[1]
+            line = self._lines[passed.sender] if passed.number else None
+            if line is not None and line.candidate is passed:
+                line.candidate = None  # it is offered again once the lower number that has come is gone
         return heads[0][1] if heads else None
 
     def best(self) -> tuple[float, int]:

@@ -481,3 +481,12 @@ def _reachable(thing: object) -> int:
         seen.add(id(item))
         stack.extend(gc.get_referents(item))
     return len(seen)
+
+
+def test_a_call_runs_after_a_lower_number_that_came_later_was_removed() -> None:
+    mailbox = Mailbox(concurrency=1, per_session=True)
+    mailbox.put(b"second", session="s", sender="x", number=2, now=0.0)
+    mailbox.put(b"first", session="s", sender="x", number=1, now=1.0, ready=False)
+    assert mailbox.take(2.0) is None
+    mailbox.remove(b"first")
+    assert mailbox.take(3.0) == b"second"
