@@ -68,7 +68,7 @@ BATCH_LIMIT = 64
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 _STOP_S = 5.0
 _DRAIN_LOOK_S = 0.1
-HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 1.2 KB each and their arguments
+HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
 _log = logger(__name__)
 
 
