@@ -169,7 +169,8 @@ class Calls:
         if len(payload) > VALUE_LIMIT_BYTES:
             raise too_large(f"the arguments of {label}", len(payload), label)
         info = self._table.info(actor) or _UNKNOWN
-        deadline = self._deadline(context, options, info)
+        now = self.loop.time()
+        deadline = self._deadline(context, options, info, now)
         session = options.session or context.session or f"auto-{self._root.hex()}-{number}"
         is_on_loop = threading.get_ident() == self._thread
         place = self._places.key(actor, session, options.instance) if info.stateful else ""
@@ -181,11 +182,11 @@ class Calls:
             session,
             options.instance,
             options.init,
-            tuple([dep.ref() for dep in deps]),
+            tuple([dep.ref() for dep in deps]) if deps else (),
             context.call_id,
             context.job,
             options.priority if options.priority is not None else context.priority or info.priority,
-            None if deadline is None else deadline - self.loop.time(),
+            None if deadline is None else deadline - now,
             next(self._session_numbers) if place and is_on_loop else 0,
             context.holds,
             options.cast,
@@ -220,11 +221,11 @@ class Calls:
             label = self._labels[actor, method] = f"{actor}.{method}"
         return label
 
-    def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo) -> float | None:
+    def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo, now: float) -> float | None:
         timeout_s = options.timeout_s if options.timeout_s is None or options.timeout_s >= 0 else info.timeout_s
         if timeout_s is None or timeout_s > _LONGEST_S:
             return context.deadline
-        own = self.loop.time() + timeout_s
+        own = now + timeout_s
         return own if context.deadline is None or own < context.deadline else context.deadline
 
     def cancel(self, future: Future[Any], reason: str) -> None:

@@ -98,6 +98,7 @@ _PATH_SHOWN: Final = 120
 _MOST_PIECES: Final = 1_000_000
 _SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
 _TEXT_ONLY: Final = frozenset({str})
+_NOTHING: Final[Mapping[str, object]] = {}
 _NATIVE_INT: Final = range(-(2**63), 2**64)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -139,10 +140,15 @@ def encode(value: object, deps: list[Deferred] | None = None, what: str = "value
         ValueNotEncodableError: a part of it cannot travel, or is unresolved and `deps` is None; the message begins with
             `what` and the path to the part.
     """
+    if type(value) in _SCALARS:
+        try:
+            return _encode(value)
+        except (OverflowError, UnicodeEncodeError):
+            pass  # it is written with care below
     known = len(deps) if deps else 0
     writer = _Writer(deps)
     try:
-        return _encode(value if type(value) in _SCALARS else writer.pack(value, 0))
+        return _encode(writer.pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
         return _encode_carefully(value, writer, known, what)
 
@@ -155,11 +161,16 @@ def encode_arguments(
     Raises:
         ValueNotEncodableError: as in `encode`, with the name of the argument.
     """
+    if not kwargs and _SCALARS.issuperset(map(type, args)):
+        try:
+            return _encode((args, _NOTHING))
+        except (OverflowError, UnicodeEncodeError):
+            pass  # they are written with care below
     value = [list(args), dict(kwargs)]
     known = len(deps) if deps else 0
     writer = _Writer(deps)
     try:
-        return _encode(value if not kwargs and _SCALARS.issuperset(map(type, args)) else writer.pack(value, 0))
+        return _encode(writer.pack(value, 0))
     except (OverflowError, UnicodeEncodeError, _Refused, RecursionError):
         labels = [*names[: len(args)], *(str(number) for number in range(len(names) + 1, len(args) + 1))]
         return _encode_carefully(value, writer, known, "arguments", [*labels, *kwargs])
