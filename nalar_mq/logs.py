@@ -9,6 +9,8 @@ that has configured structlog gets our events in its own way.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
 import sys
@@ -43,18 +45,26 @@ class _Logger:
         return getattr(found, attribute)
 
 
-class _Stderr:
-    """What `sys.stderr` is when something is logged."""
+class _Sink(io.TextIOBase):
+    """A stream that never fails: who logs goes on, although nobody can read it, when stderr is closed or its disk full."""
 
-    def msg(self, text: str) -> None:
-        print(text, file=sys.stderr)
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
 
-    debug = info = warning = error = critical = exception = msg
+    def write(self, text: str) -> int:
+        # Looked up at each event: a program may replace its stderr.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            (self._stream or sys.stderr).write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            (self._stream or sys.stderr).flush()
 
 
 def _unconfigured() -> Any:
     return structlog.wrap_logger(
-        _Stderr(),
+        structlog.PrintLogger(cast(TextIO, _Sink())),
         processors=[
             structlog.stdlib.add_log_level,
             redact,
@@ -73,8 +83,8 @@ def configure_logs(level: Level = "info", *, as_json: bool | None = None, stream
         as_json: one JSON object a line; None decides by whether `stream` is a terminal.
         stream: where to; stderr if not given.
     """
-    out = stream if stream is not None else sys.stderr
-    on_terminal = out.isatty()
+    out = cast(TextIO, _Sink(stream))
+    on_terminal = (stream if stream is not None else sys.stderr).isatty()
     wants_json = not on_terminal if as_json is None else as_json
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

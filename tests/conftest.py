@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.config import BrokerAccess
@@ -31,3 +33,14 @@ def _numbers() -> Iterator[int]:
 def namespace(_numbers: Iterator[int]) -> str:
     """A namespace that no other test uses."""
     return f"t{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A test that sets up logs leaves none of that to the next one."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)

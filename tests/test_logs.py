@@ -52,3 +52,19 @@ def test_a_process_of_ours_logs_as_it_was_told() -> None:
     assert '"event": "seen.info"' in err
     assert "secret" not in err
     assert "seen.debug" not in err
+
+
+def test_a_closed_stream_harms_nobody_who_logs() -> None:
+    program = """
+import sys
+from nalar_mq.logs import configure_logs, logger
+
+logger("a").error("before.configured")
+configure_logs("info", as_json=True)
+sys.stderr.close()
+logger("a").error("after.closed", n=1)
+print("goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "goes on\n"
+    assert "before.configured" in done.stderr
