@@ -14,6 +14,8 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.cancel.<job>         somebody has cancelled the job: whoever runs it may stop
     NS.call.<name>          a call with an answer and no durability, from any client: a workflow, a tool, `agent.method`
 
+    NS.load.<process>       what a worker has in hand, told a few times a second while it changes; every caller listens
+
 Key-value buckets (their names are the namespace, a dash and the word):
 
     NS-members              <process>              who is alive, its incarnation, and which actors it serves
@@ -100,6 +102,10 @@ class Subjects:
     def box_sender(self, subject: str) -> str:
         """The sender's name in a subject that `box` made."""
         return subject.rpartition(".")[2]
+
+    def load(self, sender: str) -> str:
+        """Where process `sender` tells its load; `*` for all of them."""
+        return f"{self.namespace}.load.{sender}"
 
     def job(self, workflow: str) -> str:
         """Where jobs of a workflow are published; `*` for all of them."""

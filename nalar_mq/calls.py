@@ -45,7 +45,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.future import Future
 from nalar_mq.logs import logger
-from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Message, Probe, Resolve, Want
+from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Load, Message, Probe, Resolve, Want
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.threads import LoopInbox
@@ -91,6 +91,10 @@ class Host(Protocol):
         """Nobody is left who wants that process's calls."""
         ...
 
+    def load(self) -> dict[str, tuple[int, int]]:
+        """Queued and running calls by actor; those without any are left out."""
+        ...
+
 
 class Entry(msgspec.Struct, eq=False):
     """One call that has not ended. A struct, which is made in a fifth of the time that an `__init__` in Python takes."""
@@ -101,6 +105,7 @@ class Entry(msgspec.Struct, eq=False):
     deadline: float | None
     place: str
     retries: int
+    actor: str
     address: Address | None = None
     consumers: list[Address] | None = None
     depends: list[Future[Any]] | None = None
@@ -110,7 +115,11 @@ class Entry(msgspec.Struct, eq=False):
 
 
 class Calls:
-    """The calls of one process. Implements `context.Caller`; every method not said to be for any thread is for the loop."""
+    """The calls of one process. Implements `context.Caller`; every method not said to be for any thread is for the loop.
+
+    Attributes:
+        in_flight: by actor and process name, calls that were sent there and have not ended.
+    """
 
     def __init__(
         self,
@@ -133,7 +142,7 @@ class Calls:
         self._entries: dict[bytes, Entry] = {}
         self._children: dict[bytes, dict[bytes, None]] = {}
         self._lent: dict[bytes, tuple[Future[Any], int]] = {}
-        self._load: dict[str, int] = {}
+        self.in_flight: dict[str, dict[str, int]] = {}
         self._unrouted: dict[str, list[Entry]] = {}
         self._grace: dict[str, asyncio.TimerHandle] = {}
         self._wheel: dict[int, dict[bytes, None]] = {}
@@ -197,7 +206,7 @@ class Calls:
         retries = options.retries if options.retries is not None else info.retries
         if context.job and options.retries is None:
             retries = max(JOB_RETRIES, retries)
-        entry = Entry(future, call, context.call_id, deadline, place, retries)
+        entry = Entry(future, call, context.call_id, deadline, place, retries, actor)
         if deps:
             entry.depends = [dep for dep in deps if isinstance(dep, Future)]
         if is_on_loop:
@@ -264,7 +273,7 @@ class Calls:
         elif info.stateful:
             self._route_to_session(entry, call)
         else:
-            address = self._table.choose(call.actor, self._load)
+            address = self._table.choose(call.actor, self.in_flight.get(call.actor, _NONE))
             assert address is not None
             self._send(entry, call, address)
 
@@ -315,8 +324,10 @@ class Calls:
 
     def _send(self, entry: Entry, call: Call, address: Address) -> None:
         entry.address = address
-        name = address.name
-        self._load[name] = self._load.get(name, 0) + 1
+        name, in_flight = address.name, self.in_flight.get(entry.actor)
+        if in_flight is None:
+            in_flight = self.in_flight[entry.actor] = {}
+        in_flight[name] = in_flight.get(name, 0) + 1
         try:
             self.tell(address, call)
         except ValueTooLargeError as error:
@@ -461,6 +472,10 @@ class Calls:
         if lent is not None:
             self._push(lent[0], sender)
 
+    def on_load(self, process: str, load: Load) -> bool:
+        """A worker tells what it has in hand; False if its report is late or nobody's."""
+        return self._table.report(process, load, self.in_flight)
+
     # How an entry ends.
 
     def _end(self, entry: Entry) -> None:
@@ -476,7 +491,7 @@ class Calls:
         for dep in entry.depends or ():
             self._give_back(dep.id)
         if entry.address is not None:
-            self._load[entry.address.name] -= 1
+            self.in_flight[entry.actor][entry.address.name] -= 1
 
     def _give_back(self, id: bytes) -> None:
         dep, calls = self._lent[id]
@@ -591,15 +606,16 @@ class Calls:
         never_left = {message.id: message for message in unsent if type(message) is Call}
         for entry in [entry for entry in self._entries.values() if entry.address == address]:
             self._move_on(entry, never_left.get(entry.future.id))
-        if not self._load.get(address.name):  # a successor of the same name may have calls by now
-            self._load.pop(address.name, None)
+        for in_flight in self.in_flight.values():
+            if not in_flight.get(address.name):  # a successor of the same name may have calls by now
+                in_flight.pop(address.name, None)
         if self.host is not None:
             self.host.on_owner_lost(address)
 
     def _move_on(self, entry: Entry, unsent: Call | None) -> None:
         lost = entry.address
         assert lost is not None
-        self._load[lost.name] -= 1
+        self.in_flight[entry.actor][lost.name] -= 1
         entry.address = None
         if entry.cancelling:
             self._end_with(entry, CallCancelledError("cancelled; its worker was lost", started=unsent is None))
@@ -645,6 +661,7 @@ class Calls:
 
 
 _UNKNOWN = ActorInfo("", {})
+_NONE: dict[str, int] = {}
 
 
 def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:

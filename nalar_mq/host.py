@@ -706,6 +706,11 @@ class Host:
                     session, _, instance = key.partition("/")
                     self._calls.release_place(replica.spec.name, session, instance)
 
+    def load(self) -> dict[str, tuple[int, int]]:
+        """Queued and running calls by actor; those without any are left out."""
+        counts = ((name, len(replica.mailbox), replica.mailbox.running) for name, replica in self._replicas.items())
+        return {name: (queued, running) for name, queued, running in counts if queued or running}
+
     @property
     def running(self) -> int:
         """Calls that are queued or run."""

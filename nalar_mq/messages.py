@@ -361,14 +361,31 @@ class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
     losses: int = 0
 
 
+class Load(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=205):
+    """What a worker tells everybody of the calls it has in hand.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        incarnation: which life of the process.
+        number: grows from report to report; one that comes after a higher one is late.
+        actors: queued and running calls by actor; those without any are left out, calls that wait for others are not counted.
+    """
+
+    version: int
+    incarnation: int
+    number: int
+    actors: dict[str, tuple[int, int]] = {}
+
+
 _members = msgspec.msgpack.Decoder(Member)
 _places = msgspec.msgpack.Decoder(Place)
 _losses = msgspec.msgpack.Decoder(Lost)
 _runs = msgspec.msgpack.Decoder(Running)
+_loads = msgspec.msgpack.Decoder(Load)
 
 
-def encode_record(record: Member | Place | Lost | Running) -> bytes:
-    """Bytes of a record for a key-value bucket or a ledger."""
+def encode_record(record: Member | Place | Lost | Running | Load) -> bytes:
+    """Bytes of what stands alone: a record for a key-value bucket or a ledger, or a report."""
     return _encoder.encode(record)
 
 
@@ -408,7 +425,16 @@ def decode_running(data: bytes) -> Running:
     return _record(_runs, data)
 
 
-_R = TypeVar("_R", Member, Place, Lost, Running)
+def decode_load(data: bytes) -> Load:
+    """Reads a `Load`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_loads, data)
+
+
+_R = TypeVar("_R", Member, Place, Lost, Running, Load)
 
 
 def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:

@@ -1,9 +1,18 @@
 """Which process runs a call: the routing table and the choice from it. Pure: no I/O, no clock, randomness is handed in.
 
-Calls of actors without state go to the less loaded of two replicas chosen at random, where load is what this process itself
-has in flight there: close to the best choice, at the price of two look-ups, and nobody has to be asked. Calls of a stateful
-actor go where the session is; the first one goes to the replica that ranks highest for the session's key (rendezvous
-hashing), so that callers who begin at the same moment propose the same place.
+Calls of actors without state go to the replica with the shorter queue, of two chosen at random: close to the best choice at
+the price of a few look-ups, and nobody has to be asked. How long a queue is, a caller works out from two things:
+
+    in flight   the calls it has sent there itself and that have not ended; it always knows
+    backlog     the calls of all others: what the worker last reported, less what the caller had in flight there then
+
+Their sum is the reported length, plus what the caller has sent since, less what has come back since. It is never less than
+what the caller has in flight, whatever a report that was long on its way says. Of two equal queues the one in the process
+that reported less in all is taken. Reports of unknown processes and of former incarnations, and those that a later one has
+overtaken, change nothing.
+
+Calls of a stateful actor go where the session is; the first one goes to the replica that ranks highest for the session's key
+(rendezvous hashing), so that callers who begin at the same moment propose the same place.
 """
 
 from __future__ import annotations
@@ -13,7 +22,9 @@ from collections.abc import Mapping
 from random import Random
 
 from nalar_mq.address import Address
-from nalar_mq.messages import ActorInfo, Member
+from nalar_mq.messages import ActorInfo, Load, Member
+
+_NONE: Mapping[str, int] = {}
 
 
 class RoutingTable:
@@ -29,6 +40,9 @@ class RoutingTable:
         self._replicas: dict[str, list[Address]] = {}
         self._infos: dict[str, ActorInfo] = {}
         self._buried: dict[str, int] = {}
+        self._reports: dict[str, Load] = {}
+        self._backlog: dict[str, dict[str, int]] = {}
+        self._busy: dict[str, int] = {}
         self.version = 0
 
     @property
@@ -49,6 +63,7 @@ class RoutingTable:
         self._members[name] = member
         self._rebuild()
         if former is not None and former.incarnation < member.incarnation:
+            self._forget_load(name)
             return Address(name, former.incarnation)
         return None
 
@@ -60,6 +75,7 @@ class RoutingTable:
             return False
         del self._members[address.name]
         self._rebuild()
+        self._forget_load(address.name)
         return True
 
     def _rebuild(self) -> None:
@@ -103,8 +119,35 @@ class RoutingTable:
         """Names of all actors that somebody serves."""
         return sorted(self._replicas)
 
-    def choose(self, actor: str, load: Mapping[str, int]) -> Address | None:
-        """The replica for a call without state; `load` counts by process name what is in flight there."""
+    def report(self, name: str, load: Load, in_flight: Mapping[str, Mapping[str, int]]) -> bool:
+        """Notes what process `name` has in hand; False, and nothing is changed, if the report is late or nobody's.
+
+        `in_flight` counts by actor and process name what this process has in flight.
+        """
+        member, former = self._members.get(name), self._reports.get(name)
+        if member is None or member.incarnation != load.incarnation:
+            return False
+        if former is not None and former.number >= load.number:
+            return False
+        self._forget_load(name)
+        self._reports[name] = load
+        for actor, (queued, running) in load.actors.items():
+            others = queued + running - in_flight.get(actor, _NONE).get(name, 0)
+            if others > 0:
+                self._backlog.setdefault(actor, {})[name] = others
+        self._busy[name] = sum(queued + running for queued, running in load.actors.values())
+        return True
+
+    def _forget_load(self, name: str) -> None:
+        load = self._reports.pop(name, None)
+        self._busy.pop(name, None)
+        for actor in load.actors if load is not None else ():
+            backlog = self._backlog.get(actor)
+            if backlog is not None and backlog.pop(name, 0) and not backlog:
+                del self._backlog[actor]
+
+    def choose(self, actor: str, in_flight: Mapping[str, int]) -> Address | None:
+        """The replica for a call without state; `in_flight` counts the actor's calls of this process by process name."""
         replicas = self._replicas.get(actor)
         if not replicas:
             return None
@@ -116,7 +159,12 @@ class RoutingTable:
         if second >= first:
             second += 1
         one, other = replicas[first], replicas[second]
-        return one if load.get(one.name, 0) <= load.get(other.name, 0) else other
+        backlog = self._backlog.get(actor, _NONE)
+        here = in_flight.get(one.name, 0) + backlog.get(one.name, 0)
+        there = in_flight.get(other.name, 0) + backlog.get(other.name, 0)
+        if here == there:
+            here, there = self._busy.get(one.name, 0), self._busy.get(other.name, 0)
+        return one if here <= there else other
 
     def rank(self, actor: str, key: str) -> Address | None:
         """The replica that ranks highest for `key`; the same at everybody who has the same members."""

@@ -19,6 +19,7 @@ from nalar_mq.membership import Membership
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
+from nalar_mq.telemetry import Telemetry
 from nalar_mq.transport import Transport
 
 Connect = Callable[[str], Awaitable[Transport]]
@@ -111,6 +112,9 @@ class Process:
         )
         self._stack.push_async_callback(self.membership.aclose)
         await self.membership.start()
+        self.telemetry = Telemetry(transport, self.subjects, me, self.calls.on_load)
+        self._stack.push_async_callback(self.telemetry.aclose)
+        await self.telemetry.start(self.calls.host.load if self.calls.host is not None else None)
 
     async def _connect_lease(self) -> Transport:
         return await self._connect(f"{self.name}-lease")

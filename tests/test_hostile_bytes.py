@@ -27,11 +27,13 @@ from nalar_mq.messages import (
     Fail,
     Frame,
     Gone,
+    Load,
     Member,
     Place,
     Probe,
     Resolve,
     Want,
+    decode_load,
     decode_lost,
     decode_member,
     decode_packet,
@@ -230,7 +232,7 @@ def hostile_records(rng: random.Random, honest: bytes) -> list[bytes]:
 
 
 def is_readable(data: bytes) -> bool:
-    for decode in (decode_member, decode_place, decode_lost):
+    for decode in (decode_member, decode_place, decode_lost, decode_load):
         with contextlib.suppress(WireError):
             decode(data)
             return True
@@ -278,6 +280,28 @@ async def test_hostile_records_of_places(target: Target) -> None:
             assert (await caller.call("Tally.add", 1))[0] == 1
     assert process.places.unreadable >= len(records) - records.count(b"")
     await target.is_well()
+
+
+async def test_hostile_reports_of_load(target: Target) -> None:
+    rng = random.Random(10)
+    subjects = target.worker.process.subjects
+    incarnation = target.worker.process.me.incarnation
+    honest = encode_record(Load(WIRE_VERSION, incarnation, 1, {"ping": (2**62, 2**62)}))
+    unreadable = [data for data in hostile_records(rng, honest) if not is_readable(data)]
+    for data in unreadable:
+        target.attacker.publish(subjects.load(rng.choice(("worker", "client", "nobody"))), data)
+    foreign = [("nobody", incarnation), ("worker", incarnation - 1), ("client", incarnation), ("w" * 128, 0)] * 50
+    for name, life in foreign:
+        target.attacker.publish(subjects.load(name), encode_record(Load(WIRE_VERSION, life, 2**60, {"ping": (2**62, -1)})))
+    await target.settle()
+    for process in target.processes:
+        assert process.telemetry.unreadable == len(unreadable)
+        assert process.telemetry.unused >= len(foreign)
+    heard = target.client.process.telemetry.heard
+    await target.is_well()
+    async with asyncio.timeout(30):
+        while target.client.process.telemetry.heard == heard:
+            await asyncio.sleep(0.01)
 
 
 async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:

@@ -19,6 +19,7 @@ from nalar_mq.messages import (
     Fail,
     Frame,
     Gone,
+    Load,
     Lost,
     Member,
     Message,
@@ -28,6 +29,7 @@ from nalar_mq.messages import (
     Resolve,
     Running,
     Want,
+    decode_load,
     decode_lost,
     decode_member,
     decode_packet,
@@ -80,7 +82,7 @@ def test_frames_of_every_length_are_put_together_alike(count: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_packet_or_an_error_of_the_wire(data: bytes) -> None:
-    for decode in (decode_packet, salvage_frame, decode_member, decode_place, decode_lost, decode_running):
+    for decode in (decode_packet, salvage_frame, decode_member, decode_place, decode_lost, decode_running, decode_load):
         try:
             decode(data)
         except WireError:
@@ -148,8 +150,8 @@ def test_fields_with_defaults_may_be_missing() -> None:
 def test_tags_are_never_shared() -> None:
     tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe)]
     assert tags == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running)]
-    assert packets == [101, 102, 103, 201, 202, 203, 204]
+    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load)]
+    assert packets == [101, 102, 103, 201, 202, 203, 204, 205]
 
 
 def _samples() -> dict[str, bytes]:
@@ -189,6 +191,7 @@ def _samples() -> dict[str, bytes]:
         "bye": encode_packet(Bye(WIRE_VERSION, 2)),
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
         "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3)),
+        "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
         "place": encode_record(Place(WIRE_VERSION, "w", 2)),
         "member": encode_record(
             Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True)
@@ -216,6 +219,7 @@ GOLDEN = {
     "gone": "956601020103",
     "bye": "93670102",
     "place": "94ccca01a17702",
+    "load": "95cccd01020381a161920405",
     "lost": "93cccb0102",
     "running": "98cccc01a1770209a6616e737765720103",
     "member": (
@@ -230,5 +234,5 @@ def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
 
 
 def test_every_kind_has_its_bytes_pinned() -> None:
-    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running]
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load]
     assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)

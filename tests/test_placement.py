@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalar_mq.address import Address
-from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member
+from nalar_mq.messages import WIRE_VERSION, ActorInfo, Load, Member
 from nalar_mq.placement import RoutingTable
 
 NAMES = ("a", "b", "c", "d")
@@ -106,3 +107,60 @@ def test_a_session_moves_only_if_its_own_place_goes(key: str, names: set[str], s
         assert tables[0].rank("plain", key) == place
     tables[0].leave(place)
     assert tables[0].rank("plain", key) is None
+
+
+NOBODY: dict[str, dict[str, int]] = {}
+
+LOADS = [
+    # what it shows, reported by a, reported by b, in flight at the report, in flight now, chosen
+    ("without reports, what is in flight", None, None, {}, {"a": 2, "b": 1}, "b"),
+    ("the calls of others count", {"plain": (3, 1)}, {"plain": (0, 1)}, {}, {}, "b"),
+    ("queued and running count alike", {"plain": (0, 4)}, {"plain": (3, 0)}, {}, {}, "b"),
+    ("one's own calls count once", {"plain": (3, 1)}, {"plain": (0, 1)}, {"a": 4}, {"a": 4, "b": 5}, "a"),
+    ("what was sent since counts", {"plain": (0, 1)}, {"plain": (2, 1)}, {"a": 1}, {"a": 5}, "b"),
+    ("what has come back since counts", {"plain": (5, 1)}, {"plain": (1, 1)}, {"a": 6}, {"a": 1}, "a"),
+    ("a report never hides what is in flight", {}, {"plain": (0, 2)}, {"a": 9}, {"a": 9}, "b"),
+    ("of equal queues the less busy process", {"pair": (5, 5)}, {"pair": (0, 1)}, {}, {}, "b"),
+    ("another actor's queue decides nothing else", {"pair": (5, 5)}, {"pair": (0, 1)}, {}, {"b": 1}, "a"),
+]
+
+
+@pytest.mark.parametrize(("of_a", "of_b", "then", "now", "chosen"), [row[1:] for row in LOADS], ids=[row[0] for row in LOADS])
+def test_the_shorter_queue_is_chosen(
+    of_a: dict[str, tuple[int, int]] | None,
+    of_b: dict[str, tuple[int, int]] | None,
+    then: dict[str, int],
+    now: dict[str, int],
+    chosen: str,
+) -> None:
+    table = RoutingTable(Random(1))
+    for name, reported in (("a", of_a), ("b", of_b)):
+        table.join(name, _member(1, frozenset(ACTORS)))
+        if reported is not None:
+            assert table.report(name, Load(WIRE_VERSION, 1, 1, reported), {"plain": then})
+    assert {table.choose("plain", now) for _ in range(20)} == {Address(chosen, 1)}
+
+
+def test_reports_that_are_late_or_nobody_s_change_nothing() -> None:
+    table = RoutingTable(Random(1))
+    for name in ("a", "b"):
+        table.join(name, _member(2, frozenset(ACTORS)))
+    busy = {"plain": (50, 50)}
+    assert table.report("a", Load(WIRE_VERSION, 2, 7, {"plain": (0, 1)}), NOBODY)
+    assert table.report("b", Load(WIRE_VERSION, 2, 1, {"plain": (0, 2)}), NOBODY)
+    late = [("a", 2, 7), ("a", 2, 6), ("a", 2, -1)]
+    foreign = [("a", 1, 8), ("a", 3, 8), ("c", 2, 8), ("", 2, 8)]
+    for name, incarnation, number in late + foreign:
+        assert not table.report(name, Load(WIRE_VERSION, incarnation, number, busy), NOBODY)
+    assert {table.choose("plain", {}) for _ in range(20)} == {Address("a", 2)}
+
+
+def test_a_successor_begins_without_its_predecessor_s_load() -> None:
+    table = RoutingTable(Random(1))
+    for name in ("a", "b"):
+        table.join(name, _member(1, frozenset(ACTORS)))
+        table.report(name, Load(WIRE_VERSION, 1, 9, {"plain": (9, 9) if name == "a" else (0, 1)}), NOBODY)
+    table.join("a", _member(2, frozenset(ACTORS)))
+    assert {table.choose("plain", {}) for _ in range(20)} == {Address("a", 2)}
+    assert table.report("a", Load(WIRE_VERSION, 2, 1, {"plain": (9, 9)}), NOBODY), "numbers begin anew, too"
+    assert {table.choose("plain", {}) for _ in range(20)} == {Address("b", 1)}

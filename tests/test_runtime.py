@@ -376,6 +376,20 @@ async def test_calls_go_to_no_more_replicas_than_max_instances(runtime: Runtime)
     assert {await runtime.actors.only_one() for _ in range(20)} == {"first"}
 
 
+async def test_calls_go_where_others_have_sent_less(runtime: Runtime) -> None:
+    others = await runtime.client()
+    busy = [others.call("wait_in_one", "load") for _ in range(6)]
+    client = await runtime.client()
+    async with asyncio.timeout(30):
+        while {await client.call("where") for _ in range(64)} != {"second"}:
+            pass
+    await client.call("opens", "load")
+    assert await nalar_mq.gather(*busy) == (None,) * 6
+    async with asyncio.timeout(30):
+        while {await client.call("where") for _ in range(64)} != {"first", "second"}:
+            pass
+
+
 async def test_calls_that_wait_for_each_other_are_told_so(runtime: Runtime) -> None:
     await runtime.client()
     a = runtime.actors

@@ -230,6 +230,17 @@ def interrupt() -> None:
 
 
 @tool(max_instances=1)
+def wait_in_one(name: str) -> None:
+    gate(name).wait(30)
+
+
+@tool
+async def where() -> str:
+    caller: Any = context().caller
+    return str(caller.me.name)
+
+
+@tool(max_instances=1)
 async def only_one() -> str:
     caller: Any = context().caller
     return str(caller.me.name)
