@@ -1,8 +1,9 @@
 """`Transport` over NATS: nats-py for connecting, reconnecting, TLS and requests; a data path of its own above it.
 
 The data path. `publish` appends a command to the outbox; one callback per loop turn joins the outbox into one write. What
-arrives goes from the parser straight into the handler: no queue and no task per subscription. Everything that leaves goes
-through the same outbox, so that a ping, and the pong that answers it, cannot overtake a message published before it.
+arrives for a handler of ours goes from the socket straight into it (`nats_reader`), and nats-py reads the rest. Everything
+that leaves goes through the same outbox, so that a ping, and the pong that answers it, cannot overtake a message published
+before it.
 
     publish ─► outbox ─► (once per loop turn) ─► socket        connected
                   │                                            socket full: waits until it has drained
@@ -38,7 +39,7 @@ import nats.errors
 import nats.js.errors
 from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription as _NatsSubscription
-from nats.aio.transport import TcpTransport
+from nats.aio.transport import TcpTransport, WebSocketTransport
 from nats.js import JetStreamContext, api
 from nats.js.object_store import ObjectStore as _NatsObjectStore
 
@@ -53,6 +54,7 @@ from nalar_mq.errors import (
     ValueTooLargeError,
 )
 from nalar_mq.logs import logger
+from nalar_mq.nats_reader import Sorter, SortingReader
 from nalar_mq.transport import (
     Delivered,
     Handler,
@@ -117,11 +119,27 @@ _NO_JETSTREAM: Final = (10039, 10076)
 
 
 class _Tcp(TcpTransport):
-    """nats-py's connection with asyncio's own upgrade to TLS, which ends without warnings."""
+    """nats-py's connection with asyncio's own upgrade to TLS, which ends without warnings.
+
+    It reads the bytes that `handlers` have no use for.
+    """
+
+    def __init__(self, handlers: Mapping[bytes, Handler]) -> None:
+        cast("Any", super()).__init__()
+        self._handlers = handlers
 
     def __bool__(self) -> bool:
         # The client replaces what is not true.
         return True
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
+        reader = SortingReader(Sorter(self._handlers).sort, buffer_size)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(connect_timeout):
+            transport, _ = await loop.create_connection(lambda: protocol, uri.hostname or "", uri.port or 0)
+        self._bare_io_reader = self._io_reader = reader
+        self._bare_io_writer = self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def connect_tls(
         self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
@@ -130,6 +148,18 @@ class _Tcp(TcpTransport):
         host = uri if isinstance(uri, str) else uri.hostname
         async with asyncio.timeout(connect_timeout):
             await self._io_writer.start_tls(ssl_context, server_hostname=host)
+
+
+class _WebSocket(WebSocketTransport):
+    """nats-py's connection over a web socket; it reads the bytes that `handlers` have no use for."""
+
+    def __init__(self, handlers: Mapping[bytes, Handler], headers: Any) -> None:
+        super().__init__(headers)
+        self._sorter = Sorter(handlers)
+
+    async def read(self, buffer_size: int) -> bytes:
+        data: bytes = await super().read(buffer_size)
+        return self._sorter.sort(data)
 
 
 class _Client(Client):
@@ -144,7 +174,7 @@ class _Client(Client):
         self.denied: set[str] = set()
         self._chance = chance
         self._loop = asyncio.get_running_loop()
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: dict[bytes, Handler] = {}
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
         self._is_write_due = False
@@ -170,13 +200,13 @@ class _Client(Client):
         self._sid += 1
         subscription = _NatsSubscription(self, self._sid, subject, queue=queue)
         self._subs[self._sid] = subscription
-        self._handlers[self._sid] = handler
+        self._handlers[b"%d" % self._sid] = handler
         self._send_now(f"SUB {subject} {queue} {self._sid}\r\n".encode())
         return self._sid
 
     def forget(self, sid: int) -> None:
         """Ends a subscription; idempotent."""
-        if self._handlers.pop(sid, None) is not None:
+        if self._handlers.pop(b"%d" % sid, None) is not None:
             self._subs.pop(sid, None)
             self._send_now(f"UNSUB {sid}\r\n".encode())
 
@@ -257,17 +287,6 @@ class _Client(Client):
             if not waiter.done():
                 waiter.set_result(True)
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        handler = self._handlers.get(sid)
-        if handler is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
-        try:
-            parsed = await self._process_headers(headers) if headers else None
-            handler(Delivered(subject.decode("utf-8", "replace"), data, reply.decode("utf-8", "replace"), parsed))
-        except Exception:
-            _log.exception("transport.handler_failed", subject=subject.decode("utf-8", "replace"))
-
     async def _process_err(self, err_msg: str) -> None:
         if any(harmless in err_msg for harmless in _HARMLESS_ERRORS):
             _log.warning("transport.refused", reason=err_msg.strip("'"))
@@ -311,7 +330,9 @@ class _Client(Client):
         if self._transport is not None:
             cast("Any", self._transport).close()
         elif s.uri.scheme in ("nats", "tls"):
-            self._transport = cast("Any", _Tcp)()
+            self._transport = cast("Any", _Tcp)(self._handlers)
+        else:
+            self._transport = cast("Any", _WebSocket)(self._handlers, self.options["ws_connection_headers"])
         self._congestion.clear()
         await super()._connect_to_server(s)
 
