@@ -345,10 +345,10 @@ class Calls:
         if call.cast:
             self._end(entry)
 
-    def tell(self, address: Address, message: Message) -> None:
-        """Sends a message; to this process itself by the shortest way."""
+    def tell(self, address: Address, message: Message, *, linger: bool = False) -> None:
+        """Sends a message, which may `linger` for others to travel with; to this process itself by the shortest way."""
         if address != self.me:
-            self._endpoint.send(address, message)
+            self._endpoint.send(address, message, linger=linger)
             return
         if not self._local:
             self.loop.call_soon(self._deliver_local)

@@ -7,7 +7,8 @@ lost, and whoever comes back comes as a higher incarnation. The transport undern
 Frames
     Messages to one process made in one turn of the event loop travel together, in frames of up to 64 messages or 64 KiB; a
     larger message travels alone. A full frame leaves at once, so that a program which makes many calls in one turn has
-    others working on the first of them while it makes the last. Frames of one direction are numbered from 1. A frame is
+    others working on the first of them while it makes the last. A message in no hurry may linger a little, so as to travel
+    with the next one that is. Frames of one direction are numbered from 1. A frame is
     encoded once, kept as bytes until it is acknowledged, and sent again as the same bytes. The receiver hands frames on in
     order, keeps a bounded number of those that came too early, and drops those it had.
 
@@ -248,6 +249,7 @@ class Endpoint:
         ack_delay_s: longest time that a received frame stays unacknowledged.
         resend_after_s: time after which a frame that is not acknowledged is sent again, at first.
         resend_limit_s: the same after many attempts.
+        linger_s: how long a message that may linger waits for others to travel with.
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class Endpoint:
         ack_delay_s: float = 0.02,
         resend_after_s: float = 0.25,
         resend_limit_s: float = 2.0,
+        linger_s: float = 0.005,
     ) -> None:
         if window_calls < 1:
             raise ValueError(f"window_calls is {window_calls}: at least one call must be able to leave")
@@ -276,16 +279,19 @@ class Endpoint:
         self._ack_delay_s = ack_delay_s
         self._resend_after_s = resend_after_s
         self._resend_limit_s = resend_limit_s
+        self._linger_s = linger_s
         self._limit_bytes = transport.max_payload - _HEADROOM_BYTES
         self._channels: dict[str, _Channel] = {}
         self._lost: dict[str, int] = {}
         self._gone_at_s: dict[str, float] = {}
         self._dirty: list[_Channel] = []
+        self._lingering: dict[_Channel, None] = {}
         self._owing: dict[_Channel, None] = {}
         self._awaiting: dict[_Channel, None] = {}
         self._settled: list[asyncio.Future[None]] = []
         self._loop = asyncio.get_running_loop()
         self._flushing: asyncio.Handle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
         self._resend_timer: asyncio.TimerHandle | None = None
         self._was_late = False
@@ -297,9 +303,9 @@ class Endpoint:
         self._transport.on_connection(self._on_connection)
         self._subscription = await self._transport.subscribe(self._subjects.box_filter(self.me.name), self._on_delivered)
 
-    def send(self, to: Address, message: Message) -> None:
+    def send(self, to: Address, message: Message, *, linger: bool = False) -> None:
         """Sends `message`; it leaves at the end of this turn of the loop or in a full frame before, a `Call` not before the
-        window has room.
+        window has room. With `linger` it leaves with whatever follows it to the same process, after `linger_s` at the latest.
 
         To an incarnation that is lost it comes back through `on_lost` in the next turn. To one that is higher than the last
         one known, that one's channel is lost first. A call sent again under its id while it waits replaces the one that
@@ -329,7 +335,10 @@ class Endpoint:
             if self._transport.is_connected and not self._is_closed:
                 self._send_frames(channel)
         elif not channel.is_dirty:
-            self._soil(channel)
+            if linger:
+                self._let_linger(channel)
+            else:
+                self._soil(channel)
 
     def flush(self) -> None:
         """Sends what this turn has made so far, for who knows that little more will come of it."""
@@ -376,9 +385,10 @@ class Endpoint:
         """
         if self._is_closed:
             return
+        self._end_lingering()
         self._flush()
         self._is_closed = True
-        for timer in (self._flushing, self._ack_timer, self._resend_timer):
+        for timer in (self._flushing, self._linger_timer, self._ack_timer, self._resend_timer):
             if timer is not None:
                 timer.cancel()
         for channel in self._channels.values():
@@ -457,6 +467,22 @@ class Endpoint:
         self._dirty.append(channel)
         if self._flushing is None and not self._is_closed:
             self._flushing = self._loop.call_soon(self._flush)
+
+    def _let_linger(self, channel: _Channel) -> None:
+        self._lingering[channel] = None
+        if self._linger_timer is None and not self._is_closed:
+            self._linger_timer = self._loop.call_later(self._linger_s, self._on_linger_timer)
+
+    def _on_linger_timer(self) -> None:
+        self._linger_timer = None
+        self._end_lingering()
+        self.flush()
+
+    def _end_lingering(self) -> None:
+        for channel in self._lingering:
+            if channel.open_parts and not channel.is_dirty and not channel.is_lost:
+                self._soil(channel)
+        self._lingering.clear()
 
     def _flush(self) -> None:
         self._flushing = None

@@ -622,12 +622,17 @@ class Host:
         if execution.is_answered:
             return
         execution.is_answered = True
-        tell = self._calls.tell
-        if not execution.call.cast:
-            tell(execution.owner, message)
+        tell, me, owner = self._calls.tell, self._calls.me, execution.owner
         for consumer in execution.consumers or ():
-            if consumer != execution.owner:
+            if consumer == owner:
+                continue
+            if consumer == me:
+                self.on_pushed(message)
+            else:
                 tell(consumer, message)
+        if not execution.call.cast:
+            # Who has passed a future on seldom waits for its value as well: those who need it come first.
+            tell(owner, message, linger=bool(message.pushed))
 
     # What waits for long.
 

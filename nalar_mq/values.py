@@ -183,7 +183,7 @@ def decode(data: bytes, resolve: Callable[[bytes], object] | None = None) -> Any
         UnknownClassError: a part is of a class that this process has not loaded.
         MalformedMessageError: the bytes are not a value, or hold a future and `resolve` is None.
     """
-    if len(data) <= _PLAIN_SIZE:
+    if resolve is None and len(data) <= _PLAIN_SIZE:
         try:
             return _decode_plain(data)
         except Exception:

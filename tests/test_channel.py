@@ -123,6 +123,28 @@ def test_frames_are_cut_at_their_size_and_large_messages_travel_alone():
     simulation.run(main())
 
 
+def test_what_lingers_leaves_with_the_next_message_or_soon_alone_or_at_the_end():
+    async def main() -> None:
+        hub = MemoryHub()
+        a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
+        for number in (1, 2):
+            a.endpoint.send(b.me, resolve(number), linger=True)
+            await asyncio.sleep(0)
+        assert not a.endpoint.stats.frames_sent
+        a.endpoint.send(b.me, resolve(3))
+        await asyncio.sleep(0)
+        assert a.endpoint.stats.frames_sent == 1
+        a.endpoint.send(b.me, resolve(4), linger=True)
+        assert await a.endpoint.drain(0.2)
+        assert a.endpoint.stats.frames_sent == 2
+        a.endpoint.send(b.me, resolve(5), linger=True)
+        await a.endpoint.aclose()
+        await until(lambda: len(b.ids_from(a.me)) == 5)
+        assert b.ids_from(a.me) == [1, 2, 3, 4, 5]
+
+    simulation.run(main())
+
+
 def test_a_message_larger_than_the_transport_carries_is_refused_at_send():
     async def main() -> None:
         hub = MemoryHub(max_payload=100_000)
