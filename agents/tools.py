@@ -16,6 +16,8 @@ from types import MappingProxyType
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from nalar_mq.syntax import parse_expression
+
 _Number = int | float
 
 _LARGEST_POWER: Final = 10_000
@@ -46,7 +48,7 @@ def calculate(expression: str) -> int | float:
     if len(expression) > _LONGEST_EXPRESSION:
         raise ValueError(f"an expression has at most {_LONGEST_EXPRESSION} characters")
     try:
-        return _evaluate(ast.parse(expression.strip(), mode="eval").body)
+        return _evaluate(parse_expression(expression.strip()))
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"not an arithmetic expression: {expression}") from None
     except (ArithmeticError, TypeError) as error:

@@ -26,6 +26,7 @@ from nalar_mq.finder import RewritingFinder, is_rewritten_module
 from nalar_mq.logs import logger
 from nalar_mq.manifest import MANIFEST_NAME, ActorEntry, Manifest, load_manifest
 from nalar_mq.stub import original_of, public_functions, stand_in
+from nalar_mq.syntax import parse
 
 _log = logger(__name__)
 _MUTATORS = frozenset(
@@ -212,7 +213,7 @@ def changes_itself(cls: type) -> str:
     for base in cls.__mro__[:-1]:
         try:
             source, first_line = inspect.getsourcelines(base)
-            tree = ast.parse(textwrap.dedent("".join(source)))
+            tree = parse(textwrap.dedent("".join(source)))
         except (OSError, TypeError, SyntaxError):
             continue
         for node in ast.walk(tree):

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from nalar_mq.errors import ConfigError
+from nalar_mq.syntax import parse
 
 Arguments: TypeAlias = tuple[list[Any], dict[str, Any]]
 
@@ -44,7 +45,7 @@ def parameters_of(signature: str) -> Parameters:
     """Reads a signature as `str(inspect.signature(f))` writes it; one that is not Python yields that nothing is known."""
     start = signature.find("(")
     try:
-        tree = ast.parse(f"def f{signature[start:]}: ..." if start >= 0 else "")
+        tree = parse(f"def f{signature[start:]}: ..." if start >= 0 else "")
         spec = tree.body[0].args if tree.body and isinstance(tree.body[0], ast.FunctionDef) else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         spec = None

@@ -53,6 +53,7 @@ from nalar_mq.errors import (
     KeyConflictError,
     ValueTooLargeError,
 )
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.nats_reader import Sorter, SortingReader
 from nalar_mq.transport import (
@@ -81,10 +82,11 @@ _T = TypeVar("_T")
 
 _CONNECT_TIMEOUT_S: Final = 5.0
 _ATTEMPT_TIMEOUT_S: Final = 2
-_PING_INTERVAL_S: Final = 5
-_PINGS_OUTSTANDING: Final = 2
+_PING_INTERVAL_S: Final = 2.0
+_PINGS_OUTSTANDING: Final = 3
 _RECONNECT_PAUSE_S: Final = 0.05
 _RECONNECT_PAUSE_MAX_S: Final = 1.0
+_STOOD_STILL_S: Final = 0.5
 _OUTBOX_BYTES: Final = 32 * 1024 * 1024
 _SOCKET_BYTES: Final = 1024 * 1024
 _CACHED_SUBJECTS: Final = 4096
@@ -111,6 +113,7 @@ _WRONG_REVISION: Final = (10071, 10164)
 _STREAM_EXISTS: Final = 10058
 _NO_STREAM: Final = 10059
 _NO_MESSAGE: Final = (10037, 10043, 10057)
+_LOST: Final = "lost"
 _MONITOR_PORT: Final = 8222
 _MONITOR_TIMEOUT_S: Final = 1.0
 _MONITOR_BYTES: Final = 1024 * 1024
@@ -372,14 +375,18 @@ class NatsTransport:
         *,
         name: str,
         request_timeout_s: float = 5.0,
+        ping_interval_s: float = _PING_INTERVAL_S,
         chance: random.Random | None = None,
     ) -> NatsTransport:
         """Connects to the first of the URLs that accepts us; takes 5 s at most.
+
+        A connection over which the broker does not answer any more is replaced after four pings, 8 s.
 
         Args:
             access: URLs and credentials.
             name: how the broker's operator sees this connection.
             request_timeout_s: bound of every operation that waits for an answer.
+            ping_interval_s: pause between two questions whether the broker is there.
             chance: spreads reconnects of many processes over time.
 
         Raises:
@@ -392,7 +399,7 @@ class NatsTransport:
         deadline_s = asyncio.get_running_loop().time() + _CONNECT_TIMEOUT_S
         for url in access.urls:
             try:
-                client = await _connected_client(access, url, name, deadline_s, chance or random.Random())
+                client = await _connected_client(access, url, name, deadline_s, ping_interval_s, chance or random.Random())
             except BrokerError as error:
                 # A refusal says more than a silence.
                 failure = error if failure is None or isinstance(error, BrokerAuthError) else failure
@@ -648,11 +655,14 @@ class NatsTransport:
             raise _too_large(what, size_bytes, self.max_payload)
 
     async def ask(self, doing: str, operation: Callable[[], Awaitable[_T]], timeout_s: float | None = None) -> _T:
-        """Waits for a connection, then for `operation`, both within the time-out; gives its errors our names."""
+        """Waits for a connection, then for `operation`, both within the time-out; gives its errors our names.
+
+        The time-out begins anew if this process itself stood still: the answer may be here, and only unread.
+        """
         self._check_open()
         limit_s = self._request_timeout_s if timeout_s is None else timeout_s
         try:
-            async with asyncio.timeout(limit_s):
+            async with _time_of_a_broker(limit_s):
                 await self._client.connected.wait()
                 self._check_open()
                 return await operation()
@@ -1021,6 +1031,13 @@ class _WorkQueue:
             if not ended.done() and (len(taken) >= batch or status not in (None, "100")):
                 ended.set_result(status or "")
 
+        def on_connection(is_connected: bool) -> None:
+            if not is_connected and not ended.done():
+                ended.set_result(_LOST)
+
+        def on_end() -> None:
+            on_connection(False)
+
         wanted: dict[str, int | bool] = {"batch": batch}
         wanted |= {"no_wait": True} if wait_s is None else {"expires": int(wait_s * 1e9)}
         inbox = client.new_inbox()
@@ -1032,6 +1049,8 @@ class _WorkQueue:
             client.send_pending()
             return await ended
 
+        self._transport.on_connection(on_connection)
+        self._transport.on_end(on_end)
         try:
             status = await self._transport.ask(f"pulling from {self._name!r}", exchange, self._patience_s(wait_s))
         except BrokerError:
@@ -1044,6 +1063,9 @@ class _WorkQueue:
             raise
         finally:
             client.forget(sid)
+            self._transport.forget(on_connection, on_end)
+        if status == _LOST and not taken:
+            raise BrokerError(f"pulling from {self._name!r}: the connection to the broker was lost")
         if status not in ("", "404", "408") and not taken:
             self._consumers.clear()
             raise BrokerError(f"pulling from {self._name!r}: the consumer is gone (status {status})")
@@ -1385,7 +1407,9 @@ class _Endpoint:
         }
 
 
-async def _connected_client(access: BrokerAccess, url: str, name: str, deadline_s: float, chance: random.Random) -> _Client:
+async def _connected_client(
+    access: BrokerAccess, url: str, name: str, deadline_s: float, ping_interval_s: float, chance: random.Random
+) -> _Client:
     client = _Client(chance)
     options = _credentials(access)
     client.needs_tls = "tls" in options or url.startswith(("tls://", "wss://"))
@@ -1397,7 +1421,7 @@ async def _connected_client(access: BrokerAccess, url: str, name: str, deadline_
                 error_cb=_ignore_error,
                 allow_reconnect=False,
                 connect_timeout=_ATTEMPT_TIMEOUT_S,
-                ping_interval=_PING_INTERVAL_S,
+                ping_interval=cast("int", ping_interval_s),  # it sleeps for that long
                 max_outstanding_pings=_PINGS_OUTSTANDING,
                 max_reconnect_attempts=-1,
                 dont_randomize=True,
@@ -1451,12 +1475,32 @@ def _credentials(access: BrokerAccess) -> dict[str, Any]:
     return {option: value for option, value in options.items() if value is not None}
 
 
+@contextlib.asynccontextmanager
+async def _time_of_a_broker(limit_s: float) -> AsyncGenerator[None]:
+    """A time-out that does not count the time in which this process itself stood still."""
+    loop = asyncio.get_running_loop()
+    due = loop.time() + limit_s
+    async with asyncio.timeout(None) as timeout:
+
+        def on_due() -> None:
+            now = loop.time()
+            timeout.reschedule(now + limit_s if now - due > _STOOD_STILL_S else now)
+
+        timer = loop.call_at(due, on_due)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
 async def _close(client: _Client) -> None:
     try:
         async with asyncio.timeout(_ATTEMPT_TIMEOUT_S):
             await client.close()
     except Exception:
         client.abort()
+    if client._reconnection_task is not None:
+        await cancel_all([client._reconnection_task])
 
 
 def _connect_error(url: str, error: Exception, access: BrokerAccess) -> BrokerError:

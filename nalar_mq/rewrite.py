@@ -26,6 +26,7 @@ from typing import Any, Final, TypeVar
 
 from nalar_mq import origins
 from nalar_mq.scopes import SCALAR_CALLS, Scope, bound_names, function_scope, own_nodes, parameters
+from nalar_mq.syntax import parse
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
@@ -52,7 +53,7 @@ def rewrite_source(source: str | bytes, filename: str, plain: Collection[str] = 
     Raises:
         SyntaxError: as `compile` does.
     """
-    tree = ast.parse(source, filename)
+    tree = parse(source, filename)
     kept = [_lines(node) for node in tree.body if _is_kept(node, plain)]
     rewritten = _Rewriter(tree, frozenset(plain)).module()
     code = compile(ast.fix_missing_locations(rewritten), filename, "exec", dont_inherit=True)

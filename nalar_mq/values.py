@@ -59,6 +59,7 @@ from nalar_mq.errors import (
     UnknownClassError,
     ValueNotEncodableError,
 )
+from nalar_mq.syntax import uncollected
 
 __all__ = [
     "MAX_DEPTH",
@@ -932,7 +933,8 @@ def _remote_text(kind: str, text: str) -> str:
 
 
 def _format(error: Any) -> str:
-    return "".join(traceback_module.format_exception(error))
+    with uncollected():
+        return "".join(traceback_module.format_exception(error))
 
 
 def _safe_text(value: object, show: Callable[[object], str] = str, size: int = _TEXT_SHOWN) -> str:

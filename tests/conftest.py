@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import structlog
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.config import BrokerAccess
+from nalar_mq.syntax import uncollected
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -27,6 +28,13 @@ async def broker_access(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 @pytest.fixture(scope="session")
 def _numbers() -> Iterator[int]:
     return itertools.count(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """pytest parses the source of what failed, which a finalizer must not disturb: see `nalar_mq.syntax`."""
+    with uncollected():
+        return (yield)
 
 
 @pytest.fixture

@@ -509,6 +509,14 @@ async def test_nkey_seed_opens_the_broker(tmp_path: Path) -> None:
         assert isinstance(await refusal(access), BrokerAuthError)
 
 
+async def test_a_loop_that_stood_still_hears_the_answer_that_is_there(broker_access: BrokerAccess) -> None:
+    async with await NatsTransport.connect(broker_access, name="test", request_timeout_s=0.2) as transport:
+        asked = asyncio.ensure_future(transport.flush())
+        await asyncio.sleep(0)
+        time.sleep(0.8)  # what nobody should do to a loop
+        await asked
+
+
 @pytest.mark.slow
 async def test_half_open_connection_is_found_out(own_broker: EmbeddedBroker) -> None:
     states: list[bool] = []

@@ -394,6 +394,31 @@ def test_syntax_errors_are_the_users() -> None:
     assert caught.value.filename == "app.py"
 
 
+class _ParsesWhenItEnds:
+    """As the end of a task whose error nobody retrieved: it shows a traceback, for which Python parses."""
+
+    def __init__(self) -> None:
+        self.cycle = self
+
+    def __del__(self) -> None:
+        self.parse_at(12)
+
+    def parse_at(self, depth: int) -> None:
+        ast.parse("x") if depth == 0 else self.parse_at(depth - 1)
+
+
+def test_garbage_that_parses_does_not_disturb_a_rewrite() -> None:
+    source = f"x = [{', '.join(f'f({n}, a.b[{n}])' for n in range(300))}]"
+    before = gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+        for _ in range(20):
+            _ParsesWhenItEnds()
+            rewrite_source(source, "app.py")
+    finally:
+        gc.set_threshold(*before)
+
+
 def test_nothing_is_scanned_while_no_future_lives(apps: Apps) -> None:
     module = apps.load("""
         class Touchy(list):
