@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         StateLostError,
         StreamRestartedError,
         UnknownActorError,
+        UnknownCallError,
         UnknownJobError,
         UnknownMethodError,
         ValueNotEncodableError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
     from nalar_mq.future import Future, Stream, as_completed, gather
     from nalar_mq.jobs import JobHandle, JobResult, JobStatus
+    from nalar_mq.traces import Trace, TracedCall
 
 _HOMES: Final = {
     "actor": (
@@ -68,6 +70,7 @@ _HOMES: Final = {
         "StateLostError",
         "StreamRestartedError",
         "UnknownActorError",
+        "UnknownCallError",
         "UnknownJobError",
         "UnknownMethodError",
         "ValueNotEncodableError",
@@ -85,6 +88,10 @@ _HOMES: Final = {
         "JobHandle",
         "JobResult",
         "JobStatus",
+    ),
+    "traces": (
+        "Trace",
+        "TracedCall",
     ),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
@@ -110,7 +117,10 @@ __all__ = [
     "StateLostError",
     "Stream",
     "StreamRestartedError",
+    "Trace",
+    "TracedCall",
     "UnknownActorError",
+    "UnknownCallError",
     "UnknownJobError",
     "UnknownMethodError",
     "ValueNotEncodableError",

@@ -15,6 +15,8 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.call.<name>          a call with an answer and no durability, from any client: a workflow, a tool, `agent.method`
 
     NS.load.<process>       what a worker has in hand, told a few times a second while it changes; every caller listens
+    NS.look.<to>.<from>     process <from> asks <to> for its queues and its calls, those that have ended included
+    NS.seen.<to>.<from>     the pieces of the answer
 
 Key-value buckets (their names are the namespace, a dash and the word):
 
@@ -106,6 +108,14 @@ class Subjects:
     def load(self, sender: str) -> str:
         """Where process `sender` tells its load; `*` for all of them."""
         return f"{self.namespace}.load.{sender}"
+
+    def look(self, to: str, sender: str) -> str:
+        """Where process `sender` asks process `to` what it has in hand; `*` for all senders."""
+        return f"{self.namespace}.look.{to}.{sender}"
+
+    def seen(self, to: str, sender: str) -> str:
+        """Where process `sender` answers process `to`; `*` for all senders."""
+        return f"{self.namespace}.seen.{to}.{sender}"
 
     def job(self, workflow: str) -> str:
         """Where jobs of a workflow are published; `*` for all of them."""

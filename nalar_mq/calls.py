@@ -45,7 +45,22 @@ from nalar_mq.errors import (
 )
 from nalar_mq.future import Future
 from nalar_mq.logs import logger
-from nalar_mq.messages import ActorInfo, Call, Cancel, Chunk, Consume, Credit, Fail, Load, Message, Probe, Resolve, Want
+from nalar_mq.lookout import Glance
+from nalar_mq.messages import (
+    ActorInfo,
+    Call,
+    CallRecord,
+    Cancel,
+    Chunk,
+    Consume,
+    Credit,
+    Fail,
+    Load,
+    Message,
+    Probe,
+    Resolve,
+    Want,
+)
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.threads import LoopInbox
@@ -91,8 +106,17 @@ class Host(Protocol):
         """Nobody is left who wants that process's calls."""
         ...
 
+    @property
+    def completed(self) -> int:
+        """Calls that have been run to their end."""
+        ...
+
     def load(self) -> dict[str, tuple[int, int]]:
         """Queued and running calls by actor; those without any are left out."""
+        ...
+
+    def records(self) -> list[CallRecord]:
+        """Calls that have not ended, and the last ones that have."""
         ...
 
 
@@ -475,6 +499,17 @@ class Calls:
     def on_load(self, process: str, load: Load) -> bool:
         """A worker tells what it has in hand; False if its report is late or nobody's."""
         return self._table.report(process, load, self.in_flight)
+
+    def glance(self) -> Glance:
+        """How much this process has in hand."""
+        host = self.host
+        if host is None:
+            return Glance(len(self._entries))
+        return Glance(len(self._entries), host.completed, host.load())
+
+    def records(self) -> list[CallRecord]:
+        """The calls that run here or have run here lately."""
+        return self.host.records() if self.host is not None else []
 
     # How an entry ends.
 

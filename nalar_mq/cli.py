@@ -20,8 +20,8 @@ from nalar_mq.errors import ConfigError
 from nalar_mq.exits import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
 
 if TYPE_CHECKING:
-    from nalar_mq.commands import BrokerChoice, CallWish
-    from nalar_mq.messages import Member
+    from nalar_mq.commands import BrokerChoice, CallWish, Seen
+    from nalar_mq.traces import Trace
 
 _EPILOG: Final = """\b
 Exit codes:
@@ -201,6 +201,7 @@ def worker(options: _Options, /, app: Path, workers: int | None, node: str | Non
 @_app_argument
 @click.argument("workflow")
 @_call_options
+@click.option("--trace", is_flag=True, help="Then show on stderr which calls were made, where each ran, and for how long.")
 @_workers_option
 @_broker_options
 @_with_options
@@ -209,6 +210,7 @@ def run(
     /,
     app: Path,
     workflow: str,
+    trace: bool,
     workers: int | None,
     nats: str | None,
     context: str | None,
@@ -240,6 +242,7 @@ def run(
             log_level=options.log_level,
             stream=call["stream"],
             take=_printer(call["stream"], call["json_output"]),
+            take_trace=_tell_trace if trace else None,
         ),
     )
 
@@ -285,21 +288,52 @@ def call(
 @_broker_options
 @_with_options
 def ps(options: _Options, /, json: bool, app: Path | None, **broker: str | None) -> None:
-    """List the processes of a runtime and what they serve."""
+    """List the processes of a runtime, what they serve, and the calls they have in hand.
+
+    \b
+    ACTORS   what a process serves; analyst(3+1): 3 calls queued, 1 running
+    CALLS    calls that it has run to their end
+    FUTURES  calls that it has made and that have not ended
+    """
     from nalar_mq import commands
 
     file = commands.app_file(app) if app else None
-    settings, members = _run(options, commands.members(_choice(broker), app=file))
+    settings, seen = _run(options, commands.processes(_choice(broker), app=file))
+    rows = [_process_row(process) for process in seen]
     if json:
         urls = list(settings.broker.urls)
-        _show_json({"broker": urls, "namespace": settings.namespace, "members": [_member_row(*m) for m in members]})
+        _show_json({"broker": urls, "namespace": settings.namespace, "members": rows})
         return
-    _tell(f"broker {settings.broker.urls[0]}, namespace {settings.namespace}, {len(members)} processes")
-    rows = [
-        [row["name"], row["role"], row["node"], str(row["pid"]), row["state"], ", ".join(row["actors"])]
-        for row in (_member_row(*m) for m in members)
-    ]
-    _show_table(["NAME", "ROLE", "NODE", "PID", "STATE", "ACTORS"], rows)
+    _tell(f"broker {settings.broker.urls[0]}, namespace {settings.namespace}, {len(rows)} processes")
+    columns = ("name", "role", "node", "pid", "state", "ended", "futures")
+    table = [[*("?" if row[column] is None else str(row[column]) for column in columns), _actors_of(row)] for row in rows]
+    _show_table(["NAME", "ROLE", "NODE", "PID", "STATE", "CALLS", "FUTURES", "ACTORS"], table)
+
+
+@cli.command()
+@click.argument("id", required=False)
+@click.option("--last", is_flag=True, help="The run that began last, instead of ID.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def trace(options: _Options, /, id: str | None, last: bool, json: bool, app: Path | None, **broker: str | None) -> None:
+    """Show the run that ID belongs to: which call made which, where each ran, and for how long.
+
+    ID is the id of a call in hexadecimal, a session, or a job. Times are in seconds: from the arrival of the first call to
+    that of each, from there to its beginning, and from there to its end or until now. Workers remember the last 20,000
+    calls each, for as long as they live.
+    """
+    from nalar_mq import commands
+
+    if last == bool(id):
+        raise ConfigError("name a call, a session or a job by its ID, or the last run by --last")
+    file = commands.app_file(app) if app else None
+    found = _run(options, commands.trace(_choice(broker), id or "", app=file))
+    if json:
+        _show_json(found.calls)
+    else:
+        _show(str(found))
 
 
 @cli.command()
@@ -658,15 +692,37 @@ def _show_table(head: list[str], rows: list[list[str]]) -> None:
     Console(width=None if on_terminal else 1000, highlight=False, markup=False).print(table)
 
 
-def _member_row(name: str, member: Member) -> dict[str, Any]:
+def _process_row(process: Seen) -> dict[str, Any]:
+    member, glance = process.member, process.glance
     return {
-        "name": name,
+        "name": process.name,
         "role": member.role,
         "node": member.node,
         "pid": member.pid,
-        "state": "draining" if member.draining else "serving",
+        "state": "silent" if glance is None else "draining" if member.draining else "serving",
+        "ended": glance and glance.ended,
+        "futures": glance and glance.futures,
         "actors": {
-            actor: {"kind": info.kind, "methods": info.methods, "stateful": info.stateful, "doc": info.doc}
+            actor: {
+                "kind": info.kind,
+                "methods": info.methods,
+                "stateful": info.stateful,
+                "doc": info.doc,
+                "queued": glance and glance.actors.get(actor, (0, 0))[0],
+                "running": glance and glance.actors.get(actor, (0, 0))[1],
+            }
             for actor, info in member.actors.items()
         },
     }
+
+
+def _actors_of(row: dict[str, Any]) -> str:
+    def shown(name: str, actor: dict[str, Any]) -> str:
+        busy = actor["queued"] or actor["running"]
+        return f"{name}({actor['queued']}+{actor['running']})" if busy else name
+
+    return ", ".join(shown(name, actor) for name, actor in row["actors"].items())
+
+
+def _tell_trace(trace: Trace) -> None:
+    click.echo(f"\n{trace}", err=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from nalar_mq.address import check_token, random_token
+from nalar_mq.address import Address, check_token, random_token
 from nalar_mq.arguments import parameters_of
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
@@ -27,8 +27,10 @@ from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import JobHandle, Jobs, check_durable
+from nalar_mq.lookout import View
 from nalar_mq.messages import Member
 from nalar_mq.process import Connect, Process
+from nalar_mq.traces import Trace, trace_of
 
 T = TypeVar("T")
 
@@ -310,6 +312,30 @@ class Client(Caller):
         if self._thread is None:
             raise RuntimeError("this client runs on your own event loop: await the coroutine instead")
         return self._thread.run(coroutine)
+
+    async def trace(self, wanted: Future[Any] | str = "") -> Trace:
+        """The calls of one run as a tree: which call made which, where and when each of them ran, and how it ended.
+
+        Workers remember the last calls they have run, some ten thousand each, for as long as they live. The tree begins at
+        the root of the run, even if a call in the middle of it is named.
+
+        Args:
+            wanted: a future of this client, or the id of a call in hexadecimal, of a session, or of a job; the run that
+                began last if empty.
+
+        Raises:
+            UnknownCallError: no worker remembers such a call.
+        """
+        table = self.process.table
+        workers = [Address(name, member.incarnation) for name, member in table.members.items() if member.role == "worker"]
+        views = await self.process.lookout.ask(workers, records=True)
+        nodes = {name: member.node for name, member in table.members.items()}
+        return trace_of(wanted.id.hex() if isinstance(wanted, Future) else wanted, views, nodes)
+
+    async def look(self) -> list[View]:
+        """How many calls each other live process has in hand; those that do not answer in time are left out."""
+        others = [(name, member) for name, member in self.process.table.members.items() if name != self.process.name]
+        return await self.process.lookout.ask([Address(name, member.incarnation) for name, member in others])
 
     async def members(self) -> list[tuple[str, Member]]:
         """All live processes by name, this one included."""

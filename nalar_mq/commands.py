@@ -2,7 +2,8 @@
 
 up, worker    a node that serves until it is told to stop
 run           a node for the time of one call, or the node that `up` started beside the app
-call, ps      a client of what runs already
+call, ps, trace
+              a client of what runs already
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ from nalar_mq.config import (
 )
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.directives import did_you_mean
-from nalar_mq.errors import BrokerError, ConfigError
+from nalar_mq.errors import BrokerError, ConfigError, UnknownCallError
 from nalar_mq.exits import CallFailed, Interrupted
+from nalar_mq.future import Future
+from nalar_mq.lookout import Glance
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Member
 from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.traces import Trace
 
 T = TypeVar("T")
 
@@ -163,9 +167,17 @@ async def worker(
 
 
 async def run(
-    app: Path, choice: BrokerChoice, wish: CallWish, *, workers: int | None, log_level: str, stream: bool, take: Take
+    app: Path,
+    choice: BrokerChoice,
+    wish: CallWish,
+    *,
+    workers: int | None,
+    log_level: str,
+    stream: bool,
+    take: Take,
+    take_trace: Callable[[Trace], None] | None = None,
 ) -> None:
-    """Calls an actor of an app and hands the result, or each piece of it, to `take`.
+    """Calls an actor of an app and hands the result, or each piece of it, to `take`, and what was called to `take_trace`.
 
     What `up` runs beside the app is used if it is there and no broker is named; else broker and workers live as long as
     the call.
@@ -190,7 +202,7 @@ async def run(
             stack.push_async_callback(controller.drain, _RUN_DRAIN_S)
             guards = [controller.failed()]
         await client.wait_for(wish.name, _SERVED_WITHIN_S)
-        await _first(_call(client, wish, arguments, stream, take), *guards)
+        await _first(_call(client, wish, arguments, stream, take, take_trace), *guards)
 
 
 async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream: bool, take: Take) -> None:
@@ -205,11 +217,28 @@ async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream
         await _call(client, wish, arguments, stream, take)
 
 
-async def members(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[tuple[str, Member]]]:
+class Seen(msgspec.Struct, frozen=True):
+    """A process of a runtime, and what it has in hand; None if it did not answer."""
+
+    name: str
+    member: Member
+    glance: Glance | None
+
+
+async def processes(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Seen]]:
     """The processes of a runtime that is there, and how it was reached."""
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
-        return settings, [(name, member) for name, member in await client.members() if name != client.process.name]
+        glances = {view.name: view.glance for view in await client.look()}
+        others = [(name, member) for name, member in await client.members() if name != client.process.name]
+        return settings, [Seen(name, member, glances.get(name)) for name, member in others]
+
+
+async def trace(choice: BrokerChoice, wanted: str, *, app: Path | None) -> Trace:
+    """The run that a call, a session or a job belongs to, of a runtime that is there."""
+    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    async with connect(settings=settings) as client:
+        return await client.trace(wanted)
 
 
 async def _reach(settings: Settings) -> None:
@@ -270,11 +299,19 @@ async def _first(*things: Awaitable[Any]) -> None:
         task.result()
 
 
-async def _call(client: Client, wish: CallWish, arguments: Arguments, stream: bool, take: Take) -> None:
+async def _call(
+    client: Client,
+    wish: CallWish,
+    arguments: Arguments,
+    stream: bool,
+    take: Take,
+    take_trace: Callable[[Trace], None] | None = None,
+) -> None:
     args, kwargs = arguments
     caller = client.options(session=wish.session, priority=wish.priority)
     if wish.timeout_s is not None:
         caller = caller.options(timeout_s=wish.timeout_s)
+    future: Future[Any] | None = None
     try:
         future = caller.call(wish.name, *args, **kwargs)
         taken = 0
@@ -289,6 +326,10 @@ async def _call(client: Client, wish: CallWish, arguments: Arguments, stream: bo
         raise
     except Exception as error:
         raise CallFailed(error, wish.name) from error
+    finally:
+        if take_trace is not None and future is not None and future.available():
+            with contextlib.suppress(UnknownCallError):  # it never came to a worker
+                take_trace(await client.trace(future))
 
 
 async def _short_lived_broker(stack: AsyncExitStack) -> BrokerAccess:

@@ -20,6 +20,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── BrokerFeatureError       the broker lacks something we need (JetStream)
     │   └── KeyConflictError         a compare-and-set met another revision
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
+    ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
     ├── WireError
     │   ├── MalformedMessageError
     │   │   └── UnknownClassError    a value of a class that this process has not loaded; `class_name`
@@ -156,6 +157,15 @@ class UnknownJobError(NalarError):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"there is no job {job_id!r}, or its result is not kept any more")
         self.job_id = job_id
+
+
+class UnknownCallError(NalarError):
+    """No worker remembers a call, session or job `wanted`; empty if any call would have done."""
+
+    def __init__(self, wanted: str, hint: str = "") -> None:
+        what = f"call, session or job {wanted!r}" if wanted else "call"
+        super().__init__(f"no worker remembers a {what}: each remembers its last calls only, and for as long as it lives{hint}")
+        self.wanted = wanted
 
 
 class WireError(NalarError):

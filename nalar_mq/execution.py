@@ -12,9 +12,12 @@ from nalar_mq import values
 from nalar_mq.actor import MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext
-from nalar_mq.messages import Call, Fail, Resolve
+from nalar_mq.errors import CallCancelledError
+from nalar_mq.messages import Call, CallRecord, Fail, Resolve
 from nalar_mq.outflow import Outflow
 from nalar_mq.replica import Replica
+
+_CANCELLED = f"{CallCancelledError.__module__}:{CallCancelledError.__qualname__}"
 
 
 class Pump(Protocol):
@@ -55,6 +58,8 @@ class Execution(msgspec.Struct, eq=False):
     task: asyncio.Task[None] | None = None
     child: Callable[[], None] | None = None
     outflow: Outflow | None = None
+    began: float = 0.0
+    failure: str = ""
     started: bool = False
     ended: bool = False
     is_answered: bool = False
@@ -80,6 +85,35 @@ class Execution(msgspec.Struct, eq=False):
     def hold(self) -> str:
         """How this execution's session is named in the `holds` of its children."""
         return f"{self.call.actor}/{self.session_key}"
+
+    @property
+    def state(self) -> str:
+        """Where it stands, as in `CallRecord`."""
+        if self.failure:
+            return "cancelled" if self.failure == _CANCELLED else "failed"
+        if self.ended:
+            return "done"
+        return ("waiting" if self.waits else "running") if self.started else "queued"
+
+    def record(self, ended_s: float) -> CallRecord:
+        """What is kept of it, or shown while it has not ended."""
+        call = self.call
+        return CallRecord(
+            call.id,
+            call.parent,
+            call.actor,
+            call.method,
+            call.session,
+            call.job,
+            self.owner.name,
+            call.priority,
+            call.attempt,
+            self.arrived,
+            self.began,
+            ended_s,
+            self.state,
+            self.failure,
+        )
 
     def value_of(self, id: bytes) -> Any:
         """The value of a future that it depends on."""

@@ -23,9 +23,10 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import itertools
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any, cast
 
@@ -50,7 +51,7 @@ from nalar_mq.execution import Execution, session_key_of
 from nalar_mq.future import Future
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
-from nalar_mq.messages import Call, Cancel, Consume, Credit, Fail, Probe, Resolve, Want
+from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Probe, Resolve, Want
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
@@ -69,6 +70,7 @@ _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this 
 _STOP_S = 5.0
 _DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
+REMEMBERED = 20_000  # calls that have ended and can be asked for; about 0.4 KB each
 _log = logger(__name__)
 
 
@@ -94,6 +96,7 @@ class Host:
         self._inbox = LoopInbox(self._loop)
         self._base = contextvars.copy_context()
         self._upkeep: asyncio.Task[None] | None = None
+        self._ended: deque[CallRecord] = deque(maxlen=REMEMBERED)
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._sender_names: dict[Address, str] = {}
@@ -373,6 +376,7 @@ class Host:
         """Its arguments, with its context made; None if it has ended instead."""
         call = execution.call
         execution.started = True
+        execution.began = now
         if self._idle.is_set():
             self._idle.clear()
         is_stateful = execution.replica.spec.stateful
@@ -575,6 +579,7 @@ class Host:
     def _end_with_fail(self, execution: Execution, cause: Fail) -> None:
         pushed = _names(execution.consumers)
         fail = Fail(execution.call.id, cause.kind, cause.text, cause.payload, cause.traceback, pushed)
+        execution.failure = cause.kind
         self._answer(execution, fail)
         self._finish(execution)
 
@@ -590,6 +595,7 @@ class Host:
 
     def _forget(self, execution: Execution) -> None:
         execution.ended = True
+        self._ended.append(execution.record(self._loop.time()))
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         self._executions.pop(execution.call.id, None)
         if execution.call.cast:
@@ -614,6 +620,7 @@ class Host:
         failure = values.encode_error(error)
         if len(failure.payload) > VALUE_LIMIT_BYTES:
             failure = failure._replace(payload=b"")  # its text and traceback are short
+        execution.failure = failure.kind
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
         self._answer(execution, Fail(execution.call.id, *failure, _names(execution.consumers)))
@@ -715,6 +722,11 @@ class Host:
         """Queued and running calls by actor; those without any are left out."""
         counts = ((name, len(replica.mailbox), replica.mailbox.running) for name, replica in self._replicas.items())
         return {name: (queued, running) for name, queued, running in counts if queued or running}
+
+    def records(self) -> list[CallRecord]:
+        """Calls that have not ended, of very many the first ones, and the last ones that have."""
+        live = itertools.islice(self._executions.values(), REMEMBERED)
+        return [*(execution.record(0.0) for execution in live), *self._ended]
 
     @property
     def running(self) -> int:

@@ -377,14 +377,89 @@ class Load(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=205):
     actors: dict[str, tuple[int, int]] = {}
 
 
+class Look(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=206):
+    """Asks a process what it has in hand.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        question: comes back with every piece of the answer.
+        records: also about every call it has or remembers, not only how many there are.
+    """
+
+    version: int
+    question: int
+    records: bool = False
+
+
+class CallRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a worker knows of a call that it runs or has run. Times are seconds of its own clock.
+
+    Attributes:
+        id, parent, actor, method, session, job, priority, attempt: as in `Call`.
+        owner: the process that made it.
+        arrived_s: when it came.
+        began_s: when it began to run; 0 if it has not, or never did.
+        ended_s: when it ended; 0 if it has not.
+        state: `queued`, `running`, `waiting` for others in the middle of its run, `done`, `failed` or `cancelled`.
+        error: `module:qualname` of the error it ended with.
+    """
+
+    id: bytes
+    parent: bytes
+    actor: str
+    method: str
+    session: str
+    job: str
+    owner: str
+    priority: int
+    attempt: int
+    arrived_s: float
+    began_s: float = 0.0
+    ended_s: float = 0.0
+    state: str = ""
+    error: str = ""
+
+
+class Seen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=207):
+    """A piece of the answer to a `Look`.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        question: as in the `Look`.
+        incarnation: which life of the process answers.
+        piece: from 1.
+        is_last: no further piece follows.
+        wall_s: seconds since the epoch, when the answer was made.
+        now_s: the same moment on the clock of the records.
+        futures: calls that this process has made and that have not ended.
+        ended: calls that it has run to their end so far, remembered or not.
+        actors: as in `Load`.
+        records: of calls, in no order; a call that ended while the answer was made may stand in it twice.
+    """
+
+    version: int
+    question: int
+    incarnation: int
+    piece: int
+    is_last: bool
+    wall_s: float
+    now_s: float
+    futures: int
+    ended: int
+    actors: dict[str, tuple[int, int]] = {}
+    records: tuple[CallRecord, ...] = ()
+
+
 _members = msgspec.msgpack.Decoder(Member)
 _places = msgspec.msgpack.Decoder(Place)
 _losses = msgspec.msgpack.Decoder(Lost)
 _runs = msgspec.msgpack.Decoder(Running)
 _loads = msgspec.msgpack.Decoder(Load)
+_looks = msgspec.msgpack.Decoder(Look)
+_seen = msgspec.msgpack.Decoder(Seen)
 
 
-def encode_record(record: Member | Place | Lost | Running | Load) -> bytes:
+def encode_record(record: Member | Place | Lost | Running | Load | Look | Seen) -> bytes:
     """Bytes of what stands alone: a record for a key-value bucket or a ledger, or a report."""
     return _encoder.encode(record)
 
@@ -434,7 +509,35 @@ def decode_load(data: bytes) -> Load:
     return _record(_loads, data)
 
 
-_R = TypeVar("_R", Member, Place, Lost, Running, Load)
+def decode_look(data: bytes) -> Look:
+    """Reads a `Look`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_looks, data)
+
+
+def decode_seen(data: bytes) -> Seen:
+    """Reads a `Seen`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_seen, data)
+
+
+def encode_seen(head: Seen, records: Sequence[bytes]) -> bytes:
+    """Bytes of a `Seen` like `head`, which has no records, with `records` made by `encode_call_record`."""
+    return b"".join((_encoder.encode(head)[:-1], _array_head(len(records)), *records))
+
+
+def encode_call_record(record: CallRecord) -> bytes:
+    """Bytes of one record, for `encode_seen`."""
+    return _encoder.encode(record)
+
+
+_R = TypeVar("_R", Member, Place, Lost, Running, Load, Look, Seen)
 
 
 def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:

@@ -15,6 +15,7 @@ from nalar_mq.channel import Endpoint
 from nalar_mq.config import Settings
 from nalar_mq.errors import CallError, OwnerLostError, WireError, WorkerLostError
 from nalar_mq.logs import logger
+from nalar_mq.lookout import Lookout
 from nalar_mq.membership import Membership
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
 from nalar_mq.placement import RoutingTable
@@ -114,6 +115,9 @@ class Process:
         await self.membership.start()
         self.telemetry = Telemetry(transport, self.subjects, me, self.calls.on_load)
         self._stack.push_async_callback(self.telemetry.aclose)
+        self.lookout = Lookout(transport, self.subjects, me, self.calls)
+        self._stack.push_async_callback(self.lookout.aclose)
+        await self.lookout.start()
         await self.telemetry.start(self.calls.host.load if self.calls.host is not None else None)
 
     async def _connect_lease(self) -> Transport:

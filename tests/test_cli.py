@@ -258,11 +258,11 @@ def complains(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_help_lists_commands_and_exit_codes(capsys):
     assert run_command(["--help"]) == 0
     printed = capsys.readouterr().out
-    for word in ("up", "worker", "run", "call", "ps", "check", "stubs", "model", "version", "130", "NALAR_UP_WORKERS"):
+    for word in ("up", "worker", "run", "call", "ps", "trace", "check", "stubs", "model", "version", "130", "NALAR_UP_WORKERS"):
         assert word in printed
 
 
-@pytest.mark.parametrize("command", ["up", "worker", "run", "call", "ps", "check", "stubs", "model", "version"])
+@pytest.mark.parametrize("command", ["up", "worker", "run", "call", "ps", "trace", "check", "stubs", "model", "version"])
 def test_every_command_has_help(capsys, command):
     assert run_command([command, "--help"]) == 0
     assert "Usage: nalar " + command in capsys.readouterr().out
@@ -466,7 +466,44 @@ def test_ps(runtime):
     (worker,) = [member for member in seen["members"] if member["role"] == "worker"]
     assert worker["state"] == "serving"
     assert worker["actors"]["answer"]["methods"] == {"": "(question: str, limit: int = 2) -> str"}
+    assert worker["actors"]["answer"]["running"] == 0
     assert worker["name"] in nalar("ps", cwd=runtime).stdout
+
+
+def test_ps_shows_queues_and_futures(runtime, tmp_path):
+    started = tmp_path / "started"
+    caller = subprocess.Popen(
+        [NALAR, "call", "sleep", "300", str(started)], cwd=runtime, env=environment(runtime), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        eventually(started.exists, "it never began")
+        members = json.loads(nalar("ps", "--json", cwd=runtime).stdout)["members"]
+        worker = next(member for member in members if member["role"] == "worker")
+        assert (worker["actors"]["sleep"]["queued"], worker["actors"]["sleep"]["running"]) == (0, 1)
+        assert worker["ended"] >= 0
+        assert [member["futures"] for member in members if member["role"] == "client"] == [1]
+        assert re.search(r"sleep\(0\+1\)", nalar("ps", cwd=runtime).stdout)
+        (running,) = json.loads(nalar("trace", "--last", "--json", cwd=runtime).stdout)
+        assert (running["name"], running["state"]) == ("sleep", "running")
+    finally:
+        caller.send_signal(signal.SIGINT)
+        caller.communicate(timeout=PATIENCE_S)
+
+
+def test_trace(runtime):
+    nalar("call", "answer", "question=why", "--session", "traced", cwd=runtime)
+    calls = json.loads(nalar("trace", "traced", "--json", cwd=runtime).stdout)
+    assert [call["name"] for call in calls][:1] == ["answer"]
+    assert {"search", "writer.write"} < {call["name"] for call in calls}
+    assert {call["state"] for call in calls} == {"done"}
+    assert [call["depth"] for call in calls] == [0] + [1] * (len(calls) - 1)
+    shown = nalar("trace", calls[1]["id"], cwd=runtime).stdout
+    assert shown == nalar("trace", "--last", cwd=runtime).stdout
+    assert re.search(r"^answer +0\.000 ", shown, re.MULTILINE)
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "no worker remembers" in nalar("trace", "nobody", cwd=runtime, code=1).stderr
+    for wrong in ([], ["x", "--last"]):
+        assert "or the last run by --last" in nalar("trace", *wrong, cwd=runtime, code=2).stderr
 
 
 def test_run_uses_what_is_up(runtime):
@@ -512,7 +549,16 @@ def test_run_brings_everything_and_takes_it_away(app):
     done = nalar("run", ".", "answer", "question=why", "--workers", "1", cwd=app)
     assert done.stdout == "dry: why 0, why 1\n"
     assert "this goes to stderr" in done.stderr
+    assert "WAITED" not in done.stderr
     assert not (app / ".nalar").exists()
+
+
+def test_run_shows_what_was_called(app):
+    done = nalar("run", ".", "answer", "question=why", "--workers", "1", "--trace", cwd=app)
+    assert done.stdout == "dry: why 0, why 1\n"
+    assert re.search(r"^└─ writer\.write ", done.stderr, re.MULTILINE)
+    failed = nalar("run", ".", "fail", "text=x", "--workers", "1", "--trace", cwd=app, code=1)
+    assert "failed: builtins:ValueError" in failed.stderr
 
 
 def test_an_interrupted_run_leaves_nothing_behind(app):

@@ -20,6 +20,7 @@ from nalar_mq.messages import (
     WIRE_VERSION,
     Bye,
     Call,
+    CallRecord,
     Cancel,
     Chunk,
     Consume,
@@ -28,24 +29,30 @@ from nalar_mq.messages import (
     Frame,
     Gone,
     Load,
+    Look,
     Member,
     Place,
     Probe,
     Resolve,
+    Seen,
     Want,
     decode_load,
+    decode_look,
     decode_lost,
     decode_member,
     decode_packet,
     decode_place,
+    decode_seen,
+    encode_call_record,
     encode_message,
     encode_packet,
     encode_record,
+    encode_seen,
     salvage_frame,
 )
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.process import Process
-from nalar_mq.transport import KeyEntry
+from nalar_mq.transport import Delivered, KeyEntry
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "fire.py"
@@ -232,7 +239,7 @@ def hostile_records(rng: random.Random, honest: bytes) -> list[bytes]:
 
 
 def is_readable(data: bytes) -> bool:
-    for decode in (decode_member, decode_place, decode_lost, decode_load):
+    for decode in (decode_member, decode_place, decode_lost, decode_load, decode_look, decode_seen):
         with contextlib.suppress(WireError):
             decode(data)
             return True
@@ -302,6 +309,57 @@ async def test_hostile_reports_of_load(target: Target) -> None:
     async with asyncio.timeout(30):
         while target.client.process.telemetry.heard == heard:
             await asyncio.sleep(0.01)
+
+
+async def test_hostile_questions_and_answers(target: Target) -> None:
+    rng = random.Random(11)
+    process = target.worker.process
+    subjects, life = process.subjects, process.me.incarnation
+    looks = hostile_records(rng, encode_record(Look(WIRE_VERSION, 1, True)))
+    record = CallRecord(b"i" * 16, b"i" * 16, "a", "m", "s", "j", "o", 0, 0, float("nan"), float("inf"), -1.0)
+    seen = encode_seen(Seen(WIRE_VERSION, 1, life, 1, True, 1.0, 2.0, 3, 4), [encode_call_record(record)])
+    answers = hostile_records(rng, seen)
+    unreadable = 0
+    for data in looks:
+        target.attacker.publish(subjects.look("worker", f"asker{rng.randrange(200)}"), data)
+        unreadable += not is_readable(data)
+    for data in answers:
+        target.attacker.publish(subjects.seen("worker", rng.choice(("client", "nobody"))), data)
+        unreadable += not is_readable(data)
+    for number in range(500):
+        target.attacker.publish(subjects.look("worker", f"asker{number}"), encode_record(Look(WIRE_VERSION, number, True)))
+    target.attacker.publish(subjects.seen("worker", "client"), seen)
+    await target.settle()
+    await target.is_well()
+    assert process.lookout.unreadable == unreadable
+    assert process.lookout.refused > 0
+    async with asyncio.timeout(30):
+        while not await target.client.look():
+            pass
+
+
+async def test_an_answer_of_nonsense_to_a_question_is_shown_all_the_same(target: Target) -> None:
+    """The attacker answers in the name of the worker, before it does."""
+    process, me = target.worker.process, target.client.process.me
+    nan, inf = float("nan"), float("inf")
+    records = [
+        CallRecord(id, parent, "a\x1b[2J", "+\n", "s", "j" * 9_000, "o", 2**63, -1, nan, inf, -inf, "\x00", "e" * 9_000)
+        for id, parent in ((b"", b""), (b"x", b"y"), (b"y", b"x"), (b"long" * 99, b"x"))
+    ]
+    life = process.me.incarnation
+    for question in range(1, 4):
+        pieces = [
+            encode_seen(
+                Seen(WIRE_VERSION, question, life, piece, last, nan, -inf, -1, -1), list(map(encode_call_record, records))
+            )
+            for piece, last in ((2, True), (1, False), (1, True), (2, True))
+        ]
+        asked = asyncio.ensure_future(target.client.trace("s"))
+        await asyncio.sleep(0)
+        for piece in pieces:
+            target.client.process.lookout._on_seen(Delivered(process.subjects.seen(me.name, "worker"), piece))
+        assert str(await asked).replace("\n", "").isprintable()
+    await target.is_well()
 
 
 async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:

@@ -12,6 +12,7 @@ from nalar_mq.messages import (
     ActorInfo,
     Bye,
     Call,
+    CallRecord,
     Cancel,
     Chunk,
     Consume,
@@ -20,6 +21,7 @@ from nalar_mq.messages import (
     Frame,
     Gone,
     Load,
+    Look,
     Lost,
     Member,
     Message,
@@ -28,21 +30,27 @@ from nalar_mq.messages import (
     Probe,
     Resolve,
     Running,
+    Seen,
     Want,
     decode_load,
+    decode_look,
     decode_lost,
     decode_member,
     decode_packet,
     decode_place,
     decode_running,
+    decode_seen,
+    encode_call_record,
     encode_frame,
     encode_message,
     encode_packet,
     encode_record,
+    encode_seen,
     salvage_frame,
 )
 
 ID = bytes(range(16))
+RECORD = CallRecord(ID, b"p", "analyst", "read", "s", "j", "o", 2, 1, 1.5, 2.5, 3.5, "failed", "m:E")
 
 
 def _fields(struct: type[Message]) -> st.SearchStrategy[Message]:
@@ -82,7 +90,8 @@ def test_frames_of_every_length_are_put_together_alike(count: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_packet_or_an_error_of_the_wire(data: bytes) -> None:
-    for decode in (decode_packet, salvage_frame, decode_member, decode_place, decode_lost, decode_running, decode_load):
+    records = (decode_member, decode_place, decode_lost, decode_running, decode_load, decode_look, decode_seen)
+    for decode in (decode_packet, salvage_frame, *records):
         try:
             decode(data)
         except WireError:
@@ -150,8 +159,8 @@ def test_fields_with_defaults_may_be_missing() -> None:
 def test_tags_are_never_shared() -> None:
     tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe)]
     assert tags == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load)]
-    assert packets == [101, 102, 103, 201, 202, 203, 204, 205]
+    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen)]
+    assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207]
 
 
 def _samples() -> dict[str, bytes]:
@@ -192,11 +201,20 @@ def _samples() -> dict[str, bytes]:
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
         "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3)),
         "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
+        "look": encode_record(Look(WIRE_VERSION, 8, True)),
+        "seen": encode_seen(Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}), [encode_call_record(RECORD)]),
         "place": encode_record(Place(WIRE_VERSION, "w", 2)),
         "member": encode_record(
             Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True)
         ),
     }
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 70_000])
+def test_answers_of_every_length_are_put_together_alike(count: int) -> None:
+    head = Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)})
+    data = encode_seen(head, [encode_call_record(RECORD)] * count)
+    assert decode_seen(data) == Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}, (RECORD,) * count)
 
 
 GOLDEN = {
@@ -220,6 +238,12 @@ GOLDEN = {
     "bye": "93670102",
     "place": "94ccca01a17702",
     "load": "95cccd01020381a161920405",
+    "look": "94ccce0108c3",
+    "seen": (
+        "9ccccf01080201c3cb3fe0000000000000cb3ff8000000000000030481a161920506919ec410000102030405060708090a0b0c0d0e0fc401"
+        "70a7616e616c797374a472656164a173a16aa16f0201cb3ff8000000000000cb4004000000000000cb400c000000000000a66661696c6564"
+        "a36d3a45"
+    ),
     "lost": "93cccb0102",
     "running": "98cccc01a1770209a6616e737765720103",
     "member": (
@@ -234,5 +258,5 @@ def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
 
 
 def test_every_kind_has_its_bytes_pinned() -> None:
-    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load]
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load, Look, Seen]
     assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)

@@ -18,6 +18,7 @@ from nalar_mq import errors
 from nalar_mq.app import App, load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.host import REMEMBERED
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Transport
@@ -388,6 +389,85 @@ async def test_calls_go_where_others_have_sent_less(runtime: Runtime) -> None:
     async with asyncio.timeout(30):
         while {await client.call("where") for _ in range(64)} != {"first", "second"}:
             pass
+
+
+async def test_a_run_is_traced_from_its_root_across_workers(runtime: Runtime) -> None:
+    client = await runtime.client()
+    future = client.options(session="one").call("parallel", 8)
+    await future
+    await client.call("add", 1)
+    trace = await client.trace(future)
+    root, *children = trace.calls
+    assert (root.id, root.name, root.state, root.session, root.owner) == (
+        future.id.hex(),
+        "parallel",
+        "done",
+        "one",
+        client.name,
+    )
+    assert [(call.name, call.depth, call.parent) for call in children] == [("double", 1, root.id)] * 8
+    assert {call.worker for call in trace.calls} <= {"first", "second"}
+    assert len({call.worker for call in children}) == 2
+    assert all(call.owner == root.worker and call.node == "here" for call in children)
+    assert root.ran_s is not None
+    for call in children:
+        assert call.ran_s is not None
+        assert call.start_s + call.waited_s + call.ran_s <= root.waited_s + root.ran_s + 0.1
+    assert (await client.trace("one")).calls == (await client.trace(children[3].id)).calls == trace.calls
+    assert [call.name for call in (await client.trace()).calls] == ["add"]
+
+
+async def test_a_run_is_traced_while_it_goes_on_and_after_it_has_failed(runtime: Runtime) -> None:
+    client = await runtime.client()
+    waiting = client.call("waits_for_child", "traced")
+    await _until(lambda: runtime.started("wait_at") == 1)
+    assert [call.state for call in (await client.trace(waiting)).calls] == ["waiting", "running"]
+    await client.call("opens", "traced")
+    await waiting
+    assert await client.call("caught") == "7"
+    root, failed = (await client.trace()).calls
+    assert (root.state, failed.state, failed.error) == ("done", "failed", "basic:Refused")
+    cancelled = client.call("wait_at", "never")
+    await _until(lambda: runtime.started("wait_at") == 1)
+    cancelled.cancel()
+    with pytest.raises(errors.CallCancelledError):
+        await cancelled
+    assert [call.state for call in (await client.trace(cancelled)).calls] == ["cancelled"]
+    with pytest.raises(errors.UnknownCallError, match="'nobody'"):
+        await client.trace("nobody")
+
+
+async def test_workers_tell_what_they_have_in_hand(runtime: Runtime) -> None:
+    client = await runtime.client(name="asks")
+    futures = [client.call("narrow_gate", "look") for _ in range(6)]
+    await _until(lambda: runtime.started("narrow_gate") == 2)
+    other = await runtime.client(name="other")
+    pending = [other.call("wait_at", "look") for _ in range(3)]
+    await _until(lambda: runtime.started("wait_at") == 3)
+    views = {view.name: view.glance for view in await client.look()}
+    assert list(views) == ["first", "other", "second"]
+    assert views["other"].futures == 3
+    hands = [views[name].actors["narrow_gate"] for name in ("first", "second")]
+    assert sum(queued for queued, _ in hands) == 4
+    assert [running for _, running in hands] == [1, 1]
+    await client.call("opens", "look")
+    await nalar_mq.gather(*futures, *pending)
+    ended = {view.name: view.glance.ended for view in await client.look()}
+    assert ended["first"] + ended["second"] == 10
+    assert ended["other"] == 0
+
+
+async def test_a_worker_remembers_its_last_calls_in_any_number_of_pieces(runtime: Runtime) -> None:
+    client = await runtime.client()
+    host = runtime.first._host
+    assert host is not None
+    await client.call("add", 1)
+    record = next(r for worker in (runtime.first, runtime.second) if worker._host for r in worker._host.records())
+    for number in range(REMEMBERED + 500):
+        host._ended.append(msgspec.structs.replace(record, id=number.to_bytes(16, "big"), parent=b"\xff" * 16, session="many"))
+    trace = await client.trace("many")
+    assert len(trace.calls) == REMEMBERED
+    assert int(trace.calls[0].id, 16) == 500
 
 
 async def test_calls_that_wait_for_each_other_are_told_so(runtime: Runtime) -> None:

@@ -229,6 +229,11 @@ def interrupt() -> None:
     gate("interrupt").set()
 
 
+@tool(concurrency=1)
+def narrow_gate(name: str) -> None:
+    gate(name).wait(30)
+
+
 @tool(max_instances=1)
 def wait_in_one(name: str) -> None:
     gate(name).wait(30)
