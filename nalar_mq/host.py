@@ -78,7 +78,14 @@ class Host:
     """The executions of one worker. Implements `calls.Host`; everything is for the loop unless it says otherwise."""
 
     def __init__(
-        self, specs: dict[str, ActorSpec], calls: Calls, children: Children, *, name: str, high_water: int = HIGH_WATER
+        self,
+        specs: dict[str, ActorSpec],
+        calls: Calls,
+        children: Children,
+        *,
+        name: str,
+        may_begin: Callable[[], bool],
+        high_water: int = HIGH_WATER,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
@@ -100,6 +107,7 @@ class Host:
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._sender_names: dict[Address, str] = {}
+        self._may_begin = may_begin
         self._high_water = high_water
         self.completed = 0
         self.shed = 0
@@ -295,8 +303,11 @@ class Host:
     # Running.
 
     def pump(self, replica: Replica) -> None:
-        """Starts what may run now. What ends at once meanwhile makes room for this same pump, not for one inside it."""
-        if replica.is_pumping or not replica.mailbox.is_ready:
+        """Starts what may run now. What ends at once meanwhile makes room for this same pump, not for one inside it.
+
+        Nothing does while this process may be held to be lost, and others may run its calls; `_keep_up` looks again.
+        """
+        if replica.is_pumping or not replica.mailbox.is_ready or not self._may_begin():
             return
         replica.is_pumping = True
         try:
@@ -647,11 +658,21 @@ class Host:
         while True:
             await asyncio.sleep(_WANT_AFTER_S)
             now = self._loop.time()
-            for look in (self._ask_for_values, self._end_late_casts, self._look_for_circles, self._end_idle_sessions):
+            for look in (
+                self._pump_all,
+                self._ask_for_values,
+                self._end_late_casts,
+                self._look_for_circles,
+                self._end_idle_sessions,
+            ):
                 try:
                     look(now)
                 except Exception:
                     _log.exception("host.upkeep_failed")
+
+    def _pump_all(self, _: float) -> None:
+        for replica in self._replicas.values():
+            self.pump(replica)
 
     def _ask_for_values(self, now: float) -> None:
         for id, executions in list(self._waiting.items()):

@@ -18,6 +18,10 @@ Return
     One writes the declaration before it reads the key, the other the key before it reads the declaration: so of the two at
     least one sees what the other has done, and nobody goes on whom somebody else holds to be lost.
 
+Standing still
+    A process that stood still may wake up with calls in its hands that others run by now. It begins none of them before its
+    lease has been confirmed again: `is_current` is false while the latest renewal lies a lease back.
+
 Replacement
     A process that finds a higher incarnation under its own name has been replaced and is told so once (`on_replaced`).
 
@@ -29,6 +33,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -106,24 +111,41 @@ class LeaseEvents(Protocol):
 class Lease:
     """Keeps one record alive. All methods belong to one event loop, which need not be the runtime's."""
 
-    def __init__(self, bucket: KeyValue, register: Register, name: str, member: Member, events: LeaseEvents) -> None:
+    def __init__(
+        self,
+        bucket: KeyValue,
+        register: Register,
+        name: str,
+        member: Member,
+        events: LeaseEvents,
+        clock: Callable[[], float],
+    ) -> None:
         self._bucket = bucket
         self._register = register
         self._name = name
         self._member = member
         self._events = events
+        self._clock = clock
+        self._confirmed_at = float("-inf")
         self._revision = 0
         self._was_absent = False
         self.is_over = False
 
     async def acquire(self) -> None:
         """Writes the record, in place of any earlier incarnation's."""
+        began = self._clock()
         self._revision = await self._bucket.put(self._name, encode_record(self._member))
+        self._confirmed_at = began
+
+    def age_s(self) -> float:
+        """How long ago the latest renewal that succeeded was begun. Any thread."""
+        return self._clock() - self._confirmed_at
 
     async def renew(self) -> None:
         """Writes it again, unless somebody else has taken the name or others have given this incarnation up."""
         if self.is_over:
             return
+        began = self._clock()
         value = encode_record(self._member)
         try:
             self._revision = await self._bucket.update(self._name, value, self._revision)
@@ -131,6 +153,8 @@ class Lease:
             await self._recover(value)
         if self._was_absent and not self.is_over:
             await self._check_register()
+        if not self.is_over:
+            self._confirmed_at = began
 
     async def _recover(self, value: bytes) -> None:
         entry = await self._bucket.get(self._name)
@@ -217,7 +241,7 @@ class LeaseThread:
         try:
             bucket = await transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
             register = Register(transport, self._subjects.lost_bucket)
-            self._lease = Lease(bucket, register, self._name, self._member, self)
+            self._lease = Lease(bucket, register, self._name, self._member, self, time.monotonic)
             await self._lease.acquire()
         except Exception as error:
             self._tell(error)
@@ -250,6 +274,10 @@ class LeaseThread:
         with contextlib.suppress(RuntimeError):
             self._owner.call_soon_threadsafe(self._events.on_declared_lost)
 
+    def age_s(self) -> float:
+        """How long ago the latest renewal that succeeded was begun."""
+        return self._lease.age_s() if self._lease is not None else float("inf")
+
     async def change(self, member: Member) -> None:
         """Replaces what the record says."""
         if self._lease is not None and self._loop is not None:
@@ -276,6 +304,10 @@ class LeaseTask:
         """Returns when the record is written."""
         await self._lease.acquire()
         self._keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
+
+    def age_s(self) -> float:
+        """How long ago the latest renewal that succeeded was begun."""
+        return self._lease.age_s()
 
     async def change(self, member: Member) -> None:
         """Replaces what the record says."""
@@ -342,7 +374,8 @@ class Membership:
         self._bucket = await self._transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
         name, member, lease_s = self._me.name, self._member, self._lease_s
         if self._lease_connect is None:
-            self._lease = LeaseTask(Lease(self._bucket, self._register, name, member, self._events), lease_s)
+            lease = Lease(self._bucket, self._register, name, member, self._events, loop.time)
+            self._lease = LeaseTask(lease, lease_s)
         else:
             self._lease = LeaseThread(self._lease_connect, self._subjects, name, member, lease_s, self._events)
         self._snapshot = loop.create_future()
@@ -350,6 +383,10 @@ class Membership:
         await self._lease.start()
         await self._snapshot
         self._tasks.append(asyncio.create_task(self._look_for_the_dead()))
+
+    def is_current(self) -> bool:
+        """False while others may hold this process to be lost: it begins nothing then."""
+        return self._lease is not None and self._lease.age_s() < self._lease_s
 
     async def drain(self) -> None:
         """Tells everybody that this process takes no new calls."""

@@ -158,6 +158,10 @@ class Process:
             self.declared_lost.set_result(None)
         self.calls.close(OwnerLostError(f"process {self.name!r} stood still for longer than its lease and was given up"))
 
+    def is_current(self) -> bool:
+        """False while others may hold this process to be lost: it begins nothing then."""
+        return self.membership.is_current()
+
     async def wait_for(self, actor: str, timeout_s: float) -> bool:
         """Returns True once somebody serves `actor`, False after `timeout_s`."""
         with contextlib.suppress(TimeoutError):

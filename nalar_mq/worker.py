@@ -102,7 +102,12 @@ class Worker:
     def _begin_hosting(self) -> None:
         calls = self._process.calls
         self._host = calls.host = Host(
-            self._app.actors, calls, Children(self._app.path), name=self.name, high_water=self._high_water
+            self._app.actors,
+            calls,
+            Children(self._app.path),
+            name=self.name,
+            may_begin=self._process.is_current,
+            high_water=self._high_water,
         )
         self._host.start()
 

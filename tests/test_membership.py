@@ -123,7 +123,9 @@ async def test_an_outage_of_the_broker_kills_nobody(hub: MemoryHub, a: Somebody,
     await asyncio.sleep(5 * LEASE_S)
     for name in "abc":
         hub.restore(name)
+    assert not a.membership.is_current()
     await asyncio.sleep(3 * LEASE_S)
+    assert a.membership.is_current()
     assert a.sees == b.sees == c.sees == {"a", "b", "c"}
     assert a.lost == b.lost == c.lost == []
     assert a.events == b.events == c.events == []
@@ -132,11 +134,14 @@ async def test_an_outage_of_the_broker_kills_nobody(hub: MemoryHub, a: Somebody,
 @simulated
 async def test_one_cut_off_for_long_is_lost_for_all_and_told_so(hub: MemoryHub, a: Somebody, b: Somebody, c: Somebody) -> None:
     hub.cut("a")
+    assert a.membership.is_current()
     await asyncio.sleep(3 * LEASE_S)
+    assert not a.membership.is_current()
     assert b.lost == c.lost == [a.me]
     hub.restore("a")
     await asyncio.sleep(2 * LEASE_S)
     assert a.events == ["declared lost"]
+    assert not a.membership.is_current()
     assert b.sees == c.sees == {"b", "c"}
     again = await Somebody("a", 2).join(hub)
     await asyncio.sleep(0.1)

@@ -504,6 +504,21 @@ async def test_an_overloaded_worker_gives_back_what_matters_least(runtime: Runti
     assert [await future for future in [running, *low[:4], *high]] == ["full"] * 20
 
 
+@only_in_memory
+async def test_who_slept_through_its_lease_begins_none_of_the_calls_that_came_meanwhile(runtime: Runtime) -> None:
+    client = await runtime.client()
+    assert runtime.first._host is not None
+    completed = runtime.first._host.completed
+    runtime.hub.pause("first")
+    calls = [client.options(retries=2).call("add", n, b=1) for n in range(40)]
+    assert [await call for call in calls] == [n + 1 for n in range(40)]
+    assert "first" not in client.process.table.members
+    runtime.hub.resume("first")
+    await asyncio.wait_for(asyncio.shield(runtime.first.closed), 10)
+    assert runtime.first.running > 0
+    assert runtime.first._host.completed == completed
+
+
 async def test_a_cast_runs_and_gives_nothing_back(runtime: Runtime) -> None:
     client = await runtime.client()
     runtime.actors.opens.cast("cast")
