@@ -11,6 +11,8 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.dead.<job>           a job that cannot or did not succeed, as it was published, with the cause in its headers; kept in
                             the ledger `NS-dead` until somebody retries or drops it; `seq-<number>` where the id is no token
     NS.running.<job>        the process that runs a job, and how often it has failed; kept in the ledger `NS-running`
+    NS.journal.<process>.<incarnation>
+                            what the calls of jobs that this process made have come to; in the ledger `NS-journal`
     NS.cancel.<job>         somebody has cancelled the job: whoever runs it may stop
     NS.call.<name>          a call with an answer and no durability, from any client: a workflow, a tool, `agent.method`
 
@@ -68,6 +70,15 @@ class Address(NamedTuple):
     name: str
     incarnation: int
 
+    @classmethod
+    def parse(cls, text: str) -> Address | None:
+        """The address in `name/incarnation`, as `str` writes it; None if it is none."""
+        name, _, incarnation = text.partition("/")
+        return cls(name, int(incarnation)) if is_token(name) and incarnation.isdecimal() else None
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.incarnation}"
+
 
 class Subjects:
     """The subjects and buckets of one namespace. Immutable; cheap to share."""
@@ -75,6 +86,7 @@ class Subjects:
     __slots__ = (
         "dead_ledger",
         "jobs_queue",
+        "journal_ledger",
         "lost_bucket",
         "members_bucket",
         "namespace",
@@ -88,6 +100,7 @@ class Subjects:
         self.members_bucket = f"{namespace}-members"
         self.places_bucket = f"{namespace}-places"
         self.lost_bucket = f"{namespace}-lost"
+        self.journal_ledger = f"{namespace}-journal"
         self.running_ledger = f"{namespace}-running"
         self.jobs_queue = f"{namespace}-jobs"
         self.results_ledger = f"{namespace}-results"
@@ -128,6 +141,15 @@ class Subjects:
     def running(self, job: str) -> str:
         """Where it is written who runs a job; `*` for all of them."""
         return f"{self.namespace}.running.{job}"
+
+    def journal(self, process: str, incarnation: int | str) -> str:
+        """Where a process keeps what its calls have come to; `*` and `*` for all of them."""
+        return f"{self.namespace}.journal.{process}.{incarnation}"
+
+    def journal_writer(self, subject: str) -> Address | None:
+        """The process in a subject that `journal` made; None if it is none."""
+        name, _, incarnation = subject.removeprefix(f"{self.namespace}.journal.").partition(".")
+        return Address(name, int(incarnation)) if is_token(name) and incarnation.isdecimal() else None
 
     def dead(self, job: str) -> str:
         """Where a job goes that cannot be done; `*` for all of them."""

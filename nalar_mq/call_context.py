@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
+from nalar_mq.address import Address
 from nalar_mq.errors import CallCancelledError, NotConnectedError
+from nalar_mq.history import History
 
 if TYPE_CHECKING:
     from nalar_mq.future import Future
@@ -58,11 +60,33 @@ class Caller(Protocol):
         """The consumer of a stream takes chunks up to number `limit`. Any thread."""
         ...
 
+    def look(self, future: Future[Any], history: History) -> bool:
+        """A call of a job looks whether a future of its own has ended: True if it has, for all attempts. Any thread."""
+        ...
+
+    def note_unseen(self, history: History, number: int) -> None:
+        """A look of that number found nothing. Any thread."""
+        ...
+
+    def hurry(self, future: Future[Any], history: History) -> None:
+        """A call of a job waits for a future of its own. Any thread."""
+        ...
+
+
+class Root(NamedTuple):
+    """How the call is made that is a job itself: its id, which attempt it is (see `messages.Call`), where it runs already."""
+
+    id: bytes
+    attempt: int = 0
+    lost: tuple[str, ...] = ()
+    failures: int = 0
+    located: Address | None = None
+
 
 class CallOptions:
     """How one call is made; None means: as the context or the actor's directives say."""
 
-    __slots__ = ("cast", "init", "instance", "priority", "retries", "session", "timeout_s")
+    __slots__ = ("cast", "init", "instance", "priority", "retries", "root", "session", "timeout_s")
 
     def __init__(
         self,
@@ -74,6 +98,7 @@ class CallOptions:
         instance: str = "",
         init: bytes = b"",
         cast: bool = False,
+        root: Root | None = None,
     ) -> None:
         self.session = session
         self.priority = priority
@@ -82,6 +107,7 @@ class CallOptions:
         self.instance = instance
         self.init = init
         self.cast = cast
+        self.root = root
 
     def but(self, **changes: Any) -> CallOptions:
         """The same options with some of them changed."""
@@ -110,6 +136,7 @@ class CallContext(msgspec.Struct, eq=False):
         slot: its claim on the replica, or None outside a worker.
         cancelled: why it must stop, or empty while it may go on.
         constructed: how many agent instances its driver has made so far.
+        history: what it has made and seen, if it belongs to a job.
     """
 
     caller: Caller
@@ -125,6 +152,7 @@ class CallContext(msgspec.Struct, eq=False):
     slot: Slot | None = None
     cancelled: str = ""
     constructed: int = 0
+    history: History | None = None
 
     def check_cancelled(self) -> None:
         """Raises `CallCancelledError` if this call must stop."""

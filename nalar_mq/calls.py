@@ -16,6 +16,12 @@ late or miss its addressee, and the value still arrives.
 
 Loss. When the incarnation that has a call is lost, a call that was never sent to it is routed anew; one that may have run is
 sent again under the same id if it may be retried, and else fails with `WorkerLostError`.
+
+Jobs. A call that a job makes ends in two steps: what arrived first is written into the journal, and once it is durable the
+future gets it, whoever waits for it as an argument too (their executors are not told to push to each other), and the
+executor is told that it may forget it (`Settled`). A job that is tried again makes the same calls (`history`): those whose
+outcome former attempts saw get it without being sent, those that still run somewhere are sent there, where they have a new
+owner from then on, and the others run.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import copy
 import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -33,17 +39,20 @@ import msgspec
 
 from nalar_mq import values
 from nalar_mq.address import Address
-from nalar_mq.call_context import CallContext, CallOptions
+from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.channel import Endpoint
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
     CallTimeoutError,
+    OwnerLostError,
     UnknownActorError,
     ValueTooLargeError,
     WorkerLostError,
 )
 from nalar_mq.future import Future
+from nalar_mq.history import History
+from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
 from nalar_mq.messages import (
@@ -56,9 +65,13 @@ from nalar_mq.messages import (
     Credit,
     Fail,
     Load,
+    Locate,
+    Located,
     Message,
+    Outcome,
     Probe,
     Resolve,
+    Settled,
     Want,
 )
 from nalar_mq.placement import RoutingTable
@@ -68,6 +81,9 @@ from nalar_mq.threads import LoopInbox
 VALUE_LIMIT_BYTES = 512 * 1024
 JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
+_HURRY_AFTER_S = 0.02  # how long a job that is repeated may wait for a call's turn to appear
+_FIRST_PAUSE_S = 0.05  # before a call is sent again, doubled with each attempt
+_LONGEST_PAUSE_S = 2.0
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05
 _LONGEST_S = 1e9  # a timeout beyond this, infinity among them, is none: timers cannot hold it
@@ -106,6 +122,10 @@ class Host(Protocol):
         """Nobody is left who wants that process's calls."""
         ...
 
+    def on_settled(self, owner: Address, settled: Settled) -> None:
+        """The outcome of a call of a job is durable."""
+        ...
+
     @property
     def completed(self) -> int:
         """Calls that have been run to their end."""
@@ -117,6 +137,18 @@ class Host(Protocol):
 
     def records(self) -> list[CallRecord]:
         """Calls that have not ended, and the last ones that have."""
+        ...
+
+
+class Resumption(Protocol):
+    """The part of a process that knows of the former attempts at a job."""
+
+    def on_locate(self, sender: Address, locate: Locate) -> None:
+        """Somebody goes on with jobs of which calls may be here."""
+        ...
+
+    def on_located(self, sender: Address, located: Located) -> None:
+        """A worker has answered."""
         ...
 
 
@@ -136,6 +168,10 @@ class Entry(msgspec.Struct, eq=False):
     tick: int = 0
     credit: int = 0
     cancelling: bool = False
+    history: History | None = None
+    located: Address | None = None
+    is_kept: bool = False
+    is_root: bool = False
 
 
 class Calls:
@@ -156,10 +192,14 @@ class Calls:
         self.loop = asyncio.get_running_loop()
         self.me = me
         self.host: Host | None = None
+        self.resumption: Resumption | None = None
+        self.journal: Journal | None = None
         self._endpoint = endpoint
         self._table = table
         self._places = places
         self._thread = threading.get_ident()
+        self._random = random
+        self._unsettled: dict[bytes, Address] = {}
         self._root = random.getrandbits(64).to_bytes(8, "big")
         self._numbers = itertools.count(1)
         self._inbox = LoopInbox(self.loop)
@@ -193,10 +233,7 @@ class Calls:
         Raises:
             ValueNotEncodableError, ValueTooLargeError: an argument cannot travel.
         """
-        number = next(self._numbers)
-        id = self._root + number.to_bytes(8, "big")
         label = self._label(actor, method)
-        future: Future[Any] = Future(self, id, label)
         deps: list[values.Deferred] = []
         payload = values.encode_arguments(args, kwargs, deps)
         if len(payload) > VALUE_LIMIT_BYTES:
@@ -204,7 +241,16 @@ class Calls:
         info = self._table.info(actor) or _UNKNOWN
         now = self.loop.time()
         deadline = self._deadline(context, options, info, now)
-        session = options.session or context.session or f"auto-{self._root.hex()}-{number}"
+        history, root = context.history, options.root
+        session = options.session or context.session
+        if history is not None:
+            id = history.id_of(actor, method, session, options.instance, options.init, payload)
+        elif root is not None:
+            id = root.id
+        else:
+            id = self._root + next(self._numbers).to_bytes(8, "big")
+        session = session or f"auto-{id.hex()}"
+        future: Future[Any] = Future(self, id, label, history)
         is_on_loop = threading.get_ident() == self._thread
         place = self._places.key(actor, session, options.instance) if info.stateful else ""
         call = Call(
@@ -227,10 +273,18 @@ class Calls:
             context.trace,
             context.budget,
         )
+        if root is not None or (history is not None and history.memory is not None):
+            call = _tried_again(call, root, history)
         retries = options.retries if options.retries is not None else info.retries
         if context.job and options.retries is None:
             retries = max(JOB_RETRIES, retries)
         entry = Entry(future, call, context.call_id, deadline, place, retries, actor)
+        entry.history = history
+        if root is not None:
+            entry.is_root = True
+            entry.located = root.located
+        elif history is not None and history.memory is not None:
+            entry.located = history.memory.located.pop(id, None)
         if deps:
             entry.depends = [dep for dep in deps if isinstance(dep, Future)]
         if is_on_loop:
@@ -279,6 +333,15 @@ class Calls:
         if self._closed is not None:
             future.fail(copy.copy(self._closed))
             return
+        if entry.history is not None and entry.history.unseen_on_the_way:
+            self._journal().after(lambda: self._enter(entry))
+        else:
+            self._enter(entry)
+
+    def _enter(self, entry: Entry) -> None:
+        future = entry.future
+        if entry.history is not None or entry.is_root:
+            self._give_way(entry)
         self._entries[future.id] = entry
         if entry.parent:
             self._children.setdefault(entry.parent, {})[future.id] = None
@@ -286,11 +349,16 @@ class Calls:
             self._lent[dep.id] = dep, self._lent.get(dep.id, (dep, 0))[1] + 1
         if entry.deadline is not None:
             self._watch_deadline(entry, entry.deadline)
-        self._route(entry)
+        if entry.history is None or not self._is_remembered(entry, entry.history):
+            self._route(entry)
 
     def _route(self, entry: Entry) -> None:
         call = entry.call
         assert call is not None
+        located, entry.located = entry.located, None
+        if located is not None and not self._table.is_lost(located):
+            self._send(entry, call, located)
+            return
         info = self._table.info(call.actor)
         if info is None:
             self._hold_unrouted(entry, call.actor)
@@ -367,6 +435,8 @@ class Calls:
         elif not entry.retries:
             entry.call = None  # nothing here will send it again: let the arguments go
         if call.cast:
+            if entry.history is not None:
+                self._journal().put(Outcome(call.job, call.parent, Resolve(call.id, b"")))
             self._end(entry)
 
     def tell(self, address: Address, message: Message, *, linger: bool = False) -> None:
@@ -397,7 +467,7 @@ class Calls:
         if entry.consumers is None:
             entry.consumers = []
         entry.consumers.append(consumer)
-        if entry.address is not None and consumer != self.me:
+        if entry.address is not None and consumer != self.me and entry.history is None:
             self.tell(entry.address, Consume(dep.id, consumer.name, consumer.incarnation))
 
     def _push(self, dep: Future[Any], consumer: Address) -> None:
@@ -443,6 +513,12 @@ class Calls:
                 self.host.on_credit(sender, message)
             case Probe() if self.host is not None:
                 self.host.on_probe(message)
+            case Settled() if self.host is not None:
+                self.host.on_settled(sender, message)
+            case Locate() if self.resumption is not None:
+                self.resumption.on_locate(sender, message)
+            case Located() if self.resumption is not None:
+                self.resumption.on_located(sender, message)
             case _:
                 _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
 
@@ -453,6 +529,9 @@ class Calls:
     def _on_resolve(self, message: Resolve) -> None:
         entry = self._entries.get(message.id)
         if entry is not None:
+            if entry.history is not None:
+                self._keep(entry, message, entry.history)
+                return
             entry.future.resolve(message.payload)
             self._end(entry)
             if entry.consumers is not None:
@@ -463,10 +542,10 @@ class Calls:
     def _on_fail(self, message: Fail) -> None:
         entry = self._entries.get(message.id)
         if entry is not None:
-            error = values.decode_error(
-                message.kind, message.text, message.payload, message.traceback, message.id.hex(), entry.future.actor
-            )
-            entry.future.fail(error)
+            if entry.history is not None:
+                self._keep(entry, message, entry.history)
+                return
+            entry.future.fail(_error_in(message, entry.future.actor))
             self._end(entry)
             if entry.consumers is not None:
                 self._push_to_missed(entry.consumers, message)
@@ -525,6 +604,8 @@ class Calls:
                 del self._children[entry.parent]
         for dep in entry.depends or ():
             self._give_back(dep.id)
+        if entry.is_root and entry.address is not None:
+            self._unsettled[id] = entry.address
         if entry.address is not None:
             self.in_flight[entry.actor][entry.address.name] -= 1
 
@@ -545,6 +626,9 @@ class Calls:
         if isinstance(error, CallError):
             error.call_id = error.call_id or entry.future.id.hex()
             error.actor = error.actor or entry.future.actor
+        if entry.history is not None and self._closed is None:
+            self._keep(entry, Fail(entry.future.id, *values.encode_error(error)), entry.history)
+            return
         entry.future.fail(error)
         self._end(entry)
         if entry.consumers is not None:
@@ -582,6 +666,8 @@ class Calls:
         if entry is None:
             return
         entry.tick = 0
+        if entry.is_kept:
+            return
         if entry.cancelling:
             self._end_with(entry, CallCancelledError("cancelled; its worker did not answer", started=True))
             return
@@ -600,7 +686,7 @@ class Calls:
 
     def _cancel(self, id: bytes, reason: str) -> None:
         entry = self._entries.get(id)
-        if entry is None or entry.cancelling:
+        if entry is None or entry.cancelling or entry.is_kept:
             return
         if not self._stop_executor(entry, reason):
             self._end_with(entry, CallCancelledError(reason, started=False))
@@ -633,6 +719,116 @@ class Calls:
         """The session has ended here; whoever calls it next decides its place anew."""
         self._places.release(self._places.key(actor, session, instance), self.me)
 
+    # Jobs.
+
+    def _journal(self) -> Journal:
+        assert self.journal is not None
+        return self.journal
+
+    def _keep(self, entry: Entry, message: Resolve | Fail, history: History) -> None:
+        """The first outcome of a call of a job: its maker sees it once it is durable."""
+        if entry.is_kept:
+            return
+        entry.is_kept = True
+        self._stop_watching(entry)
+        result = msgspec.structs.replace(message, pushed=()) if message.pushed else message
+        outcome = Outcome(history.job, history.call_id, result)
+        self._journal().put(outcome, functools.partial(self._appear, entry, result))
+
+    def _appear(self, entry: Entry, result: Resolve | Fail) -> None:
+        """Shows an outcome that is durable."""
+        if self._entries.get(result.id) is not entry:
+            return
+        if type(result) is Resolve:
+            entry.future.resolve(result.payload)
+        else:
+            assert type(result) is Fail
+            entry.future.fail(_error_in(result, entry.future.actor))
+        self._end(entry)
+        if entry.consumers is not None:
+            self._push_to_missed(entry.consumers, result)
+        if entry.address is not None:
+            self.tell(entry.address, Settled(result.id))
+
+    def _is_remembered(self, entry: Entry, history: History) -> bool:
+        """True if a former attempt saw how the call ended: then it is not made again, and ends when its turn comes."""
+        id = entry.future.id
+        if history.memory is None or not history.expects(id):
+            return False
+        result = history.made(id)
+        if result is not None:
+            self._appear(entry, result)
+        self._let_appear(history.due())
+        return True
+
+    def _let_appear(self, results: list[Resolve | Fail]) -> None:
+        for result in results:
+            entry = self._entries.get(result.id)
+            if entry is not None:
+                self._appear(entry, result)
+
+    def _give_way(self, entry: Entry) -> None:
+        """The same call is made by another attempt in this very process: the former one's future is nobody's any more."""
+        former = self._entries.get(entry.future.id)
+        if former is not None:
+            entry.located = former.address
+            former.future.fail(OwnerLostError("another attempt at the job has made this call", actor=former.future.actor))
+            former.consumers = None
+            self._end(former)
+
+    def look(self, future: Future[Any], history: History) -> bool:
+        """A call of a job looks whether a future has ended; says what former attempts were told. Any thread."""
+        number = history.look()
+        is_on_loop = threading.get_ident() == self._thread
+        if history.was_unseen(number):
+            self._run_on_loop(lambda: self._let_appear(history.due()))
+            return False
+        if history.expects(future.id):
+            if is_on_loop:
+                self._let_appear([*history.due(), *history.hurry(future.id)])
+            else:
+                appeared = threading.Event()
+                if future.on_end(appeared.set):
+                    appeared.wait()
+        if future.has_ended():
+            return True
+        self.note_unseen(history, number)
+        return False
+
+    def note_unseen(self, history: History, number: int) -> None:
+        """A look found nothing: what the job calls after that waits until this is durable. Any thread."""
+        if history.note_unseen(number):
+            self._run_on_loop(lambda: self._journal_unseen(history))
+
+    def _journal_unseen(self, history: History) -> None:
+        for unseen in history.take_noted():
+            history.unseen_on_the_way += 1
+            self._journal().put(unseen, functools.partial(_has_landed, history))
+
+    def hurry(self, future: Future[Any], history: History) -> None:
+        """A job that is repeated waits for a future whose turn may never come, should its program have changed. Any thread."""
+        if history.expects(future.id):
+            self._run_on_loop(functools.partial(self._hurry_soon, future.id, history))
+
+    def _hurry_soon(self, id: bytes, history: History) -> None:
+        self.loop.call_later(_HURRY_AFTER_S, lambda: self._let_appear(history.hurry(id)))
+
+    def _run_on_loop(self, function: Callable[[], None]) -> None:
+        if threading.get_ident() == self._thread:
+            function()
+        else:
+            self._inbox.put(function)
+
+    def settle(self, future: Future[Any], *, again: bool = False) -> None:
+        """The outcome of a job is durable; with `again`, it will be made again and needs what it has seen so far."""
+        address = self._unsettled.pop(future.id, None)
+        if address is not None:
+            self.tell(address, Settled(future.id, again))
+
+    def is_lost(self, address: Address) -> bool:
+        """True if that incarnation has left, was lost or was replaced."""
+        return self._table.is_lost(address)
+
     # Losses.
 
     def on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
@@ -652,18 +848,40 @@ class Calls:
         assert lost is not None
         self.in_flight[entry.actor][lost.name] -= 1
         entry.address = None
+        if entry.is_kept:
+            return
         if entry.cancelling:
             self._end_with(entry, CallCancelledError("cancelled; its worker was lost", started=unsent is None))
         elif unsent is not None:
             entry.call = unsent
             self._again(entry)
-        elif entry.retries > 0 and entry.call is not None:
-            entry.retries -= 1
-            entry.call = msgspec.structs.replace(entry.call, attempt=entry.call.attempt + 1)
-            self._again(entry)
+        elif entry.call is not None and self._may_retry(entry):
+            call = entry.call
+            known = (*call.lost, str(lost)) if call.job else ()
+            entry.call = msgspec.structs.replace(call, attempt=call.attempt + 1, lost=known)
+            self.loop.call_later(self._pause_s(call.attempt), self._after_pause, entry)
         else:
             error = WorkerLostError(f"worker {lost.name!r} was lost while it had {entry.future.actor}; it may have run")
+            error.worker = str(lost)
             self._end_with(entry, error)
+
+    def _may_retry(self, entry: Entry) -> bool:
+        """Takes one retry from the call's own, and in a job from those of all calls together."""
+        history = entry.history
+        if entry.retries <= 0 or (history is not None and history.retries_left <= 0):
+            return False
+        entry.retries -= 1
+        if history is not None:
+            history.retries_left -= 1
+        return True
+
+    def _pause_s(self, attempt: int) -> float:
+        """Spreads the calls of a lost worker, and leaves the others more time the more often that has happened."""
+        return float(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**attempt) * self._random.uniform(0.5, 1.0))
+
+    def _after_pause(self, entry: Entry) -> None:
+        if self._entries.get(entry.future.id) is entry and not entry.is_kept:
+            self._again(entry)
 
     def _again(self, entry: Entry) -> None:
         call = entry.call
@@ -687,7 +905,8 @@ class Calls:
         """Fails what has not ended, and every later call."""
         self._closed = error
         for entry in list(self._entries.values()):
-            self._stop_executor(entry, "its caller has closed")
+            if entry.history is None and not entry.is_root:  # another attempt at the job may want what runs
+                self._stop_executor(entry, "its caller has closed")
             self._end_with(entry, copy.copy(error))
         for timer in (self._ticking, *self._grace.values()):
             if timer is not None:
@@ -696,6 +915,24 @@ class Calls:
 
 
 _UNKNOWN = ActorInfo("", {})
+
+
+def _tried_again(call: Call, root: Root | None, history: History | None) -> Call:
+    """The call as it is made by a later attempt at its job."""
+    if root is not None:
+        return msgspec.structs.replace(call, attempt=root.attempt, lost=root.lost, failures=root.failures)
+    assert history is not None and history.memory is not None
+    return msgspec.structs.replace(call, attempt=1, lost=history.memory.lost, failures=history.failures)
+
+
+def _has_landed(history: History) -> None:
+    history.unseen_on_the_way -= 1
+
+
+def _error_in(message: Fail, actor: str) -> Exception:
+    return values.decode_error(message.kind, message.text, message.payload, message.traceback, message.id.hex(), actor)
+
+
 _NONE: dict[str, int] = {}
 
 

@@ -65,6 +65,8 @@ from nalar_mq.messages import (
     Call,
     Frame,
     Gone,
+    Locate,
+    Located,
     Message,
     decode_packet,
     encode_frame,
@@ -731,5 +733,6 @@ def _salvaged(data: bytes) -> Frame | None:
 def _too_large(message: Message, size_bytes: int, limit_bytes: int) -> ValueTooLargeError:
     kind = type(message).__name__.lower()
     actor = message.actor if isinstance(message, Call) else ""
+    call_id = "" if isinstance(message, Locate | Located) else message.id.hex()
     text = f"a {kind} of {size_bytes} bytes is larger than the {limit_bytes} that one message carries"
-    return ValueTooLargeError(text, call_id=message.id.hex(), actor=actor, size_bytes=size_bytes, limit_bytes=limit_bytes)
+    return ValueTooLargeError(text, call_id=call_id, actor=actor, size_bytes=size_bytes, limit_bytes=limit_bytes)

@@ -290,7 +290,13 @@ class CallCancelledError(CallError):
 
 
 class WorkerLostError(CallError):
-    """The worker that had the call died or became unreachable; whether the call ran is unknown."""
+    """The worker that had the call died or became unreachable; whether the call ran is unknown.
+
+    Attributes:
+        worker: `name/incarnation` of the process, empty where unknown.
+    """
+
+    worker: str = ""
 
 
 class OwnerLostError(CallError):

@@ -13,6 +13,7 @@ from nalar_mq.actor import MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext
 from nalar_mq.errors import CallCancelledError
+from nalar_mq.history import Memory
 from nalar_mq.messages import Call, CallRecord, Fail, Resolve
 from nalar_mq.outflow import Outflow
 from nalar_mq.replica import Replica
@@ -64,6 +65,9 @@ class Execution(msgspec.Struct, eq=False):
     ended: bool = False
     is_answered: bool = False
     is_batched: bool = False
+    is_orphan: bool = False
+    is_recalling: bool = False
+    memory: Memory | None = None
     waits: int = 0
 
     @property

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 from nalar_mq import values
 from nalar_mq.call_context import CallContext, Caller, current_context
 from nalar_mq.errors import CallTimeoutError, StreamRestartedError, WireError
+from nalar_mq.history import History
 
 T = TypeVar("T")
 T1 = TypeVar("T1")
@@ -53,6 +54,7 @@ class Future(values.Deferred, Generic[T_co]):
         "_caller",
         "_chunks",
         "_error",
+        "_history",
         "_payload",
         "_state",
         "_value",
@@ -62,7 +64,8 @@ class Future(values.Deferred, Generic[T_co]):
         "seen",
     )
 
-    def __init__(self, caller: Caller, id: bytes, actor: str) -> None:
+    def __init__(self, caller: Caller, id: bytes, actor: str, history: History | None = None) -> None:
+        self._history = history
         self.id = id
         self.actor = actor
         self.seen = False
@@ -132,6 +135,12 @@ class Future(values.Deferred, Generic[T_co]):
 
     def available(self) -> bool:
         """True once it has ended, with a value or with an error; never waits."""
+        if self._history is not None:
+            return self._caller.look(self, self._history)
+        return self._state != PENDING
+
+    def has_ended(self) -> bool:
+        """What `available` says, for the runtime: a job does not remember that somebody looked."""
         return self._state != PENDING
 
     def failed(self) -> bool:
@@ -147,9 +156,23 @@ class Future(values.Deferred, Generic[T_co]):
             CallTimeoutError: `timeout` or the deadline of the call passed.
             BaseException: whatever the call raised; `CallError` for what went wrong on the way.
         """
-        if self._state == PENDING:
+        if timeout is not None and self._history is not None:
+            self._wait_once(timeout, self._history)
+        elif self._state == PENDING:
             self._block(timeout)
         return self._look()
+
+    def _wait_once(self, timeout: float, history: History) -> None:
+        """Waits in a job: where a former attempt waited in vain, this one does, too, and at once."""
+        number = history.look()
+        if history.was_unseen(number):
+            raise self._too_late(timeout)
+        try:
+            if self._state == PENDING:
+                self._block(timeout)
+        except CallTimeoutError:
+            self._caller.note_unseen(history, number)
+            raise
 
     def _block(self, timeout: float | None) -> None:
         if _running_loop() is self._caller.loop:
@@ -167,9 +190,11 @@ class Future(values.Deferred, Generic[T_co]):
                 slot.take_back()
         if not ended:
             self.forget(done.set)
-            raise CallTimeoutError(
-                f"{self.actor} had no value after {timeout} s; it still runs", call_id=self.id.hex(), actor=self.actor
-            )
+            raise self._too_late(timeout)
+
+    def _too_late(self, timeout: float | None) -> CallTimeoutError:
+        text = f"{self.actor} had no value after {timeout} s; it still runs"
+        return CallTimeoutError(text, call_id=self.id.hex(), actor=self.actor)
 
     def _look(self) -> T_co:
         self.seen = True
@@ -211,7 +236,9 @@ class Future(values.Deferred, Generic[T_co]):
                 self._waiters = [waiter]
             else:
                 self._waiters.append(waiter)
-            return True
+        if self._history is not None and self._history.is_repeating:
+            self._caller.hurry(self, self._history)
+        return True
 
     def forget(self, waiter: Callable[[], object]) -> None:
         """Takes a waiter back; harmless if it was called or never there."""
@@ -412,7 +439,7 @@ class Stream(Generic[T]):
 
     def close(self) -> None:
         """Takes no more pieces: a call that has not ended is cancelled. Idempotent; any thread."""
-        if not self._chunks.closed and not self._future.available():
+        if not self._chunks.closed and not self._future.has_ended():
             self._future.cancel("nobody reads its stream any more")
 
     def __del__(self) -> None:

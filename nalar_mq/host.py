@@ -14,6 +14,10 @@ is kept for a while, and what has not come is asked for. A dependency that faile
 Async code runs on the loop, sync code in threads, and code that asks for it in a child process. A call that is cancelled
 ends at its next `await`; in a thread at its next call to an actor, and what it returns after that is dropped while its
 session stays held until the thread has returned.
+
+Calls of jobs. What such a call came to is kept until its owner says that it is durable, and the call goes on when its owner
+is lost: whoever tries the job again asks for it by its id, and is its owner from then on. A call of a later attempt waits in
+the mailbox until what former attempts have done is known (`recall`).
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ import itertools
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from typing import Any, cast
 
+import msgspec
 from msgspec.structs import force_setattr
 
 from nalar_mq import origins, values
@@ -47,11 +52,13 @@ from nalar_mq.errors import (
     UnknownMethodError,
     WaitCycleError,
 )
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.execution import Execution, session_key_of
 from nalar_mq.future import Future
+from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
-from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Probe, Resolve, Want
+from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Probe, Resolve, Settled, Want
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
@@ -67,11 +74,25 @@ _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
+_KEPT_S = 3600.0  # what a call of a job came to, when nobody asks for it
 _STOP_S = 5.0
 _DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
 REMEMBERED = 20_000  # calls that have ended and can be asked for; about 0.4 KB each
 _log = logger(__name__)
+
+
+Remember = Callable[[str, tuple[str, ...]], Coroutine[Any, Any, Memory]]
+"""What former attempts at a job have done, given its id and the processes that were lost."""
+
+
+class _Kept(msgspec.Struct, eq=False):
+    """What a call of a job came to, for whoever owns it."""
+
+    message: Resolve | Fail
+    job: str
+    owner: Address
+    at: float
 
 
 class Host:
@@ -85,6 +106,7 @@ class Host:
         *,
         name: str,
         may_begin: Callable[[], bool],
+        remember: Remember,
         high_water: int = HIGH_WATER,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -97,7 +119,10 @@ class Host:
         self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
         self._pushed_bytes = 0
         self._early_credits: OrderedDict[bytes, int] = OrderedDict()
-        self._casts: dict[bytes, Execution] = {}
+        self._unwatched: dict[bytes, Execution] = {}
+        self._kept: dict[bytes, _Kept] = {}
+        self._remember = remember
+        self._recalling: set[asyncio.Task[None]] = set()
         self._threads = Threads(f"{name}-call")
         self._runner = Runner(self._loop, calls.flush)
         self._inbox = LoopInbox(self._loop)
@@ -108,6 +133,14 @@ class Host:
         self._idle.set()
         self._sender_names: dict[Address, str] = {}
         self._may_begin = may_begin
+        self._looks = (
+            self._pump_all,
+            self._ask_for_values,
+            self._end_unwatched,
+            self._look_for_circles,
+            self._end_idle_sessions,
+            self._end_kept,
+        )
         self._high_water = high_water
         self.completed = 0
         self.shed = 0
@@ -127,7 +160,8 @@ class Host:
 
     def on_call(self, owner: Address, call: Call, now: float) -> None:
         """A call has arrived at `now`: queues it, or refuses it with a typed error."""
-        if call.id in self._executions:
+        if call.id in self._executions or call.id in self._kept:
+            self._on_known(owner, call)
             return
         replica = self._replicas.get(call.actor)
         if replica is None:
@@ -143,9 +177,11 @@ class Host:
         execution = Execution(self, owner, call, replica, method, now, now, session_key_of(call))
         self._executions[call.id] = execution
         if call.cast and call.timeout_s is not None:
-            self._casts[call.id] = execution
+            self._unwatched[call.id] = execution
         if call.deps:
             self._await_values(execution)
+        if call.job and call.attempt:
+            self._begin_recalling(execution)
         if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
             self._outflow(execution).allow(limit)
         # An ancestor that has ended holds nothing any more: then the call queues like any other.
@@ -157,7 +193,7 @@ class Host:
             number=call.number,
             priority=call.priority,
             now=now,
-            ready=not execution.missing,
+            ready=not execution.missing and not execution.is_recalling,
             reentrant=reentrant,
             batch=_batch_key(call) if replica.spec.directives.batchable else "",
         )
@@ -168,6 +204,32 @@ class Host:
         self.pump(replica)
         if len(self._executions) > self._high_water:
             self._shed(replica)
+
+    def _on_known(self, owner: Address, call: Call) -> None:
+        """The call is here already: of a job that is tried again, it has another owner from now on."""
+        kept = self._kept.get(call.id)
+        if kept is not None:
+            kept.owner = owner
+            self._calls.tell(owner, kept.message)
+            return
+        execution = self._executions[call.id]
+        if call.job and execution.owner != owner:
+            execution.owner = owner
+            execution.is_orphan = False
+            self._unwatched.pop(call.id, None)
+
+    def _begin_recalling(self, execution: Execution) -> None:
+        execution.is_recalling = True
+        task = self._loop.create_task(self._recall(execution))
+        self._recalling.add(task)
+        task.add_done_callback(self._recalling.discard)
+
+    async def _recall(self, execution: Execution) -> None:
+        execution.memory = await self._remember(execution.call.job, execution.call.lost)
+        execution.is_recalling = False
+        if not execution.missing and not execution.ended:
+            execution.replica.mailbox.mark_ready(execution.call.id)
+            self.pump(execution.replica)
 
     def _sender_name(self, owner: Address) -> str:
         """The name of a sender in mailboxes, the same object for all its calls."""
@@ -215,8 +277,9 @@ class Host:
                 execution.given[message.id] = message
                 if not missing and not execution.ended:
                     execution.missing = None
-                    execution.replica.mailbox.mark_ready(execution.call.id)
-                    self.pump(execution.replica)
+                    if not execution.is_recalling:
+                        execution.replica.mailbox.mark_ready(execution.call.id)
+                        self.pump(execution.replica)
         while len(self._pushed) > _PUSHED_KEPT or self._pushed_bytes > _PUSHED_BYTES:
             self._forget_oldest_push()
 
@@ -230,7 +293,7 @@ class Host:
         if execution is not None and execution.owner == owner:
             self._cancel(execution, cancel.reason)
 
-    def _cancel(self, execution: Execution, reason: str) -> None:
+    def _cancel(self, execution: Execution, reason: str, *, with_children: bool = True) -> None:
         if not execution.started:
             execution.replica.mailbox.remove(execution.call.id)
             self._answer_error(execution, CallCancelledError(reason or "cancelled", started=False))
@@ -244,7 +307,8 @@ class Host:
         if context is None or context.cancelled:
             return
         context.cancelled = reason or "cancelled"
-        self._calls.cancel_children(execution.call.id, context.cancelled)
+        if with_children:
+            self._calls.cancel_children(execution.call.id, context.cancelled)
         self._preempt(execution)
         if execution.child is not None:
             execution.child()
@@ -291,14 +355,34 @@ class Host:
     def on_owner_lost(self, owner: Address) -> None:
         """Nobody is left who wants that process's calls: they end, their children with them.
 
-        Casts go on, since nobody ever waited for them, unless they need a value that now never comes.
+        Casts go on, since nobody ever waited for them, and so do calls of jobs, which another attempt may ask for; unless
+        they need a value that now never comes.
         """
         self._sender_names.pop(owner, None)
         for execution in [e for e in self._executions.values() if e.owner == owner]:
             if execution.call.cast and not execution.missing:
                 continue
+            if _may_be_adopted(execution):
+                execution.is_orphan = True
+                if execution.call.timeout_s is not None:
+                    self._unwatched[execution.call.id] = execution
+                continue
             execution.is_answered = True
             self._cancel(execution, f"its caller {owner.name!r} is gone")
+
+    def calls_without_owner(self, jobs: frozenset[str]) -> list[bytes]:
+        """Calls of jobs that are queued, run or have ended here, and whose owner is gone."""
+        running = [e.call.id for e in self._executions.values() if e.is_orphan and e.call.job in jobs]
+        ended = [id for id, kept in self._kept.items() if kept.job in jobs and self._calls.is_lost(kept.owner)]
+        return running + ended
+
+    def on_settled(self, owner: Address, settled: Settled) -> None:
+        """What a call of a job came to is durable: nobody will ask for it, nor for what it has observed."""
+        kept = self._kept.get(settled.id)
+        if kept is not None and kept.owner == owner:
+            del self._kept[settled.id]
+            if not settled.again and self._calls.journal is not None:
+                self._calls.journal.release(settled.id)
 
     # Running.
 
@@ -417,6 +501,7 @@ class Host:
             call.trace,
             call.budget,
             execution,
+            history=_history_of(execution) if call.job else None,
         )
         return args, kwargs
 
@@ -609,8 +694,8 @@ class Host:
         self._ended.append(execution.record(self._loop.time()))
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         self._executions.pop(execution.call.id, None)
-        if execution.call.cast:
-            self._casts.pop(execution.call.id, None)
+        if execution.call.cast or execution.is_orphan:
+            self._unwatched.pop(execution.call.id, None)
         if execution.missing:
             for id in execution.missing:
                 waiting = self._waiting.get(id)
@@ -640,7 +725,10 @@ class Host:
         if execution.is_answered:
             return
         execution.is_answered = True
+        call = execution.call
         tell, me, owner = self._calls.tell, self._calls.me, execution.owner
+        if call.job and not call.cast:
+            self._kept[call.id] = _Kept(message, call.job, owner, self._loop.time())
         for consumer in execution.consumers or ():
             if consumer == owner:
                 continue
@@ -648,7 +736,7 @@ class Host:
                 self.on_pushed(message)
             else:
                 tell(consumer, message)
-        if not execution.call.cast:
+        if not call.cast and not execution.is_orphan:
             # Who has passed a future on seldom waits for its value as well: those who need it come first.
             tell(owner, message, linger=bool(message.pushed))
 
@@ -658,13 +746,7 @@ class Host:
         while True:
             await asyncio.sleep(_WANT_AFTER_S)
             now = self._loop.time()
-            for look in (
-                self._pump_all,
-                self._ask_for_values,
-                self._end_late_casts,
-                self._look_for_circles,
-                self._end_idle_sessions,
-            ):
+            for look in self._looks:
                 try:
                     look(now)
                 except Exception:
@@ -681,9 +763,14 @@ class Host:
                     execution.wanted_at = now + min(10.0, now - execution.arrived)
                     self._calls.tell(execution.owner, Want(id))
 
-    def _end_late_casts(self, now: float) -> None:
-        """Of other calls the owner watches the deadline."""
-        for execution in [e for e in self._casts.values() if e.deadline is not None and e.deadline <= now]:
+    def _end_kept(self, now: float) -> None:
+        """What a job that was never tried again came to."""
+        for id in [id for id, kept in self._kept.items() if now - kept.at > _KEPT_S and self._calls.is_lost(kept.owner)]:
+            del self._kept[id]
+
+    def _end_unwatched(self, now: float) -> None:
+        """Of casts, and of calls whose owner is gone, nobody else watches the deadline."""
+        for execution in [e for e in self._unwatched.values() if e.deadline is not None and e.deadline <= now]:
             self._cancel(execution, "its deadline has passed")
 
     def _look_for_circles(self, now: float) -> None:
@@ -766,7 +853,8 @@ class Host:
         """Ends all instances and threads; what still runs is cancelled."""
         for execution in list(self._executions.values()):
             execution.is_answered = True  # nobody cancelled it: its owner hears of the loss and may send it elsewhere
-            self._cancel(execution, "its worker is stopping")
+            self._cancel(execution, "its worker is stopping", with_children=not execution.call.job)
+        await cancel_all(self._recalling)
         if self._upkeep is not None:
             self._upkeep.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -795,6 +883,17 @@ class Host:
             replica.stop()
         finally:
             self._inbox.put(functools.partial(settle, done))
+
+
+def _may_be_adopted(execution: Execution) -> bool:
+    """True for a call of a job that another owner can take over as it is: it needs nothing of the former one."""
+    outflow = execution.outflow
+    return bool(execution.call.job) and not execution.missing and (outflow is None or not outflow.is_streaming)
+
+
+def _history_of(execution: Execution) -> History:
+    call = execution.call
+    return History(call.job, call.id, in_order=not call.parent, memory=execution.memory, failures=call.failures)
 
 
 def _method(spec: ActorSpec, name: str) -> MethodSpec | None:

@@ -14,13 +14,17 @@ Life of a job in here, each step waiting for the broker for as long as it is awa
 What a worker has in hand is bounded: it pulls only what it has room for. While a job runs, its message is kept from other
 workers by heartbeats; if those fail because the worker's loop is blocked or the broker away, the record does the same, for
 as long as the worker's lease lives.
+
+A job that is run again, here or elsewhere, is the same call under the same id (`history`): if it still runs somewhere, this
+worker waits for it there, and if not, it finds again what it had done. Only when the memory of a session that it used is
+lost, it begins another life, which knows nothing of the former ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from random import Random
 from typing import Any, Final
@@ -29,7 +33,7 @@ import msgspec
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.address import Address, Subjects
-from nalar_mq.call_context import CallContext, CallOptions
+from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.calls import Calls
 from nalar_mq.errors import (
     AddressError,
@@ -50,6 +54,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future
+from nalar_mq.history import Memory, root_id
 from nalar_mq.interchange import read_arguments
 from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
 from nalar_mq.logs import logger
@@ -89,7 +94,7 @@ _BACK_OFF_MAX_S: Final = 60.0
 class _Job:
     """One job in the hands of this worker."""
 
-    __slots__ = ("failures", "future", "id", "losses", "message", "revision", "spec")
+    __slots__ = ("begun", "failures", "future", "id", "life", "losses", "lost", "message", "revision", "spec")
 
     def __init__(self, spec: ActorSpec, message: QueueMessage) -> None:
         self.spec = spec
@@ -98,6 +103,9 @@ class _Job:
         self.revision = 0
         self.failures = 0
         self.losses = 0
+        self.begun = 0
+        self.life = 0
+        self.lost: tuple[str, ...] = ()
         self.future: Future[Any] | None = None
 
 
@@ -108,6 +116,8 @@ class Intake:
         specs: what the worker serves; of these the workflows are taken.
         calls: makes the calls; who takes a job in need not be who runs it.
         transport, subjects, table, me, random: of the process.
+        remember: what former attempts at a job have done, given its id and the processes that were lost.
+        is_gone: judges a process that is not in the table.
         trust_broker: jobs are taken even from a broker that is known not to sync.
         options: how much and how long.
     """
@@ -122,6 +132,8 @@ class Intake:
         me: Address,
         random: Random,
         *,
+        remember: Callable[[str, tuple[str, ...]], Awaitable[Memory]],
+        is_gone: Callable[[Address], Awaitable[bool]],
         trust_broker: bool = False,
         options: IntakeOptions | None = None,
     ) -> None:
@@ -132,6 +144,8 @@ class Intake:
         self._table = table
         self._me = me
         self._random = random
+        self._remember = remember
+        self._is_gone = is_gone
         self._trust_broker = trust_broker
         self._options = options or IntakeOptions()
         self._loop = asyncio.get_running_loop()
@@ -233,9 +247,7 @@ class Intake:
             self._changed.set()
 
     async def _give_back(self, job: _Job, pause_s: float = 0.0) -> None:
-        """Lets another worker have the job at once, rather than when its time in our hands is over."""
-        if job.future is not None:
-            job.future.cancel("its worker gives the job back")
+        """Lets another worker have the job at once, rather than when its time in our hands is over; what runs goes on."""
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(_RETRY_S):
                 if job.revision:
@@ -268,8 +280,7 @@ class Intake:
             held = await self.jobs.patiently(lambda: self.jobs.holder(job.id))
             if held is not None and not await self._may_take_over(job, held[0]):
                 return False
-            sequence, workflow = job.message.sequence, job.spec.name
-            record = Running(WIRE_VERSION, me.name, me.incarnation, sequence, workflow, job.failures, job.losses)
+            record = self._record(job, me.name, me.incarnation, job.begun)
             try:
                 job.revision = await self.jobs.hold(job.id, record, 0 if held is None else held[1])
             except KeyConflictError:
@@ -282,6 +293,10 @@ class Intake:
                 continue
             self._running[job.id] = job
             return True
+
+    def _record(self, job: _Job, name: str, incarnation: int, begun: int) -> Running:
+        sequence, workflow = job.message.sequence, job.spec.name
+        return Running(WIRE_VERSION, name, incarnation, sequence, workflow, job.failures, job.losses, begun, job.life, job.lost)
 
     async def _may_take_over(self, job: _Job, record: Running) -> bool:
         """Judges by the record that is there; a message that must wait is given back."""
@@ -296,12 +311,23 @@ class Intake:
             if mine is not None:
                 mine.message = job.message
                 return False
-        elif record.name and self._table.is_alive(holder):
+        elif record.name and not await self._has_left(job, holder):
             await job.message.nak(self._options.look_again_s)
             return False
-        job.failures = record.failures
-        job.losses = record.losses + (1 if record.name and holder != self._me else 0)
+        job.failures, job.life, job.lost = record.failures, record.life, record.lost
+        job.losses, job.begun = record.losses, record.begun
+        if record.name:
+            job.begun += 1
+            if holder != self._me:
+                job.losses += 1
+                job.lost = _with(job.lost, str(holder))
         return True
+
+    async def _has_left(self, job: _Job, holder: Address) -> bool:
+        if self._table.is_alive(holder):
+            return False
+        await job.message.in_progress()  # to be sure of a process that nobody here knows takes a lease
+        return await self.jobs.patiently(lambda: self._is_gone(holder))
 
     # Running it.
 
@@ -309,9 +335,9 @@ class Intake:
         name = job.spec.name
         begun_s = self._loop.time()
         context = CallContext(self._calls, job=job.id)
-        options = CallOptions(retries=0)
         try:
             arguments = read_arguments(job.message.data)
+            options = CallOptions(retries=0, root=await self._root(job))
             job.future = self._calls.call(context, name, "", tuple(arguments.args), arguments.kwargs, options)
             value = write_job_value(await job.future)
         except Exception as error:
@@ -326,24 +352,44 @@ class Intake:
         _log.info("job.done" if counts else "job.ended_elsewhere", job=job.id, workflow=name)
         await self._leave(job, None)
 
+    async def _root(self, job: _Job) -> Root:
+        id = root_id(job.id, job.life)
+        if not job.begun:
+            return Root(id)
+        memory = await self._remember(job.id, job.lost)
+        return Root(id, job.begun, memory.lost, job.failures, memory.located.get(id))
+
     async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
         if self._is_closing:
             await self._try_again(job, 0.0)
+        elif isinstance(error, StateLostError) and job.losses < self._options.losses:
+            job.losses += 1
+            self._settle(job)
+            job.life, job.begun, job.lost = job.life + 1, -1, ()
+            await self._try_again(job, self._options.back_off_s)
         elif _is_lost(error) and job.losses < self._options.losses:
             job.losses += 1
+            if isinstance(error, WorkerLostError) and error.worker:
+                job.lost = _with(job.lost, error.worker)
+            self._settle(job, again=True)
             await self._try_again(job, self._options.back_off_s)
         elif await self.jobs.patiently(lambda: self.jobs.result(job.id)) is not None:
             await self._leave(job, None)
         elif job.failures < job.spec.directives.retries and not _is_hopeless(error, job.spec.name):
             job.failures += 1
+            self._settle(job, again=True)
             pause_s = min(_BACK_OFF_MAX_S, self._options.back_off_s * 2 ** (job.failures - 1))
             _log.warning("job.retried", job=job.id, workflow=job.spec.name, failures=job.failures, reason=repr(error))
             await self._try_again(job, pause_s * self._random.uniform(0.5, 1.0))
         else:
             await self._fail(job, error, ran_s)
 
+    def _settle(self, job: _Job, *, again: bool = False) -> None:
+        if job.future is not None:
+            self._calls.settle(job.future, again=again)
+
     async def _try_again(self, job: _Job, pause_s: float) -> None:
-        waiting = Running(WIRE_VERSION, "", 0, job.message.sequence, job.spec.name, failures=job.failures, losses=job.losses)
+        waiting = self._record(job, "", 0, job.begun + 1)
         with contextlib.suppress(KeyConflictError):
             await self.jobs.patiently(lambda: self.jobs.hold(job.id, waiting, job.revision))
         self._running.pop(job.id, None)
@@ -368,6 +414,7 @@ class Intake:
         if found is not None and found.state == "failed" and found.error and job.message.deliveries > 1:
             error = RemoteError(found.error.message, type_name=found.error.type)
             await self.jobs.patiently(lambda: self.jobs.bury(job.message, job.id, error))
+        self._settle(job)
         await self.jobs.patiently(lambda: self._forget(job))
         await job.message.ack()
 
@@ -434,6 +481,10 @@ class Intake:
         while messages := await self.jobs.queue.pull(subject, batch=_BATCH, timeout_s=0.0, ack_wait_s=self._options.ack_wait_s):
             for message in messages:
                 await self._reject(message, _id_or_nothing(message), cause)
+
+
+def _with(lost: tuple[str, ...], one: str) -> tuple[str, ...]:
+    return lost if one in lost else (*lost, one)
 
 
 def describe(error: BaseException) -> JobError:

@@ -89,6 +89,13 @@ class Register:
         return entry is not None and _lost_in(entry) >= address.incarnation
 
 
+def _is_of(entry: KeyEntry, address: Address) -> bool:
+    try:
+        return decode_member(entry.value or b"").incarnation == address.incarnation
+    except WireError:
+        return False
+
+
 def _lost_in(entry: KeyEntry) -> int:
     try:
         return decode_lost(entry.value or b"").incarnation
@@ -393,6 +400,32 @@ class Membership:
         self._member = msgspec.structs.replace(self._member, draining=True)
         if self._lease is not None:
             await self._lease.change(self._member)
+
+    async def is_gone(self, address: Address) -> bool:
+        """Judges a process that the table may never have held: True once it is held to be lost, by everybody.
+
+        Returns when that is known: not before the broker has been reachable for a lease.
+
+        Raises:
+            BrokerError: the broker does not answer.
+        """
+        while not self._table.is_lost(address):
+            if self._table.is_alive(address):
+                return False
+            now = asyncio.get_running_loop().time()
+            if not self._is_blind(now) and now - self._reachable_at >= self._lease_s:
+                assert self._bucket is not None
+                entry = await self._bucket.get(address.name)
+                if entry is None or not _is_of(entry, address):
+                    await self._register.declare(address)
+                    self._table.leave(address)
+                    self._on_lost(address)
+                    return True
+                self._take(entry)
+                if self._table.is_alive(address):
+                    return False
+            await asyncio.sleep(self._lease_s / 6)
+        return True
 
     async def aclose(self) -> None:
         """Removes our record and stops watching; idempotent."""

@@ -861,10 +861,15 @@ class _OpenLedger:
             self._ledger.remove(found)
         return found is not None
 
-    async def purge(self, subject: str) -> None:
+    async def subjects(self) -> dict[str, int]:
+        await self._transport.reach()
+        return dict(Counter(message.subject for message in self._ledger.all(">")))
+
+    async def purge(self, subject: str, *, below: int | None = None) -> None:
         await self._transport.reach()
         for message in list(self._ledger.all(subject)):
-            self._ledger.remove(message)
+            if below is None or message.sequence < below:
+                self._ledger.remove(message)
 
 
 class _ObjectStore:

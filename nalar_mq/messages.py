@@ -9,10 +9,11 @@ Arguments and results are `payload`: bytes made by `nalar_mq.values`, opaque her
 
 Who says what:
 
-    owner -> executor       Call, Cancel, Consume, Credit, Probe
+    owner -> executor       Call, Cancel, Consume, Credit, Probe, Settled
     executor -> owner       Resolve, Fail, Chunk
     executor -> consumer    Resolve, Fail
     consumer -> owner       Want
+    who resumes -> worker   Locate, answered by Located
 
 A future's id is the id of its call. The process that sends a call is the owner of that call's future, and is also the one
 who answers for every future the call depends on: `deps` are ids the executor does not have yet and will get pushed.
@@ -52,6 +53,8 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         attempt: 0 for the first, higher for retries of the same id.
         trace: W3C `traceparent` of the caller; empty for none.
         budget: what the call may still spend, in the unit of its workflow; None for no limit.
+        lost: `name/incarnation` of processes whose loss brought this attempt; they are held to be lost by who gets it.
+        failures: attempts of the job that ended with an error; then what failed in them is tried again, the rest is not.
     """
 
     id: bytes
@@ -72,6 +75,8 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
     attempt: int = 0
     trace: str = ""
     budget: float | None = None
+    lost: tuple[str, ...] = ()
+    failures: int = 0
 
 
 class Resolve(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
@@ -155,7 +160,47 @@ class Probe(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=9):
     path: tuple[str, ...] = ()
 
 
-Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe
+class Locate(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=10):
+    """Which calls of these jobs do you have whose owner is gone? Asked before a job goes on, answered with `Located`.
+
+    Attributes:
+        number: of the question, for the answer.
+        jobs: ids of jobs.
+        lost: `name/incarnation` of processes that the asker holds to be lost; so does the answerer from then on.
+    """
+
+    number: int
+    jobs: tuple[str, ...]
+    lost: tuple[str, ...] = ()
+
+
+class Located(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=11):
+    """Answer to `Locate`.
+
+    Attributes:
+        number: of the question.
+        ids: calls of those jobs that are queued, run or have ended here, and whose owner is gone.
+        journaled: those of the jobs of which calls that ended stand in the answerer's journal.
+    """
+
+    number: int
+    ids: tuple[bytes, ...]
+    journaled: tuple[str, ...] = ()
+
+
+class Settled(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=12):
+    """The outcome of call `id` of a job is durable: its executor may forget it.
+
+    Attributes:
+        id: of the call.
+        again: the call itself will be made again, so that what it has observed is still needed.
+    """
+
+    id: bytes
+    again: bool = False
+
+
+Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe | Locate | Located | Settled
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):
@@ -350,6 +395,9 @@ class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
         workflow: what runs.
         failures: attempts that ended with an error.
         losses: attempts that ended with the loss of their worker.
+        begun: attempts that have begun before this one.
+        life: how often the job has begun anew, without what it had done before.
+        lost: `name/incarnation` of processes that were lost with parts of it.
     """
 
     version: int
@@ -359,6 +407,9 @@ class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
     workflow: str
     failures: int = 0
     losses: int = 0
+    begun: int = 0
+    life: int = 0
+    lost: tuple[str, ...] = ()
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=205):
@@ -450,6 +501,48 @@ class Seen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=207):
     records: tuple[CallRecord, ...] = ()
 
 
+class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
+    """In a journal: a call of a job has ended, and who made it may see that from now on.
+
+    Attributes:
+        job: id of the job.
+        parent: id of the call that made it.
+        result: how it ended; `Resolve` without a value for a call that nobody waits for.
+    """
+
+    job: str
+    parent: bytes
+    result: Resolve | Fail
+
+
+class Unseen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
+    """In a journal: the looks numbered `first` to `last` of the call `parent` found a future without a value."""
+
+    job: str
+    parent: bytes
+    first: int
+    last: int
+
+
+Observation = Outcome | Unseen
+
+
+class Pack(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=208):
+    """One message of a journal: what the calls of one process observed meanwhile, in order."""
+
+    version: int
+    observations: tuple[Observation, ...]
+
+
+class Seal(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=209):
+    """The last message of a journal: `name` has taken over from its writer, whatever that may still want to write."""
+
+    version: int
+    name: str
+
+
+JournalMessage = Pack | Seal
+
 _members = msgspec.msgpack.Decoder(Member)
 _places = msgspec.msgpack.Decoder(Place)
 _losses = msgspec.msgpack.Decoder(Lost)
@@ -457,9 +550,10 @@ _runs = msgspec.msgpack.Decoder(Running)
 _loads = msgspec.msgpack.Decoder(Load)
 _looks = msgspec.msgpack.Decoder(Look)
 _seen = msgspec.msgpack.Decoder(Seen)
+_journals: msgspec.msgpack.Decoder[JournalMessage] = msgspec.msgpack.Decoder(JournalMessage)
 
 
-def encode_record(record: Member | Place | Lost | Running | Load | Look | Seen) -> bytes:
+def encode_record(record: Member | Place | Lost | Running | Load | Look | Seen | Pack | Seal) -> bytes:
     """Bytes of what stands alone: a record for a key-value bucket or a ledger, or a report."""
     return _encoder.encode(record)
 
@@ -535,6 +629,21 @@ def encode_seen(head: Seen, records: Sequence[bytes]) -> bytes:
 def encode_call_record(record: CallRecord) -> bytes:
     """Bytes of one record, for `encode_seen`."""
     return _encoder.encode(record)
+
+
+def decode_journal(data: bytes) -> JournalMessage:
+    """Reads a `Pack` or a `Seal`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    try:
+        record = _journals.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessageError(str(error)) from None
+    if record.version != WIRE_VERSION:
+        raise UnsupportedVersionError(record.version)
+    return record
 
 
 _R = TypeVar("_R", Member, Place, Lost, Running, Load, Look, Seen)

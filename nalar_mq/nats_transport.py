@@ -992,10 +992,7 @@ class _WorkQueue:
         return int(info.state.messages)
 
     async def subjects(self) -> dict[str, int]:
-        async def count() -> dict[str, int]:
-            return (await self._transport.jetstream.stream_info(self._name, subjects_filter=">")).state.subjects or {}
-
-        return await self._transport.ask(f"subjects of {self._name!r}", count)
+        return await _subjects_of(self._transport, self._name)
 
     async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
         return await _read_stream(self._transport, self._name, subject, after, limit)
@@ -1184,13 +1181,23 @@ class _Ledger:
 
         return await self._transport.ask(f"removing from {self._name!r}", delete)
 
-    async def purge(self, subject: str) -> None:
+    async def subjects(self) -> dict[str, int]:
+        return await _subjects_of(self._transport, self._name)
+
+    async def purge(self, subject: str, *, below: int | None = None) -> None:
         _checked_pattern(subject)
 
         async def remove() -> None:
-            await self._transport.jetstream.purge_stream(self._name, subject=subject)
+            await self._transport.jetstream.purge_stream(self._name, seq=below, subject=subject)
 
         await self._transport.ask(f"purging {subject!r}", remove)
+
+
+async def _subjects_of(transport: NatsTransport, stream: str) -> dict[str, int]:
+    async def count() -> dict[str, int]:
+        return (await transport.jetstream.stream_info(stream, subjects_filter=">")).state.subjects or {}
+
+    return await transport.ask(f"subjects of {stream!r}", count)
 
 
 async def _read_stream(transport: NatsTransport, stream: str, subject: str, after: int, limit: int) -> list[Kept]:

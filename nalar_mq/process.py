@@ -14,12 +14,14 @@ from nalar_mq.calls import Calls
 from nalar_mq.channel import Endpoint
 from nalar_mq.config import Settings
 from nalar_mq.errors import CallError, OwnerLostError, WireError, WorkerLostError
+from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Lookout
 from nalar_mq.membership import Membership
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
+from nalar_mq.recall import Recall
 from nalar_mq.telemetry import Telemetry
 from nalar_mq.transport import Transport
 
@@ -96,6 +98,10 @@ class Process:
         self._stack.push_async_callback(self.endpoint.aclose)
         self.places = places
         self.calls = Calls(self.endpoint, self.table, places, me, self._random)
+        journal = self.calls.journal = Journal(transport, self.subjects, me, self.on_declared_lost)
+        self._stack.push_async_callback(journal.aclose)
+        self.recall = self.calls.resumption = Recall(me, self.table, journal, self.calls.tell, self._hold_lost, self._is_gone)
+        self._stack.push_async_callback(self.recall.aclose)
         if before_joining is not None:
             before_joining()
         await self.endpoint.start()
@@ -138,7 +144,17 @@ class Process:
 
     def _on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
         self.table.leave(address)
+        self.recall.on_lost(address)
         self.calls.on_lost(address, unsent, unknown)
+
+    def _hold_lost(self, address: Address) -> None:
+        """Others hold it to be lost: so does this process, whatever it has heard itself."""
+        if self.table.leave(address):
+            self._on_table_changed()
+        self.endpoint.lose(address)
+
+    async def _is_gone(self, address: Address) -> bool:
+        return await self.membership.is_gone(address)
 
     def _on_table_changed(self) -> None:
         self._table_changed.set()

@@ -197,12 +197,16 @@ class Ledger(Protocol):
         """
         ...
 
+    async def subjects(self) -> dict[str, int]:
+        """How many messages it holds by subject."""
+        ...
+
     async def remove(self, sequence: int) -> bool:
         """Removes one message, without a trace; False if it is not there any more."""
         ...
 
-    async def purge(self, subject: str) -> None:
-        """Removes all messages for a subject filter."""
+    async def purge(self, subject: str, *, below: int | None = None) -> None:
+        """Removes all messages for a subject filter, or those whose sequence is lower than `below`."""
         ...
 
 

@@ -107,8 +107,10 @@ class Worker:
             Children(self._app.path),
             name=self.name,
             may_begin=self._process.is_current,
+            remember=self._process.recall.memory,
             high_water=self._high_water,
         )
+        self._process.recall.finder = self._host
         self._host.start()
 
     async def _open_to_all(self) -> None:
@@ -124,6 +126,8 @@ class Worker:
             process.table,
             process.me,
             self._random,
+            remember=process.recall.memory,
+            is_gone=process.membership.is_gone,
             trust_broker=process.settings.trust_broker,
             options=self._intake_options,
         )

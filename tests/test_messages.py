@@ -21,17 +21,25 @@ from nalar_mq.messages import (
     Frame,
     Gone,
     Load,
+    Locate,
+    Located,
     Look,
     Lost,
     Member,
     Message,
+    Outcome,
+    Pack,
     Packet,
     Place,
     Probe,
     Resolve,
     Running,
+    Seal,
     Seen,
+    Settled,
+    Unseen,
     Want,
+    decode_journal,
     decode_load,
     decode_look,
     decode_lost,
@@ -157,10 +165,14 @@ def test_fields_with_defaults_may_be_missing() -> None:
 
 
 def test_tags_are_never_shared() -> None:
-    tags = [s.__struct_config__.tag for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe)]
-    assert tags == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen)]
-    assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207]
+    tags = [
+        s.__struct_config__.tag
+        for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe, Locate, Located, Settled)
+    ]
+    assert tags == list(range(1, 13))
+    packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
+    assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
+    assert [s.__struct_config__.tag for s in (Outcome, Unseen)] == [1, 2]
 
 
 def _samples() -> dict[str, bytes]:
@@ -184,6 +196,8 @@ def _samples() -> dict[str, bytes]:
         attempt=1,
         trace="t",
         budget=0.5,
+        lost=("w/1",),
+        failures=4,
     )
     return {
         "call": encode_message(call),
@@ -195,11 +209,16 @@ def _samples() -> dict[str, bytes]:
         "credit": encode_message(Credit(ID, 9)),
         "want": encode_message(Want(ID)),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
+        "locate": encode_message(Locate(5, ("j",), ("w/1",))),
+        "located": encode_message(Located(5, (ID,), ("j",))),
+        "settled": encode_message(Settled(ID, True)),
+        "pack": encode_record(Pack(WIRE_VERSION, (Outcome("j", b"p", Resolve(ID, b"v")), Unseen("j", b"p", 1, 2)))),
+        "seal": encode_record(Seal(WIRE_VERSION, "w")),
         "frame": encode_frame(1, 2, 3, 4, [encode_message(Want(ID))]),
         "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
         "bye": encode_packet(Bye(WIRE_VERSION, 2)),
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
-        "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3)),
+        "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3, 5, 6, ("w/1",))),
         "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
         "look": encode_record(Look(WIRE_VERSION, 8, True)),
         "seen": encode_seen(Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}), [encode_call_record(RECORD)]),
@@ -219,8 +238,8 @@ def test_answers_of_every_length_are_put_together_alike(count: int) -> None:
 
 GOLDEN = {
     "call": (
-        "dc001301c410000102030405060708090a0b0c0d0e0fa7616e616c797374a472656164c403929080a173a169c4016e91"
-        "c40164c40170a16a02cb3ff80000000000000391a3612f73c301a174cb3fe0000000000000"
+        "dc001501c410000102030405060708090a0b0c0d0e0fa7616e616c797374a472656164c403929080a173a169c4016e91c40164c40170a1"
+        "6a02cb3ff80000000000000391a3612f73c301a174cb3fe000000000000091a3772f3104"
     ),
     "resolve": "9402c410000102030405060708090a0b0c0d0e0fc4017691a177",
     "fail": "9703c410000102030405060708090a0b0c0d0e0fa36d3a45a474657874c40170a5747261636591a177",
@@ -230,22 +249,27 @@ GOLDEN = {
     "credit": "9307c410000102030405060708090a0b0c0d0e0f09",
     "want": "9208c410000102030405060708090a0b0c0d0e0f",
     "probe": (
-        "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0f"
-        "91a3612f73"
+        "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e"
+        "0f91a3612f73"
     ),
+    "locate": "940a0591a16a91a3772f31",
+    "located": "940b0591c410000102030405060708090a0b0c0d0e0f91a16a",
+    "settled": "930cc410000102030405060708090a0b0c0d0e0fc3",
+    "pack": "93ccd001929401a16ac401709402c410000102030405060708090a0b0c0d0e0fc40176909502a16ac401700102",
+    "seal": "93ccd101a177",
     "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",
     "gone": "956601020103",
     "bye": "93670102",
-    "place": "94ccca01a17702",
+    "lost": "93cccb0102",
+    "running": "9bcccc01a1770209a6616e737765720103050691a3772f31",
     "load": "95cccd01020381a161920405",
     "look": "94ccce0108c3",
     "seen": (
-        "9ccccf01080201c3cb3fe0000000000000cb3ff8000000000000030481a161920506919ec410000102030405060708090a0b0c0d0e0fc401"
-        "70a7616e616c797374a472656164a173a16aa16f0201cb3ff8000000000000cb4004000000000000cb400c000000000000a66661696c6564"
-        "a36d3a45"
+        "9ccccf01080201c3cb3fe0000000000000cb3ff8000000000000030481a161920506919ec410000102030405060708090a0b0c0d0e0fc4"
+        "0170a7616e616c797374a472656164a173a16aa16f0201cb3ff8000000000000cb4004000000000000cb400c000000000000a66661696c"
+        "6564a36d3a45"
     ),
-    "lost": "93cccb0102",
-    "running": "98cccc01a1770209a6616e737765720103",
+    "place": "94ccca01a17702",
     "member": (
         "98ccc90102a16ea6776f726b65720781a16198a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c0c3"
     ),
@@ -258,5 +282,15 @@ def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
 
 
 def test_every_kind_has_its_bytes_pinned() -> None:
-    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load, Look, Seen]
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load, Look, Seen, Pack, Seal]
     assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_journal_are_refused_by_type(data: bytes) -> None:
+    try:
+        decode_journal(data)
+    except WireError:
+        pass
+    else:
+        assert data[1:3] in (b"\xcc\xd0", b"\xcc\xd1")

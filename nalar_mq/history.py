@@ -1,0 +1,206 @@
+"""What one call of a job does and sees, so that another attempt at it does and sees the same. No I/O, no clock.
+
+Ids. A call made inside a job has an id that follows from who made it, what it calls, with what, and how often the same has
+been called before: the same program issues the same ids in every attempt. A future among the arguments stands for its own id.
+
+Seeing again. A later attempt is handed what the former ones observed (`journal`):
+
+    a workflow, in order     Its program may depend on which call ended first, or on a look that found nothing. So outcomes
+                             appear in the order in which they appeared before, each not before the looks that preceded it
+                             have been repeated (they find nothing again). Calls that were not observed run, or go on.
+    anything else            An outcome appears as soon as the call is made again: order is not recorded for agents and
+                             tools, whose own calls are found by id and not repeated.
+    after a failure          The job is tried again because something failed; then failed outcomes do not appear, so that
+                             what failed runs again and what succeeded does not, and order means nothing any more.
+
+A program that does something else than before is not held up: what it waits for appears although its turn has not come
+(`hurry`), and calls it does not make are never asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from nalar_mq.address import Address
+from nalar_mq.messages import Fail, Observation, Outcome, Resolve, Unseen
+
+RETRIES = 100  # of the calls that one execution of a job makes, all together
+_ROOT = b"job"
+
+
+def root_id(job: str, life: int) -> bytes:
+    """The id of the call that is the job itself; another one for each life, which knows nothing of the former ones."""
+    return _digest((_ROOT, job.encode(), life.to_bytes(4, "big")))
+
+
+def _digest(parts: Iterable[bytes]) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(4, "big"))
+        found.update(part)
+    return found.digest()
+
+
+class Memory(NamedTuple):
+    """What is known of the former attempts at a job, for a call that is tried again.
+
+    Attributes:
+        past: by call, what it observed, in order.
+        located: calls that still run, or have ended unseen, and where.
+        lost: processes that are gone.
+    """
+
+    past: Mapping[bytes, Sequence[Observation]]
+    located: dict[bytes, Address]
+    lost: tuple[str, ...]
+
+
+class History:
+    """The history of one execution. What stands below `Any thread` may be called from any, the rest on the loop.
+
+    Attributes:
+        job: id of the job.
+        call_id: the execution it belongs to.
+        memory: of former attempts; None in the first one.
+        failures: attempts of the job that ended with an error.
+        unseen_on_the_way: looks that found nothing and are not durable yet.
+        retries_left: how often the calls of this execution may still be sent again after the loss of a worker.
+    """
+
+    __slots__ = (
+        "_counts",
+        "_known",
+        "_late",
+        "_lock",
+        "_looks",
+        "_made",
+        "_noted",
+        "_queue",
+        "_unseen",
+        "call_id",
+        "failures",
+        "job",
+        "memory",
+        "retries_left",
+        "unseen_on_the_way",
+    )
+
+    def __init__(self, job: str, call_id: bytes, *, in_order: bool, memory: Memory | None = None, failures: int = 0) -> None:
+        self.job = job
+        self.call_id = call_id
+        self.memory = memory
+        self.failures = failures
+        self.unseen_on_the_way = 0
+        self.retries_left = RETRIES
+        self._lock = threading.Lock()
+        self._counts: dict[bytes, int] = {}
+        self._looks = 0
+        self._noted: list[tuple[int, int]] = []
+        self._made: set[bytes] = set()
+        self._late: set[bytes] = set()
+        self._known: dict[bytes, Resolve | Fail] = {}
+        self._queue: deque[Observation] = deque()
+        self._unseen: list[tuple[int, int]] = []
+        for observation in memory.past.get(call_id, ()) if memory is not None else ():
+            self._remember(observation, in_order=in_order and not failures)
+
+    def _remember(self, observation: Observation, *, in_order: bool) -> None:
+        if type(observation) is Outcome:
+            result = observation.result
+            if result.id in self._known or (self.failures and type(result) is Fail):
+                return
+            self._known[result.id] = result
+            if in_order:
+                self._queue.append(observation)
+        elif type(observation) is Unseen and in_order:
+            self._unseen.append((observation.first, observation.last))
+            self._queue.append(observation)
+
+    # Any thread.
+
+    def id_of(self, actor: str, method: str, session: str, instance: str, init: bytes, payload: bytes) -> bytes:
+        """The id of the next call of that kind with those arguments."""
+        words = (actor.encode(), method.encode(), session.encode(), instance.encode(), init, payload)
+        kind = _digest((self.call_id, *words))
+        with self._lock:
+            count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        return kind if count == 1 else _digest((kind, count.to_bytes(8, "big")))
+
+    def look(self) -> int:
+        """The program looks whether a future has a value: the number of the look, from 1."""
+        with self._lock:
+            self._looks += 1
+            return self._looks
+
+    def was_unseen(self, number: int) -> bool:
+        """True if a former attempt's look of that number found nothing."""
+        return any(first <= number <= last for first, last in self._unseen)
+
+    def note_unseen(self, number: int) -> bool:
+        """A look found nothing; True if `take_noted` is to be called for it, False if it will be anyway."""
+        with self._lock:
+            if self._noted and self._noted[-1][1] == number - 1:
+                self._noted[-1] = (self._noted[-1][0], number)
+                return False
+            self._noted.append((number, number))
+            return len(self._noted) == 1
+
+    @property
+    def is_repeating(self) -> bool:
+        """True while there is something that a former attempt saw and this one has not seen yet."""
+        return bool(self._queue)
+
+    def expects(self, id: bytes) -> bool:
+        """True if a former attempt saw how the call ended, and this one has not yet."""
+        return id in self._known
+
+    # On the loop.
+
+    def take_noted(self) -> list[Unseen]:
+        """The looks that found nothing and were not taken yet."""
+        with self._lock:
+            noted, self._noted = self._noted, []
+        return [Unseen(self.job, self.call_id, first, last) for first, last in noted]
+
+    def made(self, id: bytes) -> Resolve | Fail | None:
+        """The call has been made (again): its outcome if it may appear now; if it is expected, `due` gives it later."""
+        if not self._queue or id in self._late:
+            return self._known.pop(id, None)
+        self._made.add(id)
+        return None
+
+    def due(self) -> list[Resolve | Fail]:
+        """The outcomes that may appear now, in order."""
+        found: list[Resolve | Fail] = []
+        while self._queue:
+            head = self._queue[0]
+            if type(head) is Outcome:
+                if head.result.id not in self._made:
+                    break
+                found.append(self._known.pop(head.result.id))
+                self._made.discard(head.result.id)
+            elif type(head) is Unseen and self._looks < head.last:
+                break
+            self._queue.popleft()
+        return found
+
+    def hurry(self, id: bytes) -> list[Resolve | Fail]:
+        """The program waits for `id`, whose turn has not come since it does something else than before: up to that one.
+
+        What has not been made so far appears when it is.
+        """
+        found: list[Resolve | Fail] = []
+        while self._queue and id in self._known:
+            head = self._queue.popleft()
+            if type(head) is not Outcome:
+                continue
+            if head.result.id in self._made:
+                self._made.discard(head.result.id)
+                found.append(self._known.pop(head.result.id))
+            else:
+                self._late.add(head.result.id)
+        return found

@@ -1,0 +1,229 @@
+"""What one attempt at a job sees, another one sees again, whatever else may have changed. Pure: no transport, no loop."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nalar_mq.history import History, Memory, root_id
+from nalar_mq.messages import Fail, Observation, Outcome, Resolve, Unseen
+
+JOB = "j"
+ROOT = root_id(JOB, 0)
+
+
+def call(history: History, name: str, payload: bytes = b"") -> bytes:
+    return history.id_of(name, "", "s", "", b"", payload)
+
+
+def value(id: bytes, payload: bytes = b"v") -> Outcome:
+    return Outcome(JOB, ROOT, Resolve(id, payload))
+
+
+def failure(id: bytes) -> Outcome:
+    return Outcome(JOB, ROOT, Fail(id, "m:E", "text"))
+
+
+def again(*past: Observation, in_order: bool = True, failures: int = 0) -> History:
+    return History(JOB, ROOT, in_order=in_order, memory=Memory({ROOT: past}, {}, ()), failures=failures)
+
+
+def test_the_same_program_issues_the_same_ids() -> None:
+    first, second = (History(JOB, ROOT, in_order=True) for _ in range(2))
+    ids = [call(first, "a"), call(first, "a"), call(first, "b"), call(first, "a", b"x")]
+    assert ids == [call(second, "a"), call(second, "a"), call(second, "b"), call(second, "a", b"x")]
+    assert len(set(ids)) == 4
+    assert all(len(id) == 16 for id in ids)
+
+
+def test_what_is_called_in_another_order_has_the_same_ids() -> None:
+    first, second = (History(JOB, ROOT, in_order=True) for _ in range(2))
+    a, b = call(first, "a"), call(first, "b")
+    assert (call(second, "b"), call(second, "a")) == (b, a)
+
+
+def test_neither_jobs_nor_lives_nor_makers_share_ids() -> None:
+    roots = {root_id("j", 0), root_id("j", 1), root_id("k", 0)}
+    assert len(roots) == 3
+    assert len({History(JOB, root, in_order=True).id_of("a", "", "s", "", b"", b"") for root in roots}) == 3
+
+
+def test_words_of_a_call_do_not_run_into_each_other() -> None:
+    history = History(JOB, ROOT, in_order=True)
+    assert history.id_of("ab", "c", "", "", b"", b"") != history.id_of("a", "bc", "", "", b"", b"")
+
+
+def test_outcomes_appear_in_the_order_in_which_they_appeared() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c = (call(plan, name) for name in "abc")
+    history = again(value(c), value(a), failure(b))
+    seen = []
+    for id in (a, b, c):
+        assert history.expects(id)
+        assert history.made(id) is None
+        seen += [result.id for result in history.due()]
+    assert seen == [c, a, b]
+    assert not history.is_repeating
+
+
+def test_a_call_that_was_not_seen_is_not_expected() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    history = again(value(call(plan, "a")))
+    assert not history.expects(call(plan, "b"))
+
+
+def test_an_outcome_waits_for_the_looks_that_found_nothing_before_it() -> None:
+    a = call(History(JOB, ROOT, in_order=True), "a")
+    history = again(Unseen(JOB, ROOT, 1, 2), value(a))
+    history.made(a)
+    assert history.due() == []
+    assert history.was_unseen(history.look())
+    assert history.due() == []
+    assert history.was_unseen(history.look())
+    assert [result.id for result in history.due()] == [a]
+    assert not history.was_unseen(history.look())
+
+
+def test_who_waits_for_something_else_than_before_is_not_held_up() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c = (call(plan, name) for name in "abc")
+    history = again(value(a), Unseen(JOB, ROOT, 5, 5), value(b), value(c))
+    history.made(b)
+    assert history.due() == []
+    assert [result.id for result in history.hurry(b)] == [b]
+    late = history.made(a)
+    assert late is not None
+    assert late.id == a
+    history.made(c)
+    assert [result.id for result in history.due()] == [c]
+
+
+def test_agents_and_tools_find_outcomes_in_any_order() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b = call(plan, "a"), call(plan, "b")
+    history = again(value(a), Unseen(JOB, ROOT, 1, 9), failure(b), in_order=False)
+    found = history.made(b)
+    assert isinstance(found, Fail)
+    assert not history.was_unseen(1)
+    assert history.made(a) is not None
+
+
+def test_after_a_failure_only_what_succeeded_is_seen_again() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b = call(plan, "a"), call(plan, "b")
+    history = again(failure(a), value(b), failures=1)
+    assert not history.expects(a)
+    assert isinstance(history.made(b), Resolve)
+
+
+def test_looks_that_found_nothing_are_noted_together() -> None:
+    history = History(JOB, ROOT, in_order=True)
+    assert history.note_unseen(1)
+    assert not history.note_unseen(2)
+    assert not history.note_unseen(4)
+    assert history.take_noted() == [Unseen(JOB, ROOT, 1, 2), Unseen(JOB, ROOT, 4, 4)]
+    assert history.take_noted() == []
+    assert history.note_unseen(5)
+
+
+class Program:
+    """Makes calls, looks at them and takes them as they end, by random numbers of its own and by what it has seen."""
+
+    def __init__(self, seed: int, history: History) -> None:
+        self.random = Random(seed)
+        self.history = history
+        self.made: list[bytes] = []
+        self.ended: dict[bytes, bytes] = {}
+        self.trail: list[object] = []
+        self.leaning = 0
+
+    def run(self, steps: int) -> list[object]:
+        while len(self.trail) < steps:
+            self.step()
+        return self.trail
+
+    def step(self) -> None:
+        choice = (self.random.random() + self.leaning / 10) % 1.0
+        taken = [entry[1] for entry in self.trail if isinstance(entry, tuple) and entry[0] == "took"]
+        if choice < 0.4 or not self.made:
+            self.made.append(call(self.history, f"t{self.random.randrange(3)}"))
+            self.on_made(self.made[-1])
+            self.trail.append(("made", self.made[-1]))
+        elif choice < 0.7 or len(taken) == len(self.made):
+            wanted = self.made[self.random.randrange(len(self.made))]
+            seen = self.look(wanted)
+            self.leaning += seen
+            self.trail.append(("looked", wanted, seen))
+        else:
+            first = self.next_ended(taken)
+            self.leaning += len(self.ended[first])
+            self.trail.append(("took", first, self.ended[first]))
+
+    def on_made(self, id: bytes) -> None:
+        raise NotImplementedError
+
+    def look(self, wanted: bytes) -> bool:
+        raise NotImplementedError
+
+    def next_ended(self, taken: list[object]) -> bytes:
+        return next(id for id in self.ended if id not in taken)
+
+
+class First(Program):
+    """The attempt that is interrupted: the world ends its calls when it likes."""
+
+    def __init__(self, seed: int, world: Random) -> None:
+        super().__init__(seed, History(JOB, ROOT, in_order=True))
+        self.world = world
+        self.journal: list[Observation] = []
+
+    def on_made(self, id: bytes) -> None:
+        for pending in [id for id in self.made if id not in self.ended]:
+            if self.world.random() < 0.3:
+                self.end(pending)
+
+    def end(self, id: bytes) -> None:
+        self.ended[id] = b"x" * self.world.randrange(5)
+        self.journal.append(value(id, self.ended[id]))
+
+    def look(self, wanted: bytes) -> bool:
+        number = self.history.look()
+        if wanted not in self.ended:
+            self.journal.append(Unseen(JOB, ROOT, number, number))
+        return wanted in self.ended
+
+    def next_ended(self, taken: list[object]) -> bytes:
+        pending = [id for id in self.made if id not in self.ended]
+        if pending and all(id in taken for id in self.ended):
+            self.end(self.world.choice(pending))
+        return super().next_ended(taken)
+
+
+class Second(Program):
+    """Another attempt, which has only the journal of the first one."""
+
+    def __init__(self, seed: int, journal: list[Observation]) -> None:
+        super().__init__(seed, again(*journal))
+
+    def on_made(self, id: bytes) -> None:
+        if self.history.expects(id):
+            result = self.history.made(id)
+            self.take([result] if result is not None else [])
+        self.take(self.history.due())
+
+    def take(self, results: list[Resolve | Fail]) -> None:
+        self.ended |= {result.id: result.payload for result in results}
+
+    def look(self, wanted: bytes) -> bool:
+        unseen = self.history.was_unseen(self.history.look())
+        self.take(self.history.due())
+        return wanted in self.ended and not unseen
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32), st.integers(1, 60))
+def test_a_program_that_goes_by_what_it_sees_takes_the_same_way_again(seed: int, world: int, steps: int) -> None:
+    first = First(seed, Random(world))
+    trail = first.run(steps)
+    assert Second(seed, first.journal).run(steps) == trail
