@@ -60,12 +60,19 @@ class MethodSpec:
 
     def __init__(self, name: str, function: Callable[..., Any], *, bound: bool) -> None:
         self.name = name
+        self.label = name
         self.function = function
         self.style: Style = style_of(function)
+        self.is_async = self.style in ("async", "async_generator")
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[1 if bound else 0 :]
         self.signature = signature.replace(parameters=parameters)
         self._fewest, self._most = _positional_bounds(parameters)
+
+    def named(self, actor: str) -> MethodSpec:
+        """This one, which from now on bears the label `actor` or `actor.method`."""
+        self.label = f"{actor}.{self.name}" if self.name else actor
+        return self
 
     def check_arguments(self, actor: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises `ArgumentError` if the arguments do not fit the signature."""
@@ -95,6 +102,8 @@ class MethodSpec:
         Raises:
             ArgumentError: they do not fit.
         """
+        if not kwargs and [*map(type, args)] == self._exact:
+            return args, kwargs
         self.check_arguments(actor, tuple(args), kwargs)
         by_position, rest, by_name, others = self._wanted
         for position, value in enumerate(args):
@@ -106,6 +115,12 @@ class MethodSpec:
             if wanted is not Any:
                 kwargs[name] = check(value, wanted, f"argument {name!r} of {actor}")
         return args, kwargs
+
+    @functools.cached_property
+    def _exact(self) -> list[Any] | None:
+        """What the types of positional arguments are that need no closer look; None where all of them need one."""
+        wanted = [wanted for _, wanted in self._wanted[0]]
+        return wanted if self._most == len(wanted) and _EXACT.issuperset(wanted) else None
 
     @functools.cached_property
     def _wanted(self) -> tuple[list[tuple[str, Any]], tuple[str, Any], dict[str, Any], Any]:
@@ -180,7 +195,7 @@ class ActorSpec:
         self.kind: Kind = kind
         self.target = target
         self.directives = directives.validated(kind, name)
-        self.methods = methods
+        self.methods = {key: method.named(name) for key, method in methods.items()}
         self.stateful = bool(self.directives.stateful)
         self.transparent = transparent
         self.doc = (inspect.getdoc(target) or "").partition("\n")[0]
@@ -203,8 +218,7 @@ class ActorSpec:
         """Calls that one replica runs at once: 256 where everything is async, else 32, unless a directive says."""
         if self.directives.concurrency is not None:
             return self.directives.concurrency
-        asynchronous = all(m.style in ("async", "async_generator") for m in self.methods.values())
-        return 256 if asynchronous else 32
+        return 256 if all(method.is_async for method in self.methods.values()) else 32
 
 
 def spec_of(target: object) -> ActorSpec | None:

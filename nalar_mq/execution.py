@@ -83,7 +83,7 @@ class Execution(msgspec.Struct, eq=False):
     @property
     def label(self) -> str:
         """`actor` or `actor.method`."""
-        return f"{self.call.actor}.{self.call.method}" if self.call.method else self.call.actor
+        return self.method.label
 
     @property
     def hold(self) -> str:

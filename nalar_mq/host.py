@@ -173,7 +173,7 @@ class Host:
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
             return
-        _share_names(call)
+        _share_names(call, replica.spec.name, method.name)
         execution = Execution(self, owner, call, replica, method, now, now, session_key_of(call))
         self._executions[call.id] = execution
         if call.cast and call.timeout_s is not None:
@@ -391,7 +391,7 @@ class Host:
 
         Nothing does while this process may be held to be lost, and others may run its calls; `_keep_up` looks again.
         """
-        if replica.is_pumping or not replica.mailbox.is_ready or not self._may_begin():
+        if replica.is_pumping or not self._may_begin():
             return
         replica.is_pumping = True
         try:
@@ -472,8 +472,6 @@ class Host:
         call = execution.call
         execution.started = True
         execution.began = now
-        if self._idle.is_set():
-            self._idle.clear()
         is_stateful = execution.replica.spec.stateful
         if is_stateful:
             execution.replica.holders.setdefault(execution.session_key, call.id)
@@ -512,7 +510,7 @@ class Host:
 
     def _run(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         variables = self._variables(execution)
-        if _runs_on_loop(execution):
+        if execution.method.is_async and execution.replica.uses_loop:
             self._runner.run(self._run_on_loop(execution, args, kwargs), variables, execution.has_suspended)
         else:
             self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
@@ -726,19 +724,22 @@ class Host:
             return
         execution.is_answered = True
         call = execution.call
-        tell, me, owner = self._calls.tell, self._calls.me, execution.owner
         if call.job and not call.cast:
-            self._kept[call.id] = _Kept(message, call.job, owner, self._loop.time())
-        for consumer in execution.consumers or ():
-            if consumer == owner:
-                continue
-            if consumer == me:
-                self.on_pushed(message)
-            else:
-                tell(consumer, message)
+            self._kept[call.id] = _Kept(message, call.job, execution.owner, self._loop.time())
+        if execution.consumers is not None:
+            self._push(execution.consumers, execution.owner, message)
         if not call.cast and not execution.is_orphan:
             # Who has passed a future on seldom waits for its value as well: those who need it come first.
-            tell(owner, message, linger=bool(message.pushed))
+            self._calls.tell(execution.owner, message, linger=message.pushed != ())
+
+    def _push(self, consumers: list[Address], owner: Address, message: Resolve | Fail) -> None:
+        for consumer in consumers:
+            if consumer == owner:
+                continue
+            if consumer == self._calls.me:
+                self.on_pushed(message)
+            else:
+                self._calls.tell(consumer, message)
 
     # What waits for long.
 
@@ -901,13 +902,13 @@ def _method(spec: ActorSpec, name: str) -> MethodSpec | None:
     method = spec.methods.get(name)
     if method is None and spec.transparent and spec.kind == "agent":
         if name == CONSTRUCT:
-            return MethodSpec(name, _made, bound=True)
+            return MethodSpec(name, _made, bound=True).named(spec.name)
         if name[:1] == ".":
-            return MethodSpec(name, _attribute_reader(name[1:]), bound=True)
+            return MethodSpec(name, _attribute_reader(name[1:]), bound=True).named(spec.name)
         if name[:1] == "=":
-            return MethodSpec(name, _attribute_writer(name[1:]), bound=True)
+            return MethodSpec(name, _attribute_writer(name[1:]), bound=True).named(spec.name)
         if name[:1] == "-":
-            return MethodSpec(name, _attribute_deleter(name[1:]), bound=True)
+            return MethodSpec(name, _attribute_deleter(name[1:]), bound=True).named(spec.name)
     return method
 
 
@@ -934,12 +935,6 @@ def _attribute_deleter(name: str) -> Callable[..., Any]:
         delattr(instance, name)
 
     return delete
-
-
-def _runs_on_loop(execution: Execution) -> bool:
-    spec = execution.replica.spec
-    is_async = execution.method.style in ("async", "async_generator")
-    return is_async and not _is_driver(spec) and spec.directives.isolation == "thread"
 
 
 def _is_driver(spec: ActorSpec) -> bool:
@@ -969,10 +964,10 @@ def _results_of_batch(results: Any, count: int, label: str) -> list[Any]:
     return checked
 
 
-def _share_names(call: Call) -> None:
+def _share_names(call: Call, actor: str, method: str) -> None:
     """Has queued calls share the names that each of them brought: a fifth of what a call takes."""
-    force_setattr(call, "actor", sys.intern(call.actor))
-    force_setattr(call, "method", sys.intern(call.method))
+    force_setattr(call, "actor", actor)
+    force_setattr(call, "method", method)
     if not call.session.startswith("auto-"):  # those have one call, as a rule
         force_setattr(call, "session", sys.intern(call.session))
 

@@ -388,12 +388,12 @@ class _Lane:
             plain.popleft()
         return None
 
-    def best(self) -> tuple[float, int]:
-        """Rank of the best queued call, with its serial; `next` must just have found one."""
-        if self._tangle is not None:
-            return self._tangle.best()
-        assert self._plain is not None
-        return self._plain[0].rank, self._plain[0].serial
+    def offer(self) -> tuple[float, int] | None:
+        """Rank of the best queued call, with its serial; None if none may run."""
+        first = self.next()
+        if first is None:
+            return None
+        return (first.rank, first.serial) if self._tangle is None else self._tangle.best()
 
 
 def _is_current(item: _Ranked) -> bool:
@@ -410,17 +410,13 @@ class _BySession:
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._heap: list[tuple[float, int, _Lane]] = []
 
-    @property
-    def is_ready(self) -> bool:
-        """False if no session could run a call."""
-        return bool(self._heap)
-
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
-        return self._lane(session).note(sender, number)
+        lane = self._lanes.get(session) or self._lane(session)
+        return lane.note(sender, number)
 
     def add(self, entry: _Entry) -> None:
-        lane = self._lane(entry.session)
+        lane = self._lanes.get(entry.session) or self._lane(entry.session)
         if not lane.queued:
             self._idle.pop(entry.session, None)
         lane.add(entry)
@@ -461,8 +457,10 @@ class _BySession:
         lane = self._lanes[entry.session]
         if lane.busy is entry:
             lane.busy = None
-            self._offer(lane)
-            self._rest(entry.session, lane)
+            if lane.queued:
+                self._offer(lane)
+            else:
+                self._rest(entry.session, lane)
 
     def rank(self, entry: _Entry) -> None:
         lane = self._lanes[entry.session]
@@ -488,12 +486,11 @@ class _BySession:
 
     def _offer(self, lane: _Lane) -> None:
         """Gives the session its present place among those that could run a call."""
-        if lane.busy is not None or lane.next() is None:
-            lane.offered = None
+        best = lane.offer() if lane.busy is None else None
+        if best == lane.offered:
             return
-        best = lane.best()
-        if best != lane.offered:
-            lane.offered = best
+        lane.offered = best
+        if best is not None:
             heapq.heappush(self._heap, (*best, lane))
             if len(self._heap) > 2 * len(self._lanes) + _SLACK:
                 self._heap = [(*other.offered, other) for other in self._lanes.values() if other.offered is not None]
@@ -514,10 +511,6 @@ class _ByCall:
         self._all = _ByRank()
         self._batches: dict[str, _ByRank] = {}
         self._ready = 0
-
-    @property
-    def is_ready(self) -> bool:
-        return self._ready > 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
         return True
@@ -622,11 +615,6 @@ class Mailbox:
     def is_full(self) -> bool:
         """True if more calls are queued than `high_water`."""
         return self._queued > self.high_water
-
-    @property
-    def is_ready(self) -> bool:
-        """False if `take` would find nothing; True if it is worth asking."""
-        return bool(self._urgent) or (self._slots_used < self.concurrency and self._queue.is_ready)
 
     def put(
         self,

@@ -248,13 +248,17 @@ class _Client(Client):
     def _can_write(self) -> bool:
         if not self.is_connected or self._transport is None:
             return False
-        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
+        writer = self._writer()
         return writer is None or not writer.is_closing()
+
+    def _writer(self) -> asyncio.StreamWriter | None:
+        transport: object = self._transport
+        return transport._io_writer if type(transport) is _Tcp else None  # `isinstance` is slow: its class is abstract
 
     def _write(self, data: bytes) -> None:
         assert self._transport is not None
         self._transport.write(data)
-        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
+        writer = self._writer()
         if writer is None or writer.transport.get_write_buffer_size() > _SOCKET_BYTES:
             self._congestion.set()
 

@@ -25,6 +25,7 @@ class Replica:
         spec: what it is.
         mailbox: its pending calls.
         holders: the id of the call that holds a session, of stateful actors.
+        uses_loop: its async code runs on the loop.
 
     Instances of a stateful agent are kept per session and construction; an agent without state has one instance for each
     set of constructor arguments. They are made in threads, since constructors may load models.
@@ -35,6 +36,8 @@ class Replica:
         self.mailbox = Mailbox(concurrency=spec.concurrency, per_session=spec.stateful)
         self.holders: dict[str, bytes] = {}
         self.is_pumping = False
+        is_driver = spec.transparent and spec.kind == "workflow"
+        self.uses_loop = not is_driver and spec.directives.isolation == "thread"
         self._loop = loop
         self._instances: dict[str, Any] = {}
         self._last_used: dict[str, float] = {}

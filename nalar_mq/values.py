@@ -115,6 +115,7 @@ def _meet_extension(code: int, body: memoryview) -> object:
 
 
 _decode_plain: Final = msgspec.msgpack.Decoder(ext_hook=_meet_extension).decode
+_decode_plain_arguments: Final = msgspec.msgpack.Decoder(tuple[list[Any], dict[str, Any]], ext_hook=_meet_extension).decode
 _PLAIN_SIZE: Final = 1024  # for more bytes an attempt that fails would cost more than it saves
 
 
@@ -206,6 +207,11 @@ def decode_arguments(data: bytes, resolve: Callable[[bytes], object] | None = No
     Raises:
         UnknownClassError, MalformedMessageError: as in `decode`.
     """
+    if resolve is None and len(data) <= _PLAIN_SIZE:
+        try:
+            return _decode_plain_arguments(data)
+        except Exception:
+            pass  # as in `decode`
     value = decode(data, resolve)
     if value.__class__ is list and len(value) == 2:
         args, kwargs = value
