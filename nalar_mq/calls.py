@@ -940,7 +940,7 @@ def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:
     """What tells others how it ended; None if it has not."""
     try:
         error = dep.error()
-        payload = None if error is not None else dep.payload()
+        payload = None if error is not None else dep.encoded()
     except Exception as cause:  # the value was changed after it came, and cannot travel any more
         error, payload = cause, None
     if error is not None:

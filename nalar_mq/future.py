@@ -285,7 +285,17 @@ class Future(values.Deferred, Generic[T_co]):
         return self.id
 
     def payload(self) -> bytes | None:
-        """Its encoded value; None while it has none; raises its error."""
+        """Its encoded value; None while it has none; raises its error.
+
+        In a job, one that nobody has looked at stands for its id whether it has ended or not, so that the same program makes
+        the same call however long things take.
+        """
+        if self._history is not None and not self.seen:
+            return None
+        return self.encoded()
+
+    def encoded(self) -> bytes | None:
+        """Its encoded value as it is now; None while it has none; raises its error."""
         if self._state == PENDING:
             return None
         if self._state == FAILED:

@@ -1,0 +1,154 @@
+"""Workflows that are interrupted, for the tests of jobs that go on. What runs is written down where the tests look."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from nalar_mq import agent, as_completed, context, gather, method, tool, workflow
+
+RUNS: list[str] = []
+GATES: dict[str, asyncio.Event] = {}
+SEEN: dict[str, list[Any]] = {}
+
+
+def gate(name: str) -> asyncio.Event:
+    return GATES.setdefault(name, asyncio.Event())
+
+
+@tool
+async def step(x: int) -> int:
+    RUNS.append(f"step {x}")
+    return x + 1
+
+
+@tool
+async def gated(name: str) -> str:
+    RUNS.append(f"gated {name}")
+    await gate(name).wait()
+    return name
+
+
+@tool
+async def key(x: int) -> str:
+    RUNS.append(f"key {x}")
+    return context().idempotency_key
+
+
+@tool
+async def fails_once(x: int) -> int:
+    RUNS.append(f"fails_once {x}")
+    if RUNS.count(f"fails_once {x}") == 1:
+        raise ValueError(f"{x} is not ready")
+    return x
+
+
+@tool
+async def fails(x: int) -> int:
+    RUNS.append(f"fails {x}")
+    raise ValueError(f"{x} never is")
+
+
+@agent
+class Clerk:
+    """Makes calls of its own."""
+
+    @method
+    async def work(self, number: int, until: str) -> int:
+        RUNS.append(f"work {number}")
+        number = await step(number)
+        await gate(until).wait()
+        return await step(number)
+
+
+@agent(stateful=True)
+class Counter:
+    """Keeps what it knows in memory alone."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @method
+    async def add(self, n: int) -> int:
+        RUNS.append(f"add {n}")
+        self.count += n
+        return self.count
+
+
+@workflow
+async def chain(name: str, steps: int) -> int:
+    RUNS.append(f"chain {name}")
+    number = 0
+    for position in range(steps):
+        number = await step(number)
+        if position == steps // 2:
+            await gate(name).wait()
+    return number
+
+
+@workflow
+async def waits_for_tool(name: str) -> str:
+    RUNS.append(f"waits_for_tool {name}")
+    return await gated(name)
+
+
+@workflow
+async def order(name: str) -> list[str]:
+    """Goes by the order in which its calls end, and by looks that find nothing."""
+    trail: list[str] = SEEN.setdefault(name, [])
+    trail.append("begin")
+    futures = [gated(f"{name}-{letter}") for letter in "abc"]
+    looks = sum(not futures[0].available() for _ in range(3))
+    trail.append(f"{looks} looks")
+    found: list[str] = []
+    async for future in as_completed(futures):
+        found.append((await future)[-1])
+        trail.append(found[-1])
+        await step(ord(found[-1]) * 1000 + len(found))
+    await gate(name).wait()
+    return found
+
+
+@workflow
+async def nested(name: str) -> int:
+    RUNS.append(f"nested {name}")
+    return await Clerk.work(100, name)
+
+
+@workflow
+async def keys() -> list[str]:
+    return list(await gather(key(1), key(1), key(2)))
+
+
+@workflow(retries=1)
+async def half(name: str) -> int:
+    RUNS.append(f"half {name}")
+    first = await step(40)
+    return await fails_once(first)
+
+
+@workflow
+async def catches(name: str) -> str:
+    RUNS.append(f"catches {name}")
+    try:
+        await fails(7)
+    except ValueError as error:
+        await gate(name).wait()
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@workflow
+async def counts(name: str) -> int:
+    RUNS.append(f"counts {name}")
+    await Counter.add(1)
+    await gate(name).wait()
+    return await Counter.add(10)
+
+
+@workflow
+async def passes_on(name: str) -> int:
+    RUNS.append(f"passes_on {name}")
+    number = step(step(step(0).later).later)
+    await gate(name).wait()
+    return await step(number.later)

@@ -1,0 +1,344 @@
+"""Jobs whose processes are lost go on where they were: nothing that was seen is run again or seen differently.
+
+Workflows and what they call are served by different workers, so that each of them can be lost alone. A worker that is killed
+here loses its connections but goes on running in this very process, like one that stood still and wakes up: whatever it does
+after that must not be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalar_mq.app import App, load_app
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.intake import IntakeOptions
+from nalar_mq.jobs import JobHandle
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "resume_app.py"
+PATIENCE_S = 40.0
+QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2, back_off_s=0.05)
+
+
+class Site:
+    """Workers that serve a part of the app each, and a client."""
+
+    def __init__(self, settings: Settings, hub: MemoryHub, stack: AsyncExitStack) -> None:
+        self.app = load_app(APP)
+        self.actors: Any = importlib.import_module("resume_app")
+        self.settings = settings
+        self.hub = hub
+        self.stack = stack
+        self.client: Client
+
+    async def serve(self, name: str, *kinds: str) -> Worker:
+        specs = {key: spec for key, spec in self.app.actors.items() if spec.kind in kinds}
+        worker = Worker(
+            App(self.app.path, specs),
+            self.settings,
+            name=name,
+            intake=QUICK,
+            connect=self.hub.connect,
+            lease_in_thread=False,
+        )
+        return await self.stack.enter_async_context(worker)
+
+    async def submit(self, workflow: str, *args: object) -> JobHandle:
+        return await self.client.submit(workflow, *args)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    def count(self, line: str) -> int:
+        return int(self.actors.RUNS.count(line))
+
+    async def ran(self, line: str, times: int = 1) -> None:
+        await self.until(lambda: self.count(line) >= times)
+
+    def open(self, gate: str) -> None:
+        self.actors.gate(gate).set()
+
+    async def journaled(self, count: int) -> None:
+        """Returns once so many observations lie in journals."""
+        from nalar_mq.messages import Pack, decode_journal
+
+        ledger = await self.client.process.transport.ledger(self.client.process.subjects.journal_ledger, [])
+
+        async def found() -> int:
+            messages = await ledger.read(self.client.process.subjects.journal("*", "*"), limit=10_000)
+            packs = [decode_journal(message.data) for message in messages]
+            return sum(len(pack.observations) for pack in packs if isinstance(pack, Pack))
+
+        async with asyncio.timeout(PATIENCE_S):
+            while await found() < count:
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def site(namespace: str) -> AsyncIterator[Site]:
+    hub = MemoryHub(seed=3)
+    settings = Settings(broker=BrokerAccess(urls=("nats://nowhere",)), namespace=namespace, node="here", lease_s=0.9)
+    async with AsyncExitStack() as stack:
+        made = Site(settings, hub, stack)
+        for kept in (made.actors.RUNS, made.actors.GATES, made.actors.SEEN):
+            kept.clear()
+        made.client = await stack.enter_async_context(connect(settings=settings, connect=hub.connect))
+        yield made
+
+
+async def lose_driver(site: Site) -> None:
+    """Takes the worker of workflows away; another one comes."""
+    site.hub.kill("driver")
+    await site.serve("driver2", "workflow")
+
+
+async def test_what_was_seen_is_not_run_again(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("chain", "a", 8)
+    await site.ran("step 4")
+    await site.journaled(5)
+    await lose_driver(site)
+    await site.ran("chain a", 2)
+    site.open("a")
+    assert await job.result(timeout=PATIENCE_S) == 8
+    assert [site.count(f"step {n}") for n in range(8)] == [1] * 8
+
+
+async def test_a_call_that_still_runs_is_waited_for(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("waits_for_tool", "a")
+    await site.ran("gated a")
+    await lose_driver(site)
+    await site.ran("waits_for_tool a", 2)
+    site.open("a")
+    assert await job.result(timeout=PATIENCE_S) == "a"
+    assert site.count("gated a") == 1
+
+
+async def test_a_call_that_ended_while_nobody_owned_it_is_not_run_again(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("waits_for_tool", "a")
+    await site.ran("gated a")
+    site.hub.kill("driver")
+    site.open("a")
+    await site.serve("driver2", "workflow")
+    assert await job.result(timeout=PATIENCE_S) == "a"
+    assert site.count("gated a") == 1
+
+
+async def test_a_workflow_outlives_the_worker_that_took_it_in(site: Site) -> None:
+    """Who takes a job in need not be who runs it: the former is lost here, the latter goes on."""
+    await site.serve("tools", "tool")
+    first, second = await site.serve("driver", "workflow"), await site.serve("driver2", "workflow")
+    jobs = [await site.submit("chain", f"j{n}", 4) for n in range(12)]
+    await site.until(lambda: sum(line.startswith("chain") for line in site.actors.RUNS) == 12)
+    assert first.running and second.running
+    site.hub.kill("driver")
+    for n in range(12):
+        site.open(f"j{n}")
+    results = [await job.result(timeout=PATIENCE_S) for job in jobs]
+    assert results == [4] * 12
+
+
+async def test_completion_order_and_vain_looks_are_seen_again(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("order", "o")
+    await site.ran("gated o-c")
+    for position, letter in enumerate("cab"):
+        site.open(f"o-{letter}")
+        await site.ran(f"step {ord(letter) * 1000 + position + 1}")
+    await site.journaled(6)
+    await lose_driver(site)
+    await site.until(lambda: site.actors.SEEN["o"].count("begin") == 2 and len(site.actors.SEEN["o"]) == 10)
+    site.open("o")
+    assert await job.result(timeout=PATIENCE_S) == ["c", "a", "b"]
+    assert site.actors.SEEN["o"] == ["begin", "3 looks", "c", "a", "b"] * 2
+    assert sorted(site.actors.RUNS) == sorted(set(site.actors.RUNS)), "something ran again"
+
+
+async def test_calls_that_an_agent_has_made_are_not_repeated_when_it_is_lost(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    await site.serve("agents", "agent")
+    job = await site.submit("nested", "n")
+    await site.ran("step 100")
+    await site.journaled(1)
+    site.hub.kill("agents")
+    await site.serve("agents2", "agent")
+    await site.ran("work 100", 2)
+    site.open("n")
+    assert await job.result(timeout=PATIENCE_S) == 102
+    assert site.count("step 100") == site.count("step 101") == 1
+
+
+async def test_an_agent_at_work_is_adopted(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("agents", "agent")
+    await site.serve("driver", "workflow")
+    job = await site.submit("nested", "n")
+    await site.ran("step 100")
+    await lose_driver(site)
+    await site.ran("nested n", 2)
+    site.open("n")
+    assert await job.result(timeout=PATIENCE_S) == 102
+    assert site.count("work 100") == site.count("step 100") == site.count("step 101") == 1
+
+
+async def test_driver_and_agent_lost_together(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("agents", "agent")
+    await site.serve("driver", "workflow")
+    job = await site.submit("nested", "n")
+    await site.ran("step 100")
+    await site.journaled(1)
+    site.hub.kill("agents")
+    site.hub.kill("driver")
+    await site.serve("both", "agent", "workflow")
+    await site.ran("work 100", 2)
+    site.open("n")
+    assert await job.result(timeout=PATIENCE_S) == 102
+    assert site.count("step 100") == site.count("step 101") == 1
+
+
+async def test_everything_lost_but_the_journal(site: Site) -> None:
+    await site.serve("driver", "workflow", "tool")
+    job = await site.submit("chain", "a", 6)
+    await site.ran("step 3")
+    await site.journaled(4)
+    site.hub.kill("driver")
+    site.open("a")
+    await site.serve("driver2", "workflow", "tool")
+    assert await job.result(timeout=PATIENCE_S) == 6
+    # The killed worker goes on in this process, alone: its own tools may run, but those that were journaled ran once.
+    assert [site.count(f"step {n}") for n in range(4)] == [1] * 4
+
+
+async def test_one_job_is_interrupted_again_and_again(site: Site) -> None:
+    await site.serve("tools", "tool")
+    name = "driver0"
+    await site.serve(name, "workflow")
+    job = await site.submit("chain", "a", 4)
+    await site.ran("step 2")
+    await site.journaled(3)
+    for number in range(1, 5):
+        site.hub.kill(name)
+        name = f"driver{number}"
+        await site.serve(name, "workflow")
+        await site.ran("chain a", number + 1)
+    site.open("a")
+    assert await job.result(timeout=PATIENCE_S) == 4
+    assert [site.count(f"step {n}") for n in range(4)] == [1] * 4
+    [ended] = (await (await site.client.jobs()).overview()).ended
+    assert ended.timings.attempts == 5
+
+
+async def test_idempotency_keys_are_the_same_in_every_attempt_and_different_for_every_call(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    first = await (await site.client.submit("keys", job_id="k")).result(timeout=PATIENCE_S)
+    assert len(set(first)) == 3
+    jobs = await site.client.jobs()
+    await (await site.client.process.transport.ledger(site.client.process.subjects.results_ledger, [])).purge(
+        site.client.process.subjects.result("k")
+    )
+    await jobs.queue.publish(site.client.process.subjects.job("keys"), b"[]", headers={"Nalar-Job-Id": "k"})
+    assert await (await site.client.job("k")).result(timeout=PATIENCE_S) == first
+    assert all(re.fullmatch("[0-9a-f]{32}", found) for found in first)
+
+
+async def test_after_a_failure_what_succeeded_is_not_repeated(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("half", "h")
+    assert await job.result(timeout=PATIENCE_S) == 41
+    assert (site.count("half h"), site.count("step 40"), site.count("fails_once 41")) == (2, 1, 2)
+
+
+async def test_after_a_failure_another_worker_finds_what_succeeded(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await asyncio.gather(*(site.serve(f"driver{n}", "workflow") for n in range(3)))
+    jobs = [await site.submit("half", f"h{n}") for n in range(12)]
+    async with asyncio.timeout(PATIENCE_S):
+        results = await asyncio.gather(*(job.result() for job in jobs), return_exceptions=True)
+    assert set(map(str, results)) <= {"41"}
+    assert all(site.count(f"half h{n}") == 2 for n in range(12) if site.count(f"half h{n}") > 1)
+
+
+async def test_an_error_that_was_caught_is_caught_again(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("catches", "c")
+    await site.ran("fails 7")
+    await site.journaled(1)
+    await lose_driver(site)
+    await site.ran("catches c", 2)
+    site.open("c")
+    assert await job.result(timeout=PATIENCE_S) == "ValueError: 7 never is"
+    assert site.count("fails 7") == 1
+
+
+async def test_a_job_whose_agent_has_lost_its_memory_begins_anew(site: Site) -> None:
+    await site.serve("driver", "workflow")
+    await site.serve("agents", "agent")
+    job = await site.submit("counts", "c")
+    await site.ran("add 1")
+    await site.journaled(1)
+    site.hub.kill("agents")
+    await site.serve("agents2", "agent")
+    site.open("c")
+    assert await job.result(timeout=PATIENCE_S) == 11
+    assert site.count("add 1") == 2
+
+
+async def test_values_that_were_passed_on_get_there_after_a_loss(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("passes_on", "p")
+    await site.ran("step 2")
+    await site.journaled(3)
+    await lose_driver(site)
+    await site.ran("passes_on p", 2)
+    site.open("p")
+    assert await job.result(timeout=PATIENCE_S) == 4
+    assert [site.count(f"step {n}") for n in range(4)] == [1] * 4
+
+
+async def test_a_job_that_has_ended_leaves_nothing_in_journals_or_workers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nalar_mq.journal._TRIM_EVERY_S", 0.05)
+    tools, driver = await site.serve("tools", "tool"), await site.serve("driver", "workflow")
+    for number in range(3):
+        site.open(f"e{number}")
+        assert await (await site.submit("chain", f"e{number}", 5)).result(timeout=PATIENCE_S) == 5
+    ledger = await site.client.process.transport.ledger(site.client.process.subjects.journal_ledger, [])
+    async with asyncio.timeout(PATIENCE_S):
+        while sum((await ledger.subjects()).values()) > 1:
+            await asyncio.sleep(0.02)
+    for worker in (tools, driver):
+        assert worker._host is not None
+        assert worker._host._kept == {}
+        assert worker._host._executions == {}
+
+
+async def test_a_cancelled_job_stops_what_it_has_called(site: Site) -> None:
+    tools = await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("waits_for_tool", "a")
+    await site.ran("gated a")
+    assert await job.cancel()
+    await site.until(lambda: tools.running == 0)
