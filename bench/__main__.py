@@ -1,4 +1,4 @@
-"""`python -m bench calls futures chain startup --against ray,xoscar --json results.json`."""
+"""`python -m bench calls futures chain startup jobs --against ray,xoscar --json results.json`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from nalar_mq import agent, method, tool
+from nalar_mq import agent, method, tool, workflow
 
 
 @agent(stateful=True)
@@ -28,3 +28,9 @@ class Echo:
 async def echo(x: int) -> int:
     """Any worker may run it."""
     return x
+
+
+@workflow
+async def three_steps(x: int) -> int:
+    """Each call waits for the one before it."""
+    return await echo(await echo(await echo(x)))

@@ -42,11 +42,11 @@ def wait_until_listens(port: int) -> None:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[str]:
-    """A server of its own; gives its URL."""
+def running(*options: str) -> Iterator[str]:
+    """A server of its own, started with further `options`; gives its URL."""
     port = free_port()
     server = Path(sysconfig.get_path("scripts")) / "nats-server"
-    with _ended(subprocess.Popen([str(server), "-a", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL)):
+    with _ended(subprocess.Popen([str(server), "-a", "127.0.0.1", "-p", str(port), *options], stderr=subprocess.DEVNULL)):
         wait_until_listens(port)
         yield f"nats://127.0.0.1:{port}"
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import nalar_app
+import nats_process
 import work
 
 from nalar_mq import Client, connect, event_loop, gather
 from nalar_mq.broker import EmbeddedBroker
-from nalar_mq.config import Settings
+from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 
 WORKERS = 2
@@ -66,22 +70,54 @@ async def measure(client: Client) -> None:
         await chain("chain_affinity_ms", increments[:1])
     if work.wants("fan"):
         await work.many_async("fan", work.FAN_CALLS, lambda i: echoes[i & 1](i), collect)
-    work.done()
+    if work.wants("jobs"):
+        await jobs(client, "jobs")
+
+
+async def jobs(client: Client, prefix: str) -> None:
+    """Jobs of three calls each: one after the other, then many at once. Every one is durable when `submit` returns."""
+    work.phase(prefix)
+    seconds: list[float] = []
+    for number in range(work.JOBS_ALONE):
+        begun = time.perf_counter()
+        answer = await (await client.submit("three_steps", number)).result()
+        seconds.append(time.perf_counter() - begun)
+        work.expect(answer, number)
+    work.figure(f"{prefix.replace('jobs', 'job')}_p50_ms", round(median(seconds) * 1e3, 2))
+
+    async def one(number: int) -> Any:
+        return await (await client.submit("three_steps", number)).result()
+
+    begun = time.perf_counter()
+    answers = await asyncio.gather(*[one(number) for number in range(work.JOBS)])
+    work.figure(f"{prefix}_per_s", round(work.JOBS / (time.perf_counter() - begun), 1))
+    work.expect(answers, list(range(work.JOBS)))
+
+
+@contextlib.asynccontextmanager
+async def runtime(access: BrokerAccess) -> AsyncIterator[Client]:
+    """Two worker processes and a client on a broker."""
+    seed = int(os.environ.get("BENCH_SEED", "0"))
+    settings = Settings(broker=access, namespace="bench", node="bench")
+    app = Path(nalar_app.__file__)
+    async with (
+        LocalController(app, settings, workers=WORKERS, rng=random.Random(seed), log_level="warning") as controller,
+        connect(settings=settings, random=random.Random(seed)) as client,
+    ):
+        await asyncio.gather(controller.ready(), client.wait_for("echo"))
+        yield client
 
 
 async def main() -> None:
-    """Starts everything and ends it afterwards."""
-    app = Path(nalar_app.__file__)
-    seed = int(os.environ.get("BENCH_SEED", "0"))
+    """Starts everything and ends it afterwards; for jobs again, on a broker that does not sync what it acknowledges."""
     with tempfile.TemporaryDirectory(prefix="nalar-bench-", ignore_cleanup_errors=True) as folder:
-        async with EmbeddedBroker(Path(folder)) as broker:
-            settings = Settings(broker=broker.access, namespace="bench", node="bench")
-            async with (
-                LocalController(app, settings, workers=WORKERS, rng=random.Random(seed), log_level="warning") as controller,
-                connect(settings=settings, random=random.Random(seed)) as client,
-            ):
-                await asyncio.gather(controller.ready(), client.wait_for("echo"))
-                await measure(client)
+        async with EmbeddedBroker(Path(folder)) as broker, runtime(broker.access) as client:
+            await measure(client)
+        if work.wants("jobs"):
+            with nats_process.running("-js", "-sd", str(Path(folder) / "unsynced")) as url:
+                async with runtime(BrokerAccess(urls=(url,))) as client:
+                    await jobs(client, "jobs_nosync")
+    work.done()
 
 
 if __name__ == "__main__":

@@ -23,13 +23,15 @@ RTT_CALLS = int(os.environ.get("BENCH_RTT_CALLS", "2000"))
 PIPE_CALLS = int(os.environ.get("BENCH_PIPE_CALLS", "20000"))
 FAN_CALLS = int(os.environ.get("BENCH_FAN_CALLS", "130000"))
 CHAIN_CALLS = int(os.environ.get("BENCH_CHAIN_CALLS", "1000"))
+JOBS = int(os.environ.get("BENCH_JOBS", "1000"))
+JOBS_ALONE = int(os.environ.get("BENCH_JOBS_ALONE", "100"))
 IDLE_S = 2.0
 _WARM_UP = 100
 _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").split(","))
 
 
 def wants(section: str) -> bool:
-    """True if this run measures `rtt`, `pipe`, `fan` or `chain`."""
+    """True if this run measures `rtt`, `pipe`, `fan`, `chain` or `jobs`."""
     return section in _SECTIONS
 
 
