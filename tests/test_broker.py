@@ -32,7 +32,7 @@ from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import BrokerAuthError, BrokerStartError
 from nalar_mq.nats_transport import NatsTransport
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -189,15 +189,15 @@ async def test_a_cancelled_request_hangs_up(server: FakeServer, streaming: bool)
                     begun.set()
 
     task = asyncio.create_task(ask())
-    await asyncio.wait_for(begun.wait(), 10)
+    await asyncio.wait_for(begun.wait(), 60)
     if not streaming:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not server.requests:
                 await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(server.hung_up.wait(), 10)
+    await asyncio.wait_for(server.hung_up.wait(), 60)
 
 
 async def test_a_consumer_that_stops_early_hangs_up(server: FakeServer) -> None:
@@ -205,7 +205,7 @@ async def test_a_consumer_that_stops_early_hangs_up(server: FakeServer) -> None:
     llm = Llm(engine=RemoteEngine(EngineAccess(url=server.url, model="m")))
     async with contextlib.aclosing(llm.stream("hi")) as pieces:
         assert await anext(pieces) == "a"
-    await asyncio.wait_for(server.hung_up.wait(), 10)
+    await asyncio.wait_for(server.hung_up.wait(), 60)
     await llm.on_stop()
 
 
@@ -284,7 +284,7 @@ def engine_pid(folder: Path) -> int:
 
 
 async def ended(pid: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while Path(f"/proc/{pid}").exists():
             await asyncio.sleep(0.02)
 
@@ -375,7 +375,7 @@ async def test_the_blocking_agent_works_from_threads(server: FakeServer) -> None
     assert await asyncio.to_thread(lambda: list(llm.stream("hi"))) == ["a", "b"]
     server.streams(event(content="a"), hang=True)
     assert await asyncio.to_thread(lambda: first_of(llm)) == "a"
-    await asyncio.wait_for(server.hung_up.wait(), 10)
+    await asyncio.wait_for(server.hung_up.wait(), 60)
     llm.on_stop()
 
 

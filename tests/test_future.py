@@ -221,7 +221,7 @@ async def _value(future: Future[Any]) -> Any:
     return await future
 
 
-async def _until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def _until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.002)

@@ -57,6 +57,7 @@ from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "fire.py"
 PACKETS = 100_000
+REST = 20_000
 BURST = 500
 RECORDS = 150
 UNREADABLE = KeyEntry("", b"", 0)
@@ -77,7 +78,7 @@ class Target:
 
     async def is_well(self) -> None:
         """The next good calls are served."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await self.client.call("ping", 2) == 2
             total, _ = await self.client.options(session="kept").call("Tally.add", 1)
         self.answered += 1
@@ -260,11 +261,11 @@ async def test_hostile_records_of_members(target: Target) -> None:
     await bucket.put("not.a.token", encode_record(Member(WIRE_VERSION, 9, "n", "worker", 1, {})))
     await target.is_well()
     for process in target.processes:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while process.membership.unreadable < written / 2:  # a watch may skip what has been overwritten
                 await asyncio.sleep(0.01)
         assert set(process.table.members) == {"worker", "client"}
-    async with asyncio.timeout(30):  # both write their own records again
+    async with asyncio.timeout(60):  # both write their own records again
         while not all([is_readable((await bucket.get(name) or UNREADABLE).value or b"") for name in ("worker", "client")]):
             await asyncio.sleep(0.1)
     await target.is_well()
@@ -306,7 +307,7 @@ async def test_hostile_reports_of_load(target: Target) -> None:
         assert process.telemetry.unused >= len(foreign)
     heard = target.client.process.telemetry.heard
     await target.is_well()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while target.client.process.telemetry.heard == heard:
             await asyncio.sleep(0.01)
 
@@ -333,7 +334,7 @@ async def test_hostile_questions_and_answers(target: Target) -> None:
     await target.is_well()
     assert process.lookout.unreadable == unreadable
     assert process.lookout.refused > 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not await target.client.look():
             pass
 
@@ -362,12 +363,46 @@ async def test_an_answer_of_nonsense_to_a_question_is_shown_all_the_same(target:
     await target.is_well()
 
 
+def subscribed(process: Process) -> set[str]:
+    """The subjects that a process listens to, patterns as they are."""
+    return {s.subject for s in process.transport.client._subs.values()}  # type: ignore[attr-defined]
+
+
+async def test_rubbish_on_every_subject_that_is_listened_to(target: Target) -> None:
+    """What the other tests single out, and all the rest: calls, cancellations, questions to the service."""
+    rng = random.Random(12)
+    subjects = target.worker.process.subjects
+    patterns = sorted({subject for process in target.processes for subject in subscribed(process)})
+    for expected in (subjects.box("worker", "*"), subjects.cancel("*"), subjects.call("square"), "$SRV.PING"):
+        assert expected in patterns
+    honest = [b'{"n": 3, "folder": "/nowhere"}', b'[3, "/nowhere", 0.5]', b"\x82\xa1n\x03\xa6folder\xa1/", b'{"seconds": "x"}']
+    refused = 0
+
+    def on_answer(message: Delivered) -> None:
+        nonlocal refused
+        refused += "Nats-Service-Error-Code" in (message.headers or {})
+
+    await target.attacker.subscribe("attacker.answers", on_answer)
+    for number in range(REST):
+        subject = rng.choice(patterns)
+        for _ in range(subject.count("*")):
+            subject = subject.replace("*", rng.choice(("worker", "client", "x", f"y{number}")), 1)
+        data = rng.choice((rng.randbytes(rng.randrange(40)), mutated(rng, rng.choice(honest)), b"\x91" * 2_000))
+        headers = rng.choice((None, None, {"Nalar-Timeout-S": "x"}, {"Nalar-Session": "a b", "Nalar-Priority": "-"}))
+        target.attacker.publish(subject, data, reply=rng.choice(("", "attacker.answers")), headers=headers)
+        if number % BURST == 0:
+            await target.settle()
+    await target.settle()
+    await target.is_well()
+    await target.settle()
+    assert refused > REST / 100
+    assert set(target.client.process.table.members) == {"worker", "client"}
+
+
 async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:
     """Answers to requests, and what watches are told: only the broker should know these subjects."""
     rng = random.Random(9)
-    transports = [process.transport for process in target.processes]
-    subjects = {s.subject for transport in transports for s in transport.client._subs.values()}  # type: ignore[attr-defined]
-    inboxes = [subject for subject in subjects if subject.startswith("_INBOX.")]
+    inboxes = [subject for process in target.processes for subject in subscribed(process) if subject.startswith("_INBOX.")]
     assert len(inboxes) >= 4
     for number in range(3_000):
         subject = rng.choice(inboxes).replace("*", f"x{number}")
@@ -379,9 +414,9 @@ async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:
     await target.settle()
     await target.is_well()
     async with connect(settings=target.client.process.settings, name="late"):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not all("late" in process.table.members for process in target.processes):
                 await asyncio.sleep(0.05)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while any("late" in process.table.members for process in target.processes):
             await asyncio.sleep(0.05)

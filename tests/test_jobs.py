@@ -28,7 +28,7 @@ from nalar_mq.transport import Delivered, Transport
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2, unserved_s=0.5, back_off_s=0.05)
 
 

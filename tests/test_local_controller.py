@@ -133,7 +133,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 async def eventually(condition) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

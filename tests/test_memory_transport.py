@@ -235,7 +235,7 @@ async def test_it_works_on_a_loop_in_real_time() -> None:
     heard = asyncio.Event()
     await b.subscribe("x", lambda _: heard.set())
     a.publish("x", b"")
-    await asyncio.wait_for(heard.wait(), 10)
+    await asyncio.wait_for(heard.wait(), 60)
     await a.aclose()
     await b.aclose()
 

@@ -28,7 +28,7 @@ from nalar_mq.errors import (
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Delivered
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 async def until(condition: Callable[..., bool], *args: object) -> None:

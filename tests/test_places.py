@@ -41,7 +41,7 @@ class Asker:
         self.answers.clear()
         for id in ids:
             self.places.find(key, "agent", id, self.take)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.answers) < len(ids):
                 await asyncio.sleep(0)
         return list(self.answers)

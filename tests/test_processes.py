@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -353,6 +354,24 @@ async def test_a_client_frozen_beyond_its_lease_is_told_and_begins_again(
 async def test_two_workers_that_flood_each_other_go_on(node: LocalController, client: Client) -> None:
     await until(lambda: len(incarnations(client)) == 2, "somebody is missing")
     assert await outcomes([client.call("flood", 100, 6) for _ in range(10)]) == [600] * 10
+
+
+async def test_a_flood_to_one_actor_leaves_the_others_alone(node: LocalController, client: Client, folder: Path) -> None:
+    await until(lambda: len(incarnations(client)) == 2, "somebody is missing")
+    took_s: list[float] = []
+
+    async def timed(name: str, *arguments: Any) -> float:
+        began = time.monotonic()
+        await client.call(name, *arguments)
+        return time.monotonic() - began
+
+    flood = [asyncio.ensure_future(timed("square", n, str(folder), 0.1)) for n in range(10_000)]
+    await until(lambda: any(call.done() for call in flood), "the flood never began")
+    while not flood[-1].done() and len(took_s) < 100:
+        took_s.append(await timed("who"))
+    waited_s = await within(asyncio.gather(*flood))
+    assert len(took_s) >= 10
+    assert median(took_s) < median(waited_s) / 5
 
 
 async def test_code_that_blocks_the_event_loop_keeps_its_lease(settings: Settings, folder: Path, tmp_path: Path) -> None:

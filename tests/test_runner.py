@@ -38,7 +38,7 @@ class Given:
         self._changed.set()
 
     async def until(self, count: int) -> list[object]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.seen) < count:
                 self._changed.clear()
                 await self._changed.wait()

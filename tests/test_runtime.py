@@ -25,6 +25,7 @@ from nalar_mq.transport import Transport
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "basic.py"
+PATIENCE_S = 60.0  # other processes may have the machine
 
 
 class Runtime:
@@ -203,6 +204,15 @@ async def test_sync_recursion_goes_deeper_than_any_concurrency(runtime: Runtime)
     assert await runtime.actors.narrow(200) == 200
 
 
+async def test_two_workers_that_flood_each_other_through_windows_of_one_go_on(runtime: Runtime) -> None:
+    await runtime.client()
+    for worker in (runtime.first, runtime.second):
+        worker.process.endpoint._window_calls = 1
+        worker.process.endpoint._ack_messages = 0
+    calls = [runtime.actors.parallel(20) for _ in range(20)]
+    assert [await call for call in calls] == [sum(2 * n for n in range(20))] * 20
+
+
 async def test_a_waiting_call_gives_up_its_slot_and_a_computing_one_does_not(runtime: Runtime) -> None:
     client = await runtime.client()
     a = runtime.actors
@@ -326,7 +336,7 @@ async def test_a_later_process_of_the_same_name_replaces_the_former(runtime: Run
     await runtime.client()
     first = runtime.first
     again = await runtime.worker("first")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await first.closed
     assert not again.closed.done()
     assert await runtime.actors.add.options(retries=1)(1, 2) == 3
@@ -381,12 +391,12 @@ async def test_calls_go_where_others_have_sent_less(runtime: Runtime) -> None:
     others = await runtime.client()
     busy = [others.call("wait_in_one", "load") for _ in range(6)]
     client = await runtime.client()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while {await client.call("where") for _ in range(64)} != {"second"}:
             pass
     await client.call("opens", "load")
     assert await nalar_mq.gather(*busy) == (None,) * 6
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while {await client.call("where") for _ in range(64)} != {"first", "second"}:
             pass
 
@@ -514,7 +524,7 @@ async def test_who_slept_through_its_lease_begins_none_of_the_calls_that_came_me
     assert [await call for call in calls] == [n + 1 for n in range(40)]
     assert "first" not in client.process.table.members
     runtime.hub.resume("first")
-    await asyncio.wait_for(asyncio.shield(runtime.first.closed), 10)
+    await asyncio.wait_for(asyncio.shield(runtime.first.closed), PATIENCE_S)
     assert runtime.first.running > 0
     assert runtime.first._host.completed == completed
 
@@ -572,7 +582,7 @@ async def _outcome(future: Any) -> Any:
         return type(error)
 
 
-async def _until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def _until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.005)

@@ -27,7 +27,7 @@ from nalar_mq.transport import (
 )
 
 MakeTransport: TypeAlias = Callable[[], Awaitable[Transport]]
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(params=["memory", "nats"])
