@@ -391,7 +391,7 @@ class Host:
 
         Nothing does while this process may be held to be lost, and others may run its calls; `_keep_up` looks again.
         """
-        if replica.is_pumping or not self._may_begin():
+        if replica.is_pumping:
             return
         replica.is_pumping = True
         try:
@@ -404,7 +404,7 @@ class Host:
 
     def _pump_calls(self, replica: Replica) -> None:
         take, now = replica.mailbox.take, self._loop.time()
-        while True:
+        while self._may_begin():
             id = take(now)
             if id is None:
                 return
@@ -415,7 +415,7 @@ class Host:
             self._start(execution, now)
 
     def _pump_batches(self, replica: Replica) -> None:
-        while True:
+        while self._may_begin():
             now = self._loop.time()
             ids = replica.mailbox.take_batch(now, BATCH_LIMIT)
             if not ids:

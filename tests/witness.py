@@ -54,6 +54,19 @@ class Witness:
         gone = set(dead)
         return {key: pids for key, pids in self.repeated().items() if not gone.issuperset(pids[:-1])}
 
+    def repeated_in_spite_of_its_result(self) -> dict[str, list[int]]:
+        """The keys `x/n` that were begun again after somebody had begun `x/m` that needs their result."""
+        needs = {"2": ("1",), "3": ("2",), "4": ("2",), "5": ("3", "4")}
+        settled: set[str] = set()
+        wrong: dict[str, list[int]] = {}
+        for what, key, pid in self.lines:
+            job, _, step = key.partition("/")
+            if what == "began" and step:
+                if key in settled:
+                    wrong.setdefault(key, []).append(pid)
+                settled.update(f"{job}/{earlier}" for earlier in needs.get(step, ()))
+        return wrong
+
     def unended(self) -> list[str]:
         """The keys that were begun and never ended."""
         ended = Counter(key for what, key, _ in self.lines if what == "ended")
