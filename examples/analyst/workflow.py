@@ -1,16 +1,17 @@
 """Answers a question from a folder of documents, with a model that runs on this machine.
 
     python workflow.py "How high is the lighthouse, and who built it?"
-    nalar run nalar.toml answer "question=How high is the lighthouse, and who built it?"
+    nalar run nalar.toml answer --stream --trace "question=How high is the lighthouse, and who built it?"
 
 The first runs it as a plain program, the second as actors that are spread over worker processes. The program is the same:
 run by `nalar`, the calls in `answer` are messages to actors, each returns at once with a future, the searches and the
-readings run at the same time, and a value is waited for where it is used.
+readings run at the same time, a value is waited for where it is used, and what the writer yields is printed as it comes.
 """
 
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from nalar_mq.agents.llm import BlockingLlm
@@ -59,11 +60,12 @@ class Writer:
     def __init__(self) -> None:
         self.llm = BlockingLlm(max_tokens=80)
 
-    def write(self, notes: list[str]) -> str:
-        """The notes as one answer; few notes need no rewriting."""
+    def write(self, notes: list[str]) -> Iterator[str]:
+        """The notes as one answer, piece by piece; few notes need no rewriting."""
         if sum(map(len, notes)) < SHORT_ENOUGH:
-            return " ".join(notes)
-        return self.llm.chat(f"{' '.join(notes)}\nWrite this again as one text.", stop=["\n\n"])
+            yield from (f"{note} " for note in notes)
+        else:
+            yield from self.llm.stream(f"{' '.join(notes)}\nWrite this again as one text.", stop=["\n\n"])
 
 
 def choose(parts: list[str], found: list[list[tuple[str, str]]]) -> list[tuple[str, str, str]]:
@@ -73,19 +75,22 @@ def choose(parts: list[str], found: list[list[tuple[str, str]]]) -> list[tuple[s
     return readings[:MOST_READINGS]
 
 
-def answer(question: str) -> str:
-    """Plans, searches, reads and writes."""
+def answer(question: str) -> Iterator[str]:
+    """Plans, searches, reads and writes; yields the text as it is written, then where it comes from."""
     parts = plan(question)
     librarian = Librarian(DOCUMENTS)
     found = [librarian.find(part) for part in parts]
     readings = choose(parts, found)
     if not readings:
-        return "The documents say nothing about that."
+        yield "The documents say nothing about that.\n"
+        return
     notes = [Reader().read(part, text) for part, _, text in readings]
-    text = Writer().write(notes)
-    proofs = [f"- {note}\n  {source}: {quote}" for note, (_, source, quote) in zip(notes, readings, strict=True)]
-    return "\n".join([text, "", "What the readers noted, and where it stands:", *proofs])
+    yield from Writer().write(notes)
+    yield "\n\nWhat the readers noted, and where it stands:\n"
+    for note, (_, source, quote) in zip(notes, readings, strict=True):
+        yield f"- {note}\n  {source}: {quote}\n"
 
 
 if __name__ == "__main__":
-    print(answer(" ".join(sys.argv[1:]) or "How high is the lighthouse, and who built it?"))
+    for piece in answer(" ".join(sys.argv[1:]) or "How high is the lighthouse, and who built it?"):
+        print(piece, end="", flush=True)
