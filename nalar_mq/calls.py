@@ -49,6 +49,7 @@ from nalar_mq.errors import (
     UnknownActorError,
     ValueTooLargeError,
     WorkerLostError,
+    path_of,
 )
 from nalar_mq.future import Future
 from nalar_mq.history import History
@@ -930,7 +931,9 @@ def _has_landed(history: History) -> None:
 
 
 def _error_in(message: Fail, actor: str) -> Exception:
-    return values.decode_error(message.kind, message.text, message.payload, message.traceback, message.id.hex(), actor)
+    return values.decode_error(
+        message.kind, message.text, message.payload, message.traceback, message.id.hex(), actor, message.path
+    )
 
 
 _NONE: dict[str, int] = {}
@@ -944,7 +947,7 @@ def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:
     except Exception as cause:  # the value was changed after it came, and cannot travel any more
         error, payload = cause, None
     if error is not None:
-        return Fail(dep.id, *values.encode_error(error))
+        return Fail(dep.id, *values.encode_error(error), path=path_of(error))
     return None if payload is None else Resolve(dep.id, payload)
 
 

@@ -263,14 +263,22 @@ class RemoteTraceback(Exception):
         traceback: the text.
         call_id: id of the failed call in hexadecimal.
         actor: who ran it.
+        path: the calls that the error has come through, each as `actor` or `actor.method`, from the failed one down to where
+            it was raised.
     """
 
-    def __init__(self, traceback: str, call_id: str = "", actor: str = "") -> None:
-        who = f"in {actor} (call {call_id})\n" if actor else ""
+    def __init__(self, traceback: str, call_id: str = "", actor: str = "", path: tuple[str, ...] = ()) -> None:
+        who = f"in {' -> '.join(path or (actor,))} (call {call_id})\n" if actor else ""
         super().__init__(who + traceback)
         self.traceback = traceback
         self.call_id = call_id
         self.actor = actor
+        self.path = path
+
+
+def path_of(error: BaseException) -> tuple[str, ...]:
+    """The calls that an error of a failed call has come through; empty for an error that was raised here."""
+    return error.__cause__.path if isinstance(error.__cause__, RemoteTraceback) else ()
 
 
 class CallTimeoutError(CallError, TimeoutError):

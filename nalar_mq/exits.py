@@ -14,6 +14,7 @@ from nalar_mq.errors import (
     NotConnectedError,
     WireError,
     WorkerStartError,
+    path_of,
 )
 
 EXIT_OK: Final = 0
@@ -75,4 +76,6 @@ def _call_failure(failure: CallFailed) -> str:
     raised = next((each for each in tracebacks if each.rstrip().endswith(str(error).rstrip())), tracebacks[-1])
     frames = _FRAME.findall(raised)
     theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
-    return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}" if theirs else text
+    path = path_of(error)
+    through = f", in {' -> '.join(path)}" if len(path) > 1 else ""
+    return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}{through}" if theirs else text

@@ -51,6 +51,7 @@ from nalar_mq.errors import (
     UnknownActorError,
     UnknownMethodError,
     WaitCycleError,
+    path_of,
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.execution import Execution, session_key_of
@@ -73,6 +74,7 @@ _WANT_AFTER_S = 1.0
 _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
+_PATH_SHOWN = 63
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 _KEPT_S = 3600.0  # what a call of a job came to, when nobody asks for it
 _STOP_S = 5.0
@@ -672,7 +674,9 @@ class Host:
 
     def _end_with_fail(self, execution: Execution, cause: Fail) -> None:
         pushed = _names(execution.consumers)
-        fail = Fail(execution.call.id, cause.kind, cause.text, cause.payload, cause.traceback, pushed)
+        fail = Fail(
+            execution.call.id, cause.kind, cause.text, cause.payload, cause.traceback, pushed, _path(execution, cause.path)
+        )
         execution.failure = cause.kind
         self._answer(execution, fail)
         self._finish(execution)
@@ -717,7 +721,9 @@ class Host:
         execution.failure = failure.kind
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
-        self._answer(execution, Fail(execution.call.id, *failure, _names(execution.consumers)))
+        self._answer(
+            execution, Fail(execution.call.id, *failure, _names(execution.consumers), _path(execution, path_of(error)))
+        )
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
         if execution.is_answered:
@@ -955,6 +961,11 @@ def _batch_key(call: Call) -> str:
 
 def _names(consumers: list[Address] | None) -> tuple[str, ...]:
     return tuple(consumer.name for consumer in consumers) if consumers else ()
+
+
+def _path(execution: Execution, below: tuple[str, ...]) -> tuple[str, ...]:
+    """The calls that an error has come through; of very many the lower ones."""
+    return (execution.label, *below[-_PATH_SHOWN:])
 
 
 def _results_of_batch(results: Any, count: int, label: str) -> list[Any]:

@@ -97,6 +97,7 @@ class Fail(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
         payload: encoded `[args, fields]` of the exception, or empty.
         traceback: of the callee, for people.
         pushed: as in `Resolve`.
+        path: the calls the error has come through, from this one down to where it was raised, as `actor.method`.
     """
 
     id: bytes
@@ -105,6 +106,7 @@ class Fail(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
     payload: bytes = b""
     traceback: str = ""
     pushed: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
 
 
 class Cancel(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):

@@ -907,7 +907,15 @@ def encode_error(error: BaseException) -> Failure:
     return Failure(shape.name, text, payload, lines)
 
 
-def decode_error(kind: str, text: str, payload: bytes, traceback: str = "", call_id: str = "", actor: str = "") -> Exception:
+def decode_error(
+    kind: str,
+    text: str,
+    payload: bytes,
+    traceback: str = "",
+    call_id: str = "",
+    actor: str = "",
+    path: tuple[str, ...] = (),
+) -> Exception:
     """The exception that `encode_error` was given, of the same type where this process has it loaded, else `RemoteError`.
 
     Its `__cause__` is a `RemoteTraceback`. Never raises.
@@ -917,7 +925,7 @@ def decode_error(kind: str, text: str, payload: bytes, traceback: str = "", call
         error.call_id = getattr(error, "call_id", "") or call_id
         error.actor = getattr(error, "actor", "") or actor
     if traceback:
-        error.__cause__ = RemoteTraceback(traceback, call_id, actor)
+        error.__cause__ = RemoteTraceback(traceback, call_id, actor, path)
     return error
 
 

@@ -202,7 +202,7 @@ def _samples() -> dict[str, bytes]:
     return {
         "call": encode_message(call),
         "resolve": encode_message(Resolve(ID, b"v", ("w",))),
-        "fail": encode_message(Fail(ID, "m:E", "text", b"p", "trace", ("w",))),
+        "fail": encode_message(Fail(ID, "m:E", "text", b"p", "trace", ("w",), ("a.b", "c"))),
         "cancel": encode_message(Cancel(ID, "why")),
         "consume": encode_message(Consume(ID, "w", 7)),
         "chunk": encode_message(Chunk(ID, 1, b"c", 2)),
@@ -242,7 +242,7 @@ GOLDEN = {
         "6a02cb3ff80000000000000391a3612f73c301a174cb3fe000000000000091a3772f3104"
     ),
     "resolve": "9402c410000102030405060708090a0b0c0d0e0fc4017691a177",
-    "fail": "9703c410000102030405060708090a0b0c0d0e0fa36d3a45a474657874c40170a5747261636591a177",
+    "fail": "9803c410000102030405060708090a0b0c0d0e0fa36d3a45a474657874c40170a5747261636591a17792a3612e62a163",
     "cancel": "9304c410000102030405060708090a0b0c0d0e0fa3776879",
     "consume": "9405c410000102030405060708090a0b0c0d0e0fa17707",
     "chunk": "9506c410000102030405060708090a0b0c0d0e0f01c4016302",

@@ -105,6 +105,26 @@ async def test_a_failed_future_fails_the_call_it_was_passed_to(runtime: Runtime)
     assert await a.caught() == "7"
 
 
+async def test_an_error_tells_the_calls_it_has_come_through(runtime: Runtime) -> None:
+    client = await runtime.client()
+    paths = {
+        "refuse": ("refuse",),
+        "refused_as_argument": ("refused_as_argument", "echo", "refuse"),
+        "Left.ask": ("Left.ask",),
+    }
+    for name, path in paths.items():
+        with pytest.raises((runtime.actors.Refused, errors.ArgumentError)) as raised:
+            await client.call(name, *(["no"] if name == "refuse" else []))
+        cause = raised.value.__cause__
+        assert isinstance(cause, errors.RemoteTraceback)
+        assert (cause.path, cause.actor) == (path, name)
+        assert f"in {' -> '.join(path)} (call " in str(cause)
+    with pytest.raises(runtime.actors.Refused) as raised:
+        await client.call("refused_below", 80)
+    path = errors.path_of(raised.value)
+    assert (len(path), path[0], path[-1]) == (64, "refused_below", "refuse")
+
+
 async def test_errors_of_every_kind_have_their_types(runtime: Runtime) -> None:
     client = await runtime.client()
     a = runtime.actors

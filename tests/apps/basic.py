@@ -324,6 +324,16 @@ async def first_of(names: list[str]) -> list[str]:
 
 
 @workflow
+async def refused_below(depth: int) -> None:
+    await (refuse("below") if depth == 0 else refused_below(depth - 1))
+
+
+@workflow
+async def refused_as_argument() -> None:
+    await echo(refuse("argument").later)
+
+
+@workflow
 async def caught() -> str:
     try:
         await refuse("no")
