@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         WaitCycleError,
         WorkerLostError,
     )
-    from nalar_mq.future import Future, Stream, as_completed, gather
+    from nalar_mq.future import Future, FutureInfo, Stream, Waited, as_completed, gather, wait
     from nalar_mq.jobs import JobHandle, JobResult, JobStatus
     from nalar_mq.traces import Trace, TracedCall
 
@@ -80,9 +80,12 @@ _HOMES: Final = {
     ),
     "future": (
         "Future",
+        "FutureInfo",
         "Stream",
+        "Waited",
         "as_completed",
         "gather",
+        "wait",
     ),
     "jobs": (
         "JobHandle",
@@ -107,6 +110,7 @@ __all__ = [
     "Client",
     "ConfigError",
     "Future",
+    "FutureInfo",
     "JobHandle",
     "JobResult",
     "JobStatus",
@@ -126,6 +130,7 @@ __all__ = [
     "ValueNotEncodableError",
     "ValueTooLargeError",
     "WaitCycleError",
+    "Waited",
     "WorkerLostError",
     "agent",
     "as_completed",
@@ -134,6 +139,7 @@ __all__ = [
     "gather",
     "method",
     "tool",
+    "wait",
     "workflow",
 ]
 

@@ -13,7 +13,7 @@ from nalar_mq.errors import CallCancelledError, NotConnectedError
 from nalar_mq.history import History
 
 if TYPE_CHECKING:
-    from nalar_mq.future import Future
+    from nalar_mq.future import Future, FutureInfo
 
 
 class Slot(Protocol):
@@ -54,6 +54,18 @@ class Caller(Protocol):
 
     def cancel(self, future: Future[Any], reason: str) -> None:
         """Nobody wants the result any more. Any thread."""
+        ...
+
+    def prioritise(self, future: Future[Any], priority: int) -> None:
+        """Gives the call another priority, higher or lower. Any thread."""
+        ...
+
+    def lend_priority(self, future: Future[Any], priority: int) -> None:
+        """A call of that priority waits for the future: its own is not lower from now on. Any thread."""
+        ...
+
+    def info(self, future: Future[Any]) -> FutureInfo:
+        """What is known of it. Any thread."""
         ...
 
     def credit(self, future: Future[Any], limit: int) -> None:

@@ -31,6 +31,7 @@ import copy
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ from nalar_mq.errors import (
     WorkerLostError,
     path_of,
 )
-from nalar_mq.future import Future
+from nalar_mq.future import Facts, Future, FutureInfo
 from nalar_mq.history import History
 from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
@@ -70,6 +71,7 @@ from nalar_mq.messages import (
     Located,
     Message,
     Outcome,
+    Prioritise,
     Probe,
     Resolve,
     Settled,
@@ -109,6 +111,10 @@ class Host(Protocol):
 
     def on_credit(self, owner: Address, credit: Credit) -> None:
         """Its owner takes more pieces of its stream."""
+        ...
+
+    def on_prioritise(self, owner: Address, message: Prioritise) -> None:
+        """Its owner has given it another priority."""
         ...
 
     def on_pushed(self, message: Resolve | Fail) -> None:
@@ -163,6 +169,10 @@ class Entry(msgspec.Struct, eq=False):
     place: str
     retries: int
     actor: str
+    made: float
+    session: str
+    job: str
+    priority: int
     address: Address | None = None
     consumers: list[Address] | None = None
     depends: list[Future[Any]] | None = None
@@ -250,7 +260,7 @@ class Calls:
             id = root.id
         else:
             id = self._root + next(self._numbers).to_bytes(8, "big")
-        session = session or f"auto-{id.hex()}"
+        shared, session = session, session or _auto_session(id)
         future: Future[Any] = Future(self, id, label, history)
         is_on_loop = threading.get_ident() == self._thread
         place = self._places.key(actor, session, options.instance) if info.stateful else ""
@@ -279,7 +289,7 @@ class Calls:
         retries = options.retries if options.retries is not None else info.retries
         if context.job and options.retries is None:
             retries = max(JOB_RETRIES, retries)
-        entry = Entry(future, call, context.call_id, deadline, place, retries, actor)
+        entry = Entry(future, call, context.call_id, deadline, place, retries, actor, now, shared, context.job, call.priority)
         entry.history = history
         if root is not None:
             entry.is_root = True
@@ -320,6 +330,37 @@ class Calls:
         """Nobody wants the result any more. Any thread."""
         self._inbox.put(lambda: self._cancel(future.id, reason))
 
+    def prioritise(self, future: Future[Any], priority: int) -> None:
+        """Gives the call another priority, higher or lower. Any thread."""
+        self._inbox.put(lambda: self._prioritise(future.id, priority))
+
+    def lend_priority(self, future: Future[Any], priority: int) -> None:
+        """A call of that priority waits for the future: its own is not lower from now on. Any thread."""
+        entry = self._entries.get(future.id)
+        if entry is not None and entry.priority < priority:
+            self._inbox.put(lambda: self._lend_priority(future.id, priority))
+
+    def info(self, future: Future[Any]) -> FutureInfo:
+        """What is known of it. Any thread."""
+        entry = self._entries.get(future.id)
+        facts = future.facts if entry is None else _facts(entry, 0.0)
+        ahead_s = time.time() - self.loop.time()
+        return FutureInfo(
+            id=future.id.hex(),
+            actor=future.actor,
+            parent=facts.parent.hex(),
+            dependencies=tuple(id.hex() for id in facts.dependencies),
+            executor=facts.executor,
+            consumers=facts.consumers,
+            session=facts.session or _auto_session(future.id),
+            job=facts.job,
+            priority=facts.priority,
+            deadline_at=None if facts.deadline is None else facts.deadline + ahead_s,
+            state=future.state,
+            made_at=facts.made + ahead_s if facts.made else None,
+            ended_at=facts.ended + ahead_s if facts.ended else None,
+        )
+
     def credit(self, future: Future[Any], limit: int) -> None:
         """The consumer of a stream takes pieces up to number `limit`. Any thread."""
         if threading.get_ident() == self._thread:
@@ -348,6 +389,7 @@ class Calls:
             self._children.setdefault(entry.parent, {})[future.id] = None
         for dep in entry.depends or ():
             self._lent[dep.id] = dep, self._lent.get(dep.id, (dep, 0))[1] + 1
+            self._lend_priority(dep.id, entry.priority)
         if entry.deadline is not None:
             self._watch_deadline(entry, entry.deadline)
         if entry.history is None or not self._is_remembered(entry, entry.history):
@@ -512,6 +554,8 @@ class Calls:
                 self.host.on_consume(sender, message)
             case Credit() if self.host is not None:
                 self.host.on_credit(sender, message)
+            case Prioritise() if self.host is not None:
+                self.host.on_prioritise(sender, message)
             case Probe() if self.host is not None:
                 self.host.on_probe(message)
             case Settled() if self.host is not None:
@@ -598,6 +642,7 @@ class Calls:
         if self._entries.pop(id, None) is None:
             return
         self._stop_watching(entry)
+        entry.future.facts = _facts(entry, self.loop.time())
         if entry.parent:
             siblings = self._children[entry.parent]
             del siblings[id]
@@ -703,6 +748,28 @@ class Calls:
         entry.credit = limit
         if entry.address is not None:
             self.tell(entry.address, Credit(id, limit))
+
+    def _prioritise(self, id: bytes, priority: int) -> None:
+        entry = self._entries.get(id)
+        if entry is None or entry.priority == priority:
+            return
+        entry.priority = priority
+        if entry.call is not None:
+            entry.call = msgspec.structs.replace(entry.call, priority=priority)
+        if entry.address is not None:
+            self.tell(entry.address, Prioritise(id, priority))
+        for dep in entry.depends or ():
+            self._lend_priority(dep.id, priority)
+
+    def _lend_priority(self, id: bytes, priority: int) -> None:
+        entry = self._entries.get(id)
+        if entry is not None and entry.priority < priority:
+            self._prioritise(id, priority)
+
+    def lend_priority_to_children(self, parent: bytes, priority: int) -> None:
+        """The call `parent` has that priority: the calls it has made and that have not ended have no lower one."""
+        for id in list(self._children.get(parent, ())):
+            self._lend_priority(id, priority)
 
     def probe_children(self, parent: bytes, probe: Probe) -> None:
         """Passes a probe on to the executors of all calls that `parent` has made and that have not ended."""
@@ -937,6 +1004,26 @@ def _error_in(message: Fail, actor: str) -> Exception:
 
 
 _NONE: dict[str, int] = {}
+
+
+def _auto_session(id: bytes) -> str:
+    """The session of a call that was given none: its own."""
+    return f"auto-{id.hex()}"
+
+
+def _facts(entry: Entry, ended: float) -> Facts:
+    return Facts(
+        entry.parent,
+        tuple([dep.id for dep in entry.depends]) if entry.depends else (),
+        entry.address.name if entry.address is not None else "",
+        tuple([consumer.name for consumer in entry.consumers]) if entry.consumers else (),
+        entry.session,
+        entry.job,
+        entry.priority,
+        entry.deadline,
+        entry.made,
+        ended,
+    )
 
 
 def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:

@@ -321,7 +321,7 @@ def trace(options: _Options, /, id: str | None, last: bool, json: bool, app: Pat
     """Show the run that ID belongs to: which call made which, where each ran, and for how long.
 
     ID is the id of a call in hexadecimal, a session, or a job. Times are in seconds: from the arrival of the first call to
-    that of each, from there to its beginning, and from there to its end or until now. Workers remember the last 20,000
+    that of each, from there to its beginning, and from there to its end or until now. Workers remember the last 10,000
     calls each, for as long as they live.
     """
     from nalar_mq import commands

@@ -316,7 +316,7 @@ class Client(Caller):
     async def trace(self, wanted: Future[Any] | str = "") -> Trace:
         """The calls of one run as a tree: which call made which, where and when each of them ran, and how it ended.
 
-        Workers remember the last calls they have run, some ten thousand each, for as long as they live. The tree begins at
+        Workers remember the last 10,000 calls each has run, for as long as they live. The tree begins at
         the root of the run, even if a call in the middle of it is named.
 
         Args:

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, cast, overload
+
+import msgspec
 
 from nalar_mq import values
 from nalar_mq.call_context import CallContext, Caller, current_context
-from nalar_mq.errors import CallTimeoutError, StreamRestartedError, WireError
+from nalar_mq.errors import CallCancelledError, CallTimeoutError, StreamRestartedError, WireError
 from nalar_mq.history import History
 
 T = TypeVar("T")
@@ -41,12 +44,65 @@ _lock = threading.Lock()  # held for a few instructions; one for all futures kee
 STREAM_WINDOW = 64  # chunks a producer may be ahead of its consumer
 
 
+class Facts(msgspec.Struct, frozen=True, gc=False):
+    """What a future's owner keeps of it when it has ended; times are those of the owner's loop, 0 for none."""
+
+    parent: bytes = b""
+    dependencies: tuple[bytes, ...] = ()
+    executor: str = ""
+    consumers: tuple[str, ...] = ()
+    session: str = ""
+    job: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    made: float = 0.0
+    ended: float = 0.0
+
+
+NO_FACTS: Final = Facts()
+
+
+class FutureInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What its owner knows of a future. Times are in seconds since the epoch.
+
+    Attributes:
+        id: of the future, which is that of its call, in hexadecimal.
+        actor: `actor` or `actor.method`.
+        parent: id of the call that made it, its creator; empty for a program's own calls.
+        dependencies: ids of the futures that are among its arguments and had no value when it was made.
+        executor: the process that has the call; empty before it is sent.
+        consumers: processes that its value is pushed to, besides the owner.
+        session: that the call belongs to.
+        job: that it belongs to, or empty.
+        priority: higher runs earlier.
+        deadline_at: when it fails at the latest; None for never.
+        state: `pending`, `resolved`, `failed` or `cancelled`.
+        made_at: when the call was made; None if that is still on its way from another thread.
+        ended_at: None while it has not.
+    """
+
+    id: str
+    actor: str
+    parent: str
+    dependencies: tuple[str, ...]
+    executor: str
+    consumers: tuple[str, ...]
+    session: str
+    job: str
+    priority: int
+    deadline_at: float | None
+    state: str
+    made_at: float | None
+    ended_at: float | None
+
+
 class Future(values.Deferred, Generic[T_co]):
     """The result of one call. Await it, ask for its `value`, or pass it on as an argument.
 
     Attributes:
         id: 16 bytes, the id of the call.
         actor: `actor` or `actor.method`, for people.
+        facts: of one that has ended, for its owner's runtime; `info` is for people.
     """
 
     __slots__ = (
@@ -60,6 +116,7 @@ class Future(values.Deferred, Generic[T_co]):
         "_value",
         "_waiters",
         "actor",
+        "facts",
         "id",
         "seen",
     )
@@ -69,6 +126,7 @@ class Future(values.Deferred, Generic[T_co]):
         self.id = id
         self.actor = actor
         self.seen = False
+        self.facts = NO_FACTS
         self._caller = caller
         self._state = PENDING
         self._payload: bytes | None = None
@@ -147,6 +205,24 @@ class Future(values.Deferred, Generic[T_co]):
         """True once it has ended with an error; never waits."""
         return self._state == FAILED
 
+    @property
+    def state(self) -> str:
+        """`pending`, `resolved`, `failed`, or `cancelled`."""
+        if self._state != FAILED:
+            return "resolved" if self._state else "pending"
+        return "cancelled" if isinstance(self._error, CallCancelledError) else "failed"
+
+    def info(self) -> FutureInfo:
+        """What this process knows of the call: who made it, who has it, what it waits for, when it began and ended."""
+        return self._caller.info(self)
+
+    def set_priority(self, priority: int) -> None:
+        """Gives the call another priority: while it is queued it moves among the others there, and what it calls inherits it.
+
+        A session with several calls takes the highest of theirs. Whoever waits for a future lends it its own priority.
+        """
+        self._caller.prioritise(self, priority)
+
     def value(self, timeout: float | None = None) -> T_co:
         """Waits for the value and returns it; the same object each time.
 
@@ -180,7 +256,7 @@ class Future(values.Deferred, Generic[T_co]):
         done = threading.Event()
         if not self.on_end(done.set):
             return
-        slot = _slot_of_running_call()
+        slot = _slot_for(self)
         if slot is not None:
             slot.give_up()
         try:
@@ -216,7 +292,7 @@ class Future(values.Deferred, Generic[T_co]):
             waiter: asyncio.Future[None] = loop.create_future()
             wake = _Wake(waiter, loop, direct=loop is self._caller.loop)
             if self.on_end(wake):
-                slot = _slot_of_running_call()
+                slot = _slot_for(self)
                 if slot is not None:
                     slot.give_up()
                 try:
@@ -326,9 +402,14 @@ class BlockingLoopError(RuntimeError):
         super().__init__(f"{what} would block the event loop it depends on: use {instead}")
 
 
-def _slot_of_running_call() -> Any:
+def _slot_for(*futures: Future[Any]) -> Any:
+    """The slot of the running call, which is about to wait for the futures and so lends them its priority."""
     context: CallContext | None = current_context.get()
-    return None if context is None else context.slot
+    if context is None or context.slot is None:
+        return None
+    for future in futures:
+        future._caller.lend_priority(future, context.priority)  # pyright: ignore[reportPrivateUsage]
+    return context.slot
 
 
 class _Wake:
@@ -473,9 +554,9 @@ class Stream(Generic[T]):
 
 
 @contextlib.contextmanager
-def waiting() -> Generator[None]:
+def waiting(*futures: Future[Any]) -> Generator[None]:
     """The running call gives up its slot inside the block: for waits that the runtime cannot see."""
-    slot = _slot_of_running_call()
+    slot = _slot_for(*futures)
     if slot is None:
         yield
         return
@@ -527,7 +608,7 @@ async def _all_ended_or_one_failed(futures: list[Future[Any]]) -> None:
         elif future.failed():
             return
     if countdown.left and not countdown.waiter.done():
-        with waiting():
+        with waiting(*futures):
             await countdown.waiter
 
 
@@ -568,7 +649,9 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
         self._wake: Callable[[], object] | None = None
         self._left = 0
         self._loops: set[asyncio.AbstractEventLoop | None] = set()
-        for future in futures:
+        given = list(futures)
+        _slot_for(*given)
+        for future in given:
             self._left += 1
             self._loops.add(future._caller.loop)  # pyright: ignore[reportPrivateUsage]
             if not future.on_end(self._arrival(future)):
@@ -621,3 +704,94 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
                     changed.wait()
         self._left -= 1
         return self._ended.popleft()
+
+
+ReturnWhen = Literal["FIRST_COMPLETED", "FIRST_EXCEPTION", "ALL_COMPLETED"]
+
+
+class Waited(NamedTuple, Generic[T]):
+    """What `wait` gives, both in the order of the futures it was given."""
+
+    done: list[Future[T]]
+    pending: list[Future[T]]
+
+
+class wait(Generic[T]):  # noqa: N801 - named as in asyncio and concurrent.futures
+    """Waits until some of the futures have ended; `await` it on a loop, or ask for its `value()` in a thread.
+
+    It raises no error of theirs, and cancels none.
+
+    Args:
+        futures: what to wait for.
+        timeout: seconds after which it gives what there is; None for no bound.
+        return_when: what ends the waiting, as in `asyncio.wait`: all have ended, one has, or one has failed.
+    """
+
+    def __init__(
+        self, futures: Iterable[Future[T]], *, timeout: float | None = None, return_when: ReturnWhen = "ALL_COMPLETED"
+    ) -> None:
+        if return_when not in ("FIRST_COMPLETED", "FIRST_EXCEPTION", "ALL_COMPLETED"):
+            raise ValueError(f"return_when is {return_when!r}: FIRST_COMPLETED, FIRST_EXCEPTION or ALL_COMPLETED is allowed")
+        self._futures = list(futures)
+        self._timeout = timeout
+        self._or_failed = return_when == "FIRST_EXCEPTION"
+        self._wanted = min(1, len(self._futures)) if return_when == "FIRST_COMPLETED" else len(self._futures)
+
+    def __await__(self) -> Generator[Any, None, Waited[T]]:
+        return self._on_loop().__await__()
+
+    def value(self) -> Waited[T]:
+        """Waits in this thread.
+
+        Raises:
+            BlockingLoopError: this thread runs the loop that the futures depend on.
+        """
+        loop = _running_loop()
+        loops = [future._caller.loop for future in self._futures]  # pyright: ignore[reportPrivateUsage]
+        if loop is not None and loop in loops:
+            raise BlockingLoopError("wait().value()", "`await wait(...)`")
+        enough = threading.Event()
+        with self._watched(enough.set), waiting(*self._futures):
+            enough.wait(self._timeout)
+        return self._split()
+
+    async def _on_loop(self) -> Waited[T]:
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        with self._watched(_Wake(waiter, loop, direct=False)), waiting(*self._futures):
+            await asyncio.wait([waiter], timeout=self._timeout)
+        return self._split()
+
+    @contextlib.contextmanager
+    def _watched(self, wake: Callable[[], object]) -> Generator[None]:
+        """Calls `wake` once enough of them have ended, at once if they have already."""
+        left = self._wanted
+        watches: list[tuple[Future[T], Callable[[], None]]] = []
+
+        def ended(future: Future[T]) -> None:
+            nonlocal left
+            with _lock:
+                left -= 1
+            if left == 0 or (self._or_failed and future.failed()):
+                wake()
+
+        if not left:
+            wake()
+        for future in self._futures:
+            watch: Callable[[], None] = functools.partial(ended, future)
+            if future.on_end(watch):
+                watches.append((future, watch))
+            else:
+                watch()
+        try:
+            yield
+        finally:
+            for future, watch in watches:
+                future.forget(watch)
+
+    def _split(self) -> Waited[T]:
+        ended = [future.available() for future in self._futures]
+        return Waited(
+            [future for future, has_ended in zip(self._futures, ended, strict=True) if has_ended],
+            [future for future, has_ended in zip(self._futures, ended, strict=True) if not has_ended],
+        )

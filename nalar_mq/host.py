@@ -59,7 +59,7 @@ from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
-from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Probe, Resolve, Settled, Want
+from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Prioritise, Probe, Resolve, Settled, Want
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
@@ -67,7 +67,7 @@ from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
 from nalar_mq.transparent import run_driver
 
-_EARLY_CREDITS = 1_000
+_EARLY = 1_000  # credits and priorities that are kept for calls which have not come yet
 _PUSHED_KEPT = 20_000
 _PUSHED_BYTES = 32 * 1024 * 1024
 _WANT_AFTER_S = 1.0
@@ -80,7 +80,7 @@ _KEPT_S = 3600.0  # what a call of a job came to, when nobody asks for it
 _STOP_S = 5.0
 _DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
-REMEMBERED = 20_000  # calls that have ended and can be asked for; about 0.4 KB each
+REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _log = logger(__name__)
 
 
@@ -121,6 +121,7 @@ class Host:
         self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
         self._pushed_bytes = 0
         self._early_credits: OrderedDict[bytes, int] = OrderedDict()
+        self._early_priorities: OrderedDict[bytes, int] = OrderedDict()
         self._unwatched: dict[bytes, Execution] = {}
         self._kept: dict[bytes, _Kept] = {}
         self._remember = remember
@@ -176,6 +177,8 @@ class Host:
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
             return
         _share_names(call, replica.spec.name, method.name)
+        if self._early_priorities:
+            force_setattr(call, "priority", self._early_priorities.pop(call.id, call.priority))
         execution = Execution(self, owner, call, replica, method, now, now, session_key_of(call))
         self._executions[call.id] = execution
         if call.cast and call.timeout_s is not None:
@@ -343,10 +346,24 @@ class Host:
         execution = self._executions.get(credit.id)
         if execution is None:
             self._early_credits[credit.id] = credit.limit
-            if len(self._early_credits) > _EARLY_CREDITS:
+            if len(self._early_credits) > _EARLY:
                 self._early_credits.popitem(last=False)
         elif execution.owner == owner:
             self._outflow(execution).allow(credit.limit)
+
+    def on_prioritise(self, owner: Address, message: Prioritise) -> None:
+        """The owner has given the call another priority; a call that waits for room in the channel comes later."""
+        execution = self._executions.get(message.id)
+        if execution is None:
+            self._early_priorities[message.id] = message.priority
+            if len(self._early_priorities) > _EARLY:
+                self._early_priorities.popitem(last=False)
+        elif execution.owner == owner:
+            force_setattr(execution.call, "priority", message.priority)
+            execution.replica.mailbox.prioritise(message.id, message.priority)
+            if execution.context is not None:
+                execution.context.priority = message.priority
+                self._calls.lend_priority_to_children(message.id, message.priority)
 
     def _outflow(self, execution: Execution) -> Outflow:
         if execution.outflow is None:

@@ -26,7 +26,7 @@ goes before the higher numbers still queued. With `hold_gaps` a number that has 
 comes or is skipped; every sender must then skip each number it gives up.
 
 Costs: put, take, finish and remove are O(log n) amortised; a change of a session's priority costs O(log n) for each of its
-queued calls, and the first such change one look at every queued call.
+queued calls, and the first such change one look at every queued call; a change of one call's priority costs O(log n).
 """
 
 from __future__ import annotations
@@ -771,8 +771,15 @@ class Mailbox:
                     self._queued_of.setdefault(entry.session, {})[entry.key] = entry
         for entry in self._queued_of.get(session, {}).values():
             self._set_rank(entry)
-            if not entry.is_reentrant:
-                self._queue.rank(entry)
+
+    def prioritise(self, call_key: bytes, value: int) -> bool:
+        """Gives a queued call another priority; False if it is not queued. One that its session has been given prevails."""
+        entry = self._entries.get(call_key)
+        if entry is None or entry.state is not _QUEUED:
+            return False
+        entry.priority = value
+        self._set_rank(entry)
+        return True
 
     def skip(self, session: str, sender: str, number: int) -> None:
         """The sender gives up that number of the session; a call that bears it and comes later is a duplicate."""
@@ -810,7 +817,10 @@ class Mailbox:
         priority = self._priority(entry)
         entry.rank = entry.arrived_s - priority * self._aging_s
         entry.is_moved = True
-        if self._worst is not None and not entry.is_reentrant:
+        if entry.is_reentrant:
+            return
+        self._queue.rank(entry)
+        if self._worst is not None:
             self._note_worst(priority, entry)
 
     def _note_worst(self, priority: int, entry: _Entry) -> None:

@@ -9,7 +9,7 @@ Arguments and results are `payload`: bytes made by `nalar_mq.values`, opaque her
 
 Who says what:
 
-    owner -> executor       Call, Cancel, Consume, Credit, Probe, Settled
+    owner -> executor       Call, Cancel, Consume, Credit, Probe, Settled, Prioritise
     executor -> owner       Resolve, Fail, Chunk
     executor -> consumer    Resolve, Fail
     consumer -> owner       Want
@@ -202,7 +202,14 @@ class Settled(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=12):
     again: bool = False
 
 
-Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe | Locate | Located | Settled
+class Prioritise(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=13):
+    """The call `id` has another priority from now on, and so have the calls it makes."""
+
+    id: bytes
+    priority: int
+
+
+Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe | Locate | Located | Settled | Prioritise
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):

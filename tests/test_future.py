@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from nalar_mq import as_completed, gather, values
+from nalar_mq import as_completed, gather, values, wait
 from nalar_mq.call_context import Caller
 from nalar_mq.errors import CallTimeoutError, StreamRestartedError
 from nalar_mq.future import STREAM_WINDOW, BlockingLoopError, Future
@@ -164,6 +164,59 @@ async def test_as_completed_gives_each_once_in_the_order_of_their_ends(owner: Ow
     assert await on_loop == await in_thread == order
 
 
+WAITS = [
+    # ends what; how each ends, in this order; what is done then
+    ("ALL_COMPLETED", {3: 3, 0: ValueError(), 1: 1, 2: 2}, [0, 1, 2, 3]),
+    ("FIRST_COMPLETED", {2: 2}, [2]),
+    ("FIRST_COMPLETED", {2: ValueError()}, [2]),
+    ("FIRST_EXCEPTION", {3: 3, 1: ValueError()}, [1, 3]),
+    ("FIRST_EXCEPTION", {3: 3, 0: 0, 1: 1, 2: 2}, [0, 1, 2, 3]),
+]
+
+
+@pytest.mark.parametrize(("return_when", "ends", "done"), WAITS)
+@pytest.mark.parametrize("before", [False, True], ids=["while it waits", "before it waits"])
+async def test_wait_returns_when_enough_have_ended(
+    owner: Owner, return_when: Any, ends: dict[int, Any], done: list[int], before: bool
+) -> None:
+    futures = [owner.future() for _ in range(4)]
+
+    def end() -> None:
+        for number, outcome in ends.items():
+            if isinstance(outcome, Exception):
+                futures[number].fail(outcome)
+            else:
+                futures[number].resolve(values.encode(outcome))
+
+    async def on_loop() -> Any:
+        return await wait(futures, return_when=return_when)
+
+    if before:
+        end()
+    in_thread = asyncio.ensure_future(asyncio.to_thread(lambda: wait(futures, return_when=return_when).value()))
+    waiting = asyncio.ensure_future(on_loop())
+    if not before:
+        await _until(lambda: len(futures[2]._waiters or ()) == 2)
+        end()
+    for waited in (await waiting, await in_thread):
+        assert [futures.index(future) for future in waited.done] == done
+        assert [futures.index(future) for future in waited.pending] == [n for n in range(4) if n not in done]
+    assert not any(future._waiters for future in futures), "nobody waits any more"
+
+
+async def test_wait_gives_what_there_is_when_its_time_is_over(owner: Owner) -> None:
+    futures = [owner.future(), owner.future()]
+    futures[1].resolve(values.encode(1))
+    for waited in (await wait(futures, timeout=0.01), await asyncio.to_thread(lambda: wait(futures, timeout=0.01).value())):
+        assert waited == ([futures[1]], [futures[0]])
+    assert await wait([]) == ([], [])
+    assert await wait([], return_when="FIRST_COMPLETED") == ([], [])
+    with pytest.raises(BlockingLoopError):
+        wait(futures).value()
+    with pytest.raises(ValueError, match="FIRST_COMPLETED"):
+        wait(futures, return_when=cast("Any", "SOON"))
+
+
 async def test_pieces_come_once_in_order_and_ask_for_more(owner: Owner) -> None:
     future = owner.future()
     stream = future.stream()
@@ -208,9 +261,9 @@ async def test_a_stream_asked_for_at_the_end_still_has_every_piece_once(owner: O
 
 async def test_waiting_as_threads_do_is_refused_on_the_loop_of_the_owner(owner: Owner) -> None:
     future = owner.future()
-    for wait in (future.value, future.stream().__next__, as_completed([future]).__next__):
+    for block in (future.value, future.stream().__next__, as_completed([future]).__next__):
         with pytest.raises(BlockingLoopError, match=r"await|async for"):
-            cast("Callable[[], object]", wait)()
+            cast("Callable[[], object]", block)()
 
 
 async def _all(stream: Any) -> list[Any]:

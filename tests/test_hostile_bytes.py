@@ -32,6 +32,7 @@ from nalar_mq.messages import (
     Look,
     Member,
     Place,
+    Prioritise,
     Probe,
     Resolve,
     Seen,
@@ -130,6 +131,7 @@ def honest_packets(rng: random.Random, incarnation: int) -> list[bytes]:
         Credit(id, 2**40),
         Want(id),
         Probe(id, id, id, ("a/s",)),
+        Prioritise(id, 2**62),
     )
     frames = [Frame(WIRE_VERSION, 5, incarnation, seq, 0, (message,)) for seq, message in enumerate(messages, 1)]
     others = [

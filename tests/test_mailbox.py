@@ -164,6 +164,13 @@ class NaiveMailbox:
         else:
             self.priorities[session] = value
 
+    def prioritise(self, key: bytes, value: int) -> bool:
+        call = self.find(key)
+        if call is None or call.state != "queued":
+            return False
+        call.priority = value
+        return True
+
     def skip(self, session: str, sender: str, number: int) -> None:
         if self.per_session:
             self.had.add((session, sender, number))
@@ -248,6 +255,9 @@ class Pair:
             value = chance.choice([None, 0, 2, 5])
             self.mailbox.set_priority(session, value)
             self.model.set_priority(session, value)
+        elif kind < 0.85:
+            key, priority = self.key(), chance.choice([-3, 0, 1, 4])
+            self.same(self.mailbox.prioritise(key, priority), self.model.prioritise(key, priority))
         else:
             number = self.next_number.get((session, sender), 1)
             self.next_number[session, sender] = number + 1

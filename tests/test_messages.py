@@ -31,6 +31,7 @@ from nalar_mq.messages import (
     Pack,
     Packet,
     Place,
+    Prioritise,
     Probe,
     Resolve,
     Running,
@@ -167,9 +168,9 @@ def test_fields_with_defaults_may_be_missing() -> None:
 def test_tags_are_never_shared() -> None:
     tags = [
         s.__struct_config__.tag
-        for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe, Locate, Located, Settled)
+        for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe, Locate, Located, Settled, Prioritise)
     ]
-    assert tags == list(range(1, 13))
+    assert tags == list(range(1, 14))
     packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
     assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
     assert [s.__struct_config__.tag for s in (Outcome, Unseen)] == [1, 2]
@@ -208,6 +209,7 @@ def _samples() -> dict[str, bytes]:
         "chunk": encode_message(Chunk(ID, 1, b"c", 2)),
         "credit": encode_message(Credit(ID, 9)),
         "want": encode_message(Want(ID)),
+        "prioritise": encode_message(Prioritise(ID, -2)),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
         "locate": encode_message(Locate(5, ("j",), ("w/1",))),
         "located": encode_message(Located(5, (ID,), ("j",))),
@@ -248,6 +250,7 @@ GOLDEN = {
     "chunk": "9506c410000102030405060708090a0b0c0d0e0f01c4016302",
     "credit": "9307c410000102030405060708090a0b0c0d0e0f09",
     "want": "9208c410000102030405060708090a0b0c0d0e0f",
+    "prioritise": "930dc410000102030405060708090a0b0c0d0e0ffe",
     "probe": (
         "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e"
         "0f91a3612f73"

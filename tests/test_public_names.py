@@ -20,6 +20,7 @@ PUBLIC = [
     "Client",
     "ConfigError",
     "Future",
+    "FutureInfo",
     "JobHandle",
     "JobResult",
     "JobStatus",
@@ -39,6 +40,7 @@ PUBLIC = [
     "ValueNotEncodableError",
     "ValueTooLargeError",
     "WaitCycleError",
+    "Waited",
     "WorkerLostError",
     "agent",
     "as_completed",
@@ -47,6 +49,7 @@ PUBLIC = [
     "gather",
     "method",
     "tool",
+    "wait",
     "workflow",
 ]
 

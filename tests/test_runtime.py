@@ -65,6 +65,7 @@ async def runtime(request: pytest.FixtureRequest, namespace: str, broker_access:
     settings = Settings(broker=broker_access, namespace=namespace, node="here", lease_s=2.0)
     made = Runtime(load_app(APP), settings, hub.connect if request.param == "memory" else over_nats, hub)
     made.actors.GATES.clear()
+    made.actors.TURNS.clear()
     async with made.stack:
         made.first = await made.worker("first")
         made.second = await made.worker("second")
@@ -498,6 +499,74 @@ async def test_a_worker_remembers_its_last_calls_in_any_number_of_pieces(runtime
     trace = await client.trace("many")
     assert len(trace.calls) == REMEMBERED
     assert int(trace.calls[0].id, 16) == 500
+
+
+def _priorities(runtime: Runtime, actor: str) -> list[int]:
+    hosts = [worker._host for worker in (runtime.first, runtime.second)]
+    return [record.priority for host in hosts if host for record in host.records() if record.actor == actor]
+
+
+async def _turns(runtime: Runtime, futures: list[Any]) -> list[str]:
+    """Lets all of them run, and tells in which order they began."""
+    for name in ("one", "two", "three", "four"):
+        await runtime.actors.opens(name)
+    await nalar_mq.gather(*futures)
+    return list(runtime.actors.TURNS)
+
+
+async def test_a_future_can_be_given_another_priority(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    futures = [a.block_turn("one")]
+    await _until(lambda: a.TURNS == ["one"])
+    futures += [a.block_turn(name) for name in ("two", "three", "four")]
+    futures[3].set_priority(5)
+    futures[1].set_priority(-5)
+    await _until(lambda: sorted(_priorities(runtime, "block_turn")) == [-5, 0, 0, 5])
+    assert [future.info().priority for future in futures] == [0, -5, 0, 5]
+    assert await _turns(runtime, futures) == ["one", "four", "three", "two"]
+
+
+async def test_who_waits_for_a_future_lends_it_its_priority(runtime: Runtime) -> None:
+    await runtime.client()
+    a = runtime.actors
+    futures = [a.block_turn("one")]
+    await _until(lambda: a.TURNS == ["one"])
+    futures += [a.block_turn("two"), a.block_turn("three")]
+    futures.append(a.echo.options(priority=7)(a.echo(futures[2].later).later))
+    futures.append(a.waits_for_turn.options(priority=4)("four"))
+    await _until(lambda: sorted(_priorities(runtime, "block_turn")) == [0, 0, 4, 7])
+    assert await _turns(runtime, futures) == ["one", "three", "four", "two"]
+
+
+async def test_what_is_known_of_a_future(runtime: Runtime) -> None:
+    client = await runtime.client(name="owner")
+    a = runtime.actors
+    waiting = client.options(session="known", timeout_s=60, priority=2).call("wait_at", "info")
+    needs_it = a.echo(waiting.later)
+    await _until(lambda: runtime.started("wait_at") == 1 and waiting.info().consumers != ())
+    info, depends = waiting.info(), needs_it.info()
+    assert (info.id, info.actor, info.parent, info.session) == (waiting.id.hex(), "wait_at", "", "known")
+    assert (info.state, info.priority, info.job, info.dependencies) == ("pending", 2, "", ())
+    assert {info.executor, *info.consumers, depends.executor} <= {"first", "second"}
+    assert info.consumers == (depends.executor,)
+    assert depends.dependencies == (info.id,)
+    assert depends.session == f"auto-{needs_it.id.hex()}"
+    assert info.made_at is not None and info.deadline_at is not None and info.ended_at is None
+    assert info.deadline_at - info.made_at == pytest.approx(60, abs=1e-3)
+    await a.opens("info")
+    await waiting
+    ended = waiting.info()
+    assert (ended.state, ended.executor, ended.consumers) == ("resolved", info.executor, info.consumers)
+    assert ended.ended_at is not None and ended.made_at is not None and ended.ended_at >= ended.made_at
+    failed = a.refuse("no")
+    with pytest.raises(a.Refused):
+        await failed
+    cancelled = a.wait_at("never")
+    cancelled.cancel()
+    done, pending = await nalar_mq.wait([failed, cancelled])
+    assert (done, pending) == ([failed, cancelled], [])
+    assert [future.info().state for future in done] == ["failed", "cancelled"]
 
 
 async def test_calls_that_wait_for_each_other_are_told_so(runtime: Runtime) -> None:

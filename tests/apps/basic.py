@@ -229,6 +229,22 @@ def interrupt() -> None:
     gate("interrupt").set()
 
 
+TURNS: list[str] = []
+
+
+@tool(max_instances=1, concurrency=1)
+async def block_turn(name: str) -> str:
+    TURNS.append(name)
+    while not gate(name).is_set():
+        await asyncio.sleep(0.005)
+    return name
+
+
+@workflow
+async def waits_for_turn(name: str) -> str:
+    return await block_turn.options(priority=-1)(name)
+
+
 @tool(concurrency=1)
 def narrow_gate(name: str) -> None:
     gate(name).wait(30)

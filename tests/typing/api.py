@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import assert_type
 
-from nalar_mq import Future, agent, as_completed, connect, gather, method, tool, workflow
+from nalar_mq import Future, FutureInfo, Waited, agent, as_completed, connect, gather, method, tool, wait, workflow
 
 
 @dataclass
@@ -69,6 +69,10 @@ async def answer(question: str) -> str:
     assert_type(await Analyst.analyse.options(session="s", priority=2, timeout_s=None)(question), Report)
     assert_type(await gather(found, report), tuple[list[str], Report])
     assert_type(Analyst.note.cast("x"), None)
+    assert_type(await wait([report], return_when="FIRST_COMPLETED"), Waited[Report])
+    assert_type(wait([report], timeout=1).value().done, list[Future[Report]])
+    assert_type(found.info(), FutureInfo)
+    assert_type(found.set_priority(3), None)
     assert_type(await Plain.hello(), str)
     async for done in as_completed([report]):
         assert_type(done, Future[Report])
