@@ -261,10 +261,12 @@ class Intake:
         except WireError as error:
             await self._reject(job.message, "", error)
             return
-        found = await self.jobs.patiently(lambda: self.jobs.result(job.id))
+        found, is_claimed = await asyncio.gather(
+            self.jobs.patiently(lambda: self.jobs.result(job.id)), self._claim_at_once(job)
+        )
         if found is not None:
             await self._leave(job, found)
-        elif await self._claim(job):
+        elif is_claimed or await self._claim(job):
             if job.losses > self._options.losses:
                 lost = WorkerLostError(f"its worker was lost {job.losses} times", actor=job.spec.name)
                 await self._fail(job, lost, ran_s=0.0)
@@ -272,6 +274,17 @@ class Intake:
                 await self._run(job)
 
     # Who runs it.
+
+    async def _claim_at_once(self, job: _Job) -> bool:
+        """Records that this worker runs a job that nobody has begun, as most are; False says nothing."""
+        if job.message.deliveries > 1:
+            return False
+        try:
+            job.revision = await self.jobs.hold(job.id, self._record(job, self._me.name, self._me.incarnation, 0), 0)
+        except BrokerError:
+            return False
+        self._running[job.id] = job
+        return True
 
     async def _claim(self, job: _Job) -> bool:
         """Records that this worker runs the job; False if somebody else does, or this worker does already."""

@@ -1177,7 +1177,7 @@ class _Ledger:
     async def remove(self, sequence: int) -> bool:
         async def delete() -> bool:
             try:
-                return await self._transport.jetstream.delete_msg(self._name, sequence)
+                return await _delete(self._transport.jetstream, self._name, sequence)
             except nats.js.errors.APIError as error:
                 if error.err_code in _NO_MESSAGE:
                     return False
@@ -1191,10 +1191,20 @@ class _Ledger:
     async def purge(self, subject: str, *, below: int | None = None) -> None:
         _checked_pattern(subject)
 
+        if below is not None and below <= 1:
+            return  # there is nothing, and the broker takes 0 for "all of them"
+
         async def remove() -> None:
             await self._transport.jetstream.purge_stream(self._name, seq=below, subject=subject)
 
         await self._transport.ask(f"purging {subject!r}", remove)
+
+
+async def _delete(jetstream: JetStreamContext, stream: str, sequence: int) -> bool:
+    """Without overwriting the bytes on disk, as `delete_msg` has it done, which costs the broker more than all the rest."""
+    request = json.dumps({"seq": sequence, "no_erase": True}).encode()
+    answer = await jetstream._api_request(f"{jetstream._prefix}.STREAM.MSG.DELETE.{stream}", request)
+    return bool(answer["success"])
 
 
 async def _subjects_of(transport: NatsTransport, stream: str) -> dict[str, int]:
