@@ -25,6 +25,10 @@ Key-value buckets (their names are the namespace, a dash and the word):
     NS-members              <process>              who is alive, its incarnation, and which actors it serves
     NS-places               <actor>.<instance>     the process that holds the memory of a session
     NS-lost                 <process>              its highest incarnation that has been declared lost
+
+Object store:
+
+    NS-claims               <process>.<incarnation>.<random>    a large value that this process answers for
 """
 
 from __future__ import annotations
@@ -84,6 +88,7 @@ class Subjects:
     """The subjects and buckets of one namespace. Immutable; cheap to share."""
 
     __slots__ = (
+        "claims_bucket",
         "dead_ledger",
         "jobs_queue",
         "journal_ledger",
@@ -101,6 +106,7 @@ class Subjects:
         self.places_bucket = f"{namespace}-places"
         self.lost_bucket = f"{namespace}-lost"
         self.journal_ledger = f"{namespace}-journal"
+        self.claims_bucket = f"{namespace}-claims"
         self.running_ledger = f"{namespace}-running"
         self.jobs_queue = f"{namespace}-jobs"
         self.results_ledger = f"{namespace}-results"

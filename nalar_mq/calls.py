@@ -12,7 +12,7 @@ Who calls from a thread goes through an inbox with one wake-up for many calls; o
 A future may stand in the arguments of a further call before it has a value. The caller is then its registry: it tells the
 future's executor to push the value straight to the consumer as well (`Consume`), and itself pushes to those consumers that
 the executor's `Resolve` does not name. A consumer that waits for long asks (`Want`). So each of the three messages may be
-late or miss its addressee, and the value still arrives.
+late or miss its addressee, and the value still arrives. Arguments that are too large for a message are such a future, too.
 
 Loss. When the incarnation that has a call is lost, a call that was never sent to it is routed anew; one that may have run is
 sent again under the same id if it may be retried, and else fails with `WorkerLostError`.
@@ -42,6 +42,7 @@ from nalar_mq import values
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.channel import Endpoint
+from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, Claims, Held, check_size
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -49,6 +50,7 @@ from nalar_mq.errors import (
     OwnerLostError,
     UnknownActorError,
     ValueTooLargeError,
+    WireError,
     WorkerLostError,
     path_of,
 )
@@ -73,6 +75,7 @@ from nalar_mq.messages import (
     Outcome,
     Prioritise,
     Probe,
+    Release,
     Resolve,
     Settled,
     Want,
@@ -81,7 +84,6 @@ from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.threads import LoopInbox
 
-VALUE_LIMIT_BYTES = 512 * 1024
 JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
 _HURRY_AFTER_S = 0.02  # how long a job that is repeated may wait for a call's turn to appear
@@ -89,6 +91,7 @@ _FIRST_PAUSE_S = 0.05  # before a call is sent again, doubled with each attempt
 _LONGEST_PAUSE_S = 2.0
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05
+_CAST_HOLDS_S = 600.0  # how long at most large values are held for a cast
 _LONGEST_S = 1e9  # a timeout beyond this, infinity among them, is none: timers cannot hold it
 _LABELS_KEPT = 10_000
 _log = logger(__name__)
@@ -197,6 +200,7 @@ class Calls:
         endpoint: Endpoint,
         table: RoutingTable,
         places: Places,
+        claims: Claims,
         me: Address,
         random: Random,
     ) -> None:
@@ -208,6 +212,8 @@ class Calls:
         self._endpoint = endpoint
         self._table = table
         self._places = places
+        self.claims = claims
+        claims.tell = self.tell
         self._thread = threading.get_ident()
         self._random = random
         self._unsettled: dict[bytes, Address] = {}
@@ -247,8 +253,11 @@ class Calls:
         label = self._label(actor, method)
         deps: list[values.Deferred] = []
         payload = values.encode_arguments(args, kwargs, deps)
-        if len(payload) > VALUE_LIMIT_BYTES:
-            raise too_large(f"the arguments of {label}", len(payload), label)
+        if len(payload) > INLINE_LIMIT_BYTES:
+            check_size(f"the arguments of {label}", len(payload), label, is_of_job=bool(context.job))
+            payload = self._as_future(payload, label, deps)
+        if options.init:
+            check_size(f"what {actor!r} is made with", len(options.init), label, limit_bytes=INLINE_LIMIT_BYTES)
         info = self._table.info(actor) or _UNKNOWN
         now = self.loop.time()
         deadline = self._deadline(context, options, info, now)
@@ -303,6 +312,16 @@ class Calls:
         else:
             self._launch_from_thread(entry)
         return future
+
+    def _as_future(self, arguments: bytes, label: str, deps: list[values.Deferred]) -> bytes:
+        """What stands for arguments that are too large for a message: a future of this process, which has them."""
+        id = self._root + next(self._numbers).to_bytes(8, "big")
+        future: Future[Any] = Future(self, id, f"the arguments of {label}")
+        future.resolve(self.claims.made(arguments))
+        later: list[values.Deferred] = []
+        payload = values.encode(future, later)
+        deps[:0] = later
+        return payload
 
     def _launch_from_thread(self, entry: Entry) -> None:
         if self._closed is not None or not self._inbox.put(functools.partial(self._launch, entry)):
@@ -474,13 +493,22 @@ class Calls:
             self.tell(address, Credit(call.id, entry.credit))
         if entry.depends is not None:
             for dep in entry.depends:
-                self._lend(dep, address)
+                self._lend(dep, address, entry.deadline)
         elif not entry.retries:
             entry.call = None  # nothing here will send it again: let the arguments go
         if call.cast:
             if entry.history is not None:
                 self._journal().put(Outcome(call.job, call.parent, Resolve(call.id, b"")))
+            self._hold_for_cast(entry)
             self._end(entry)
+
+    def _hold_for_cast(self, entry: Entry) -> None:
+        """Nobody tells when a cast has ended: the large values it needs are held for as long as it may wait."""
+        large = [dep for dep in entry.depends or () if dep.held() is not None or not dep.available()]
+        if large:
+            now = self.loop.time()
+            holds_s = _CAST_HOLDS_S if entry.deadline is None else min(_CAST_HOLDS_S, entry.deadline - now)
+            self.loop.call_later(holds_s, large.clear)
 
     def tell(self, address: Address, message: Message, *, linger: bool = False) -> None:
         """Sends a message, which may `linger` for others to travel with; to this process itself by the shortest way."""
@@ -499,13 +527,13 @@ class Calls:
         messages, self._local = self._local, []
         self.on_messages(self.me, messages)
 
-    def _lend(self, dep: Future[Any], consumer: Address) -> None:
+    def _lend(self, dep: Future[Any], consumer: Address, deadline: float | None) -> None:
         """Sees to it that `consumer` gets the value of `dep`."""
         entry = self._entries.get(dep.id)
         if entry is None:
             # It has ended; or another client in this process has made it, or a thread whose call is still in the inbox.
-            if not dep.on_end(lambda: self._inbox.put(lambda: self._push(dep, consumer))):
-                self._push(dep, consumer)
+            if not dep.on_end(lambda: self._inbox.put(lambda: self._push(dep, consumer, deadline))):
+                self._push(dep, consumer, deadline)
             return
         if entry.consumers is None:
             entry.consumers = []
@@ -513,10 +541,21 @@ class Calls:
         if entry.address is not None and consumer != self.me and entry.history is None:
             self.tell(entry.address, Consume(dep.id, consumer.name, consumer.incarnation))
 
-    def _push(self, dep: Future[Any], consumer: Address) -> None:
+    def _push(self, dep: Future[Any], consumer: Address, deadline: float | None = None) -> None:
+        held = dep.held()
+        if held is not None:
+            self._push_large(dep.id, held, consumer, deadline)
+            return
         message = _outcome_of(dep)
         if message is not None:
             self._push_to_missed([consumer], message)
+
+    def _push_large(self, id: bytes, held: Held, consumer: Address, deadline: float | None = None) -> None:
+        def push(payload: bytes | None, error: Exception | None) -> None:
+            message = Resolve(id, payload) if payload is not None else Fail(id, *values.encode_error(error or Exception()))
+            self._push_to_missed([consumer], message)
+
+        self.claims.offer(held, consumer, deadline, push)
 
     # What comes in.
 
@@ -543,9 +582,7 @@ class Calls:
             case Fail():
                 self._on_fail(message)
             case Chunk():
-                entry = self._entries.get(message.id)
-                if entry is not None:
-                    entry.future.chunk(message.number, message.payload, message.attempt)
+                self._on_chunk(message)
             case Want():
                 self._on_want(sender, message)
             case Cancel() if self.host is not None:
@@ -564,6 +601,8 @@ class Calls:
                 self.resumption.on_locate(sender, message)
             case Located() if self.resumption is not None:
                 self.resumption.on_located(sender, message)
+            case Release():
+                self.claims.on_release(sender, message)
             case _:
                 _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
 
@@ -571,9 +610,34 @@ class Calls:
         error = UnknownActorError(f"process {self.me.name!r} serves no actors", actor=call.actor)
         self.tell(sender, Fail(call.id, *values.encode_error(error)))
 
+    def _on_chunk(self, message: Chunk) -> None:
+        entry = self._entries.get(message.id)
+        is_large = message.payload[:1] == MARK
+        payload = self.claims.taken(message.payload) if is_large else message.payload
+        if entry is not None:
+            entry.future.chunk(message.number, payload, message.attempt)
+
+    def _on_large_resolve(self, message: Resolve, entry: Entry | None) -> None:
+        """A claim, which is let go at once if nobody here wants it any more."""
+        try:
+            held = self.claims.taken(message.payload)
+        except WireError as error:
+            if entry is not None:
+                self._end_with(entry, error)
+            return
+        if entry is None:
+            return
+        entry.future.resolve(held)
+        self._end(entry)
+        for consumer in entry.consumers or ():
+            if consumer == self.me or consumer.name not in message.pushed:
+                self._push_large(message.id, held, consumer)
+
     def _on_resolve(self, message: Resolve) -> None:
         entry = self._entries.get(message.id)
-        if entry is not None:
+        if message.payload[:1] == MARK and (entry is not None or message.id.startswith(self._root)):
+            self._on_large_resolve(message, entry)
+        elif entry is not None:
             if entry.history is not None:
                 self._keep(entry, message, entry.history)
                 return
@@ -1036,14 +1100,3 @@ def _outcome_of(dep: Future[Any]) -> Resolve | Fail | None:
     if error is not None:
         return Fail(dep.id, *values.encode_error(error), path=path_of(error))
     return None if payload is None else Resolve(dep.id, payload)
-
-
-def too_large(what: str, size_bytes: int, label: str) -> ValueTooLargeError:
-    """The error for a value that does not fit; says what would."""
-    return ValueTooLargeError(
-        f"too large: {what}: {size_bytes:,} bytes encoded, and {VALUE_LIMIT_BYTES:,} is the most that travels in one call: "
-        "pass a path or a key to the data instead",
-        actor=label,
-        size_bytes=size_bytes,
-        limit_bytes=VALUE_LIMIT_BYTES,
-    )

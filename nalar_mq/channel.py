@@ -68,6 +68,7 @@ from nalar_mq.messages import (
     Locate,
     Located,
     Message,
+    Release,
     decode_packet,
     encode_frame,
     encode_message,
@@ -733,6 +734,6 @@ def _salvaged(data: bytes) -> Frame | None:
 def _too_large(message: Message, size_bytes: int, limit_bytes: int) -> ValueTooLargeError:
     kind = type(message).__name__.lower()
     actor = message.actor if isinstance(message, Call) else ""
-    call_id = "" if isinstance(message, Locate | Located) else message.id.hex()
+    call_id = "" if isinstance(message, Locate | Located | Release) else message.id.hex()
     text = f"a {kind} of {size_bytes} bytes is larger than the {limit_bytes} that one message carries"
     return ValueTooLargeError(text, call_id=call_id, actor=actor, size_bytes=size_bytes, limit_bytes=limit_bytes)

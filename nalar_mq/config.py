@@ -16,6 +16,7 @@ A URL of 1 to 3 is completed by what it does not say itself: `NATS_CREDS`, `NATS
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -61,6 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         node: name of the machine or GPU.
         lease_s: seconds after which a silent process is dead; the same for all processes of a namespace.
         trust_broker: jobs are accepted even if the broker is known to acknowledge what it has not synced to disk.
+        local_store: folder for large values that processes on this machine give each other; `off` for none; if empty,
+            `NALAR_LOCAL_STORE`, else `nalar-<user>` in the folder for temporary files.
     """
 
     broker: BrokerAccess
@@ -68,6 +71,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     node: str = ""
     lease_s: float = LEASE_S
     trust_broker: bool = False
+    local_store: str = ""
+
+
+def find_local_store(given: str = "", *, environ: Mapping[str, str] | None = None) -> Path | None:
+    """The folder for large values that `Settings.local_store` means; None for none."""
+    env = os.environ if environ is None else environ
+    chosen = given or env.get("NALAR_LOCAL_STORE", "")
+    if chosen == "off":
+        return None
+    return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"nalar-{os.geteuid()}"
 
 
 def load_settings(

@@ -25,6 +25,7 @@ from nalar_mq.actor import ActorSpec
 from nalar_mq.address import Subjects, check_token
 from nalar_mq.call_context import CallContext, CallOptions
 from nalar_mq.calls import Calls
+from nalar_mq.claims import check_size
 from nalar_mq.errors import (
     AddressError,
     ArgumentError,
@@ -45,6 +46,7 @@ from nalar_mq.transport import Service, ServiceEndpoint, ServiceFailure, Service
 SESSION: Final = "Nalar-Session"
 TIMEOUT: Final = "Nalar-Timeout-S"
 PRIORITY: Final = "Nalar-Priority"
+_HEADER_ROOM_BYTES: Final = 4096
 _AT_ONCE: Final = 10_000
 _LONGEST_S: Final = 1e8
 _MOST_URGENT: Final = 1_000_000
@@ -98,13 +100,19 @@ class Door:
         try:
             arguments = read_arguments(request.data)
             value = await self._call(name, arguments, _options(request.headers))
-            return write_value(value, is_json=arguments.is_json)
+            return self._fitting(write_value(value, is_json=arguments.is_json), name)
         except ServiceFailure:
             raise
         except Exception as error:
             raise ServiceFailure(_code(error, name), f"{type(error).__name__}: {error}") from None
         finally:
             self._pending -= 1
+
+    def _fitting(self, answer: bytes, name: str) -> bytes:
+        """Other clients know of no claims: what is larger than one message is refused."""
+        what = f"the answer of {name}"
+        check_size(what, len(answer), name, limit_bytes=self._transport.max_payload - _HEADER_ROOM_BYTES)
+        return answer
 
     async def _call(self, name: str, arguments: Arguments, options: CallOptions) -> Any:
         actor, _, method = name.partition(".")

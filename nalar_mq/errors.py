@@ -18,6 +18,8 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── BrokerUnreachableError   nobody answers at the URL
     │   ├── BrokerAuthError          the broker refuses our credentials
     │   ├── BrokerFeatureError       the broker lacks something we need (JetStream)
+    │   ├── BrokerFullError          the broker has no room for what it is to keep
+    │   ├── ObjectDamagedError       what the object store has does not match its checksum
     │   └── KeyConflictError         a compare-and-set met another revision
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
@@ -32,6 +34,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── ArgumentError            (also a TypeError) arguments do not fit the signature
         ├── ValueNotEncodableError   (also a TypeError) an argument or result cannot travel
         ├── ValueTooLargeError       (also a ValueError)
+        ├── ValueLostError           a large value that is missing or damaged where it was kept; `name`
         ├── RemoteError              the callee raised something that has no counterpart here
         ├── CallTimeoutError         (also a TimeoutError) the deadline passed
         ├── CallCancelledError       `started` says whether it had begun
@@ -143,6 +146,14 @@ class BrokerFeatureError(BrokerError):
     """The broker lacks something the runtime needs, such as JetStream."""
 
 
+class BrokerFullError(BrokerError):
+    """The broker has no room for what it is to keep; the message says what to change."""
+
+
+class ObjectDamagedError(BrokerError):
+    """What the object store has under a name does not match its checksum."""
+
+
 class KeyConflictError(BrokerError):
     """A compare-and-set on `key` met another revision than the caller knew."""
 
@@ -231,7 +242,7 @@ class ValueNotEncodableError(CallError, TypeError):
 
 
 class ValueTooLargeError(CallError, ValueError):
-    """An argument or a result is larger than what one message carries.
+    """An argument or a result is larger than what may travel.
 
     Attributes:
         size_bytes: the encoded size.
@@ -242,6 +253,18 @@ class ValueTooLargeError(CallError, ValueError):
         super().__init__(message, call_id=call_id, actor=actor)
         self.size_bytes = size_bytes
         self.limit_bytes = limit_bytes
+
+
+class ValueLostError(CallError):
+    """A large value is missing or damaged where it was kept; making the call again makes it again.
+
+    Attributes:
+        name: what it was kept under.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", name: str = "") -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.name = name
 
 
 class RemoteError(CallError):

@@ -12,6 +12,7 @@ from nalar_mq import values
 from nalar_mq.actor import MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext
+from nalar_mq.claims import MARK
 from nalar_mq.errors import CallCancelledError
 from nalar_mq.history import Memory
 from nalar_mq.messages import Call, CallRecord, Fail, Resolve
@@ -122,7 +123,12 @@ class Execution(msgspec.Struct, eq=False):
     def value_of(self, id: bytes) -> Any:
         """The value of a future that it depends on."""
         assert self.given is not None
-        return values.decode(self.given[id].payload)
+        return values.decode(self.given[id].payload, self.value_of)
+
+    @property
+    def has_claims(self) -> bool:
+        """True if a value that it depends on is kept elsewhere."""
+        return self.given is not None and any(found.payload[:1] == MARK for found in self.given.values())
 
     def give_up(self) -> None:
         """It waits. Any thread."""

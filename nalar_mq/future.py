@@ -7,7 +7,8 @@ States and their only transitions:
 
 The first terminal state wins; later ones are ignored. `resolve` and `fail` are called on the event loop of the runtime that
 owns the future; everything else may be called from any thread. The value arrives as bytes and is decoded when somebody
-first looks at it; who passes a future on without looking passes the bytes on. From the moment somebody has looked, the
+first looks at it; who passes a future on without looking passes the bytes on. Of a large value only the handle arrives, and
+who looks first reads it: in a thread, or while he awaits the future. From the moment somebody has looked, the
 decoded object is the value, so that a caller who changes a list it was given passes the changed list on, as in plain Python.
 """
 
@@ -25,6 +26,7 @@ import msgspec
 
 from nalar_mq import values
 from nalar_mq.call_context import CallContext, Caller, current_context
+from nalar_mq.claims import Held
 from nalar_mq.errors import CallCancelledError, CallTimeoutError, StreamRestartedError, WireError
 from nalar_mq.history import History
 
@@ -129,7 +131,7 @@ class Future(values.Deferred, Generic[T_co]):
         self.facts = NO_FACTS
         self._caller = caller
         self._state = PENDING
-        self._payload: bytes | None = None
+        self._payload: bytes | Held | None = None
         self._value: Any = _UNREAD
         self._error: BaseException | None = None
         self._waiters: list[Callable[[], object]] | None = None
@@ -137,8 +139,8 @@ class Future(values.Deferred, Generic[T_co]):
 
     # What the owner's runtime does with it, on its loop.
 
-    def resolve(self, payload: bytes) -> bool:
-        """Gives it its encoded value; False if it had ended before."""
+    def resolve(self, payload: bytes | Held) -> bool:
+        """Gives it its encoded value, or the handle of a large one; False if it had ended before."""
         if self._state:
             return False
         self._payload = payload
@@ -173,10 +175,24 @@ class Future(values.Deferred, Generic[T_co]):
 
         The value of a callee that is no generator is the only piece.
         """
+        if isinstance(self._payload, Held) and not chunks.received and not chunks.closed:
+            self._caller.loop.create_task(self._close_large_stream(chunks))
+        else:
+            self._fill_and_close(chunks)
+
+    async def _close_large_stream(self, chunks: ChunkBuffer) -> None:
+        with contextlib.suppress(Exception):  # as below
+            await self
+        self._fill_and_close(chunks)
+
+    def _fill_and_close(self, chunks: ChunkBuffer) -> None:
         pieces: object = None
         if self._state == RESOLVED and not chunks.received and self._payload is not None:
             with contextlib.suppress(WireError):  # who comes to the end of the stream looks at the value, and learns
-                pieces = values.decode(self._payload)
+                if not isinstance(self._payload, Held):
+                    pieces = values.decode(self._payload)
+                elif self._value is not _UNREAD:
+                    pieces = self._value
         with _lock:
             if not chunks.closed and pieces is not None:
                 found = cast("list[object]", pieces) if isinstance(pieces, list) else [pieces]
@@ -184,7 +200,7 @@ class Future(values.Deferred, Generic[T_co]):
             chunks.closed = True
         chunks.close()
 
-    def chunk(self, number: int, payload: bytes, attempt: int) -> None:
+    def chunk(self, number: int, payload: bytes | Held, attempt: int) -> None:
         """Takes one piece of a stream."""
         if self._chunks is not None:
             self._chunks.put(number, payload, attempt)
@@ -279,11 +295,13 @@ class Future(values.Deferred, Generic[T_co]):
             raise self._error.with_traceback(None)  # else each look would lengthen it
         if self._value is _UNREAD:
             assert self._payload is not None
-            value = values.decode(self._payload)
-            with _lock:
-                if self._value is _UNREAD:
-                    self._value = value
+            self._keep(_read(self._payload, self._caller, f"value() of {self.actor}, which is large,"))
         return cast(T_co, self._value)
+
+    def _keep(self, value: Any) -> None:
+        with _lock:
+            if self._value is _UNREAD:
+                self._value = value
 
     def __await__(self) -> Generator[Any, None, T_co]:
         """Waits without blocking the loop; the same value and errors as `value`."""
@@ -301,6 +319,9 @@ class Future(values.Deferred, Generic[T_co]):
                     self.forget(wake)
                     if slot is not None:
                         slot.take_back()
+        if isinstance(self._payload, Held) and self._value is _UNREAD:
+            with waiting():
+                self._keep((yield from _read_later(self._payload, self._caller).__await__()))
         return self._look()
 
     def on_end(self, waiter: Callable[[], object]) -> bool:
@@ -361,7 +382,7 @@ class Future(values.Deferred, Generic[T_co]):
         return self.id
 
     def payload(self) -> bytes | None:
-        """Its encoded value; None while it has none; raises its error.
+        """Its encoded value; None while it has none, or if it is large and nobody has looked; raises its error.
 
         In a job, one that nobody has looked at stands for its id whether it has ended or not, so that the same program makes
         the same call however long things take.
@@ -371,18 +392,38 @@ class Future(values.Deferred, Generic[T_co]):
         return self.encoded()
 
     def encoded(self) -> bytes | None:
-        """Its encoded value as it is now; None while it has none; raises its error."""
+        """Its encoded value as it is now; otherwise as `payload`."""
         if self._state == PENDING:
             return None
         if self._state == FAILED:
             self._look()
+        if isinstance(self._payload, Held):
+            return None if self._value is _UNREAD else values.encode(self._value)
         if self._value is not _UNREAD and type(self._value) not in _IMMUTABLE:
             return values.encode(self._value)
         return self._payload
 
+    def held(self) -> Held | None:
+        """The handle of its value, if that is too large for a message."""
+        return self._payload if isinstance(self._payload, Held) else None
+
     def __repr__(self) -> str:
         state = ("pending", "resolved", "failed")[self._state]
         return f"<Future {self.actor} {self.id.hex()[-8:]} {state}>"
+
+
+def _read(payload: bytes | Held, caller: Caller, what: str) -> Any:
+    if not isinstance(payload, Held):
+        return values.decode(payload)
+    if _running_loop() is caller.loop:
+        raise BlockingLoopError(what, "`await`")
+    return payload.value_in_thread()
+
+
+async def _read_later(held: Held, caller: Caller) -> Any:
+    if asyncio.get_running_loop() is caller.loop:
+        return await held.value()
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(held.value(), caller.loop))
 
 
 _IMMUTABLE = frozenset({int, str, bytes, float, bool, type(None)})
@@ -440,7 +481,7 @@ class ChunkBuffer:
     __slots__ = ("attempt", "closed", "received", "restarted", "taken", "waiting", "wakers")
 
     def __init__(self) -> None:
-        self.waiting: deque[bytes] = deque()
+        self.waiting: deque[bytes | Held] = deque()
         self.wakers: list[Callable[[], object]] = []
         self.attempt = 0
         self.received = 0
@@ -448,7 +489,7 @@ class ChunkBuffer:
         self.closed = False
         self.restarted = False
 
-    def put(self, number: int, payload: bytes, attempt: int) -> None:
+    def put(self, number: int, payload: bytes | Held, attempt: int) -> None:
         """Adds a piece; a later attempt replaces what nobody has taken, and ends the stream if somebody has."""
         if attempt > self.attempt:
             if self.taken:
@@ -512,7 +553,11 @@ class Stream(Generic[T]):
             if self._chunks.on_change(_Wake(waiter, loop, direct=loop is self._caller.loop)):
                 with waiting():
                     await waiter
-        return self._take()
+        payload = self._take()
+        if isinstance(payload, Held):
+            with waiting():
+                return cast(T, await _read_later(payload, self._caller))
+        return cast(T, values.decode(payload))
 
     def __next__(self) -> T:
         while not self._chunks.waiting:
@@ -526,7 +571,7 @@ class Stream(Generic[T]):
             if self._chunks.on_change(changed.set):
                 with waiting():
                     changed.wait()
-        return self._take()
+        return cast(T, _read(self._take(), self._caller, f"next() of the stream of {self._future.actor}"))
 
     def close(self) -> None:
         """Takes no more pieces: a call that has not ended is cancelled. Idempotent; any thread."""
@@ -536,13 +581,13 @@ class Stream(Generic[T]):
     def __del__(self) -> None:
         self.close()
 
-    def _take(self) -> T:
+    def _take(self) -> bytes | Held:
         chunks = self._chunks
         payload = chunks.waiting.popleft()
         chunks.taken += 1
         if chunks.taken % (STREAM_WINDOW // 2) == 0:
             self._caller.credit(self._future, chunks.taken + STREAM_WINDOW)
-        return cast(T, values.decode(payload))
+        return payload
 
     def _raise_end(self) -> None:
         if self._chunks.restarted:
@@ -593,7 +638,7 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
         return tuple(await asyncio.gather(*futures))
     await _all_ended_or_one_failed(pending)
     for future in pending:
-        if future.failed():
+        if future.failed() or future.held() is not None:
             await future
     return tuple([future.value() for future in pending])
 

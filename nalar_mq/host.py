@@ -18,6 +18,9 @@ session stays held until the thread has returned.
 Calls of jobs. What such a call came to is kept until its owner says that it is durable, and the call goes on when its owner
 is lost: whoever tries the job again asks for it by its id, and is its owner from then on. A call of a later attempt waits in
 the mailbox until what former attempts have done is known (`recall`).
+Large values come as claims (see `claims`). They are read and decoded in a thread when the call has its turn, not before, so
+that the concurrency of an actor bounds what is in memory; a result that is too large for a message is kept before it is sent,
+and until then the call has not ended.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from nalar_mq import origins, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, current_context
-from nalar_mq.calls import VALUE_LIMIT_BYTES, Calls, too_large
+from nalar_mq.calls import Calls
+from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, check_size, read_claim
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -81,6 +85,7 @@ _STOP_S = 5.0
 _DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
+_NOTHING = values.encode(None)
 _log = logger(__name__)
 
 
@@ -129,6 +134,7 @@ class Host:
         self._threads = Threads(f"{name}-call")
         self._runner = Runner(self._loop, calls.flush)
         self._inbox = LoopInbox(self._loop)
+        self._moving: set[asyncio.Task[None]] = set()
         self._base = contextvars.copy_context()
         self._upkeep: asyncio.Task[None] | None = None
         self._ended: deque[CallRecord] = deque(maxlen=REMEMBERED)
@@ -368,7 +374,8 @@ class Host:
     def _outflow(self, execution: Execution) -> Outflow:
         if execution.outflow is None:
             send = functools.partial(self._calls.tell, execution.owner)
-            execution.outflow = Outflow(execution.call, execution.label, send, self._loop)
+            keep = functools.partial(self._claim_for, execution)
+            execution.outflow = Outflow(execution.call, execution.label, send, keep, self._loop)
         return execution.outflow
 
     def on_owner_lost(self, owner: Address) -> None:
@@ -452,6 +459,9 @@ class Host:
         begun: list[Execution] = []
         arguments: list[Any] = []
         for execution in executions:
+            if execution.has_claims:
+                self._start(execution, now)
+                continue
             prepared = self._prepare(execution, now)
             if prepared is None:
                 continue
@@ -482,45 +492,82 @@ class Host:
             self._inbox.put(functools.partial(self._end, execution, payload, error))
 
     def _start(self, execution: Execution, now: float) -> None:
+        if execution.has_claims:
+            if self._has_begun(execution, now):
+                execution.context = self._context_of(execution)
+                execution.task = self._move(self._load_and_run(execution))
+            return
         prepared = self._prepare(execution, now)
         if prepared is not None:
             self._run(execution, *prepared)
 
+    def _move(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that brings a large value in or out."""
+        task = self._loop.create_task(work)
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+        return task
+
+    async def _load_and_run(self, execution: Execution) -> None:
+        assert execution.given is not None
+        try:
+            for id, found in execution.given.items():
+                if type(found) is Resolve and found.payload[:1] == MARK:
+                    execution.given[id] = Resolve(id, await self._calls.claims.read(found.payload))
+            args, kwargs = await asyncio.to_thread(self._arguments, execution)
+        except BaseException as error:
+            self._end(execution, None, error)
+            return
+        execution.given = None  # decoded: the bytes are needed no more
+        execution.task = None
+        self._run(execution, args, kwargs)
+
     def _prepare(self, execution: Execution, now: float) -> tuple[list[Any], dict[str, Any]] | None:
         """Its arguments, with its context made; None if it has ended instead."""
-        call = execution.call
-        execution.started = True
-        execution.began = now
-        is_stateful = execution.replica.spec.stateful
-        if is_stateful:
-            execution.replica.holders.setdefault(execution.session_key, call.id)
-        deadline = execution.deadline
-        if deadline is not None and now >= deadline:
-            self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
-            return None
-        if execution.given is not None and (failed := self._failed_dependency(execution.given)) is not None:
-            self._end_with_fail(execution, failed)
+        if not self._has_begun(execution, now):
             return None
         try:
             args, kwargs = self._arguments(execution)
         except Exception as error:
             self._end(execution, None, error)
             return None
-        execution.context = CallContext(
+        execution.context = self._context_of(execution)
+        return args, kwargs
+
+    def _has_begun(self, execution: Execution, now: float) -> bool:
+        """False if it has ended instead."""
+        call = execution.call
+        execution.started = True
+        execution.began = now
+        if self._idle.is_set():
+            self._idle.clear()
+        if execution.replica.spec.stateful:
+            execution.replica.holders.setdefault(execution.session_key, call.id)
+        deadline = execution.deadline
+        if deadline is not None and now >= deadline:
+            self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
+            return False
+        if execution.given is not None and (failed := self._failed_dependency(execution.given)) is not None:
+            self._end_with_fail(execution, failed)
+            return False
+        return True
+
+    def _context_of(self, execution: Execution) -> CallContext:
+        call = execution.call
+        return CallContext(
             self._calls,
             call.id,
             not call.parent,
             call.session,
             call.job,
             call.priority,
-            deadline,
-            (*call.holds, execution.hold) if is_stateful else call.holds,
+            execution.deadline,
+            (*call.holds, execution.hold) if execution.replica.spec.stateful else call.holds,
             call.trace,
             call.budget,
             execution,
             history=_history_of(execution) if call.job else None,
         )
-        return args, kwargs
 
     def _variables(self, execution: Execution) -> contextvars.Context:
         variables = self._base.copy()
@@ -669,6 +716,7 @@ class Host:
         drained = threading.Event()
         self._inbox.put(lambda: outflow.on_room(drained.set))
         drained.wait()
+        outflow.check()
         return None if outflow.is_streaming else outflow.rest()
 
     # The end of an execution.
@@ -677,6 +725,12 @@ class Host:
         context = execution.context
         if context is not None and context.cancelled:
             error = CallCancelledError(context.cancelled, started=True)
+        if payload is not None and (len(payload) > INLINE_LIMIT_BYTES or payload[:1] == MARK):
+            is_wanted = error is None and not execution.is_answered and not execution.call.cast
+            if is_wanted and payload[:1] != MARK:
+                execution.task = self._move(self._keep_and_end(execution, payload))
+                return
+            payload = self._fitting(execution, payload, is_wanted)
         try:
             if error is None:
                 assert payload is not None
@@ -688,6 +742,32 @@ class Host:
             self._answer_error(execution, cause)
         finally:
             self._finish(execution)
+
+    async def _keep_and_end(self, execution: Execution, data: bytes) -> None:
+        claim: bytes | None = None
+        error: BaseException | None = None
+        try:
+            claim = await self._claim_for(execution, data)
+        except BaseException as cause:
+            error = cause
+        execution.task = None
+        self._end(execution, claim, error)
+
+    async def _claim_for(self, execution: Execution, data: bytes) -> bytes:
+        """A claim for a value that the owner of a call is to hold."""
+        readers = [execution.owner, *(execution.consumers or ())]
+        return await self._calls.claims.keep(data, execution.owner, readers, execution.deadline)
+
+    def _fitting(self, execution: Execution, payload: bytes, is_wanted: bool) -> bytes:
+        """A claim for those who can read it, the owner serves the others; nothing for a value that nobody wants."""
+        claims = self._calls.claims
+        if not is_wanted:
+            if payload[:1] == MARK:
+                claims.drop(payload)
+            return _NOTHING
+        claim = read_claim(payload)
+        execution.consumers = [consumer for consumer in execution.consumers or () if claims.can_read(consumer, claim)] or None
+        return payload
 
     def _end_with_fail(self, execution: Execution, cause: Fail) -> None:
         pushed = _names(execution.consumers)
@@ -733,7 +813,7 @@ class Host:
             error.actor = error.actor or execution.label
         origins.strip(error)
         failure = values.encode_error(error)
-        if len(failure.payload) > VALUE_LIMIT_BYTES:
+        if len(failure.payload) > INLINE_LIMIT_BYTES:
             failure = failure._replace(payload=b"")  # its text and traceback are short
         execution.failure = failure.kind
         if execution.call.cast:
@@ -883,7 +963,7 @@ class Host:
             self._upkeep.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._upkeep
-        tasks = [e.task for e in self._executions.values() if e.task is not None]
+        tasks = [*(e.task for e in self._executions.values() if e.task is not None), *self._moving]
         if tasks:
             await asyncio.wait(tasks, timeout=2.0)
         await self._stop_instances()
@@ -1001,8 +1081,7 @@ def _share_names(call: Call, actor: str, method: str) -> None:
 
 
 def _checked_size(payload: bytes, execution: Execution) -> bytes:
-    if len(payload) > VALUE_LIMIT_BYTES:
-        raise too_large(f"the result of {execution.label}", len(payload), execution.label)
+    check_size(f"the result of {execution.label}", len(payload), execution.label, is_of_job=bool(execution.call.job))
     return payload
 
 

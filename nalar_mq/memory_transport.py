@@ -391,7 +391,7 @@ class MemoryTransport:
         made = _Ledger(self.loop, name, list(subjects), max_age_s, per_subject)
         return _OpenLedger(self, self.hub.ledgers.setdefault(name, made))
 
-    async def object_store(self, bucket: str) -> ObjectStore:
+    async def object_store(self, bucket: str, *, max_age_s: float | None = None) -> ObjectStore:
         """Opens an object store, creating it where it does not exist."""
         await self.reach()
         return _ObjectStore(self, self.hub.objects.setdefault(bucket, {}))
@@ -882,6 +882,10 @@ class _ObjectStore:
     async def put(self, name: str, data: bytes) -> None:
         await self._transport.reach()
         self._objects[name] = data
+
+    async def names(self) -> list[str]:
+        await self._transport.reach()
+        return sorted(self._objects)
 
     async def get(self, name: str) -> bytes | None:
         await self._transport.reach()

@@ -5,7 +5,8 @@ is what one actor runtime says to another inside a frame. Each struct is an arra
 fields may be appended with defaults and old readers ignore what they do not know; a change that old readers would
 misunderstand raises `WIRE_VERSION`, and a frame of another version is refused as a whole.
 
-Arguments and results are `payload`: bytes made by `nalar_mq.values`, opaque here, decoded once, where they are used.
+Arguments and results are `payload`: bytes made by `nalar_mq.values`, opaque here, decoded once, where they are used; large
+ones are kept elsewhere, and a claim stands in their place (see `nalar_mq.claims`).
 
 Who says what:
 
@@ -14,6 +15,7 @@ Who says what:
     executor -> consumer    Resolve, Fail
     consumer -> owner       Want
     who resumes -> worker   Locate, answered by Located
+    owner -> anybody        Release
 
 A future's id is the id of its call. The process that sends a call is the owner of that call's future, and is also the one
 who answers for every future the call depends on: `deps` are ids the executor does not have yet and will get pushed.
@@ -209,7 +211,15 @@ class Prioritise(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=13)
     priority: int
 
 
-Message = Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe | Locate | Located | Settled | Prioritise
+class Release(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=20):
+    """The sender, who answers for the large value `name`, needs it no more; for a process that sees the folder it lies in."""
+
+    name: str
+
+
+Message = (
+    Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe | Locate | Located | Settled | Prioritise | Release
+)
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=101):
@@ -367,6 +377,7 @@ class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
         pid: its operating-system process id.
         actors: what it serves, by name.
         draining: it takes no new calls.
+        folder: id of the local store that it reads and writes; empty for none.
     """
 
     version: int
@@ -376,6 +387,7 @@ class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
     pid: int
     actors: dict[str, ActorInfo] = {}
     draining: bool = False
+    folder: str = ""
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=202):

@@ -19,6 +19,7 @@ module reconnects. It reconnects for ever; the first connect fails fast and type
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -49,8 +50,10 @@ from nalar_mq.errors import (
     BrokerAuthError,
     BrokerError,
     BrokerFeatureError,
+    BrokerFullError,
     BrokerUnreachableError,
     KeyConflictError,
+    ObjectDamagedError,
     ValueTooLargeError,
 )
 from nalar_mq.event_loop import cancel_all
@@ -94,6 +97,8 @@ _WATCH_HEARTBEAT_S: Final = 5.0
 _WATCH_SILENCE_S: Final = 12.0
 _WATCH_RETRIES: Final = 8
 _OBJECT_BYTES_PER_S: Final = 2 * 1024 * 1024
+_OBJECT_PIECE_BYTES: Final = 512 * 1024
+_OBJECT_PIECES: Final = 8  # on their way at once
 
 _SUBJECT = re.compile(r"[^\s.]+(\.[^\s.]+)*")
 _BUCKET = re.compile(r"[A-Za-z0-9_-]+")
@@ -119,6 +124,7 @@ _MONITOR_TIMEOUT_S: Final = 1.0
 _MONITOR_BYTES: Final = 1024 * 1024
 _READ_BYTES: Final = 8 * 1024 * 1024
 _NO_JETSTREAM: Final = (10039, 10076)
+_NO_ROOM: Final = (10002, 10023, 10028, 10047, 10077, 10122)
 
 
 class _Tcp(TcpTransport):
@@ -589,15 +595,15 @@ class NatsTransport:
         await self._open_stream(name, make)
         return _Ledger(self, name)
 
-    async def object_store(self, bucket: str) -> ObjectStore:
+    async def object_store(self, bucket: str, *, max_age_s: float | None = None) -> ObjectStore:
         """Opens an object store, creating it where it does not exist."""
         _checked_bucket(bucket)
 
         async def make() -> None:
-            await self._jetstream.create_object_store(bucket, config=api.ObjectStoreConfig())
+            await self._jetstream.create_object_store(bucket, config=api.ObjectStoreConfig(ttl=max_age_s))
 
         await self._open_stream(f"OBJ_{bucket}", make)
-        return _ObjectStore(self, _NatsObjectStore(bucket, f"OBJ_{bucket}", self._jetstream))
+        return _ObjectStore(self, bucket)
 
     async def serve(self, name: str, endpoints: list[ServiceEndpoint], *, version: str, description: str = "") -> Service:
         """Runs a service that the `nats micro` commands can list, inspect and call; requests are handled at once."""
@@ -1247,48 +1253,113 @@ async def _read_stream(transport: NatsTransport, stream: str, subject: str, afte
     return found
 
 
+def _meta_token(name: str) -> str:
+    """Where the description of an object lies, under the subjects of its bucket."""
+    return f"M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers that a publisher gave for its readers, without those that were for the broker."""
     return {name: value for name, value in headers.items() if not name.startswith("Nats-") or name == "Nats-Msg-Id"}
 
 
 class _ObjectStore:
-    """An object store of JetStream."""
+    """An object store of JetStream, as other NATS clients know it.
 
-    def __init__(self, transport: NatsTransport, store: _NatsObjectStore) -> None:
+    nats-py waits for each piece of an object to be acknowledged before it sends the next one, and leaves a mark for each object
+    that it deletes; so objects are written and removed here.
+    """
+
+    def __init__(self, transport: NatsTransport, bucket: str) -> None:
         self._transport = transport
-        self._store = store
+        self._bucket = bucket
+        self._stream = f"OBJ_{bucket}"
+        self._reader = _NatsObjectStore(bucket, self._stream, transport.jetstream)
 
     async def put(self, name: str, data: bytes) -> None:
         async def write() -> None:
-            await self._store.put(name, data)
+            former = await self._info(name)
+            id = os.urandom(16).hex()
+            try:
+                await self._write(name, id, data)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    await self._purge(f"C.{id}")
+                raise
+            if former is not None:
+                await self._purge(f"C.{former.nuid}")
 
         await self._transport.ask(f"storing object {name!r}", write, self._patience_s(len(data)))
 
-    async def get(self, name: str) -> bytes | None:
-        async def find() -> int | None:
-            try:
-                return (await self._store.get_info(name)).size or 0
-            except nats.js.errors.ObjectNotFoundError:
-                return None
+    async def _write(self, name: str, id: str, data: bytes) -> None:
+        size_bytes = min(_OBJECT_PIECE_BYTES, self._transport.max_payload)
+        digest, view, jetstream = hashlib.sha256(), memoryview(data), self._transport.jetstream
+        pieces = [view[start : start + size_bytes] for start in range(0, len(data), size_bytes)]
+        acks: deque[asyncio.Task[api.PubAck]] = deque()
+        try:
+            for piece in pieces:
+                digest.update(piece)
+                acks.append(asyncio.ensure_future(jetstream.publish(f"$O.{self._bucket}.C.{id}", bytes(piece))))
+                if len(acks) >= _OBJECT_PIECES:
+                    await acks.popleft()
+            while acks:
+                await acks.popleft()
+        finally:
+            await cancel_all(acks)
+        info = api.ObjectInfo(
+            name=name,
+            bucket=self._bucket,
+            nuid=id,
+            size=len(data),
+            chunks=len(pieces),
+            digest=f"SHA-256={base64.urlsafe_b64encode(digest.digest()).decode()}",
+            mtime=datetime.now(UTC).isoformat(),
+            options=api.ObjectMetaOptions(max_chunk_size=size_bytes),
+        )
+        text = json.dumps(info.as_dict()).encode()
+        await jetstream.publish(f"$O.{self._bucket}.{_meta_token(name)}", text, headers={"Nats-Rollup": "sub"})
 
+    async def _info(self, name: str) -> api.ObjectInfo | None:
+        try:
+            return await self._reader.get_info(name)
+        except nats.js.errors.ObjectNotFoundError:
+            return None
+
+    async def _purge(self, subject: str) -> None:
+        await self._transport.jetstream.purge_stream(self._stream, subject=f"$O.{self._bucket}.{subject}")
+
+    async def get(self, name: str) -> bytes | None:
         async def read() -> bytes | None:
             content = BytesIO()
             try:
-                await self._store.get(name, writeinto=content)
+                await self._reader.get(name, writeinto=content)
             except nats.js.errors.ObjectNotFoundError:
                 return None
+            except (nats.js.errors.DigestMismatchError, nats.js.errors.BadObjectMetaError, ValueError):
+                raise ObjectDamagedError(f"object {name!r} does not match its checksum") from None
             return content.getvalue()
 
-        size_bytes = await self._transport.ask(f"finding object {name!r}", find)
-        if size_bytes is None:
+        info = await self._transport.ask(f"finding object {name!r}", lambda: self._info(name))
+        if info is None:
             return None
-        return await self._transport.ask(f"reading object {name!r}", read, self._patience_s(size_bytes))
+        return await self._transport.ask(f"reading object {name!r}", read, self._patience_s(info.size or 0))
+
+    async def names(self) -> list[str]:
+        prefix = f"$O.{self._bucket}.M."
+
+        async def look() -> list[str]:
+            found = await self._transport.jetstream.stream_info(self._stream, subjects_filter=f"{prefix}>")
+            return sorted(found.state.subjects or {})
+
+        subjects = await self._transport.ask(f"names of {self._bucket!r}", look)
+        return [base64.urlsafe_b64decode(subject.removeprefix(prefix)).decode("utf-8", "replace") for subject in subjects]
 
     async def delete(self, name: str) -> None:
         async def remove() -> None:
-            with contextlib.suppress(nats.js.errors.ObjectNotFoundError):
-                await self._store.delete(name)
+            info = await self._info(name)
+            if info is not None:
+                await self._purge(f"C.{info.nuid}")
+                await self._purge(_meta_token(name))
 
         await self._transport.ask(f"deleting object {name!r}", remove)
 
@@ -1560,6 +1631,8 @@ def _shown(url: str) -> str:
 def _named(doing: str, error: Exception) -> BrokerError:
     """An error of nats-py as one of ours."""
     code = getattr(error, "err_code", None)
+    if code in _NO_ROOM:
+        return BrokerFullError(f"{doing}: the broker has no room for it ({error}): give JetStream more storage, or remove data")
     if isinstance(error, nats.js.errors.NoStreamResponseError | nats.js.errors.ServiceUnavailableError) or (
         code in _NO_JETSTREAM
     ):

@@ -12,9 +12,11 @@ from random import Random, SystemRandom
 from nalar_mq.address import Address, Subjects, check_token
 from nalar_mq.calls import Calls
 from nalar_mq.channel import Endpoint
-from nalar_mq.config import Settings
+from nalar_mq.claims import Claims
+from nalar_mq.config import Settings, find_local_store
 from nalar_mq.errors import CallError, OwnerLostError, WireError, WorkerLostError
 from nalar_mq.journal import Journal
+from nalar_mq.local_store import LocalStore
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Lookout
 from nalar_mq.membership import Membership
@@ -97,7 +99,11 @@ class Process:
         self.endpoint = Endpoint(transport, self.subjects, me, on_messages=self._on_messages, on_lost=self._on_lost)
         self._stack.push_async_callback(self.endpoint.aclose)
         self.places = places
-        self.calls = Calls(self.endpoint, self.table, places, me, self._random)
+        folder = find_local_store(self.settings.local_store)
+        store = LocalStore.open(folder, f"{me.name}.{me.incarnation}") if folder is not None else None
+        self.claims = Claims(transport, self.subjects, self.table, me, store, self._random)
+        self._stack.push_async_callback(self.claims.aclose)
+        self.calls = Calls(self.endpoint, self.table, places, self.claims, me, self._random)
         journal = self.calls.journal = Journal(transport, self.subjects, me, self.on_declared_lost)
         self._stack.push_async_callback(journal.aclose)
         self.recall = self.calls.resumption = Recall(me, self.table, journal, self.calls.tell, self._hold_lost, self._is_gone)
@@ -110,21 +116,34 @@ class Process:
             self.subjects,
             self.table,
             me,
-            Member(WIRE_VERSION, me.incarnation, self.settings.node, self._role, os.getpid(), self._actors),
+            self._member(store),
             on_change=self._on_table_changed,
-            on_lost=self.endpoint.lose,
+            on_lost=self._on_member_lost,
             events=self,
             lease_connect=self._connect_lease if self._lease_in_thread else None,
             lease_s=self._lease_s,
         )
         self._stack.push_async_callback(self.membership.aclose)
         await self.membership.start()
+        if self._role == "worker":
+            self.claims.start(self._lease_s)
         self.telemetry = Telemetry(transport, self.subjects, me, self.calls.on_load)
         self._stack.push_async_callback(self.telemetry.aclose)
         self.lookout = Lookout(transport, self.subjects, me, self.calls)
         self._stack.push_async_callback(self.lookout.aclose)
         await self.lookout.start()
         await self.telemetry.start(self.calls.host.load if self.calls.host is not None else None)
+
+    def _member(self, store: LocalStore | None) -> Member:
+        return Member(
+            WIRE_VERSION,
+            self.me.incarnation,
+            self.settings.node,
+            self._role,
+            os.getpid(),
+            self._actors,
+            folder=store.id if store is not None else "",
+        )
 
     async def _connect_lease(self) -> Transport:
         return await self._connect(f"{self.name}-lease")
@@ -141,6 +160,10 @@ class Process:
 
     def _on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
         self.calls.on_messages(sender, messages)
+
+    def _on_member_lost(self, address: Address) -> None:
+        self.endpoint.lose(address)
+        self.claims.on_lost(address)
 
     def _on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
         self.table.leave(address)

@@ -214,15 +214,27 @@ class ObjectStore(Protocol):
     """Values too large for a message."""
 
     async def put(self, name: str, data: bytes) -> None:
-        """Stores the bytes under `name`, in place of what was there."""
+        """Stores the bytes under `name`, in place of what was there.
+
+        Raises:
+            BrokerFullError: there is no room for them.
+        """
+        ...
+
+    async def names(self) -> list[str]:
+        """The names of all objects."""
         ...
 
     async def get(self, name: str) -> bytes | None:
-        """The bytes, checked against their digest; None if absent."""
+        """The bytes, checked against their digest; None if absent.
+
+        Raises:
+            ObjectDamagedError: they do not match it.
+        """
         ...
 
     async def delete(self, name: str) -> None:
-        """Removes `name`; idempotent."""
+        """Removes `name`, without a trace; idempotent."""
         ...
 
 
@@ -330,8 +342,13 @@ class Transport(Protocol):
         """
         ...
 
-    async def object_store(self, bucket: str) -> ObjectStore:
-        """Opens an object store, creating it where it does not exist."""
+    async def object_store(self, bucket: str, *, max_age_s: float | None = None) -> ObjectStore:
+        """Opens an object store, creating it where it does not exist; one that exists is used as it is.
+
+        Args:
+            bucket: a token.
+            max_age_s: objects older than this go.
+        """
         ...
 
     async def serve(self, name: str, endpoints: list[ServiceEndpoint], *, version: str, description: str = "") -> Service:

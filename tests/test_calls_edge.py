@@ -210,15 +210,6 @@ async def test_a_generator_whose_pieces_nobody_takes_is_bounded(runtime: Runtime
     await _until(lambda: runtime.worker.running == 0)
 
 
-async def test_a_piece_that_is_too_large_ends_the_stream_with_an_error(runtime: Runtime) -> None:
-    await runtime.open_client()
-    stream = runtime.actors.large_pieces(3_000_000).stream()
-    assert await anext(stream) == b"small"
-    with pytest.raises(errors.ValueTooLargeError):
-        await asyncio.wait_for(anext(stream), PATIENCE_S)
-    await _until(lambda: runtime.worker.running == 0)
-
-
 async def test_a_generator_that_raises_gives_its_pieces_before_its_error(runtime: Runtime) -> None:
     await runtime.open_client()
     stream = runtime.actors.breaks_off(100).stream()

@@ -313,7 +313,7 @@ async def test_failures_reach_the_client_by_type(bench: Bench) -> None:
     with pytest.raises(errors.RemoteError, match="CallTimeoutError"):
         await (await client.submit("late")).result(timeout=PATIENCE_S)
     with pytest.raises(errors.RemoteError, match="ValueTooLargeError"):
-        await (await client.submit("large", 600_000)).result(timeout=PATIENCE_S)
+        await (await client.submit("large", 2_000_000)).result(timeout=PATIENCE_S)
 
 
 async def test_a_stopped_worker_gives_its_jobs_back(bench: Bench) -> None:
@@ -462,7 +462,7 @@ async def test_a_call_from_any_client_is_answered_in_its_own_form(bench: Bench) 
         ("nobody", b"", {}, 404),
         ("answer.method", b"", {}, 404),
         ("late", b"", {}, 408),
-        ("large", b"[600000]", {}, 413),
+        ("large", b"[2000000]", {}, 413),
         ("broken", b'["x"]', {}, 500),
         ("inner_mistake", b"", {}, 500),
     ],

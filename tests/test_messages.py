@@ -33,6 +33,7 @@ from nalar_mq.messages import (
     Place,
     Prioritise,
     Probe,
+    Release,
     Resolve,
     Running,
     Seal,
@@ -210,6 +211,7 @@ def _samples() -> dict[str, bytes]:
         "credit": encode_message(Credit(ID, 9)),
         "want": encode_message(Want(ID)),
         "prioritise": encode_message(Prioritise(ID, -2)),
+        "release": encode_message(Release("w.1.0a")),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
         "locate": encode_message(Locate(5, ("j",), ("w/1",))),
         "located": encode_message(Located(5, (ID,), ("j",))),
@@ -226,7 +228,7 @@ def _samples() -> dict[str, bytes]:
         "seen": encode_seen(Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}), [encode_call_record(RECORD)]),
         "place": encode_record(Place(WIRE_VERSION, "w", 2)),
         "member": encode_record(
-            Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True)
+            Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True, "f")
         ),
     }
 
@@ -249,6 +251,7 @@ GOLDEN = {
     "consume": "9405c410000102030405060708090a0b0c0d0e0fa17707",
     "chunk": "9506c410000102030405060708090a0b0c0d0e0f01c4016302",
     "credit": "9307c410000102030405060708090a0b0c0d0e0f09",
+    "release": "9214a6772e312e3061",
     "want": "9208c410000102030405060708090a0b0c0d0e0f",
     "prioritise": "930dc410000102030405060708090a0b0c0d0e0ffe",
     "probe": (
@@ -274,7 +277,7 @@ GOLDEN = {
     ),
     "place": "94ccca01a17702",
     "member": (
-        "98ccc90102a16ea6776f726b65720781a16198a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c0c3"
+        "99ccc90102a16ea6776f726b65720781a16198a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c0c3a166"
     ),
 }
 

@@ -38,6 +38,7 @@ PUBLIC = [
     "UnknownCallError",
     "UnknownMethodError",
     "ValueNotEncodableError",
+    "ValueLostError",
     "ValueTooLargeError",
     "WaitCycleError",
     "Waited",

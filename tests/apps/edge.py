@@ -114,12 +114,6 @@ def endless_in_thread() -> Iterator[bytes]:
 
 
 @tool
-def large_pieces(size: int) -> Iterator[bytes]:
-    yield b"small"
-    yield b"x" * size
-
-
-@tool
 async def breaks_off(n: int) -> AsyncIterator[int]:
     for i in range(n):
         yield i
