@@ -138,23 +138,26 @@ _trust_option = click.option(
     "--trust-broker", is_flag=True, help="Accept jobs although the broker acknowledges what is not on its disk yet."
 )
 _workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), help="Worker processes.  [default: as the manifest says, else 2]"
+    "--workers", type=click.IntRange(min=1), help="Worker processes of a node.  [default: as the manifest says, else 2]"
 )
 _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
 @cli.command()
 @_app_argument
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Take this machine for so many nodes.")
 @_workers_option
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker.  [default: 4222 if free, else any]")
 @_trust_option
 @_broker_options
 @_with_options
-def up(options: _Options, /, app: Path, workers: int | None, port: int | None, **broker: Any) -> None:
+def up(options: _Options, /, app: Path, nodes: int, workers: int | None, port: int | None, **broker: Any) -> None:
     """Run APP on this machine: broker, workers and their controller.
 
     APP is a nalar.toml, a folder that holds one, or a Python file with decorated actors. The URL of the broker is printed
     on stdout. Ctrl-C or SIGTERM lets the workers finish what has begun; a second one ends them at once.
+
+    With --nodes each node has workers and a controller of its own, as if it were a machine; they stop together.
     """
     from nalar_mq import commands
 
@@ -163,6 +166,7 @@ def up(options: _Options, /, app: Path, workers: int | None, port: int | None, *
         commands.up(
             commands.app_file(app),
             _choice(broker),
+            nodes=nodes,
             workers=workers,
             port=port,
             log_level=options.log_level,

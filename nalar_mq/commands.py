@@ -1,6 +1,6 @@
 """What the commands of `nalar` do, without the command line: `cli` reads the options, this carries them out.
 
-up, worker    a node that serves until it is told to stop
+up, worker    a node, or several, that serves until it is told to stop
 run           a node for the time of one call, or the node that `up` started beside the app
 call, ps, trace
               a client of what runs already
@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -47,6 +47,7 @@ from nalar_mq.config import (
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import BrokerError, ConfigError, UnknownCallError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
 from nalar_mq.lookout import Glance
@@ -122,9 +123,17 @@ async def interruptible(command: Coroutine[Any, Any, T]) -> T:
 
 
 async def up(
-    app: Path, choice: BrokerChoice, *, workers: int | None, port: int | None, log_level: str, show: Show, tell: Show
+    app: Path,
+    choice: BrokerChoice,
+    *,
+    nodes: int,
+    workers: int | None,
+    port: int | None,
+    log_level: str,
+    show: Show,
+    tell: Show,
 ) -> None:
-    """Broker, controller and workers on this machine, until SIGINT or SIGTERM."""
+    """Broker, `nodes` controllers and the workers of each on this machine, until SIGINT or SIGTERM."""
     running = read_runtime_file(app.parent)
     if running is not None:
         raise ConfigError(f"this app is up already at {running.url} (process {running.pid}): `nalar call` uses it")
@@ -149,8 +158,8 @@ async def up(
         stack.callback(remove_runtime_file, app.parent)
         _announce(app.parent, settings)
         show(access.urls[0])
-        controller = _controller(app, settings, entry, workers, log_level)
-        await _serve(controller, broker, tell)
+        controllers = [_controller(app, node, entry, workers, log_level) for node in _nodes(settings, nodes)]
+        await _serve(controllers, broker, tell)
 
 
 async def worker(
@@ -163,7 +172,7 @@ async def worker(
     await _reach(settings)
     controller = _controller(app, settings, entry, workers, log_level)
     show(settings.broker.urls[0])
-    await _serve(controller, None, tell)
+    await _serve([controller], None, tell)
 
 
 async def run(
@@ -247,20 +256,38 @@ async def _reach(settings: Settings) -> None:
     await transport.aclose()
 
 
-async def _serve(controller: LocalController, broker: EmbeddedBroker | None, tell: Show) -> None:
+def _nodes(settings: Settings, count: int) -> list[Settings]:
+    """The settings of each of the nodes that this machine is taken for."""
+    if count == 1:
+        return [settings]
+    return [msgspec.structs.replace(settings, node=f"{settings.node}-{number}") for number in range(1, count + 1)]
+
+
+async def _serve(controllers: Sequence[LocalController], broker: EmbeddedBroker | None, tell: Show) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     with _on_signals(lambda: (hurry if stop.is_set() else stop).set()):
-        async with controller:
-            await _first(stop.wait(), _watch(controller, tell), *_guards(broker))
+        async with _started(controllers):
+            await _first(stop.wait(), _watch(controllers, tell), *_guards(broker))
             if stop.is_set():
                 tell("draining: what has begun is finished; a second signal ends it at once")
-                await _first(hurry.wait(), controller.drain())
+                await _first(hurry.wait(), _all(controller.drain() for controller in controllers))
 
 
-async def _watch(controller: LocalController, tell: Show) -> None:
-    await controller.ready()
-    tell(f"{len(controller.names)} workers are ready")
-    await controller.failed()
+@contextlib.asynccontextmanager
+async def _started(controllers: Sequence[LocalController]) -> AsyncGenerator[None]:
+    try:
+        for controller in controllers:
+            await controller.start()
+        yield
+    finally:
+        await _all(controller.aclose() for controller in controllers)
+
+
+async def _watch(controllers: Sequence[LocalController], tell: Show) -> None:
+    await _all(controller.ready() for controller in controllers)
+    workers = sum(len(controller.names) for controller in controllers)
+    tell(f"{workers} workers are ready" + (f" on {len(controllers)} nodes" if len(controllers) > 1 else ""))
+    await _all(controller.failed() for controller in controllers)
 
 
 def _guards(broker: EmbeddedBroker | None) -> list[Coroutine[Any, Any, None]]:
@@ -297,6 +324,15 @@ async def _first(*things: Awaitable[Any]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in ended:
         task.result()
+
+
+async def _all(things: Iterable[Awaitable[Any]]) -> None:
+    """Returns when all of them have, or raises as the first that fails; the others are cancelled and have ended by then."""
+    tasks = [asyncio.ensure_future(thing) for thing in things]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await cancel_all(tasks)
 
 
 async def _call(

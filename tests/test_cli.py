@@ -18,6 +18,7 @@ import pytest
 
 from nalar_mq.app import load_app
 from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
+from nalar_mq.broker import write_runtime_file
 from nalar_mq.cli import run_command
 from nalar_mq.client_module import client_module
 from nalar_mq.errors import BrokerUnreachableError, ConfigError, RemoteTraceback, UnknownActorError
@@ -530,6 +531,50 @@ def test_a_node_joins_and_leaves(runtime):
         assert node.end(signal.SIGINT) == 0
 
 
+def test_several_nodes_on_one_machine_serve_and_are_drained_together(app):
+    running = Running("up", ".", "--nodes", "2", "--workers", "1", cwd=app)
+    running.says("2 workers are ready on 2 nodes")
+    workers = [row for row in json.loads(nalar("ps", "--json", cwd=app).stdout)["members"] if row["role"] == "worker"]
+    assert len({row["pid"] for row in workers}) == 2
+    assert [row["node"].rpartition("-")[2] for row in sorted(workers, key=lambda row: row["node"])] == ["1", "2"]
+    assert [row["name"] for row in workers] == [f"{row['node']}-1" for row in workers]
+    shown = nalar("ps", cwd=app).stdout
+    assert all(re.search(rf"^{row['name']} +worker +{row['node']} ", shown, re.MULTILINE) for row in workers)
+
+    children = running.children()
+    caller = subprocess.Popen(
+        [NALAR, "call", "sleep", "1.5", "began"], cwd=app, env=environment(app), stdout=subprocess.PIPE, text=True
+    )
+    eventually((app / "began").exists, "the call never began")
+    assert running.end() == 0
+    assert caller.communicate(timeout=PATIENCE_S)[0] == "slept\n"
+    assert caller.returncode == 0
+    assert all_gone(children)
+
+
+def test_a_node_that_fails_ends_the_others(app):
+    fails_at_the_third_load = (
+        "import os\nnames = [str(number) for number in range(2) if not os.path.exists(str(number))]\n"
+        "assert names, 'the node that fails'\nos.mkdir(names[0])\n"
+    )
+    (app / "small.py").write_text(fails_at_the_third_load + FLOW)
+    running = Running("up", ".", "--nodes", "2", "--workers", "1", cwd=app)
+    running.process.communicate(timeout=PATIENCE_S)
+    assert running.process.returncode == 2
+    said = [line for line in running.errors.read_text().splitlines() if line.startswith("nalar: error: ")]
+    assert len(said) == 1
+    assert "the node that fails" in said[0]
+    assert not (app / ".nalar" / "runtime.json").exists()
+    assert not [each for each in psutil.process_iter() if str(app) in _command_line(each)]
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.cwd(), *process.cmdline()])
+    except psutil.Error:
+        return ""
+
+
 def test_a_node_whose_name_is_taken_gives_up(runtime):
     first = Running("worker", ".", "--workers", "1", "--node", "twice", cwd=runtime)
     try:
@@ -578,6 +623,22 @@ def test_killing_up_kills_its_children(app):
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
     eventually(lambda: all_gone(children), "a child goes on")
     assert "no broker is known" in nalar("ps", cwd=app, code=2).stderr
+
+
+@pytest.mark.parametrize("command", [("ps",), ("ps", "--json"), ("trace", "--last"), ("trace", "some-session", "--json")])
+@pytest.mark.parametrize("where", ["named", "left behind"])
+def test_looking_without_a_broker_says_why_in_one_line(app, command, where):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"nats://127.0.0.1:{server.getsockname()[1]}"
+    if where == "named":
+        done = nalar(*command, "--nats", url, cwd=app, code=3)
+    else:  # as `up` leaves it while its broker is away: the file's process lives, and nobody listens
+        write_runtime_file(app, url=url, token="t")
+        done = nalar(*command, cwd=app, code=3)
+    assert done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("nalar: error: ")
+    assert url.partition("://")[2] in said
 
 
 def test_no_broker_there(app):
