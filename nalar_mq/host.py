@@ -75,6 +75,7 @@ _EARLY = 1_000  # credits and priorities that are kept for calls which have not 
 _PUSHED_KEPT = 20_000
 _PUSHED_BYTES = 32 * 1024 * 1024
 _WANT_AFTER_S = 1.0
+_HELD_S = 0.1
 _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
@@ -592,12 +593,20 @@ class Host:
             return args, kwargs
         return execution.method.fitted(execution.label, args, kwargs)
 
+    async def _until_current(self) -> None:
+        while True:
+            await asyncio.sleep(_HELD_S)
+            if self._may_begin():
+                return
+
     async def _run_on_loop(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         payload: bytes | None = None
         error: BaseException | None = None
         try:
             if execution.context is not None and execution.context.cancelled:
                 execution.context.check_cancelled()
+            if not self._may_begin():
+                await self._until_current()  # the process stood still between the choice of this call and its turn
             function = self._function_on_loop(execution) or await self._made_on_loop(execution)
             result = function(*args, **kwargs)
             if execution.method.style == "async_generator":

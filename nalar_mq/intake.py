@@ -118,6 +118,7 @@ class Intake:
         transport, subjects, table, me, random: of the process.
         remember: what former attempts at a job have done, given its id and the processes that were lost.
         is_gone: judges a process that is not in the table.
+        until_current: returns while nobody can hold this process to be lost.
         trust_broker: jobs are taken even from a broker that is known not to sync.
         options: how much and how long.
     """
@@ -134,6 +135,7 @@ class Intake:
         *,
         remember: Callable[[str, tuple[str, ...]], Awaitable[Memory]],
         is_gone: Callable[[Address], Awaitable[bool]],
+        until_current: Callable[[], Awaitable[None]],
         trust_broker: bool = False,
         options: IntakeOptions | None = None,
     ) -> None:
@@ -146,6 +148,7 @@ class Intake:
         self._random = random
         self._remember = remember
         self._is_gone = is_gone
+        self._until_current = until_current
         self._trust_broker = trust_broker
         self._options = options or IntakeOptions()
         self._loop = asyncio.get_running_loop()
@@ -261,6 +264,7 @@ class Intake:
         except WireError as error:
             await self._reject(job.message, "", error)
             return
+        await self._until_current()  # who slept through its lease may hold a job that others have ended by now
         found, is_claimed = await asyncio.gather(
             self.jobs.patiently(lambda: self.jobs.result(job.id)), self._claim_at_once(job)
         )

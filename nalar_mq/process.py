@@ -201,6 +201,13 @@ class Process:
         """False while others may hold this process to be lost: it begins nothing then."""
         return self.membership.is_current()
 
+    async def until_current(self) -> None:
+        """Returns while nobody can hold this process to be lost."""
+        while True:
+            if self.is_current():
+                return
+            await asyncio.sleep(self._lease_s / 60)  # nothing tells when a renewal in another thread has been confirmed
+
     async def wait_for(self, actor: str, timeout_s: float) -> bool:
         """Returns True once somebody serves `actor`, False after `timeout_s`."""
         with contextlib.suppress(TimeoutError):

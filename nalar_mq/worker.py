@@ -128,6 +128,7 @@ class Worker:
             self._random,
             remember=process.recall.memory,
             is_gone=process.membership.is_gone,
+            until_current=process.until_current,
             trust_broker=process.settings.trust_broker,
             options=self._intake_options,
         )
