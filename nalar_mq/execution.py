@@ -39,6 +39,20 @@ def session_key_of(call: Call) -> str:
     return f"{call.session}/{call.instance}" if call.instance else call.session
 
 
+class Resumed(msgspec.Struct, eq=False):
+    """What is to be known of a call of a job whose owner was lost, or which is a later attempt at one; others do without.
+
+    Attributes:
+        is_orphan: its owner is gone, and nobody has asked for it since.
+        is_recalling: what former attempts have done is being looked for.
+        memory: what they have done.
+    """
+
+    is_orphan: bool = False
+    is_recalling: bool = False
+    memory: Memory | None = None
+
+
 class Execution(msgspec.Struct, eq=False):
     """One call in this worker; also its slot in the replica (`context.Slot`).
 
@@ -66,9 +80,7 @@ class Execution(msgspec.Struct, eq=False):
     ended: bool = False
     is_answered: bool = False
     is_batched: bool = False
-    is_orphan: bool = False
-    is_recalling: bool = False
-    memory: Memory | None = None
+    resumed: Resumed | None = None
     waits: int = 0
 
     @property
@@ -76,6 +88,16 @@ class Execution(msgspec.Struct, eq=False):
         """On the clock of the loop; None for no deadline."""
         timeout_s = self.call.timeout_s
         return None if timeout_s is None else self.arrived + timeout_s
+
+    @property
+    def is_orphan(self) -> bool:
+        """Its owner is gone, and nobody has asked for it since."""
+        return self.resumed is not None and self.resumed.is_orphan
+
+    @property
+    def is_recalling(self) -> bool:
+        """It may not begin yet: what former attempts at its job have done is being looked for."""
+        return self.resumed is not None and self.resumed.is_recalling
 
     def has_suspended(self, task: asyncio.Task[None]) -> None:
         """It waits on the loop for the first time; `task` is its own from now on."""

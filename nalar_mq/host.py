@@ -58,7 +58,7 @@ from nalar_mq.errors import (
     path_of,
 )
 from nalar_mq.event_loop import cancel_all
-from nalar_mq.execution import Execution, session_key_of
+from nalar_mq.execution import Execution, Resumed, session_key_of
 from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
@@ -227,18 +227,21 @@ class Host:
         execution = self._executions[call.id]
         if call.job and execution.owner != owner:
             execution.owner = owner
-            execution.is_orphan = False
+            if execution.resumed is not None:
+                execution.resumed.is_orphan = False
             self._unwatched.pop(call.id, None)
 
     def _begin_recalling(self, execution: Execution) -> None:
-        execution.is_recalling = True
+        execution.resumed = Resumed(is_recalling=True)
         task = self._loop.create_task(self._recall(execution))
         self._recalling.add(task)
         task.add_done_callback(self._recalling.discard)
 
     async def _recall(self, execution: Execution) -> None:
-        execution.memory = await self._remember(execution.call.job, execution.call.lost)
-        execution.is_recalling = False
+        resumed = execution.resumed
+        assert resumed is not None
+        resumed.memory = await self._remember(execution.call.job, execution.call.lost)
+        resumed.is_recalling = False
         if not execution.missing and not execution.ended:
             execution.replica.mailbox.mark_ready(execution.call.id)
             self.pump(execution.replica)
@@ -390,7 +393,8 @@ class Host:
             if execution.call.cast and not execution.missing:
                 continue
             if _may_be_adopted(execution):
-                execution.is_orphan = True
+                execution.resumed = execution.resumed or Resumed()
+                execution.resumed.is_orphan = True
                 if execution.call.timeout_s is not None:
                     self._unwatched[execution.call.id] = execution
                 continue
@@ -1006,7 +1010,8 @@ def _may_be_adopted(execution: Execution) -> bool:
 
 def _history_of(execution: Execution) -> History:
     call = execution.call
-    return History(call.job, call.id, in_order=not call.parent, memory=execution.memory, failures=call.failures)
+    memory = None if execution.resumed is None else execution.resumed.memory
+    return History(call.job, call.id, in_order=not call.parent, memory=memory, failures=call.failures)
 
 
 def _method(spec: ActorSpec, name: str) -> MethodSpec | None:
