@@ -482,6 +482,13 @@ class Intake:
             with contextlib.suppress(BrokerError):
                 for subject in self._long_unserved(await self.jobs.queue.subjects()):
                     await self._clear(subject)
+                await self._clear_records()
+
+    async def _clear_records(self) -> None:
+        """Removes records of jobs that have ended, left by processes that died after others had ended them."""
+        for id, held, revision in await self.jobs.records():
+            if not self._table.is_alive(Address(held.name, held.incarnation)) and await self.jobs.result(id) is not None:
+                await self.jobs.release(revision)
 
     def _long_unserved(self, subjects: Mapping[str, int]) -> list[str]:
         now_s = self._loop.time()

@@ -289,6 +289,11 @@ class Jobs:
         """
         return await self._running.append(self._subjects.running(id), encode_record(record), last=revision)
 
+    async def records(self) -> list[tuple[str, Running, int]]:
+        """All records, as id, record and revision."""
+        held = _pages(self._running.read, self._subjects.running("*"))
+        return [(kept.subject.rpartition(".")[2], _read_running(kept), kept.sequence) async for kept in held]
+
     async def release(self, revision: int) -> bool:
         """Removes the record of that revision; False if it has been removed or replaced."""
         return await self._running.remove(revision)
@@ -307,8 +312,7 @@ class Jobs:
     async def overview(self, limit: int = 50) -> Overview:
         """All jobs that have not ended, by counts, and the last `limit` that have."""
         counts = await self.queue.subjects()
-        held = _pages(self._running.read, self._subjects.running("*"))
-        running = [_status_of(kept.subject.rpartition(".")[2], _read_running(kept)) async for kept in held]
+        running = [_status_of(id, held) for id, held, _ in await self.records()]
         ended: list[JobResult] = []
         async for kept in _pages(self._results.read, self._subjects.result("*")):
             ended.append(read_result(kept.data))

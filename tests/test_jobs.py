@@ -389,6 +389,20 @@ async def test_a_record_of_a_message_that_is_gone_holds_nobody_back(bench: Bench
     assert (await bench.result("again")).state == "done"
 
 
+async def test_a_record_that_a_dead_process_left_of_an_ended_job_goes(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    await bench.worker("one")
+    handle = await (await bench.client()).submit("answer", "x", job_id="ended")
+    await handle.result(timeout=PATIENCE_S)
+    await bench.emptied()
+    await jobs.hold("ended", Running(WIRE_VERSION, "dead", 1, 1, "answer"), 0)
+    await jobs.hold("goes-on", Running(WIRE_VERSION, "dead", 1, 1, "answer"), 0)
+    async with asyncio.timeout(PATIENCE_S):
+        while await jobs.holder("ended") is not None:
+            await asyncio.sleep(0.02)
+    assert await jobs.holder("goes-on") is not None
+
+
 async def test_garbage_under_the_id_of_a_running_job_does_not_end_it(bench: Bench) -> None:
     await bench.worker("one")
     await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="mine")
