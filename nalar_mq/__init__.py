@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         OverloadedError,
         RemoteError,
         StateLostError,
+        StateMutatedError,
+        StateWriteError,
         StreamRestartedError,
         UnknownActorError,
         UnknownCallError,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     )
     from nalar_mq.future import Future, FutureInfo, Stream, Waited, as_completed, gather, wait
     from nalar_mq.jobs import JobHandle, JobResult, JobStatus
+    from nalar_mq.state import ManagedDict, ManagedList, ManagedValue
     from nalar_mq.traces import Trace, TracedCall
 
 _HOMES: Final = {
@@ -69,6 +72,8 @@ _HOMES: Final = {
         "OverloadedError",
         "RemoteError",
         "StateLostError",
+        "StateMutatedError",
+        "StateWriteError",
         "StreamRestartedError",
         "UnknownActorError",
         "UnknownCallError",
@@ -94,6 +99,11 @@ _HOMES: Final = {
         "JobResult",
         "JobStatus",
     ),
+    "state": (
+        "ManagedDict",
+        "ManagedList",
+        "ManagedValue",
+    ),
     "traces": (
         "Trace",
         "TracedCall",
@@ -116,11 +126,16 @@ __all__ = [
     "JobHandle",
     "JobResult",
     "JobStatus",
+    "ManagedDict",
+    "ManagedList",
+    "ManagedValue",
     "NalarError",
     "NotConnectedError",
     "OverloadedError",
     "RemoteError",
     "StateLostError",
+    "StateMutatedError",
+    "StateWriteError",
     "Stream",
     "StreamRestartedError",
     "Trace",

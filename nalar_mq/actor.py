@@ -33,6 +33,7 @@ from nalar_mq.call_context import DEFAULT_OPTIONS, CallOptions, require_context
 from nalar_mq.directives import Directives, Kind
 from nalar_mq.errors import AddressError, ArgumentError, DirectiveError
 from nalar_mq.future import Future
+from nalar_mq.state import declare
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -173,6 +174,7 @@ class ActorSpec:
         target: the user's class or function.
         directives: validated, with defaults.
         methods: by name; a tool or workflow has the one method "".
+        managed: it has managed state.
         stateful: calls of one session go, one at a time and in order, to one instance.
         transparent: unmodified Python named in a manifest, whose drivers are rewritten.
         doc: first line of the docstring.
@@ -194,9 +196,10 @@ class ActorSpec:
             raise DirectiveError(str(error)) from None
         self.kind: Kind = kind
         self.target = target
-        self.directives = directives.validated(kind, name)
+        self.managed = bool(kind == "agent" and isinstance(target, type) and declare(target))
+        self.directives = directives.validated(kind, name, managed=self.managed)
         self.methods = {key: method.named(name) for key, method in methods.items()}
-        self.stateful = bool(self.directives.stateful)
+        self.stateful = bool(self.directives.stateful) or self.managed
         self.transparent = transparent
         self.doc = (inspect.getdoc(target) or "").partition("\n")[0]
 
@@ -348,7 +351,8 @@ def agent(*, name: str | None = None, **directives: Any) -> Callable[[C], C]: ..
 def agent(cls: Any = None, /, *, name: str | None = None, **directives: Any) -> Any:
     """Makes a class an agent. Its name is `name`, or the name of the class.
 
-    The runtime makes the instances, without arguments: one for each session if `stateful`, else one in each replica.
+    The runtime makes the instances, without arguments: one for each session if `stateful` or with managed state (fields that
+    are annotated as `ManagedList`, `ManagedDict` or `ManagedValue`), else one in each replica.
     `async def on_start(self)` and `async def on_stop(self)`, or plain ones, mark its life.
 
     Raises:

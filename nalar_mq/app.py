@@ -200,7 +200,7 @@ class _ManifestLoader:
         cls: type[Any] = target
         methods = {name: MethodSpec(name, function, bound=True) for name, function in public_functions(cls).items()}
         spec = ActorSpec(entry.name, "agent", cls, entry.directives, methods, transparent=True)
-        if entry.directives.stateful is None and not spec.directives.batchable:
+        if entry.directives.stateful is None and not spec.directives.batchable and not spec.managed:
             place = changes_itself(cls)
             if place:
                 spec.stateful = True

@@ -151,6 +151,11 @@ def _contradictions(d: Directives, kind: Kind, managed: bool) -> Iterator[Proble
         yield Problem("batchable", f"'batchable' contradicts {keeps}: sessions run one by one; remove one of the two")
     if d.isolation == "process" and keeps:
         yield Problem("isolation", f"'isolation' \"process\" contradicts {keeps}, which lives in the worker")
+    if managed and d.stateful is not None:
+        said = "a stateful session never moves, one with managed state may" if d.stateful else "it belongs to sessions"
+        yield Problem("stateful", f"'stateful' contradicts managed state: {said}; remove one of the two")
+    if managed and d.durability in ("node", "replicated"):
+        yield Problem("durability", f"'durability' {d.durability!r} is not there yet: managed state lives in memory")
     if not managed and d.durability in ("node", "replicated"):
         yield Problem("durability", f"'durability' {d.durability!r} is about managed state, and this {kind} has none")
 

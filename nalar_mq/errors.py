@@ -44,6 +44,8 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── OverloadedError          shed; `retry_after_s`
         ├── WaitCycleError           calls wait for each other; `cycle`
         ├── StateLostError           the memory of a session went with its worker
+        ├── StateWriteError          managed state is changed where it can only be read
+        ├── StateMutatedError        a value in managed state was changed in place and not assigned back
         └── StreamRestartedError     a stream whose chunks were already taken began again
 """
 
@@ -364,6 +366,14 @@ class WaitCycleError(CallError):
 
 class StateLostError(CallError):
     """The session's state lived in the memory of a worker that is gone; the next call starts with an empty one."""
+
+
+class StateWriteError(CallError):
+    """Managed state was to be changed by code that may only read it: anything but the call that holds the session."""
+
+
+class StateMutatedError(CallError):
+    """A value in managed state was changed in place and not assigned back, so the call failed and its changes are undone."""
 
 
 class StreamRestartedError(CallError):

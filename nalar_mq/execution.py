@@ -18,6 +18,7 @@ from nalar_mq.history import Memory
 from nalar_mq.messages import Call, CallRecord, Fail, Resolve
 from nalar_mq.outflow import Outflow
 from nalar_mq.replica import Replica
+from nalar_mq.session_state import SessionState
 
 _CANCELLED = f"{CallCancelledError.__module__}:{CallCancelledError.__qualname__}"
 
@@ -81,6 +82,7 @@ class Execution(msgspec.Struct, eq=False):
     is_answered: bool = False
     is_batched: bool = False
     resumed: Resumed | None = None
+    managed: SessionState | None = None
     waits: int = 0
 
     @property

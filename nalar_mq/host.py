@@ -67,6 +67,8 @@ from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, P
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
+from nalar_mq.session_state import SessionState
+from nalar_mq.state import state_of
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
 from nalar_mq.transparent import run_driver
@@ -621,7 +623,7 @@ class Host:
             payload = values.encode(result, deps, f"the result of {execution.label}")
             if deps:
                 payload = await self._encoded_on_loop(execution, result, deps)
-            _checked_size(payload, execution)
+            _seal(execution, payload)
         except BaseException as cause:
             error = cause
         self._end(execution, payload, error)
@@ -631,14 +633,14 @@ class Host:
         if execution.replica.spec.kind != "agent":
             return execution.method.function
         instance = execution.replica.instance(_instance_key(execution))
-        return None if instance is None else execution.method.function.__get__(instance)
+        return None if instance is None else _bound(execution, instance, execution.method.function)
 
     async def _made_on_loop(self, execution: Execution) -> Callable[..., Any]:
         made: asyncio.Future[Any] = self._loop.create_future()
         variables = contextvars.copy_context()
         key = _instance_key(execution)
         self._threads.run(lambda: variables.run(self._make_in_thread, execution, key, made))
-        return execution.method.function.__get__(await made)  # type: ignore[no-any-return]
+        return _bound(execution, await made, execution.method.function)
 
     def _make_in_thread(self, execution: Execution, key: str, made: asyncio.Future[Any]) -> None:
         try:
@@ -681,7 +683,7 @@ class Host:
                     if isinstance(dep, Future):
                         dep.value()
                 payload = values.encode(result, None, f"the result of {execution.label}")
-            _checked_size(payload, execution)
+            _seal(execution, payload)
         except BaseException as cause:
             error = cause
         self._inbox.put(lambda: self._end(execution, payload if error is None else None, error))
@@ -702,7 +704,7 @@ class Host:
         instance = execution.replica.instance(key)
         if instance is None:
             instance = execution.replica.make(key, execution.call.init)
-        return function.__get__(instance)  # type: ignore[no-any-return]
+        return _bound(execution, instance, function)
 
     def _result_in_child(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
         def stoppable(stop: Callable[[], None]) -> None:
@@ -744,6 +746,8 @@ class Host:
                 execution.task = self._move(self._keep_and_end(execution, payload))
                 return
             payload = self._fitting(execution, payload, is_wanted)
+        if execution.managed is not None:
+            _end_changes(execution.managed, error)
         try:
             if error is None:
                 assert payload is not None
@@ -1092,6 +1096,29 @@ def _share_names(call: Call, actor: str, method: str) -> None:
     force_setattr(call, "method", method)
     if not call.session.startswith("auto-"):  # those have one call, as a rule
         force_setattr(call, "session", sys.intern(call.session))
+
+
+def _bound(execution: Execution, instance: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of that instance; the call that holds the session may change its managed state from now on."""
+    replica, context = execution.replica, execution.context
+    if replica.spec.managed and context is not None and replica.holders.get(execution.session_key) == execution.call.id:
+        execution.managed = state_of(instance)
+        execution.managed.begin(context)
+    return function.__get__(instance)  # type: ignore[no-any-return]
+
+
+def _seal(execution: Execution, payload: bytes) -> None:
+    """Raises if the result cannot travel or the managed state cannot be kept; nothing is changed after that."""
+    _checked_size(payload, execution)
+    if execution.managed is not None:
+        execution.managed.seal()
+
+
+def _end_changes(state: SessionState, error: BaseException | None) -> None:
+    if error is None:
+        state.commit()
+    else:
+        state.roll_back()
 
 
 def _checked_size(payload: bytes, execution: Execution) -> bytes:

@@ -13,6 +13,8 @@ from nalar_mq.actor import ActorSpec
 from nalar_mq.errors import ArgumentError
 from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
+from nalar_mq.session_state import SessionState
+from nalar_mq.state import bind
 from nalar_mq.stub import settle, unsettle
 
 _log = logger(__name__)
@@ -65,7 +67,7 @@ class Replica:
             found = self._instances.get(key)
             if found is None:
                 args, kwargs = values.decode_arguments(init) if init else ([], {})
-                found = self._constructed(args, kwargs)
+                found = self._constructed(key, args, kwargs)
                 if self.spec.transparent:
                     settle(self.spec, found, key, init)
                 self._hook(found, "on_start")
@@ -73,9 +75,15 @@ class Replica:
                 self._last_used[key] = self._loop.time()
             return found
 
-    def _constructed(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _constructed(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        target: Any = self.spec.target
         try:
-            return self.spec.target(*args, **kwargs)
+            if not self.spec.managed:
+                return target(*args, **kwargs)
+            found = target.__new__(target, *args, **kwargs)
+            bind(found, SessionState(f"{self.spec.name}[{key}]", is_kept=True), {})
+            found.__init__(*args, **kwargs)
+            return found
         except TypeError as error:
             below = error.__traceback__ and error.__traceback__.tb_next
             if args or kwargs or below is not None:

@@ -22,8 +22,9 @@ MessagePack item (or raw bytes where it says so), so plain data is written and r
     14    an actor                ["module:qualname", part, ...] of a stand-in for unmodified Python (see `nalar_mq.stub`)
     15    an iterator or a view   ["iterator", "keys", "values" or "items", item, ...]: read to its end when it is written
 
-A future inside a value is written as its value where it has one. Sharing is not kept: an object that stands in two places
-arrives as two. Nesting is limited to `MAX_DEPTH`, which also ends structures that contain themselves.
+A future inside a value is written as its value where it has one, and managed state as a plain list, dict or value. Sharing is
+not kept: an object that stands in two places arrives as two. Nesting is limited to `MAX_DEPTH`, which also ends structures
+that contain themselves.
 """
 
 from __future__ import annotations
@@ -331,6 +332,9 @@ class _Writer:
         return Ext(_PIECES, _encode(["iterator", *self.items(pieces, depth)]))
 
     def pack_rare(self, value: Any, depth: int) -> Any:
+        plain = getattr(classes.class_of(value), "__nalar_plain__", None)
+        if plain is not None:
+            return self.pack(plain(value), depth)
         reference = _reference_of(value)
         if reference is not None:
             return Ext(_ACTOR, _encode(reference))

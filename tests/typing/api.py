@@ -6,7 +6,22 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import assert_type
 
-from nalar_mq import Future, FutureInfo, Waited, agent, as_completed, connect, gather, method, tool, wait, workflow
+from nalar_mq import (
+    Future,
+    FutureInfo,
+    ManagedDict,
+    ManagedList,
+    ManagedValue,
+    Waited,
+    agent,
+    as_completed,
+    connect,
+    gather,
+    method,
+    tool,
+    wait,
+    workflow,
+)
 
 
 @dataclass
@@ -51,6 +66,34 @@ class Plain:
     @method
     async def hello(self) -> str:
         return "hello"
+
+
+@agent
+class Notebook:
+    reports: ManagedList[Report]
+    seen: ManagedDict[str, int]
+    title: ManagedValue[str] = ManagedValue("untitled")
+
+    @method
+    def note(self, report: Report) -> int:
+        self.reports.append(report)
+        self.reports += [report]
+        self.seen |= {report.text: 1}
+        self.title.value = report.text
+        assert_type(self.reports[0], Report)
+        assert_type(self.reports[1:], list[Report])
+        assert_type(self.reports.pop(), Report)
+        assert_type(self.reports + [report], list[Report])  # noqa: RUF005
+        assert_type(self.seen["a"], int)
+        assert_type(self.seen.get("a"), int | None)
+        assert_type(list(self.seen.items()), list[tuple[str, int]])
+        assert_type(self.seen | {"b": 2}, dict[str, int])
+        assert_type(self.title.value, str)
+        self.reports.sort(key=lambda found: found.text)
+        self.reports.append("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        self.seen[3] = 3  # type: ignore[index]  # pyright: ignore[reportArgumentType]
+        self.title.value = 3  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+        return len(self.reports)
 
 
 @workflow
