@@ -462,6 +462,14 @@ def read_runtime_file(folder: Path) -> RuntimeFile | None:
     return content if content.pid > 0 and _started(content.pid) == content.started else None
 
 
+def is_embedded(running: RuntimeFile) -> bool:
+    """True if the broker of a runtime is a child of the process that wrote the file, which makes it sync."""
+    try:
+        return any(child.name() == _BINARY for child in psutil.Process(running.pid).children())
+    except psutil.Error:
+        return False
+
+
 def remove_runtime_file(folder: Path, pid: int | None = None) -> None:
     """Removes the file, unless it belongs to a process other than `pid` (this one by default); idempotent."""
     pid = os.getpid() if pid is None else pid

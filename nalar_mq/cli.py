@@ -21,6 +21,7 @@ from nalar_mq.exits import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
 
 if TYPE_CHECKING:
     from nalar_mq.commands import BrokerChoice, CallWish, Seen
+    from nalar_mq.installation import Finding
     from nalar_mq.traces import Trace
 
 _EPILOG: Final = """\b
@@ -105,7 +106,7 @@ def cli(context: click.Context, debug: bool, log_level: str | None) -> None:
     options.log_level = log_level or ("debug" if debug else "info" if serves else "warning")
 
 
-_Command = Callable[..., None]
+_Command = Callable[..., int | None]
 
 
 def _broker_options(command: _Command) -> _Command:
@@ -617,6 +618,38 @@ def path() -> None:
 
 
 @cli.command()
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def doctor(options: _Options, /, json: bool, app: Path | None, **broker: str | None) -> int:
+    """Look for what would keep a runtime from working on this machine.
+
+    Each finding is one line: ok, warning (something does not work) or wrong (nothing does), what is there, and what to do.
+    A broker of our own is started for a moment, and the one that is named is asked. Nothing is left behind.
+    """
+    from nalar_mq.installation import examine_installation, exit_code
+
+    findings: list[Finding] = []
+
+    def take(finding: Finding) -> None:
+        findings.append(finding)
+        if not json:
+            _show(str(finding))
+
+    for finding in examine_installation():
+        take(finding)
+    if exit_code(findings) == EXIT_OK:  # else the rest cannot even be imported
+        from nalar_mq import commands
+
+        file = commands.app_file(app) if app else None
+        _run(options, commands.doctor(_choice(broker), app=file, take=take))
+    if json:
+        _show_findings(findings)
+    return exit_code(findings)
+
+
+@cli.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
@@ -681,6 +714,13 @@ def _show_json(value: object) -> None:
     import msgspec
 
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def _show_findings(findings: Sequence[Finding]) -> None:
+    import json  # msgspec may be what is missing
+
+    rows = [{"check": each.check, "state": each.state.value, "found": each.found, "advice": each.advice} for each in findings]
+    _show(json.dumps(rows, indent=2, ensure_ascii=False))
 
 
 def _show_table(head: list[str], rows: list[list[str]]) -> None:

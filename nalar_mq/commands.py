@@ -37,19 +37,23 @@ from nalar_mq.client import Client, connect
 from nalar_mq.config import (
     DEFAULT_PORT,
     BrokerAccess,
+    NamedBroker,
     Settings,
     engine_variables,
     find_broker,
+    find_named_broker,
     find_namespace,
     load_settings,
     trusts_broker,
 )
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.directives import did_you_mean
+from nalar_mq.doctor import examine
 from nalar_mq.errors import BrokerError, ConfigError, UnknownCallError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
+from nalar_mq.installation import Finding
 from nalar_mq.lookout import Glance
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Member
@@ -248,6 +252,19 @@ async def trace(choice: BrokerChoice, wanted: str, *, app: Path | None) -> Trace
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
         return await client.trace(wanted)
+
+
+async def doctor(choice: BrokerChoice, *, app: Path | None, take: Callable[[Finding], None]) -> None:
+    """Hands each finding about this machine and the broker that is named to `take`."""
+    folder = app.parent if app else Path.cwd()
+    running = read_runtime_file(folder)
+
+    def find() -> NamedBroker | None:
+        find_namespace(choice.namespace)
+        return find_named_broker(nats=choice.nats, context=choice.context, runtime=running.access if running else None)
+
+    async for finding in examine(folder, find, running):
+        take(finding)
 
 
 async def _reach(settings: Settings) -> None:

