@@ -34,7 +34,7 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         timeout_s: seconds from call to deadline; None (in TOML `inf`) for no deadline.
         retries: how often a call is sent again after its worker was lost.
         priority: priority of calls that name none; higher runs earlier.
-        durability: how much a session's managed state survives; None for `node` with managed state and else `memory`.
+        durability: how much a session's managed state survives; None for `memory`, the only one that is there yet.
         isolation: synchronous code runs in a thread of the worker or in a child process.
     """
 
