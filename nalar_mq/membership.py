@@ -194,13 +194,17 @@ class Lease:
             await self._bucket.delete(self._name, self._revision)
 
     async def keep(self, period_s: float) -> None:
-        """Renews until it is over; an unreachable broker is tried again."""
+        """Renews until it is over. What is not answered within a period is tried again soon, as the lease has but three."""
+        pause_s = period_s
         while not self.is_over:
-            await asyncio.sleep(period_s)
+            await asyncio.sleep(pause_s)
             try:
-                await self.renew()
-            except BrokerError as error:
-                _log.debug("lease.renewal_failed", member=self._name, error=str(error))
+                async with asyncio.timeout(period_s):
+                    await self.renew()
+                pause_s = period_s
+            except (BrokerError, TimeoutError) as error:
+                pause_s = period_s / 4
+                _log.debug("lease.renewal_failed", member=self._name, error=repr(error))
 
 
 class LeaseThread:

@@ -64,7 +64,7 @@ class Proxy:
         self.accepted += 1
         link = _Link()
         self._links.append(link)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             there, up = await asyncio.open_connection(self._host, self._port)
             try:
                 async with asyncio.TaskGroup() as both:
