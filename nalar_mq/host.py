@@ -242,11 +242,23 @@ class Host:
     async def _recall(self, execution: Execution) -> None:
         resumed = execution.resumed
         assert resumed is not None
-        resumed.memory = await self._remember(execution.call.job, execution.call.lost)
+        try:
+            resumed.memory = await self._remember(execution.call.job, execution.call.lost)
+        except Exception as error:
+            _log.exception("call.recall_failed", actor=execution.label, job=execution.call.job)
+            self._give_up(execution, error)
+            return
         resumed.is_recalling = False
         if not execution.missing and not execution.ended:
             execution.replica.mailbox.mark_ready(execution.call.id)
             self.pump(execution.replica)
+
+    def _give_up(self, execution: Execution, error: Exception) -> None:
+        """Ends a call that cannot begin."""
+        if not execution.ended:
+            execution.replica.mailbox.remove(execution.call.id)
+            self._answer_error(execution, error)
+            self._forget(execution)
 
     def _sender_name(self, owner: Address) -> str:
         """The name of a sender in mailboxes, the same object for all its calls."""

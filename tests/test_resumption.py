@@ -20,6 +20,7 @@ import pytest
 from nalar_mq.app import App, load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.errors import RemoteError
 from nalar_mq.intake import IntakeOptions
 from nalar_mq.jobs import JobHandle
 from nalar_mq.memory_transport import MemoryHub
@@ -342,3 +343,20 @@ async def test_a_cancelled_job_stops_what_it_has_called(site: Site) -> None:
     await site.ran("gated a")
     assert await job.cancel()
     await site.until(lambda: tools.running == 0)
+
+
+async def test_a_call_whose_past_cannot_be_read_ends_with_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("chain", "a", 4)
+    await site.ran("step 2")
+    site.hub.kill("driver")
+    second = await site.serve("driver2", "workflow")
+    assert second._host is not None
+
+    async def refuse(job: str, lost: tuple[str, ...]) -> Any:
+        raise RuntimeError("cannot be read")
+
+    monkeypatch.setattr(second._host, "_remember", refuse)
+    with pytest.raises(RemoteError, match="cannot be read"):
+        await job.result(timeout=PATIENCE_S)
