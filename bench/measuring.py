@@ -17,12 +17,16 @@ import psutil
 from bench.systems import System
 
 _SAMPLE_S = 0.1
-_SECTIONS = {"calls": "rtt,pipe", "futures": "fan", "chain": "chain", "startup": "none", "jobs": "jobs"}
+_SECTIONS = {"calls": "rtt,pipe", "futures": "fan", "chain": "chain", "startup": "none", "jobs": "jobs", "stages": "stages"}
 _FIGURES = {
     "calls": ("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "tool_rtt_p50_us", "tool_rtt_p99_us", "tool_pipe_per_s"),
     "futures": ("fan_s", "fan_per_s", "rss_peak_fan_mb"),
     "chain": ("chain_ms", "chain_affinity_ms"),
     "startup": ("startup_s", "rss_idle_mb"),
+    "stages": (
+        *("stage_made_us", "stage_sent_us", "stage_there_us", "stage_begun_us"),
+        *("stage_answered_us", "stage_back_us", "stage_awaited_us", "stage_whole_us"),
+    ),
     "jobs": ("jobs_per_s", "job_p50_ms", "jobs_nosync_per_s", "job_nosync_p50_ms"),
 }
 NAMES = tuple(_SECTIONS)

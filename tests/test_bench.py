@@ -23,12 +23,12 @@ SMALL = {
 
 def test_all_figures_of_all_benchmarks_in_one_object(tmp_path: Path) -> None:
     target = tmp_path / "results.json"
-    names = ["calls", "futures", "chain", "startup", "jobs"]
+    names = ["calls", "futures", "chain", "startup", "jobs", "stages"]
     command = [sys.executable, "-m", "bench", *names, "--runs", "1", "--seed", "7", "--json", str(target)]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | SMALL, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(target.read_text())
-    assert found["bench"] == "calls,futures,chain,startup,jobs"
+    assert found["bench"] == "calls,futures,chain,startup,jobs,stages"
     assert (found["seed"], found["runs"], found["failures"]) == (7, 1, {})
     assert found["machine"]["cores"] and found["versions"]["nalar"]
     figures = found["systems"]["nalar"]

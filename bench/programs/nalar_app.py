@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
+
+import stamps
+import work
 
 from nalar_mq import agent, method, tool, workflow
+
+STAMPS = stamps.watched() if work.wants("stages") else stamps.Stamps()
 
 
 @agent(stateful=True)
@@ -22,6 +28,11 @@ class Echo:
     @method
     async def process(self) -> int:
         return os.getpid()
+
+    @method
+    async def stamped(self) -> list[float]:
+        """When the answer of the call before left, when this call came, and when it began to run."""
+        return [STAMPS.take_left(), STAMPS.came, time.monotonic()]
 
 
 @tool

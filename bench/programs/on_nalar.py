@@ -9,6 +9,7 @@ import random
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,8 +71,36 @@ async def measure(client: Client) -> None:
         await chain("chain_affinity_ms", increments[:1])
     if work.wants("fan"):
         await work.many_async("fan", work.FAN_CALLS, lambda i: echoes[i & 1](i), collect)
+    if work.wants("stages"):
+        await stages()
     if work.wants("jobs"):
         await jobs(client, "jobs")
+
+
+async def stages() -> None:
+    """Where the time of one call goes: medians of each stage."""
+    work.phase("stages")
+    found: dict[str, list[float]] = {}
+    calls: list[tuple[float, ...]] = []
+    stamped = nalar_app.Echo.stamped.options(session="stages")
+    for _ in range(work.RTT_CALLS):
+        nalar_app.STAMPS.take_left()
+        begun = time.monotonic()
+        future = stamped()
+        made = time.monotonic()
+        left_before, there, first_line = await future
+        calls.append(
+            (begun, made, nalar_app.STAMPS.take_left(), there, first_line, nalar_app.STAMPS.came, time.monotonic(), left_before)
+        )
+    names = ("made", "sent", "there", "begun", "answered", "back", "awaited", "whole")
+    for call, later in pairwise(calls[work.RTT_CALLS // 4 :]):
+        begun, made, sent, there, first_line, back, awaited, _ = call
+        answered = later[-1]
+        times = (begun, made, sent, there, first_line, answered, back, awaited)
+        for name, took in zip(names, [*[b - a for a, b in pairwise(times)], awaited - begun], strict=True):
+            found.setdefault(name, []).append(took)
+    for name, seconds in found.items():
+        work.figure(f"stage_{name}_us", round(median(seconds) * 1e6, 1))
 
 
 async def jobs(client: Client, prefix: str) -> None:

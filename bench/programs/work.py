@@ -31,7 +31,7 @@ _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").spl
 
 
 def wants(section: str) -> bool:
-    """True if this run measures `rtt`, `pipe`, `fan`, `chain` or `jobs`."""
+    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs` or `stages`."""
     return section in _SECTIONS
 
 
