@@ -60,6 +60,7 @@ _HEADER_ROOM: Final = 4096
 _CAUSE_SHOWN: Final = 800
 _TEXT_KEPT: Final = 16_384
 _LOOK_AGAIN_S: Final = 5.0
+_SOON_S: Final = 0.005
 _RETRY_S: Final = 0.5
 
 State = Literal["done", "failed", "cancelled"]
@@ -195,14 +196,17 @@ class Jobs:
         subject = self._subjects.result(check_token(id, "job id"))
         subscription = await self.patiently(lambda: self._transport.subscribe(subject, lambda _: arrived.set()))
         try:
+            look_again_s = _LOOK_AGAIN_S
             while True:
                 arrived.clear()
                 found = await self.patiently(lambda: self.result(id))
                 if found is not None:
                     return found
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_AGAIN_S):
+                    async with asyncio.timeout(look_again_s):
                         await arrived.wait()
+                # Listeners hear of a result before the broker has stored it, and of one that it then refuses, too.
+                look_again_s = _SOON_S if arrived.is_set() else min(_LOOK_AGAIN_S, 2 * look_again_s)
         finally:
             await subscription.unsubscribe()
 

@@ -403,6 +403,16 @@ async def test_a_record_that_a_dead_process_left_of_an_ended_job_goes(bench: Ben
     assert await jobs.holder("goes-on") is not None
 
 
+async def test_a_result_is_seen_as_soon_as_it_is_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker tells listeners of a result before it has stored it: looking just then finds nothing."""
+    monkeypatch.setattr("nalar_mq.jobs._LOOK_AGAIN_S", 100 * PATIENCE_S)
+    await bench.worker("one")
+    client = await bench.client()
+    handles = await asyncio.gather(*(client.submit("three_calls", number) for number in range(60)))
+    results = await asyncio.gather(*(handle.result(timeout=PATIENCE_S) for handle in handles))
+    assert results == [8 * number for number in range(60)]
+
+
 async def test_garbage_under_the_id_of_a_running_job_does_not_end_it(bench: Bench) -> None:
     await bench.worker("one")
     await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="mine")
