@@ -25,6 +25,7 @@ What lies before the first observation that is still needed is removed from time
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
@@ -53,6 +54,7 @@ _RETRY_S: Final = 0.2
 _TRIM_EVERY_S: Final = 5.0
 _JOURNALS_KEPT: Final = 32
 _RELEASED_KEPT: Final = 10_000
+_REMOVE_S: Final = 1.0
 
 Sighting = tuple[int, Observation]
 """An observation, and the number of the message that holds it: numbers of all journals grow with time."""
@@ -245,6 +247,17 @@ class Journal:
         found = (self._subjects.journal_writer(subject) for subject in subjects)
         return [address for address in found if address is not None]
 
+    async def is_sealed(self, writer: Address) -> bool:
+        """True if somebody has taken over from a process already: then it is gone, whoever has heard of that.
+
+        Raises:
+            BrokerError: the broker does not answer.
+        """
+        if writer in self._sealed:
+            return True
+        last = await (await self._open()).last(self._subjects.journal(writer.name, writer.incarnation))
+        return last is not None and self._is_seal(last.data)
+
     async def read(self, writer: Address, job: str, *, is_lost: bool) -> Past:
         """What calls of a job observed in a process; that of a lost one is sealed first.
 
@@ -284,11 +297,16 @@ class Journal:
             return False
 
     async def aclose(self) -> None:
-        """Ends; what is not durable by now is not told. Idempotent."""
+        """Ends; what is not durable by now is not told, and a journal that nobody needs is removed. Idempotent."""
+        is_needed = self._is_over or bool(self._waiting or self._first_of)
         self._is_over = True
         tasks = [task for task in (self._writer, self._trimmer) if task is not None]
         self._writer = self._trimmer = None
         await cancel_all(tasks)
+        if self._last and not is_needed and self._transport.is_connected:
+            with contextlib.suppress(BrokerError, TimeoutError):
+                async with asyncio.timeout(_REMOVE_S):
+                    await (await self._open()).purge(self._subject)
 
 
 def _size_of(observation: Observation | None) -> int:

@@ -186,7 +186,7 @@ class Recall:
                 found = [job for job in jobs if self._journal.has_of(job)]
             elif writer in answers:
                 found = [job for job in jobs if job in answers[writer].journaled]
-            elif await self._is_gone(writer):
+            elif await self._journal.is_sealed(writer) or await self._is_gone(writer):
                 self._note_lost(writer)
                 for job in jobs:
                     pasts[job].append(await self._journal.read(writer, job, is_lost=True))

@@ -168,6 +168,25 @@ async def test_what_is_needed_stays_and_the_rest_goes(site: Site, monkeypatch: p
     assert (await (await site.journal(Address("other", 1))).read(FIRST, "k", is_lost=True)).keys() == {b"k"}
 
 
+async def test_a_journal_that_nobody_needs_goes_with_its_process(site: Site) -> None:
+    needed, done = await site.journal(FIRST), await site.journal(Address("done", 1))
+    await written(needed, [outcome(1)])
+    await written(done, [outcome(2, parent=b"q")])
+    done.release(b"q")
+    await done.aclose()
+    await needed.aclose()
+    assert await (await site.journal(Address("other", 1))).writers() == [FIRST]
+
+
+async def test_a_seal_is_known_to_all(site: Site) -> None:
+    await written(await site.journal(), [outcome(1)])
+    others = [await site.journal(Address(f"other{n}", n)) for n in range(2)]
+    assert not await others[0].is_sealed(FIRST)
+    await others[0].read(FIRST, "j", is_lost=True)
+    assert await others[0].is_sealed(FIRST)
+    assert await others[1].is_sealed(FIRST)
+
+
 async def test_bytes_that_make_no_sense_are_counted_and_passed_over(site: Site) -> None:
     await written(await site.journal(), [outcome(1)])
     ledger = await site.ledger()
