@@ -17,7 +17,15 @@ import psutil
 from bench.systems import System
 
 _SAMPLE_S = 0.1
-_SECTIONS = {"calls": "rtt,pipe", "futures": "fan", "chain": "chain", "startup": "none", "jobs": "jobs", "stages": "stages"}
+_SECTIONS = {
+    "calls": "rtt,pipe",
+    "futures": "fan",
+    "chain": "chain",
+    "startup": "none",
+    "jobs": "jobs",
+    "stages": "stages",
+    "large": "large",
+}
 _FIGURES = {
     "calls": ("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "tool_rtt_p50_us", "tool_rtt_p99_us", "tool_pipe_per_s"),
     "futures": ("fan_s", "fan_per_s", "rss_peak_fan_mb"),
@@ -26,6 +34,9 @@ _FIGURES = {
     "stages": (
         *("stage_made_us", "stage_sent_us", "stage_there_us", "stage_begun_us"),
         *("stage_answered_us", "stage_back_us", "stage_awaited_us", "stage_whole_us"),
+    ),
+    "large": tuple(
+        f"{way}_{mb}mb_ms" for mb in (1, 10, 100) for way in ("return", "take", "return_broker", "take_broker", "copy")
     ),
     "jobs": ("jobs_per_s", "job_p50_ms", "jobs_nosync_per_s", "job_nosync_p50_ms"),
 }

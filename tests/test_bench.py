@@ -18,17 +18,19 @@ SMALL = {
     "BENCH_CHAIN_CALLS": "20",
     "BENCH_JOBS": "20",
     "BENCH_JOBS_ALONE": "5",
+    "BENCH_LARGE_CALLS": "2",
+    "BENCH_LARGE_MB": "1",
 }
 
 
 def test_all_figures_of_all_benchmarks_in_one_object(tmp_path: Path) -> None:
     target = tmp_path / "results.json"
-    names = ["calls", "futures", "chain", "startup", "jobs", "stages"]
+    names = ["calls", "futures", "chain", "startup", "jobs", "stages", "large"]
     command = [sys.executable, "-m", "bench", *names, "--runs", "1", "--seed", "7", "--json", str(target)]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | SMALL, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(target.read_text())
-    assert found["bench"] == "calls,futures,chain,startup,jobs,stages"
+    assert found["bench"] == "calls,futures,chain,startup,jobs,stages,large"
     assert (found["seed"], found["runs"], found["failures"]) == (7, 1, {})
     assert found["machine"]["cores"] and found["versions"]["nalar"]
     figures = found["systems"]["nalar"]
@@ -36,6 +38,7 @@ def test_all_figures_of_all_benchmarks_in_one_object(tmp_path: Path) -> None:
         *("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "fan_s", "rss_peak_fan_mb"),
         *("chain_ms", "chain_affinity_ms", "startup_s", "rss_idle_mb"),
         *("jobs_per_s", "job_p50_ms", "jobs_nosync_per_s", "job_nosync_p50_ms"),
+        *("return_1mb_ms", "take_1mb_ms", "return_broker_1mb_ms", "take_broker_1mb_ms", "copy_1mb_ms"),
     }
     assert wanted <= figures.keys()
     assert all(value > 0 for value in figures.values())

@@ -30,6 +30,14 @@ class Echo:
         return os.getpid()
 
     @method
+    async def give(self, mb: int) -> bytes:
+        return work.blob(mb)
+
+    @method
+    async def take(self, blob: bytes) -> int:
+        return len(blob)
+
+    @method
     async def stamped(self) -> list[float]:
         """When the answer of the call before left, when this call came, and when it began to run."""
         return [STAMPS.take_left(), STAMPS.came, time.monotonic()]

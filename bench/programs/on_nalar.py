@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import large
 import nalar_app
 import nats_process
 import work
@@ -124,13 +125,20 @@ async def jobs(client: Client, prefix: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def runtime(access: BrokerAccess) -> AsyncIterator[Client]:
-    """Two worker processes and a client on a broker."""
+async def runtime(access: BrokerAccess, local_store: str, namespace: str = "bench") -> AsyncIterator[Client]:
+    """Two worker processes and a client on a broker, with a folder for large values or `off`."""
     seed = int(os.environ.get("BENCH_SEED", "0"))
-    settings = Settings(broker=access, namespace="bench", node="bench")
+    settings = Settings(broker=access, namespace=namespace, node="bench", local_store=local_store)
     app = Path(nalar_app.__file__)
     async with (
-        LocalController(app, settings, workers=WORKERS, rng=random.Random(seed), log_level="warning") as controller,
+        LocalController(
+            app,
+            settings,
+            workers=WORKERS,
+            rng=random.Random(seed),
+            variables={"NALAR_LOCAL_STORE": local_store},
+            log_level="warning",
+        ) as controller,
         connect(settings=settings, random=random.Random(seed)) as client,
     ):
         await asyncio.gather(controller.ready(), client.wait_for("echo"))
@@ -138,13 +146,20 @@ async def runtime(access: BrokerAccess) -> AsyncIterator[Client]:
 
 
 async def main() -> None:
-    """Starts everything and ends it afterwards; for jobs again, on a broker that does not sync what it acknowledges."""
+    """Starts everything and ends it afterwards; again for jobs without sync, and for large values without a folder."""
     with tempfile.TemporaryDirectory(prefix="nalar-bench-", ignore_cleanup_errors=True) as folder:
-        async with EmbeddedBroker(Path(folder)) as broker, runtime(broker.access) as client:
-            await measure(client)
+        store = str(Path(folder) / "large")
+        async with EmbeddedBroker(Path(folder)) as broker:
+            async with runtime(broker.access, store) as client:
+                await measure(client)
+                if work.wants("large"):
+                    await large.near(broker.access, "bench")
+            if work.wants("large"):
+                async with runtime(broker.access, "off", "apart"):
+                    await large.through_broker(broker.access, "apart")
         if work.wants("jobs"):
             with nats_process.running("-js", "-sd", str(Path(folder) / "unsynced")) as url:
-                async with runtime(BrokerAccess(urls=(url,))) as client:
+                async with runtime(BrokerAccess(urls=(url,)), store) as client:
                     await jobs(client, "jobs_nosync")
     work.done()
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import cache
 from statistics import quantiles
 from typing import Any
 
@@ -25,14 +27,22 @@ FAN_CALLS = int(os.environ.get("BENCH_FAN_CALLS", "130000"))
 CHAIN_CALLS = int(os.environ.get("BENCH_CHAIN_CALLS", "1000"))
 JOBS = int(os.environ.get("BENCH_JOBS", "1000"))
 JOBS_ALONE = int(os.environ.get("BENCH_JOBS_ALONE", "100"))
+LARGE_CALLS = int(os.environ.get("BENCH_LARGE_CALLS", "5"))
+LARGE_MB = [int(mb) for mb in os.environ.get("BENCH_LARGE_MB", "1,10,100").split(",")]
 IDLE_S = 2.0
 _WARM_UP = 100
 _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").split(","))
 
 
 def wants(section: str) -> bool:
-    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs` or `stages`."""
+    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs`, `stages` or `large`."""
     return section in _SECTIONS
+
+
+@cache
+def blob(mb: int) -> bytes:
+    """A value of so many million bytes, the same in every process."""
+    return random.Random(mb).randbytes(mb * 1_000_000)
 
 
 def phase(name: str) -> None:
