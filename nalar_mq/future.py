@@ -357,6 +357,8 @@ class Future(values.Deferred, Generic[T_co]):
         The iterator works with `for` in a thread and `async for` on a loop, and slows the callee down to its own pace. The
         value of a call that is streamed is None; of a generator's call that is not, the list of its pieces.
 
+        In a job all pieces come when the callee has ended, as one outcome in the journal: another attempt sees the same.
+
         Raises (while iterating):
             StreamRestartedError: pieces had been taken when the call had to begin again.
         """
@@ -367,7 +369,8 @@ class Future(values.Deferred, Generic[T_co]):
         if is_first:
             if self._state:
                 self._close_stream(self._chunks)
-            self._caller.credit(self, STREAM_WINDOW)
+            if self._history is None:
+                self._caller.credit(self, STREAM_WINDOW)
         return Stream(self, self._chunks, self._caller)
 
     @property

@@ -286,6 +286,9 @@ class Host:
 
     def _await_values(self, execution: Execution) -> None:
         pushed, deps = self._pushed, execution.call.deps
+        if execution.call.failures:  # what failed before is made again under the same id: its former error says nothing
+            for id in [id for id in deps if type(pushed.get(id)) is Fail]:
+                self._forget_push(id)
         execution.given = {id: pushed[id] for id in deps if id in pushed}
         missing = {id for id in deps if id not in pushed}
         if missing:
@@ -295,8 +298,11 @@ class Host:
 
     def on_pushed(self, message: Resolve | Fail) -> None:
         """A value that an execution here depends on, or may soon."""
-        if message.id in self._pushed:
-            return
+        known = self._pushed.get(message.id)
+        if known is not None:
+            if type(known) is not Fail or type(message) is Fail:
+                return
+            self._forget_push(message.id)  # a later attempt at its job has succeeded where that one had failed
         self._pushed[message.id] = message
         self._pushed_bytes += len(message.payload)
         for execution in self._waiting.pop(message.id, ()):
@@ -313,8 +319,10 @@ class Host:
             self._forget_oldest_push()
 
     def _forget_oldest_push(self) -> None:
-        _, oldest = self._pushed.popitem(last=False)
-        self._pushed_bytes -= len(oldest.payload)
+        self._forget_push(next(iter(self._pushed)))
+
+    def _forget_push(self, id: bytes) -> None:
+        self._pushed_bytes -= len(self._pushed.pop(id).payload)
 
     def on_cancel(self, owner: Address, cancel: Cancel) -> None:
         """The owner does not want the result any more."""

@@ -360,3 +360,24 @@ async def test_a_call_whose_past_cannot_be_read_ends_with_an_error(site: Site, m
     monkeypatch.setattr(second._host, "_remember", refuse)
     with pytest.raises(RemoteError, match="cannot be read"):
         await job.result(timeout=PATIENCE_S)
+
+
+async def test_a_stream_that_was_read_is_read_again(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("reads_stream", "s")
+    await site.until(lambda: len(site.actors.SEEN.get("s", ())) == 1)
+    await lose_driver(site)
+    await site.until(lambda: len(site.actors.SEEN["s"]) == 2)
+    site.open("s")
+    assert await job.result(timeout=PATIENCE_S) == [0, 1, 2, 3, 4]
+    assert site.actors.SEEN["s"] == [[0, 1, 2, 3, 4]] * 2
+    assert site.count("pieces 5") == 1
+
+
+async def test_an_argument_that_failed_once_is_what_it_is_now(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("uses_failed", "u")
+    assert await job.result(timeout=PATIENCE_S) == 51
+    assert (site.count("fails_once 50"), site.count("step 50")) == (2, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 from nalar_mq import agent, as_completed, context, gather, method, tool, workflow
@@ -152,3 +153,23 @@ async def passes_on(name: str) -> int:
     number = step(step(step(0).later).later)
     await gate(name).wait()
     return await step(number.later)
+
+
+@tool
+async def pieces(count: int) -> AsyncIterator[int]:
+    RUNS.append(f"pieces {count}")
+    for number in range(count):
+        yield number
+
+
+@workflow
+async def reads_stream(name: str) -> list[int]:
+    found = [piece async for piece in pieces(5).stream()]
+    SEEN.setdefault(name, []).append(found)
+    await gate(name).wait()
+    return found
+
+
+@workflow(retries=2)
+async def uses_failed(name: str) -> int:
+    return await step(fails_once(50).later)
