@@ -47,11 +47,13 @@ class Resumed(msgspec.Struct, eq=False):
         is_orphan: its owner is gone, and nobody has asked for it since.
         is_recalling: what former attempts have done is being looked for.
         memory: what they have done.
+        following: the call as a later attempt has made it, and by whom, while this one is winding down.
     """
 
     is_orphan: bool = False
     is_recalling: bool = False
     memory: Memory | None = None
+    following: tuple[Address, Call] | None = None
 
 
 class Execution(msgspec.Struct, eq=False):
@@ -100,6 +102,16 @@ class Execution(msgspec.Struct, eq=False):
     def is_recalling(self) -> bool:
         """It may not begin yet: what former attempts at its job have done is being looked for."""
         return self.resumed is not None and self.resumed.is_recalling
+
+    @property
+    def following(self) -> tuple[Address, Call] | None:
+        """The call as a later attempt has made it, which begins when this one has wound down."""
+        return None if self.resumed is None else self.resumed.following
+
+    @property
+    def is_winding_down(self) -> bool:
+        """It has been answered, or will be with nothing but its cancellation: what it still does is no matter to anybody."""
+        return self.is_answered or (self.context is not None and bool(self.context.cancelled))
 
     def has_suspended(self, task: asyncio.Task[None]) -> None:
         """It waits on the loop for the first time; `task` is its own from now on."""

@@ -172,8 +172,7 @@ class Host:
 
     def on_call(self, owner: Address, call: Call, now: float) -> None:
         """A call has arrived at `now`: queues it, or refuses it with a typed error."""
-        if call.id in self._executions or call.id in self._kept:
-            self._on_known(owner, call)
+        if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call):
             return
         replica = self._replicas.get(call.actor)
         if replica is None:
@@ -219,19 +218,31 @@ class Host:
         if len(self._executions) > self._high_water:
             self._shed(replica)
 
-    def _on_known(self, owner: Address, call: Call) -> None:
-        """The call is here already: of a job that is tried again, it has another owner from now on."""
+    def _is_known(self, owner: Address, call: Call) -> bool:
+        """True if the call is here already: of a job that is tried again, it has another owner from now on.
+
+        What failed in an attempt that failed is run anew, once it has wound down.
+        """
         kept = self._kept.get(call.id)
+        if kept is not None and call.failures and type(kept.message) is Fail:
+            del self._kept[call.id]
+            kept = None
         if kept is not None:
             kept.owner = owner
             self._calls.tell(owner, kept.message)
-            return
-        execution = self._executions[call.id]
-        if call.job and execution.owner != owner:
+            return True
+        execution = self._executions.get(call.id)
+        if execution is None:
+            return False
+        if call.job and execution.is_winding_down:
+            execution.resumed = execution.resumed or Resumed()
+            execution.resumed.following = owner, call
+        elif call.job and execution.owner != owner:
             execution.owner = owner
             if execution.resumed is not None:
                 execution.resumed.is_orphan = False
             self._unwatched.pop(call.id, None)
+        return True
 
     def _begin_recalling(self, execution: Execution) -> None:
         execution.resumed = Resumed(is_recalling=True)
@@ -327,7 +338,11 @@ class Host:
     def on_cancel(self, owner: Address, cancel: Cancel) -> None:
         """The owner does not want the result any more."""
         execution = self._executions.get(cancel.id)
-        if execution is not None and execution.owner == owner:
+        if execution is not None and execution.following is not None and execution.following[0] == owner:
+            assert execution.resumed is not None
+            execution.resumed.following = None
+            self._refuse(owner, execution.call, CallCancelledError(cancel.reason or "cancelled", started=False))
+        elif execution is not None and execution.owner == owner:
             self._cancel(execution, cancel.reason)
 
     def _cancel(self, execution: Execution, reason: str, *, with_children: bool = True) -> None:
@@ -425,7 +440,8 @@ class Host:
 
     def calls_without_owner(self, jobs: frozenset[str]) -> list[bytes]:
         """Calls of jobs that are queued, run or have ended here, and whose owner is gone."""
-        running = [e.call.id for e in self._executions.values() if e.is_orphan and e.call.job in jobs]
+        orphans = (e for e in self._executions.values() if e.is_orphan and e.call.job in jobs)
+        running = [execution.call.id for execution in orphans if not execution.is_winding_down]
         ended = [id for id, kept in self._kept.items() if kept.job in jobs and self._calls.is_lost(kept.owner)]
         return running + ended
 
@@ -839,6 +855,8 @@ class Host:
                     waiting.remove(execution)
                     if not waiting:
                         del self._waiting[id]
+        if execution.following is not None:
+            self._loop.call_soon(self.on_call, *execution.following, self._loop.time())
         if not self._executions:
             self._idle.set()
 
@@ -860,7 +878,7 @@ class Host:
         )
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
-        if execution.is_answered:
+        if execution.is_answered or execution.following is not None:
             return
         execution.is_answered = True
         call = execution.call
@@ -912,6 +930,8 @@ class Host:
     def _end_unwatched(self, now: float) -> None:
         """Of casts, and of calls whose owner is gone, nobody else watches the deadline."""
         for execution in [e for e in self._unwatched.values() if e.deadline is not None and e.deadline <= now]:
+            if execution.is_orphan:
+                execution.is_answered = True  # the deadline was its owner's; who asks for it now has another one
             self._cancel(execution, "its deadline has passed")
 
     def _look_for_circles(self, now: float) -> None:

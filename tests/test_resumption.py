@@ -93,7 +93,7 @@ async def site(namespace: str) -> AsyncIterator[Site]:
     settings = Settings(broker=BrokerAccess(urls=("nats://nowhere",)), namespace=namespace, node="here", lease_s=1.5)
     async with AsyncExitStack() as stack:
         made = Site(settings, hub, stack)
-        for kept in (made.actors.RUNS, made.actors.GATES, made.actors.SEEN):
+        for kept in (made.actors.RUNS, made.actors.GATES, made.actors.SEEN, made.actors.HELD):
             kept.clear()
         made.client = await stack.enter_async_context(connect(settings=settings, connect=hub.connect))
         yield made
@@ -381,3 +381,13 @@ async def test_an_argument_that_failed_once_is_what_it_is_now(site: Site) -> Non
     job = await site.submit("uses_failed", "u")
     assert await job.result(timeout=PATIENCE_S) == 51
     assert (site.count("fails_once 50"), site.count("step 50")) == (2, 1)
+
+
+async def test_a_call_that_still_winds_down_runs_anew_when_it_has(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("insists", "i")
+    await site.ran("insists i", 2)
+    site.actors.HELD["i"].set()
+    assert await job.result(timeout=PATIENCE_S) == 2
+    assert site.count("stubborn i") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from nalar_mq import agent, as_completed, context, gather, method, tool, workflo
 
 RUNS: list[str] = []
 GATES: dict[str, asyncio.Event] = {}
+HELD: dict[str, threading.Event] = {}
 SEEN: dict[str, list[Any]] = {}
 
 
@@ -173,3 +175,20 @@ async def reads_stream(name: str) -> list[int]:
 @workflow(retries=2)
 async def uses_failed(name: str) -> int:
     return await step(fails_once(50).later)
+
+
+@tool
+def stubborn(name: str) -> int:
+    """Goes on in its thread after its deadline, the first time."""
+    RUNS.append(f"stubborn {name}")
+    tried = RUNS.count(f"stubborn {name}")
+    if tried == 1:
+        HELD.setdefault(name, threading.Event()).wait(30)
+    return tried
+
+
+@workflow(retries=5)
+async def insists(name: str) -> int:
+    RUNS.append(f"insists {name}")
+    first = RUNS.count(f"insists {name}") == 1
+    return await stubborn.options(timeout_s=0.2 if first else None)(name)
