@@ -132,6 +132,10 @@ class Host(Protocol):
         """Nobody is left who wants that process's calls."""
         ...
 
+    def mute(self) -> None:
+        """What calls of jobs come to here is no answer to anybody any more."""
+        ...
+
     def on_settled(self, owner: Address, settled: Settled) -> None:
         """The outcome of a call of a job is durable."""
         ...
@@ -413,13 +417,6 @@ class Calls:
         if self._closed is not None:
             future.fail(copy.copy(self._closed))
             return
-        if entry.part is not None and entry.part.history is not None and entry.part.history.unseen_on_the_way:
-            self._journal().after(lambda: self._enter(entry))
-        else:
-            self._enter(entry)
-
-    def _enter(self, entry: Entry) -> None:
-        future = entry.future
         if entry.part is not None:
             self._give_way(entry)
         self._entries[future.id] = entry
@@ -430,7 +427,17 @@ class Calls:
             self._lend_priority(dep.id, entry.priority)
         if entry.deadline is not None:
             self._watch_deadline(entry, entry.deadline)
-        if entry.part is None or not self._is_remembered(entry, entry.part.history):
+        if entry.part is None:
+            self._route(entry)
+        elif entry.part.history is not None and entry.part.history.unseen_on_the_way:
+            self._journal().after(lambda: self._route_in_job(entry))  # not before it is known why the program makes it
+        else:
+            self._route_in_job(entry)
+
+    def _route_in_job(self, entry: Entry) -> None:
+        if self._entries.get(entry.future.id) is not entry or entry.part is None or entry.part.is_kept:
+            return
+        if not self._is_remembered(entry, entry.part.history):
             self._route(entry)
 
     def _route(self, entry: Entry) -> None:
@@ -1055,9 +1062,15 @@ class Calls:
         """Calls that have not ended."""
         return len(self._entries)
 
-    def close(self, error: CallError) -> None:
-        """Fails what has not ended, and every later call."""
+    def close(self, error: CallError, *, is_given_up: bool = False) -> None:
+        """Fails what has not ended, and every later call.
+
+        With `is_given_up`, others go on with the jobs of this process: what its programs make of these failures, which
+        nobody else has seen, counts for nothing.
+        """
         self._closed = error
+        if is_given_up and self.host is not None:
+            self.host.mute()
         for entry in list(self._entries.values()):
             if entry.part is None:  # another attempt at the job may want what runs
                 self._stop_executor(entry, "its caller has closed")

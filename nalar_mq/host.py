@@ -134,6 +134,7 @@ class Host:
         self._kept: dict[bytes, _Kept] = {}
         self._remember = remember
         self._recalling: set[asyncio.Task[None]] = set()
+        self._is_muted = False
         self._threads = Threads(f"{name}-call")
         self._runner = Runner(self._loop, calls.flush)
         self._inbox = LoopInbox(self._loop)
@@ -440,10 +441,20 @@ class Host:
 
     def calls_without_owner(self, jobs: frozenset[str]) -> list[bytes]:
         """Calls of jobs that are queued, run or have ended here, and whose owner is gone."""
+        if self._is_muted:
+            return []
         orphans = (e for e in self._executions.values() if e.is_orphan and e.call.job in jobs)
         running = [execution.call.id for execution in orphans if not execution.is_winding_down]
         ended = [id for id, kept in self._kept.items() if kept.job in jobs and self._calls.is_lost(kept.owner)]
         return running + ended
+
+    def mute(self) -> None:
+        """Others hold this process to be lost: what its calls of jobs come to from now on is no answer to anybody."""
+        self._is_muted = True
+        for execution in self._executions.values():
+            if execution.call.job:
+                execution.is_answered = True
+        self._kept.clear()
 
     def on_settled(self, owner: Address, settled: Settled) -> None:
         """What a call of a job came to is durable: nobody will ask for it, nor for what it has observed."""

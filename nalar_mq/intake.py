@@ -265,9 +265,7 @@ class Intake:
             await self._reject(job.message, "", error)
             return
         await self._until_current()  # who slept through its lease may hold a job that others have ended by now
-        found, is_claimed = await asyncio.gather(
-            self.jobs.patiently(lambda: self.jobs.result(job.id)), self._claim_at_once(job)
-        )
+        found, is_claimed = await asyncio.gather(self.jobs.patiently(lambda: self._result(job.id)), self._claim_at_once(job))
         if found is not None:
             await self._leave(job, found)
         elif is_claimed or await self._claim(job):
@@ -390,7 +388,7 @@ class Intake:
                 job.lost = _with(job.lost, error.worker)
             self._settle(job, again=True)
             await self._try_again(job, self._options.back_off_s)
-        elif await self.jobs.patiently(lambda: self.jobs.result(job.id)) is not None:
+        elif await self.jobs.patiently(lambda: self._result(job.id)) is not None:
             await self._leave(job, None)
         elif job.failures < job.spec.directives.retries and not _is_hopeless(error, job.spec.name):
             job.failures += 1
@@ -466,10 +464,19 @@ class Intake:
             await asyncio.sleep(self._options.ack_wait_s / 3)
             await asyncio.gather(*(self._beat(job) for job in list(self._running.values())))
 
+    async def _result(self, id: str) -> JobResult | None:
+        """How a job has ended. What stands there and is no result was not written by us: it goes, and ends nothing."""
+        try:
+            return await self.jobs.result(id)
+        except WireError as error:
+            _log.warning("job.result_unreadable", job=id, reason=str(error))
+            await self.jobs.forget_result(id)
+            return None
+
     async def _beat(self, job: _Job) -> None:
         try:
             await job.message.in_progress()
-            ended = await self.jobs.result(job.id)
+            ended = await self._result(job.id)
         except BrokerError:
             return
         if ended is not None and job.future is not None and self._running.get(job.id) is job:
@@ -479,7 +486,7 @@ class Intake:
         """Jobs whose workflow nobody serves go to the dead letters after a while."""
         while True:
             await asyncio.sleep(self._options.unserved_s / 4 * self._random.uniform(0.8, 1.2))
-            with contextlib.suppress(BrokerError):
+            with contextlib.suppress(BrokerError, WireError):
                 for subject in self._long_unserved(await self.jobs.queue.subjects()):
                     await self._clear(subject)
                 await self._clear_records()
@@ -487,7 +494,7 @@ class Intake:
     async def _clear_records(self) -> None:
         """Removes records of jobs that have ended, left by processes that died after others had ended them."""
         for id, held, revision in await self.jobs.records():
-            if not self._table.is_alive(Address(held.name, held.incarnation)) and await self.jobs.result(id) is not None:
+            if not self._table.is_alive(Address(held.name, held.incarnation)) and await self._result(id) is not None:
                 await self.jobs.release(revision)
 
     def _long_unserved(self, subjects: Mapping[str, int]) -> list[str]:

@@ -231,6 +231,10 @@ class Jobs:
         """Nobody waits for the broker any more."""
         self._is_closed = True
 
+    async def forget_result(self, id: str) -> None:
+        """Removes what lies where the result of a job belongs."""
+        await self._results.purge(self._subjects.result(id))
+
     async def finish(self, result: JobResult) -> bool:
         """Ends a job; False if it has ended already, and this is dropped.
 
@@ -366,7 +370,7 @@ class Jobs:
         if letter.is_cut:
             raise ValueTooLargeError(f"dead letter {letter.key!r} was too large to be kept whole, so it cannot be retried")
         if letter.job:
-            await self._results.purge(self._subjects.result(letter.job))
+            await self.forget_result(letter.job)
         headers = {JOB_ID: letter.job} if letter.job else None
         await self.queue.publish(letter.subject, letter.data, headers=headers)
         await self.drop(letter)

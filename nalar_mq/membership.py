@@ -89,11 +89,12 @@ class Register:
         return entry is not None and _lost_in(entry) >= address.incarnation
 
 
-def _is_of(entry: KeyEntry, address: Address) -> bool:
+def _incarnation_in(entry: KeyEntry) -> int | None:
+    """Of the process that wrote the record; None if it cannot be read."""
     try:
-        return decode_member(entry.value or b"").incarnation == address.incarnation
+        return decode_member(entry.value or b"").incarnation
     except WireError:
-        return False
+        return None
 
 
 def _lost_in(entry: KeyEntry) -> int:
@@ -418,17 +419,29 @@ class Membership:
                 return False
             now = asyncio.get_running_loop().time()
             if not self._is_blind(now) and now - self._reachable_at >= self._lease_s:
-                assert self._bucket is not None
-                entry = await self._bucket.get(address.name)
-                if entry is None or not _is_of(entry, address):
-                    await self._register.declare(address)
-                    self._table.leave(address)
-                    self._on_lost(address)
-                    return True
-                self._take(entry)
-                if self._table.is_alive(address):
-                    return False
+                verdict = await self._judge(address)
+                if verdict is not None:
+                    return verdict
             await asyncio.sleep(self._lease_s / 6)
+        return True
+
+    async def _judge(self, address: Address) -> bool | None:
+        """True if it is gone, False if not, None if that has to be looked at again."""
+        assert self._bucket is not None
+        entry = await self._bucket.get(address.name)
+        if entry is None:
+            await self._register.declare(address)
+            # It may have come back in between, without having seen the declaration: then it is not gone.
+            entry = await self._bucket.get(address.name)
+        if entry is not None:
+            incarnation = _incarnation_in(entry)
+            if incarnation is None or incarnation < address.incarnation:
+                return False  # a record that cannot be read says that somebody lives
+            if incarnation == address.incarnation:
+                self._take(entry)
+                return None
+        self._table.leave(address)
+        self._on_lost(address)
         return True
 
     async def aclose(self) -> None:

@@ -188,14 +188,15 @@ class Process:
         _log.error("process.replaced", process=self.name, hint="another process was started under the same name")
         if not self.replaced.done():
             self.replaced.set_result(None)
-        self.calls.close(OwnerLostError(f"another process was started under the name {self.name!r}"))
+        self.calls.close(OwnerLostError(f"another process was started under the name {self.name!r}"), is_given_up=True)
 
     def on_declared_lost(self) -> None:
         """This process stood still for longer than its lease, and others have given it up (`membership.LeaseEvents`)."""
         _log.error("process.declared_lost", process=self.name, hint="it stood still for longer than its lease")
         if not self.declared_lost.done():
             self.declared_lost.set_result(None)
-        self.calls.close(OwnerLostError(f"process {self.name!r} stood still for longer than its lease and was given up"))
+        error = OwnerLostError(f"process {self.name!r} stood still for longer than its lease and was given up")
+        self.calls.close(error, is_given_up=True)
 
     def is_current(self) -> bool:
         """False while others may hold this process to be lost: it begins nothing then."""

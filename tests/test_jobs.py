@@ -413,6 +413,23 @@ async def test_a_result_is_seen_as_soon_as_it_is_there(bench: Bench, monkeypatch
     assert results == [8 * number for number in range(60)]
 
 
+async def test_garbage_in_the_place_of_a_result_ends_nothing(bench: Bench) -> None:
+    ledger = await bench.foreign.ledger(bench.subjects.results_ledger, [bench.subjects.result("*")])
+    await bench.worker("one")
+    await bench.publish("gated", b'["a-x"]', Nats_Msg_Id="mine")
+    await bench.until(lambda: bench.actors.RUNS == ["gated a-x"])
+    for id in ("mine", "later"):
+        await ledger.append(bench.subjects.result(id), b"{garbage")
+    await bench.publish("answer", b'["y"]', Nats_Msg_Id="later")
+    async with asyncio.timeout(PATIENCE_S):  # a heartbeat takes it away
+        while (await ledger.last(bench.subjects.result("mine"))) is not None:
+            await asyncio.sleep(0.02)
+    bench.actors.GATES["a"].set()
+    assert (await bench.result("mine")).value == "a-x"
+    await bench.emptied()
+    assert (await bench.result("later")).state == "done"
+
+
 async def test_garbage_under_the_id_of_a_running_job_does_not_end_it(bench: Bench) -> None:
     await bench.worker("one")
     await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="mine")

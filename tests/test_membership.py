@@ -241,3 +241,49 @@ def test_whoever_is_given_up_by_one_does_not_go_on_for_another(seed: int) -> Non
         assert given_up == ended
 
     simulation.run(play())
+
+
+class Between:
+    """A register that lets something happen just before a declaration."""
+
+    def __init__(self, somebody: Somebody, happens: Any) -> None:
+        self.register = somebody.membership._register
+        self.happens = happens
+
+    async def declare(self, address: Address) -> None:
+        await self.happens()
+        await self.register.declare(address)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.register, name)
+
+
+@simulated
+async def test_one_that_comes_back_while_it_is_judged_is_not_gone(
+    hub: MemoryHub, a: Somebody, b: Somebody, c: Somebody
+) -> None:
+    bucket = await b.transport.key_value(SUBJECTS.members_bucket, ttl_s=LEASE_S)
+    stranger = Address("stranger", 5)
+    record = encode_record(Member(WIRE_VERSION, 5, "n", "worker", 1))
+
+    async def comes_back() -> None:
+        await bucket.put("stranger", record)
+
+    a.membership._register = Between(a, comes_back)  # type: ignore[assignment]
+    assert not await a.membership.is_gone(stranger)
+    assert stranger not in a.lost
+
+
+@simulated
+async def test_a_record_that_cannot_be_read_is_no_death(hub: MemoryHub, a: Somebody, b: Somebody, c: Somebody) -> None:
+    bucket = await b.transport.key_value(SUBJECTS.members_bucket, ttl_s=LEASE_S)
+    await bucket.put("newer", b"\x01 of another version")
+    assert not await a.membership.is_gone(Address("newer", 5))
+    assert a.lost == []
+
+
+@simulated
+async def test_one_that_nobody_knows_is_gone(hub: MemoryHub, a: Somebody, b: Somebody, c: Somebody) -> None:
+    assert await a.membership.is_gone(Address("unheard-of", 5))
+    assert a.lost == [Address("unheard-of", 5)]
+    assert await b.membership.is_gone(Address("unheard-of", 5))

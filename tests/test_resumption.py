@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 from nalar_mq.app import App, load_app
+from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import RemoteError
+from nalar_mq.errors import OwnerLostError, RemoteError
+from nalar_mq.history import History
 from nalar_mq.intake import IntakeOptions
 from nalar_mq.jobs import JobHandle
 from nalar_mq.memory_transport import MemoryHub
@@ -391,3 +393,36 @@ async def test_a_call_that_still_winds_down_runs_anew_when_it_has(site: Site) ->
     site.actors.HELD["i"].set()
     assert await job.result(timeout=PATIENCE_S) == 2
     assert site.count("stubborn i") == 2
+
+
+async def test_what_a_program_makes_of_the_end_of_its_process_counts_for_nothing(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("taker", "workflow")
+    doomed = await site.serve("driver", "workflow")
+    jobs = [await site.submit("falls_back", f"f{n}") for n in range(12)]
+    await site.until(lambda: sum(line.startswith("gated f") for line in site.actors.RUNS) == 12)
+    assert doomed.running
+    doomed.process.on_declared_lost()
+    await site.until(lambda: not doomed.running)  # its programs have returned what they made of it
+    site.hub.kill("driver")
+    for n in range(12):
+        site.open(f"f{n}")
+    async with asyncio.timeout(PATIENCE_S):
+        assert await asyncio.gather(*(job.result() for job in jobs)) == [f"f{n}" for n in range(12)]
+
+
+async def test_a_call_behind_a_vain_look_can_be_cancelled_and_ends_with_its_process(site: Site) -> None:
+    await site.serve("tools", "tool")
+    driver = await site.serve("driver", "workflow")
+    site.hub.cut("driver")
+    context = CallContext(driver.process.calls, call_id=b"p", job="j", session="s")
+    context.history = History("j", b"p", in_order=True)
+    first = driver.process.calls.call(context, "gated", "", ("x",), {}, DEFAULT_OPTIONS)
+    assert not first.available()
+    second = driver.process.calls.call(context, "gated", "", ("y",), {}, DEFAULT_OPTIONS)
+    assert driver.process.calls.pending == 2
+    driver.process.calls.close(OwnerLostError("over"))
+    with pytest.raises(OwnerLostError):
+        async with asyncio.timeout(PATIENCE_S):
+            await second
+    site.hub.restore("driver")

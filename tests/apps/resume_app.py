@@ -192,3 +192,11 @@ async def insists(name: str) -> int:
     RUNS.append(f"insists {name}")
     first = RUNS.count(f"insists {name}") == 1
     return await stubborn.options(timeout_s=0.2 if first else None)(name)
+
+
+@workflow
+async def falls_back(name: str) -> str:
+    try:
+        return await gated(name)
+    except Exception as error:
+        return f"fallback {type(error).__name__}"
