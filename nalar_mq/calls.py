@@ -86,7 +86,7 @@ from nalar_mq.threads import LoopInbox
 
 JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
-_HURRY_AFTER_S = 0.02  # how long a job that is repeated may wait for a call's turn to appear
+_HURRY_AFTER_S = 2.0  # how long a job that is repeated and does nothing may wait for the turn of a call to come
 _FIRST_PAUSE_S = 0.05  # before a call is sent again, doubled with each attempt
 _LONGEST_PAUSE_S = 2.0
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
@@ -972,7 +972,13 @@ class Calls:
             self._run_on_loop(functools.partial(self._hurry_soon, future.id, history))
 
     def _hurry_soon(self, id: bytes, history: History) -> None:
-        self.loop.call_later(_HURRY_AFTER_S, lambda: self._let_appear(history.hurry(id)))
+        self.loop.call_later(_HURRY_AFTER_S, self._hurry_if_idle, id, history, history.progress)
+
+    def _hurry_if_idle(self, id: bytes, history: History, progress: int) -> None:
+        if history.progress != progress:
+            self._hurry_soon(id, history)
+        else:
+            self._let_appear(history.hurry(id))
 
     def _run_on_loop(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:

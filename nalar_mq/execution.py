@@ -47,12 +47,14 @@ class Resumed(msgspec.Struct, eq=False):
         is_orphan: its owner is gone, and nobody has asked for it since.
         is_recalling: what former attempts have done is being looked for.
         memory: what they have done.
+        is_settled: its outcome is durable, although it has not ended here: its owner had given it up.
         following: the call as a later attempt has made it, and by whom, while this one is winding down.
     """
 
     is_orphan: bool = False
     is_recalling: bool = False
     memory: Memory | None = None
+    is_settled: bool = False
     following: tuple[Address, Call] | None = None
 
 

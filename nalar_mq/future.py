@@ -219,11 +219,19 @@ class Future(values.Deferred, Generic[T_co]):
 
     def failed(self) -> bool:
         """True once it has ended with an error; never waits."""
+        return self.available() and self._state == FAILED
+
+    def has_failed(self) -> bool:
+        """What `failed` says, for the runtime: a job does not remember that somebody looked."""
         return self._state == FAILED
 
     @property
     def state(self) -> str:
-        """`pending`, `resolved`, `failed`, or `cancelled`."""
+        """`pending`, `resolved`, `failed`, or `cancelled`: for people.
+
+        Unlike `available` and `failed`, a job does not remember what it showed: a workflow that goes by it may go another way
+        in another attempt.
+        """
         if self._state != FAILED:
             return "resolved" if self._state else "pending"
         return "cancelled" if isinstance(self._error, CallCancelledError) else "failed"
@@ -641,7 +649,7 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
         return tuple(await asyncio.gather(*futures))
     await _all_ended_or_one_failed(pending)
     for future in pending:
-        if future.failed() or future.held() is not None:
+        if future.has_failed() or future.held() is not None:
             await future
     return tuple([future.value() for future in pending])
 
@@ -653,7 +661,7 @@ async def _all_ended_or_one_failed(futures: list[Future[Any]]) -> None:
         is_near = loop is future._caller.loop  # pyright: ignore[reportPrivateUsage]
         if future.on_end(countdown if is_near else _from_afar(countdown, future)):
             countdown.left += 1
-        elif future.failed():
+        elif future.has_failed():
             return
     if countdown.left and not countdown.waiter.done():
         with waiting(*futures):
@@ -681,7 +689,7 @@ def _from_afar(countdown: _Countdown, future: Future[Any]) -> Callable[[], objec
 
     def arrived() -> None:
         with contextlib.suppress(RuntimeError):  # that loop has closed: nobody waits there
-            loop.call_soon_threadsafe(countdown, future.failed())
+            loop.call_soon_threadsafe(countdown, future.has_failed())
 
     return arrived
 
@@ -820,7 +828,7 @@ class wait(Generic[T]):  # noqa: N801 - named as in asyncio and concurrent.futur
             nonlocal left
             with _lock:
                 left -= 1
-            if left == 0 or (self._or_failed and future.failed()):
+            if left == 0 or (self._or_failed and future.has_failed()):
                 wake()
 
         if not left:

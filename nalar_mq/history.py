@@ -158,6 +158,12 @@ class History:
         """True if a former attempt saw how the call ended, and this one has not yet."""
         return id in self._known
 
+    @property
+    def progress(self) -> int:
+        """Grows with every call that is made and every look."""
+        with self._lock:
+            return self._looks + sum(self._counts.values())
+
     # On the loop.
 
     def take_noted(self) -> list[Unseen]:

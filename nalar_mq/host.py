@@ -135,6 +135,7 @@ class Host:
         self._remember = remember
         self._recalling: set[asyncio.Task[None]] = set()
         self._is_muted = False
+        self._is_closing = False
         self._threads = Threads(f"{name}-call")
         self._runner = Runner(self._loop, calls.flush)
         self._inbox = LoopInbox(self._loop)
@@ -458,7 +459,10 @@ class Host:
 
     def on_settled(self, owner: Address, settled: Settled) -> None:
         """What a call of a job came to is durable: nobody will ask for it, nor for what it has observed."""
-        kept = self._kept.get(settled.id)
+        kept, execution = self._kept.get(settled.id), self._executions.get(settled.id)
+        if kept is None and execution is not None and execution.owner == owner:
+            execution.resumed = execution.resumed or Resumed()
+            execution.resumed.is_settled = True
         if kept is not None and kept.owner == owner:
             del self._kept[settled.id]
             if not settled.again and self._calls.journal is not None:
@@ -800,6 +804,8 @@ class Host:
                 assert payload is not None
                 self._answer(execution, Resolve(execution.call.id, payload, _names(execution.consumers)))
             else:
+                if execution.call.job and not execution.call.parent and not self._is_closing:
+                    self._calls.cancel_children(execution.call.id, "the workflow that made it has failed")
                 self._answer_error(execution, error)
         except Exception as cause:  # it does not fit through the transport
             execution.is_answered = False
@@ -849,6 +855,8 @@ class Host:
             del replica.holders[execution.session_key]
             replica.has_used(execution.session_key)  # idle from now on, not from its beginning
         replica.mailbox.finish(execution.call.id)
+        if execution.call.job and _is_forgotten(execution) and self._calls.journal is not None:
+            self._calls.journal.release(execution.call.id)
         self.completed += 1
         self.pump(execution.replica)
 
@@ -893,7 +901,7 @@ class Host:
             return
         execution.is_answered = True
         call = execution.call
-        if call.job and not call.cast:
+        if call.job and not _is_forgotten(execution):
             self._kept[call.id] = _Kept(message, call.job, execution.owner, self._loop.time())
         if execution.consumers is not None:
             self._push(execution.consumers, execution.owner, message)
@@ -937,6 +945,8 @@ class Host:
         """What a job that was never tried again came to."""
         for id in [id for id, kept in self._kept.items() if now - kept.at > _KEPT_S and self._calls.is_lost(kept.owner)]:
             del self._kept[id]
+            if self._calls.journal is not None:
+                self._calls.journal.release(id)
 
     def _end_unwatched(self, now: float) -> None:
         """Of casts, and of calls whose owner is gone, nobody else watches the deadline."""
@@ -1023,6 +1033,7 @@ class Host:
 
     async def aclose(self) -> None:
         """Ends all instances and threads; what still runs is cancelled."""
+        self._is_closing = True
         for execution in list(self._executions.values()):
             execution.is_answered = True  # nobody cancelled it: its owner hears of the loss and may send it elsewhere
             self._cancel(execution, "its worker is stopping", with_children=not execution.call.job)
@@ -1055,6 +1066,11 @@ class Host:
             replica.stop()
         finally:
             self._inbox.put(functools.partial(settle, done))
+
+
+def _is_forgotten(execution: Execution) -> bool:
+    """True for a call of a job that nobody will ask for: what it comes to is not kept, nor what it has observed."""
+    return execution.call.cast or (execution.resumed is not None and execution.resumed.is_settled)
 
 
 def _may_be_adopted(execution: Execution) -> bool:

@@ -250,10 +250,16 @@ class Intake:
             self._changed.set()
 
     async def _give_back(self, job: _Job, pause_s: float = 0.0) -> None:
-        """Lets another worker have the job at once, rather than when its time in our hands is over; what runs goes on."""
+        """Lets another worker have the job soon, rather than when its time in our hands is over; what runs goes on.
+
+        A worker that stops leaves the record as it is: nobody goes on with the job before that worker is gone, and with it
+        what its programs could still do.
+        """
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(_RETRY_S):
-                if job.revision:
+                if self._is_closing:
+                    await job.message.nak(_RETRY_S)
+                elif job.revision:
                     await self._try_again(job, pause_s)
                 else:
                     await job.message.nak(pause_s)
@@ -376,7 +382,7 @@ class Intake:
 
     async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
         if self._is_closing:
-            await self._try_again(job, 0.0)
+            await self._give_back(job)
         elif isinstance(error, StateLostError) and job.losses < self._options.losses:
             job.losses += 1
             self._settle(job)

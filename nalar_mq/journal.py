@@ -18,7 +18,8 @@ its next observation, which nobody has seen, and ends.
 
 Reading takes the whole subject once and sorts it by call; sealed journals never change, and what was read of them is kept.
 
-What is kept. An observation is needed until the call that made it has an outcome that is durable itself; `release` says so.
+What is kept. An observation is needed until the call that made it has an outcome that is durable itself; `release` says so,
+and where nobody can say it, since the job went on elsewhere, the job's result does.
 What lies before the first observation that is still needed is removed from time to time.
 """
 
@@ -226,6 +227,7 @@ class Journal:
         """Removes what lies before everything that is needed; the last message stays, since the next one refers to it."""
         while True:
             await asyncio.sleep(_TRIM_EVERY_S)
+            await self._release_oldest_ended()
             below = min(self._first_of.values(), default=self._last)
             if below <= self._trimmed_below:
                 continue
@@ -234,6 +236,18 @@ class Journal:
                 self._trimmed_below = below
             except BrokerError as error:
                 _log.debug("journal.trim_failed", reason=str(error))
+
+    async def _release_oldest_ended(self) -> None:
+        """Looks whether the job has ended that holds back the most: nobody tells a process that had part in it before."""
+        oldest = min(self._first_of, key=self._first_of.__getitem__, default=None)
+        if oldest is None:
+            return
+        job = self._job_of[oldest]
+        with contextlib.suppress(BrokerError):
+            results = await self._transport.ledger(self._subjects.results_ledger, [self._subjects.result("*")])
+            if await results.last(self._subjects.result(job)) is not None:
+                for parent in [parent for parent, of in self._job_of.items() if of == job]:
+                    self.release(parent)
 
     # Reading.
 

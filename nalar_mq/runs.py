@@ -197,7 +197,7 @@ class RunScope:
 
 
 def _is_over(future: AnyFuture) -> bool:
-    return future.has_ended() and (future.seen or not future.failed())
+    return future.has_ended() and (future.seen or not future.has_failed())
 
 
 _scope: Final[ContextVar[RunScope | None]] = ContextVar("nalar_run_scope", default=None)

@@ -54,6 +54,7 @@ class Site:
         self.client = client
         self.witness = witness
         self.dead: set[int] = set()
+        self.frozen: set[int] = set()
 
     @property
     def incarnations(self) -> dict[str, int]:
@@ -107,7 +108,9 @@ class Site:
         assert await self.results_written() == load.rounds * load.jobs, "a job ended twice"
         assert len(self.witness.runs()) == load.rounds * (load.calls + load.jobs * CALLS_OF_A_JOB)
         assert self.witness.unended() == []
-        assert self.witness.unexplained(self.dead) == {}, "something ran twice although whoever had it first lived on"
+        assert self.witness.unexplained(self.dead, self.frozen) == {}, (
+            "something ran twice although whoever had it first lived on"
+        )
         assert self.witness.repeated_in_spite_of_its_result() == {}
 
     async def results_written(self) -> int:
@@ -123,7 +126,7 @@ class Site:
         return (
             f"{load.rounds} times {load.calls:,} calls and {load.jobs} jobs of {CALLS_OF_A_JOB}: all right; {len(self.dead)} "
             f"workers lost; run again: {calls} calls, {len(repeated) - calls} calls of jobs; without need: "
-            f"{len(self.witness.unexplained(self.dead))}"
+            f"{len(self.witness.unexplained(self.dead, self.frozen))}"
         )
 
     # What goes wrong.
@@ -138,6 +141,7 @@ class Site:
         name = rng.choice(self.node.names)
         pid, before = self.node.pids[name], self.incarnations[name]
         self.dead.add(pid)
+        self.frozen.add(pid)
         os.kill(pid, signal.SIGSTOP)
         try:
             await self.until(lambda: self.incarnations.get(name) != before, "the frozen worker was never given up")

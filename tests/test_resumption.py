@@ -426,3 +426,59 @@ async def test_a_call_behind_a_vain_look_can_be_cancelled_and_ends_with_its_proc
         async with asyncio.timeout(PATIENCE_S):
             await second
     site.hub.restore("driver")
+
+
+async def test_nothing_is_left_of_casts_failures_and_other_workers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nalar_mq.journal._TRIM_EVERY_S", 0.05)
+    await site.serve("tools", "tool", "agent")
+    drivers = [await site.serve(f"driver{n}", "workflow") for n in range(3)]
+    jobs = [await site.submit(*call) for n in range(6) for call in (("casts", f"c{n}"), ("half", f"h{n}"))]
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*(job.result() for job in jobs))
+    await site.until(lambda: not any(driver.process.calls.journal._first_of for driver in drivers))  # type: ignore[union-attr]
+    ledger = await site.client.process.transport.ledger(site.client.process.subjects.journal_ledger, [])
+    async with asyncio.timeout(PATIENCE_S):
+        while max((await ledger.subjects()).values()) > 1:
+            await asyncio.sleep(0.02)
+
+
+async def test_what_a_failed_workflow_has_called_does_not_go_on_beside_its_next_attempt(site: Site) -> None:
+    tools = await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("fails_beside", "b")
+    await site.ran("fails_beside b", 2)
+    await site.ran("gated b", 2)
+    await site.until(lambda: tools.running == 1)
+    site.open("b")
+    assert await job.result(timeout=PATIENCE_S) == "b"
+
+
+async def test_a_stopped_worker_is_waited_for_before_its_jobs_go_on(site: Site) -> None:
+    await asyncio.gather(*(site.serve(f"tools{n}", "tool") for n in range(2)))
+    first = await site.serve("driver", "workflow")
+    jobs = [await site.submit("waits_for_tool", f"w{n}") for n in range(6)]
+    await site.until(lambda: sum(line.startswith("gated") for line in site.actors.RUNS) == 6)
+    await site.serve("driver2", "workflow")
+    await first.aclose()
+    await site.until(lambda: sum(line.startswith("waits_for_tool") for line in site.actors.RUNS) == 12)
+    for n in range(6):
+        site.open(f"w{n}")
+    async with asyncio.timeout(PATIENCE_S):
+        assert await asyncio.gather(*(job.result() for job in jobs)) == [f"w{n}" for n in range(6)]
+    assert [site.count(f"gated w{n}") for n in range(6)] == [1] * 6
+
+
+async def test_a_workflow_that_takes_its_time_sees_the_same_order(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("slow_twin", "t")
+    await site.ran("gated t-a")
+    site.open("t-a")
+    await site.until(lambda: site.actors.SEEN.get("t") == ["a"])
+    site.open("t-z")
+    await site.until(lambda: site.actors.SEEN["t"] == ["a", "z"])
+    await lose_driver(site)
+    await site.until(lambda: len(site.actors.SEEN["t"]) == 4)
+    site.open("t")
+    await job.result(timeout=PATIENCE_S)
+    assert site.actors.SEEN["t"] == ["a", "z"] * 2

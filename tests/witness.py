@@ -49,10 +49,22 @@ class Witness:
         """The keys that were begun more than once."""
         return {key: pids for key, pids in self.runs().items() if len(pids) > 1}
 
-    def unexplained(self, dead: Iterable[int]) -> dict[str, list[int]]:
-        """The keys that were begun again although whoever had them last lived on."""
-        gone = set(dead)
-        return {key: pids for key, pids in self.repeated().items() if not gone.issuperset(pids[:-1])}
+    def unexplained(self, dead: Iterable[int], frozen: Iterable[int] = ()) -> dict[str, list[int]]:
+        """The keys that were begun again although whoever had them last lived on.
+
+        A process may have been frozen just between its decision to begin a call and that call's first line, which it then
+        writes when it wakes up: one call for each of them is no fault of anybody.
+        """
+        gone, excused = set(dead), set(frozen)
+        found: dict[str, list[int]] = {}
+        for key, pids in self.repeated().items():
+            if gone.issuperset(pids[:-1]):
+                continue
+            if pids[-1] in excused and gone.issuperset(pids[:-2]):
+                excused.remove(pids[-1])
+            else:
+                found[key] = pids
+        return found
 
     def repeated_in_spite_of_its_result(self) -> dict[str, list[int]]:
         """The keys `x/n` that were begun again after somebody had begun `x/m` that needs their result."""

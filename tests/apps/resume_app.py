@@ -200,3 +200,42 @@ async def falls_back(name: str) -> str:
         return await gated(name)
     except Exception as error:
         return f"fallback {type(error).__name__}"
+
+
+@agent
+class Wanderer:
+    """Is told to go and makes calls of its own on the way."""
+
+    @method
+    async def go(self, number: int) -> None:
+        await step(number)
+
+
+@workflow
+async def casts(name: str) -> int:
+    Wanderer.go.cast(700)
+    return await step(1)
+
+
+@workflow(retries=1)
+async def fails_beside(name: str) -> str:
+    RUNS.append(f"fails_beside {name}")
+    slow = gated(name)
+    await fails_once(90)
+    return await slow
+
+
+@workflow
+async def slow_twin(name: str) -> list[str]:
+    """Computes for a while between two calls: its first call is made late, in every attempt."""
+    later = asyncio.ensure_future(_late(name))
+    first = await gated(f"{name}-z")
+    SEEN.setdefault(name, []).append(first[-1])
+    await later
+    await gate(name).wait()
+    return SEEN[name]
+
+
+async def _late(name: str) -> None:
+    await asyncio.sleep(0.3)
+    SEEN.setdefault(name, []).append((await gated(f"{name}-a"))[-1])
