@@ -21,6 +21,13 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── BrokerFullError          the broker has no room for what it is to keep
     │   ├── ObjectDamagedError       what the object store has does not match its checksum
     │   └── KeyConflictError         a compare-and-set met another revision
+    ├── StoreError                   the state of sessions cannot be kept in a folder; `path`
+    │   ├── StoreBusyError           another process has it open
+    │   ├── StoreDamagedError        its files are not what was written
+    │   ├── StoreForeignError        it belongs to another directory of sessions
+    │   ├── StoreFullError           there is no room for what it is to keep
+    │   ├── StoreLostError           another process has taken it over
+    │   └── StoreVersionError        another version of nalar-mq has written it
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
     ├── WireError
@@ -44,6 +51,10 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── OverloadedError          shed; `retry_after_s`
         ├── WaitCycleError           calls wait for each other; `cycle`
         ├── StateLostError           the memory of a session went with its worker
+        ├── StateDamagedError        what was kept of a session is not what was written
+        ├── StateNotKeptError        what the call has changed could not be written; nothing of it stays
+        ├── StateSchemaError         what was kept of a session does not fit the fields of its agent
+        ├── SessionUnavailableError  nobody has the state of a session open; `retry_after_s`
         ├── StateWriteError          managed state is changed where it can only be read
         ├── StateMutatedError        a value in managed state was changed in place and not assigned back
         └── StreamRestartedError     a stream whose chunks were already taken began again
@@ -162,6 +173,38 @@ class KeyConflictError(BrokerError):
     def __init__(self, key: str) -> None:
         super().__init__(f"key {key!r} has another revision")
         self.key = key
+
+
+class StoreError(NalarError):
+    """The state of sessions cannot be kept in the folder `path`; the message says what to do."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class StoreBusyError(StoreError):
+    """Another process has the store open."""
+
+
+class StoreDamagedError(StoreError):
+    """The files of a store are not what was written: it is not opened."""
+
+
+class StoreForeignError(StoreError):
+    """The store belongs to another directory of sessions than that of the broker and the namespace."""
+
+
+class StoreFullError(StoreError):
+    """There is no room for what the store is to keep; what it has can be read, and goes on when there is room again."""
+
+
+class StoreLostError(StoreError):
+    """Another process has taken the store over: this one writes nothing any more."""
+
+
+class StoreVersionError(StoreError):
+    """Another version of nalar-mq has written the store."""
 
 
 class UnknownJobError(NalarError):
@@ -366,6 +409,30 @@ class WaitCycleError(CallError):
 
 class StateLostError(CallError):
     """The session's state lived in the memory of a worker that is gone; the next call starts with an empty one."""
+
+
+class StateDamagedError(CallError):
+    """What was kept of a session is not what was written: it is not served. Other sessions are."""
+
+
+class StateNotKeptError(CallError):
+    """What the call has changed could not be written: nothing of it stays, and the session goes on as it was before."""
+
+
+class StateSchemaError(CallError):
+    """What was kept of a session does not fit the fields of its agent, and nothing says how to bring it there."""
+
+
+class SessionUnavailableError(CallError):
+    """Nobody has the state of a session open: its worker or its machine is gone. It is kept, and is not begun anew.
+
+    Attributes:
+        retry_after_s: when to try again.
+    """
+
+    def __init__(self, message: str = "", *, call_id: str = "", actor: str = "", retry_after_s: float = 5.0) -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.retry_after_s = retry_after_s
 
 
 class StateWriteError(CallError):

@@ -1,0 +1,113 @@
+"""Writes what calls have changed into a store: one thread, one transaction for all that has come meanwhile, one fsync.
+
+Who puts something is told when it is durable, or why it is not, in the order of putting. While one transaction is being
+synced the next one gathers, so that the calls that end in one fsync share the following one, however many they are; up to
+`_BYTES`, so that a large one does not have all others wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from nalar_mq.errors import StoreError, StoreLostError
+from nalar_mq.logs import logger
+from nalar_mq.store import Commit, Store, Write
+
+_BYTES: Final = 16 * 1024 * 1024
+_AT_ONCE: Final = 4096
+_log = logger(__name__)
+
+Done = Callable[[Exception | None], None]
+"""Is told, in the thread of the committer, that a write is durable, or why it is not."""
+
+
+class Committer:
+    """The one that writes into `store`.
+
+    Args:
+        store: is written by nobody else, and closed by `close`.
+        on_lost: is told, in the thread, that another process has taken the store over; nothing is written after that.
+
+    Attributes:
+        commits: transactions so far.
+        written: writes in them.
+    """
+
+    def __init__(self, store: Store, on_lost: Callable[[], None]) -> None:
+        self.store = store
+        self.commits = 0
+        self.written = 0
+        self._on_lost = on_lost
+        self._waiting: deque[tuple[Write, Done]] = deque()
+        self._has_work = threading.Semaphore(0)
+        self._is_closing = False
+        self._lost: StoreLostError | None = None
+        self._thread = threading.Thread(target=self._run, name=f"store-{store.id}", daemon=True)
+        self._thread.start()
+
+    def put(self, write: Write, done: Done) -> None:
+        """Writes it soon; any thread."""
+        self._waiting.append((write, done))
+        self._has_work.release()
+
+    def _run(self) -> None:
+        while True:
+            self._has_work.acquire()
+            batch = self._batch()
+            if batch:
+                self._write(batch)
+            elif self._is_closing:
+                return
+
+    def _batch(self) -> list[tuple[Write, Done]]:
+        batch: list[tuple[Write, Done]] = []
+        size = 0
+        with contextlib.suppress(IndexError):
+            while size < _BYTES and len(batch) < _AT_ONCE:
+                batch.append(self._waiting.popleft())
+                size += _size_of(batch[-1][0])
+        if self._waiting:
+            self._has_work.release()
+        return batch
+
+    def _write(self, batch: list[tuple[Write, Done]]) -> None:
+        results = self._results([write for write, _ in batch])
+        self.commits += 1
+        self.written += len(batch)
+        for (_, done), result in zip(batch, results, strict=True):
+            try:
+                done(result)
+            except Exception:
+                _log.exception("store.listener_failed", store=self.store.id)
+
+    def _results(self, writes: list[Write]) -> list[Exception | None]:
+        if self._lost is not None:
+            return [self._lost] * len(writes)
+        try:
+            return self.store.write(writes)
+        except StoreLostError as error:
+            self._lost = error
+            _log.error("store.lost", store=self.store.id, folder=str(self.store.folder))
+            self._on_lost()
+            return [error] * len(writes)
+        except Exception as error:
+            _log.exception("store.write_failed", store=self.store.id)
+            wrong = StoreError(f"{self.store.folder}: {error!r}", str(self.store.folder))
+            return [wrong] * len(writes)
+
+    def close(self) -> None:
+        """Writes what has been put, and closes the store; idempotent."""
+        self._is_closing = True
+        self._has_work.release()
+        self._thread.join()
+        self.store.close()
+
+
+def _size_of(write: Write) -> int:
+    if not isinstance(write, Commit):
+        return 0
+    return len(write.payload) + sum(len(data) for _, _, data in write.changes if data is not None)

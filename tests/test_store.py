@@ -1,0 +1,128 @@
+"""The store: what is committed is there whole or not at all, and damage is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nalar_mq.committer import Committer
+from nalar_mq.errors import StoreBusyError, StoreForeignError, StoreLostError
+from nalar_mq.store import JOB_RECORD_S, RECORD_S, Commit, Removal, Store
+
+FIRST = 1 << 63
+
+
+def id_of(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(tmp_path / "1", "w-1")
+    yield opened
+    opened.close()
+
+
+def test_what_is_written_is_there_after_it_is_opened_again(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "1", "w-1")
+    session = store.session("notes", "ann")
+    assert not session.is_kept
+    changes = [("items", FIRST, b"one"), ("items", FIRST + 1, b"two"), ("title", FIRST, b"t")]
+    assert store.write([Commit(session, changes, id_of(1), b"result")]) == [None]
+    store.close()
+    store = Store.open(tmp_path / "1", "w-1")
+    session = store.session("notes", "ann")
+    assert store.load(session) == {"items": [(FIRST, b"one"), (FIRST + 1, b"two")], "title": [(FIRST, b"t")]}
+    record = store.record(session, id_of(1))
+    assert record is not None and record.payload == b"result"
+    assert store.record(session, id_of(2)) is None
+    store.close()
+
+
+def test_changes_and_removals_leave_nothing_behind(store: Store) -> None:
+    session = store.session("notes", "ann")
+    store.write([Commit(session, [("items", FIRST + n, b"%d" % n) for n in range(10)], id_of(1), b"")])
+    store.write([Commit(session, [("items", FIRST + 3, None), ("items", FIRST + 4, b"four")], id_of(2), b"")])
+    loaded = store.load(store.session("notes", "ann"))["items"]
+    assert [data for _, data in loaded] == [b"0", b"1", b"2", b"four", b"5", b"6", b"7", b"8", b"9"]
+    store.write([Removal(session)])
+    assert not store.session("notes", "ann").is_kept
+    again = store.session("notes", "ann")
+    store.write([Commit(again, [("items", FIRST, b"new")], id_of(3), b"")])
+    assert store.load(store.session("notes", "ann")) == {"items": [(FIRST, b"new")]}
+    assert store.count() == 1
+
+
+def test_several_calls_of_one_session_in_one_transaction(store: Store) -> None:
+    session = store.session("notes", "ann")
+    writes = [Commit(session, [("items", FIRST + n, b"%d" % n)], id_of(n), b"r%d" % n) for n in range(5)]
+    assert store.write(writes) == [None] * 5
+    assert len(store.load(store.session("notes", "ann"))["items"]) == 5
+    record = store.record(session, id_of(3))
+    assert record is not None and record.payload == b"r3"
+
+
+def test_records_expire_from_the_oldest(store: Store) -> None:
+    session = store.session("notes", "ann")
+    store.write([Commit(session, [], id_of(1), b"call")], now_s=1000.0)
+    store.write([Commit(session, [], id_of(2), b"job", is_job=True)], now_s=1000.0)
+    store.write([Commit(session, [], id_of(3), b"call")], now_s=1000.0 + RECORD_S)
+    assert store.record(session, id_of(1)) is None
+    assert store.record(session, id_of(2)) is not None
+    store.write([Commit(session, [], id_of(4), b"call")], now_s=1000.0 + JOB_RECORD_S)
+    assert store.record(session, id_of(2)) is None
+
+
+def test_a_store_is_open_in_one_process_at_a_time(store: Store) -> None:
+    with pytest.raises(StoreBusyError, match=rf"worker 'w-1', process {os.getpid()}"):
+        Store.open(store.folder, "w-2")
+
+
+def test_whoever_lost_it_writes_nothing(store: Store) -> None:
+    session = store.session("notes", "ann")
+    store.write([Commit(session, [("items", FIRST, b"mine")], id_of(1), b"")])
+    os.unlink(store.folder / "owner")  # the lock of a process that is held to be dead, and is not
+    take_over = "import pathlib, sys; from nalar_mq.store import Store; Store.open(pathlib.Path(sys.argv[1]), 'w-2').close()"
+    subprocess.run([sys.executable, "-c", take_over, str(store.folder)], check=True)
+    with pytest.raises(StoreLostError):
+        store.write([Commit(session, [("items", FIRST, b"late")], id_of(2), b"")])
+    assert store.load(store.session("notes", "ann")) == {"items": [(FIRST, b"mine")]}
+
+
+def test_a_store_stays_in_its_directory(store: Store) -> None:
+    store.belong_to("one")
+    store.belong_to("two")  # it has nothing yet
+    store.write([Commit(store.session("notes", "ann"), [("items", FIRST, b"x")], id_of(1), b"")])
+    with pytest.raises(StoreForeignError, match="nalar state adopt"):
+        store.belong_to("three")
+    store.move_to("three")
+    store.belong_to("three")
+
+
+def test_the_committer_tells_everybody_in_order(tmp_path: Path) -> None:
+    committer = Committer(Store.open(tmp_path / "1", "w-1"), lambda: None)
+    sessions = [committer.store.session("notes", f"s{n}") for n in range(10)]
+    told: list[tuple[int, Exception | None]] = []
+    done = threading.Event()
+
+    def tell(number: int, error: Exception | None) -> None:
+        told.append((number, error))
+        if number == 499:
+            done.set()
+
+    for number in range(500):
+        commit = Commit(sessions[number % 10], [("items", FIRST + number, b"x")], id_of(number), b"")
+        committer.put(commit, lambda error, number=number: tell(number, error))  # type: ignore[misc]
+    assert done.wait(30)
+    assert told == [(number, None) for number in range(500)]
+    assert committer.commits < 500
+    committer.close()
+    store = Store.open(tmp_path / "1", "w-1")
+    assert [len(store.load(store.session("notes", f"s{n}"))["items"]) for n in range(10)] == [50] * 10
+    store.close()
