@@ -26,9 +26,11 @@ Key-value buckets (their names are the namespace, a dash and the word):
     NS-places               <actor>.<instance>     the process that holds the memory of a session
     NS-lost                 <process>              its highest incarnation that has been declared lost
 
-Object store:
+Object stores:
 
     NS-claims               <process>.<incarnation>.<random>    a large value that this process answers for
+                            <job>.job.<digest>                  one of the calls of a job, kept until the job has ended
+    NS-results              <job>.<digest>                      the value of a job, as JSON, that is too large for its result
 """
 
 from __future__ import annotations
@@ -96,6 +98,7 @@ class Subjects:
         "members_bucket",
         "namespace",
         "places_bucket",
+        "results_bucket",
         "results_ledger",
         "running_ledger",
     )
@@ -110,6 +113,7 @@ class Subjects:
         self.running_ledger = f"{namespace}-running"
         self.jobs_queue = f"{namespace}-jobs"
         self.results_ledger = f"{namespace}-results"
+        self.results_bucket = f"{namespace}-results"
         self.dead_ledger = f"{namespace}-dead"
 
     def box(self, to: str, sender: str) -> str:

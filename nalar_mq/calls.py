@@ -277,10 +277,10 @@ class Calls:
         """
         label = self._label(actor, method)
         deps: list[values.Deferred] = []
-        payload = values.encode_arguments(args, kwargs, deps)
+        payload = given = values.encode_arguments(args, kwargs, deps)
         if len(payload) > INLINE_LIMIT_BYTES:
-            check_size(f"the arguments of {label}", len(payload), label, is_of_job=bool(context.job))
-            payload = self._as_future(payload, label, deps)
+            check_size(f"the arguments of {label}", len(payload), label)
+            payload = self._as_future(payload, label, deps, context.job)
         if options.init:
             check_size(f"what {actor!r} is made with", len(options.init), label, limit_bytes=INLINE_LIMIT_BYTES)
         info = self._table.info(actor) or _UNKNOWN
@@ -289,7 +289,7 @@ class Calls:
         history, root = context.history, options.root
         session = options.session or context.session
         if history is not None:
-            id = history.id_of(actor, method, session, options.instance, options.init, payload)
+            id = history.id_of(actor, method, session, options.instance, options.init, given)
         elif root is not None:
             id = root.id
         else:
@@ -336,11 +336,11 @@ class Calls:
             self._launch_from_thread(entry)
         return future
 
-    def _as_future(self, arguments: bytes, label: str, deps: list[values.Deferred]) -> bytes:
+    def _as_future(self, arguments: bytes, label: str, deps: list[values.Deferred], job: str) -> bytes:
         """What stands for arguments that are too large for a message: a future of this process, which has them."""
         id = self._root + next(self._numbers).to_bytes(8, "big")
         future: Future[Any] = Future(self, id, f"the arguments of {label}")
-        future.resolve(self.claims.made(arguments))
+        future.resolve(self.claims.made(arguments, job))
         later: list[values.Deferred] = []
         payload = values.encode(future, later)
         deps[:0] = later
@@ -654,6 +654,9 @@ class Calls:
             return
         if entry is None:
             return
+        if entry.history is not None:
+            self._keep(entry, message, entry.history)
+            return
         entry.future.resolve(held)
         self._end(entry)
         for consumer in entry.consumers or ():
@@ -900,7 +903,7 @@ class Calls:
         if self._entries.get(result.id) is not entry:
             return
         if type(result) is Resolve:
-            entry.future.resolve(result.payload)
+            self._resolve(entry.future, result.payload)
         else:
             assert type(result) is Fail
             entry.future.fail(_error_in(result, entry.future.actor))
@@ -909,6 +912,15 @@ class Calls:
             self._push_to_missed(entry.consumers, result)
         if entry.address is not None:
             self.tell(entry.address, Settled(result.id))
+
+    def _resolve(self, future: Future[Any], payload: bytes) -> None:
+        if payload[:1] != MARK:
+            future.resolve(payload)
+            return
+        try:
+            future.resolve(self.claims.taken(payload))
+        except WireError as error:
+            future.fail(error)
 
     def _is_remembered(self, entry: Entry, history: History | None) -> bool:
         """True if a former attempt saw how the call ended: then it is not made again, and ends when its turn comes."""

@@ -27,7 +27,8 @@ Reading
     read when the call has its turn, so that no more of them are in memory than calls run at once.
 
 Jobs
-    The journal of a job outlives the processes that hold large values, so the calls of a job neither take nor give any.
+    The journal of a job outlives all processes, and its claims with it. So the large values of its calls belong to the job, in
+    place of an owner, and lie in the object store until it has ended (`job_values`).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from nalar_mq.errors import (
     ValueTooLargeError,
 )
 from nalar_mq.event_loop import cancel_all
+from nalar_mq.job_values import JobValues, job_of, name_of
 from nalar_mq.local_store import KEPT_S, LocalStore
 from nalar_mq.logs import logger
 from nalar_mq.messages import Release
@@ -81,7 +83,7 @@ class Claim(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         version: of this form.
-        name: `<owner>.<incarnation>.<random>`.
+        name: `<owner>.<incarnation>.<random>`, or that of a value of a job.
         size_bytes: of the encoded value.
         digest: its SHA-256.
         folder: id of the local store that has it; empty for none.
@@ -114,23 +116,22 @@ def read_claim(payload: bytes) -> Claim:
         claim = _claims.decode(memoryview(payload)[1:])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise MalformedMessageError(f"not a claim: {error}") from None
-    if claim.version != _VERSION or _NAME.fullmatch(claim.name) is None:
+    if claim.version != _VERSION or not (_NAME.fullmatch(claim.name) or job_of(claim.name)):
         raise MalformedMessageError("not a claim of a kind that is understood here")
     return claim
 
 
-def check_size(what: str, size_bytes: int, label: str, *, is_of_job: bool = False, limit_bytes: int | None = None) -> None:
-    """Returns if a value of `size_bytes` may travel; in a job, whose journal holds no claims, fewer may.
+def check_size(what: str, size_bytes: int, label: str, *, limit_bytes: int | None = None) -> None:
+    """Returns if a value of `size_bytes` may travel.
 
     Raises:
         ValueTooLargeError: it may not; says what would.
     """
     if limit_bytes is None:
-        limit_bytes = INLINE_LIMIT_BYTES if is_of_job else VALUE_LIMIT_BYTES
+        limit_bytes = VALUE_LIMIT_BYTES
     if size_bytes > limit_bytes:
-        where = " in a job" if is_of_job else ""
         raise ValueTooLargeError(
-            f"too large: {what}: {size_bytes:,} bytes encoded, and {limit_bytes:,} is the most that travels{where}: "
+            f"too large: {what}: {size_bytes:,} bytes encoded, and {limit_bytes:,} is the most that travels: "
             "pass a path or a key to the data instead",
             actor=label,
             size_bytes=size_bytes,
@@ -139,14 +140,15 @@ def check_size(what: str, size_bytes: int, label: str, *, is_of_job: bool = Fals
 
 
 class Held:
-    """A large value that this process answers for: removed when nothing refers to this any more."""
+    """A large value that this process answers for: removed when nothing refers to this any more, unless a job needs it."""
 
-    __slots__ = ("_claims", "_data", "_storing", "claim")
+    __slots__ = ("_claims", "_data", "_job", "_storing", "claim")
 
-    def __init__(self, claims: Claims, claim: Claim | None, data: bytes | None = None) -> None:
+    def __init__(self, claims: Claims, claim: Claim | None, data: bytes | None = None, job: str = "") -> None:
         self.claim = claim
         self._claims = claims
         self._data = data
+        self._job = job
         self._storing = asyncio.Lock()
 
     async def offer(self, consumer: Address, deadline: float | None) -> bytes:
@@ -154,7 +156,7 @@ class Held:
         async with self._storing:
             if self.claim is None:
                 assert self._data is not None
-                self.claim = await self._claims.store(self._data, self._claims.me, [consumer], deadline)
+                self.claim = await self._claims.keep(self._data, self._claims.me, [consumer], deadline, self._job)
                 self._data = None
             elif not self._claims.can_read(consumer, self.claim):
                 self.claim = await self._claims.export(self.claim, deadline)
@@ -212,6 +214,7 @@ class Claims:
         self._lost: set[Address] = set()
         self._orphans: set[str] = set()
         self._is_closed = False
+        self._of_jobs = JobValues(transport, subjects, self._open, self._begin)
 
     # Handles.
 
@@ -222,13 +225,13 @@ class Claims:
             MalformedMessageError: it is no claim.
         """
         claim = read_claim(payload)
-        if claim.in_objects:
+        if claim.in_objects and not job_of(claim.name):
             self._in_objects.add(claim.name)
         return Held(self, claim)
 
-    def made(self, data: bytes) -> Held:
-        """The handle of a value of this process that is kept when somebody is to get it. Any thread."""
-        return Held(self, None, data)
+    def made(self, data: bytes, job: str = "") -> Held:
+        """The handle of a value of this process, or of a job, that is kept when somebody is to get it. Any thread."""
+        return Held(self, None, data, job)
 
     def offer(
         self, held: Held, consumer: Address, deadline: float | None, then: Callable[[bytes | None, Exception | None], None]
@@ -254,8 +257,10 @@ class Claims:
             self._inbox.put(lambda: self._begin(self._remove(claim)))
 
     def drop(self, payload: bytes) -> None:
-        """A claim that this process made and will not send."""
-        self._begin(self._remove(read_claim(payload)))
+        """A claim that this process made and will not send; of a job, others may have sent the same."""
+        claim = read_claim(payload)
+        if not job_of(claim.name):
+            self._begin(self._remove(claim))
 
     def on_release(self, sender: Address, release: Release) -> None:
         """An owner elsewhere has let go of a value in the folder of this machine."""
@@ -269,30 +274,40 @@ class Claims:
 
     # Writing.
 
-    async def keep(self, data: bytes, owner: Address, readers: Iterable[Address], deadline: float | None) -> bytes:
-        """Keeps a value where all of `readers` find it, for `owner` to hold, and returns its claim.
+    async def keep(
+        self, data: bytes, owner: Address, readers: Iterable[Address], deadline: float | None, job: str = ""
+    ) -> Claim:
+        """Keeps a value where all of `readers` find it, for `owner` to hold; that of a job for all, until the job ends.
 
         A broker that is away is waited for until `deadline`.
 
         Raises:
             BrokerError: it could not be kept.
         """
-        return write_claim(await self.store(data, owner, readers, deadline))
-
-    async def store(self, data: bytes, owner: Address, readers: Iterable[Address], deadline: float | None) -> Claim:
-        """As `keep`, for the claim itself."""
-        name = f"{_prefix(owner)}{self._random.getrandbits(128):032x}"
-        near = [self._is_near(reader) for reader in readers]
         async with self._writing:
-            claim = Claim(_VERSION, name, len(data), await asyncio.to_thread(_digest, data))
-            if any(near):
-                claim = await asyncio.to_thread(self._write_file, claim, data)
-            if not all(near) or not claim.folder:
-                try:
-                    claim = await self._put(claim, data, deadline)
-                except BaseException:
-                    self._begin(self._remove(claim))
-                    raise
+            digest = await asyncio.to_thread(_digest, data)
+            if job:
+                return await self._keep_of_job(data, digest, job, deadline)
+            return await self._keep_of_owner(data, digest, owner, readers, deadline)
+
+    async def _keep_of_job(self, data: bytes, digest: bytes, job: str, deadline: float | None) -> Claim:
+        claim = Claim(_VERSION, name_of(job, digest), len(data), digest, in_objects=True)
+        await self._patiently(lambda: self._of_jobs.put(claim.name, data), deadline)
+        return claim
+
+    async def _keep_of_owner(
+        self, data: bytes, digest: bytes, owner: Address, readers: Iterable[Address], deadline: float | None
+    ) -> Claim:
+        claim = Claim(_VERSION, f"{_prefix(owner)}{self._random.getrandbits(128):032x}", len(data), digest)
+        near = [self._is_near(reader) for reader in readers]
+        if any(near):
+            claim = await asyncio.to_thread(self._write_file, claim, data)
+        if not all(near) or not claim.folder:
+            try:
+                claim = await self._put(claim, data, deadline)
+            except BaseException:
+                self._begin(self._remove(claim))
+                raise
         return claim
 
     async def export(self, claim: Claim, deadline: float | None) -> Claim:
@@ -392,7 +407,7 @@ class Claims:
             return await (await self._open()).get(claim.name)
 
         try:
-            data = await self._patiently(get, self.loop.time() + _READ_PATIENCE_S)
+            data = await self._patiently(get, None if job_of(claim.name) else self.loop.time() + _READ_PATIENCE_S)
         except ObjectDamagedError:
             raise _lost(claim, "its checksum does not match in the object store") from None
         if data is None:
@@ -447,9 +462,11 @@ class Claims:
             await asyncio.sleep(lease_s)
             number += 1
             lost, self._lost = self._lost, set()
-            if (lost or number % _OBJECT_SWEEP == 0) and self._is_first_worker():
+            if lost or number % _OBJECT_SWEEP == 0:
                 try:
-                    await self._sweep_objects(lost)
+                    await self._of_jobs.sweep(self._of_jobs.names)
+                    if self._is_first_worker():
+                        await self._sweep_objects(lost)
                 except BrokerError as error:
                     self._lost |= lost
                     _log.debug("claims.sweep_failed", error=str(error))
@@ -467,10 +484,12 @@ class Claims:
         )
 
     async def _sweep_objects(self, lost: set[Address]) -> None:
-        """Values of owners that are lost go at once, those of owners that nobody knows at the second look."""
+        """Values of jobs that have ended go, those of owners that are lost, and at the second look of owners nobody knows."""
         objects = await self._open()
         orphans: set[str] = set()
-        for name in await objects.names():
+        names = await objects.names()
+        await self._of_jobs.sweep(names)
+        for name in names:
             owner = _owner_of(name)
             if owner is None or self._table.is_alive(owner):
                 continue

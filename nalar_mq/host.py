@@ -45,7 +45,7 @@ from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.calls import Calls
-from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, check_size, read_claim
+from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, check_size, read_claim, write_claim
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -826,7 +826,8 @@ class Host:
     async def _claim_for(self, execution: Execution, data: bytes) -> bytes:
         """A claim for a value that the owner of a call is to hold."""
         readers = [execution.owner, *(execution.consumers or ())]
-        return await self._calls.claims.keep(data, execution.owner, readers, execution.deadline)
+        kept = self._calls.claims.keep(data, execution.owner, readers, execution.deadline, execution.call.job)
+        return write_claim(await kept)
 
     def _fitting(self, execution: Execution, payload: bytes, is_wanted: bool) -> bytes:
         """A claim for those who can read it, the owner serves the others; nothing for a value that nobody wants."""
@@ -1189,7 +1190,7 @@ def _end_changes(state: SessionState, error: BaseException | None) -> None:
 
 
 def _checked_size(payload: bytes, execution: Execution) -> bytes:
-    check_size(f"the result of {execution.label}", len(payload), execution.label, is_of_job=bool(execution.call.job))
+    check_size(f"the result of {execution.label}", len(payload), execution.label)
     return payload
 
 

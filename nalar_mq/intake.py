@@ -360,7 +360,7 @@ class Intake:
             arguments = read_arguments(job.message.data)
             options = CallOptions(retries=0, root=await self._root(job))
             job.future = self._calls.call(context, name, "", tuple(arguments.args), arguments.kwargs, options)
-            value = write_job_value(await job.future)
+            value = await _as_json(job.future)
         except Exception as error:
             await self._on_error(job, error, self._loop.time() - begun_s)
             return
@@ -518,6 +518,11 @@ class Intake:
         while messages := await self.jobs.queue.pull(subject, batch=_BATCH, timeout_s=0.0, ack_wait_s=self._options.ack_wait_s):
             for message in messages:
                 await self._reject(message, _id_or_nothing(message), cause)
+
+
+async def _as_json(future: Future[Any]) -> msgspec.Raw:
+    value = await future
+    return write_job_value(value) if future.held() is None else await asyncio.to_thread(write_job_value, value)
 
 
 def _with(lost: tuple[str, ...], one: str) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ async def submit_lines(
                 take(id)
         async for result in _in_order(jobs.wait(id) for id in ids):
             ended += 1
-            take_result(result)
+            take_result(await jobs.whole(result))
             on_progress(accepted, ended)
 
 
@@ -101,7 +101,7 @@ async def result(choice: BrokerChoice, app: Path | None, id: str, *, wait: bool)
         if found is None:
             status = await jobs.status(id)
             raise ConfigError(f"job {id!r} has not ended: it is {status.state}; `nalar result {id} --wait` waits for it")
-        return checked_value(found)
+        return checked_value(await jobs.whole(found))
 
 
 async def status(choice: BrokerChoice, app: Path | None, id: str) -> JobStatus:

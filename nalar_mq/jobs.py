@@ -18,6 +18,9 @@ out of the queue.
     in the queue, record without a process       waits for another attempt
     result                                       done, failed or cancelled
 
+A value that is larger than a message lies in the object store `NS-results`, as JSON, and the result says where (`value_at`);
+it goes when the result goes.
+
 A failed job, and a message that is none, lies in the dead letters too. Taking it from there is publishing it again under
 its id (in `Nalar-Job-Id`, since the broker would take a repeated `Nats-Msg-Id` for a double), after its result is removed.
 """
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, Literal, TypeVar
@@ -41,14 +45,16 @@ from nalar_mq.errors import (
     CallCancelledError,
     KeyConflictError,
     MalformedMessageError,
+    ObjectDamagedError,
     RemoteError,
     UnknownJobError,
+    ValueLostError,
     ValueTooLargeError,
     WireError,
 )
 from nalar_mq.interchange import write_value
 from nalar_mq.messages import Running, decode_running, encode_record
-from nalar_mq.transport import Kept, Ledger, QueueMessage, Transport, WorkQueue
+from nalar_mq.transport import Kept, Ledger, ObjectStore, QueueMessage, Transport, WorkQueue
 
 T = TypeVar("T")
 
@@ -59,6 +65,7 @@ _OF_THE_QUEUE: Final = re.compile(r"job-[0-9]+")
 _HEADER_ROOM: Final = 4096
 _CAUSE_SHOWN: Final = 800
 _TEXT_KEPT: Final = 16_384
+VALUE_LIMIT_BYTES: Final = 1024 * 1024 * 1024  # of a value, as JSON
 _LOOK_AGAIN_S: Final = 5.0
 _SOON_S: Final = 0.005
 _RETRY_S: Final = 0.5
@@ -82,13 +89,23 @@ class Timings(msgspec.Struct, frozen=True):
     attempts: int = 1
 
 
+class ValueAt(msgspec.Struct, frozen=True):
+    """Where the value of a job is that is larger than a message: an object that holds it as JSON; `sha256` in hexadecimal."""
+
+    bucket: str
+    object: str
+    size_bytes: int
+    sha256: str
+
+
 class JobResult(msgspec.Struct, frozen=True):
-    """What lies on `NS.result.<id>`, as JSON; `value` only if done, `error` only if failed or cancelled."""
+    """What lies on `NS.result.<id>`, as JSON; `value` or `value_at` only if done, `error` only if failed or cancelled."""
 
     id: str
     workflow: str
     state: State
     value: Any = msgspec.UNSET
+    value_at: ValueAt | msgspec.UnsetType = msgspec.UNSET
     error: JobError | msgspec.UnsetType = msgspec.UNSET
     timings: Timings = Timings()
 
@@ -136,7 +153,14 @@ class Jobs:
     """
 
     def __init__(
-        self, transport: Transport, subjects: Subjects, queue: WorkQueue, results: Ledger, dead: Ledger, running: Ledger
+        self,
+        transport: Transport,
+        subjects: Subjects,
+        queue: WorkQueue,
+        results: Ledger,
+        dead: Ledger,
+        running: Ledger,
+        results_kept_s: float,
     ) -> None:
         self._transport = transport
         self._subjects = subjects
@@ -144,6 +168,8 @@ class Jobs:
         self._running = running
         self._results = results
         self._dead = dead
+        self._kept_s = results_kept_s
+        self._objects: ObjectStore | None = None
         self._is_closed = False
 
     @classmethod
@@ -161,7 +187,7 @@ class Jobs:
             transport.ledger(subjects.dead_ledger, [subjects.dead("*")], per_subject=1),
             transport.ledger(subjects.running_ledger, [subjects.running("*")], per_subject=1),
         )
-        return cls(transport, subjects, queue, results, dead, running)
+        return cls(transport, subjects, queue, results, dead, running, results_kept_s)
 
     # Publishing.
 
@@ -214,13 +240,13 @@ class Jobs:
         """Repeats an operation until the broker has answered it.
 
         Raises:
-            BrokerAuthError, BrokerFeatureError, KeyConflictError: trying again would not help.
+            BrokerAuthError, BrokerFeatureError, KeyConflictError, ObjectDamagedError: trying again would not help.
             BrokerError: `close` has been called.
         """
         while True:
             try:
                 return await operation()
-            except (BrokerAuthError, BrokerFeatureError, KeyConflictError):
+            except (BrokerAuthError, BrokerFeatureError, KeyConflictError, ObjectDamagedError):
                 raise
             except BrokerError:
                 if self._is_closed:
@@ -231,22 +257,79 @@ class Jobs:
         """Nobody waits for the broker any more."""
         self._is_closed = True
 
+    async def whole(self, result: JobResult) -> JobResult:
+        """The result with its value in it, wherever that lies; a broker that is away is waited for.
+
+        Raises:
+            ValueLostError: the value is large, and missing or damaged.
+        """
+        if not result.value_at:
+            return result
+        value = await self._value_at(result.id, result.value_at)
+        return msgspec.structs.replace(result, value=value, value_at=msgspec.UNSET)
+
+    async def _value_at(self, id: str, at: ValueAt) -> Any:
+        async def get() -> bytes | None:
+            return await (await self._open_objects()).get(at.object)
+
+        def read(data: bytes | None) -> Any:
+            if data is None or hashlib.sha256(data).hexdigest() != at.sha256:
+                raise ObjectDamagedError(at.object)
+            return msgspec.json.decode(data)
+
+        try:
+            return await asyncio.to_thread(read, await self.patiently(get))
+        except (ObjectDamagedError, msgspec.DecodeError, RecursionError):
+            text = f"the value of job {id!r}, {at.size_bytes:,} bytes, is missing or damaged in the object store {at.bucket!r}"
+            raise ValueLostError(text, name=at.object) from None
+
+    async def _open_objects(self) -> ObjectStore:
+        if self._objects is None:
+            self._objects = await self._transport.object_store(self._subjects.results_bucket, max_age_s=self._kept_s)
+        return self._objects
+
     async def forget_result(self, id: str) -> None:
         """Removes what lies where the result of a job belongs."""
+        kept = await self._results.last(self._subjects.result(id))
         await self._results.purge(self._subjects.result(id))
+        with contextlib.suppress(WireError):
+            if kept is not None and (at := read_result(kept.data).value_at):
+                await (await self._open_objects()).delete(at.object)
 
     async def finish(self, result: JobResult) -> bool:
         """Ends a job; False if it has ended already, and this is dropped.
 
         Raises:
-            ValueTooLargeError: the value is larger than what one message holds.
+            ValueTooLargeError: the value is larger than what can be kept.
         """
-        subject = self._subjects.result(result.id)
+        data = msgspec.json.encode(result)
+        if len(data) <= self._transport.max_payload - _HEADER_ROOM:
+            return await self._append(result.id, data)
+        apart = await self._with_value_apart(result)
+        if await self._append(result.id, msgspec.json.encode(apart)):
+            return True
+        ended = await self.result(result.id)
+        if apart.value_at and (ended is None or ended.value_at != apart.value_at):
+            await (await self._open_objects()).delete(apart.value_at.object)
+        return False
+
+    async def _append(self, id: str, data: bytes) -> bool:
         try:
-            await self._results.append(subject, msgspec.json.encode(result), last=0)
+            await self._results.append(self._subjects.result(id), data, last=0)
         except KeyConflictError:
             return False
         return True
+
+    async def _with_value_apart(self, result: JobResult) -> JobResult:
+        """The same with its value as an object; the same value gets the same name, however often this is tried."""
+        value = await asyncio.to_thread(msgspec.json.encode, result.value)
+        if len(value) > VALUE_LIMIT_BYTES:
+            text = f"the result of {result.workflow} has {len(value):,} bytes as JSON; {VALUE_LIMIT_BYTES:,} can be kept"
+            raise ValueTooLargeError(text, actor=result.workflow, size_bytes=len(value), limit_bytes=VALUE_LIMIT_BYTES)
+        digest = (await asyncio.to_thread(hashlib.sha256, value)).hexdigest()
+        at = ValueAt(self._subjects.results_bucket, f"{result.id}.{digest[:32]}", len(value), digest)
+        await (await self._open_objects()).put(at.object, value)
+        return msgspec.structs.replace(result, value=msgspec.UNSET, value_at=at)
 
     async def cancel(self, id: str, reason: str = "cancelled by a client") -> bool:
         """Ends a job without a value, whether it runs or not; False if it had ended.
@@ -410,10 +493,11 @@ class JobHandle:
         Raises:
             RemoteError: it failed; `type_name` says with what.
             CallCancelledError: somebody cancelled it.
+            ValueLostError: its value is large, and missing or damaged.
             TimeoutError: it has not ended within `timeout`.
         """
         async with asyncio.timeout(timeout):
-            return value_of(await self._jobs.wait(self.id))
+            return value_of(await self._jobs.whole(await self._jobs.wait(self.id)))
 
     async def status(self) -> JobStatus:
         """Where it stands.
@@ -451,7 +535,7 @@ def job_id_of(headers: Mapping[str, str], sequence: int) -> str:
 
 
 def value_of(result: JobResult) -> Any:
-    """The value of a job that is done.
+    """The value of a job that is done, from its whole result.
 
     Raises:
         RemoteError: it failed.

@@ -32,7 +32,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
 from datetime import UTC, datetime
 from http.client import HTTPException
-from io import BytesIO
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import ParseResult
 
@@ -42,7 +41,6 @@ from nats.aio.client import Client, Srv
 from nats.aio.subscription import Subscription as _NatsSubscription
 from nats.aio.transport import TcpTransport, WebSocketTransport
 from nats.js import JetStreamContext, api
-from nats.js.object_store import ObjectStore as _NatsObjectStore
 
 from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import (
@@ -99,6 +97,7 @@ _WATCH_RETRIES: Final = 8
 _OBJECT_BYTES_PER_S: Final = 2 * 1024 * 1024
 _OBJECT_PIECE_BYTES: Final = 512 * 1024
 _OBJECT_PIECES: Final = 8  # on their way at once
+_OBJECT_BATCH: Final = 64  # pieces asked for at once
 
 _SUBJECT = re.compile(r"[^\s.]+(\.[^\s.]+)*")
 _BUCKET = re.compile(r"[A-Za-z0-9_-]+")
@@ -1220,7 +1219,9 @@ async def _subjects_of(transport: NatsTransport, stream: str) -> dict[str, int]:
     return await transport.ask(f"subjects of {stream!r}", count)
 
 
-async def _read_stream(transport: NatsTransport, stream: str, subject: str, after: int, limit: int) -> list[Kept]:
+async def _read_stream(
+    transport: NatsTransport, stream: str, subject: str, after: int, limit: int, timeout_s: float | None = None
+) -> list[Kept]:
     """Messages of a stream in one exchange: a batched direct get (ADR-31), whose answers end with a status."""
     _checked_pattern(subject)
     found: list[Kept] = []
@@ -1245,7 +1246,7 @@ async def _read_stream(transport: NatsTransport, stream: str, subject: str, afte
         return await ended
 
     try:
-        status = await transport.ask(f"reading {stream!r}", exchange)
+        status = await transport.ask(f"reading {stream!r}", exchange, timeout_s)
     finally:
         transport.client.forget(sid)
     if status not in ("204", "404"):
@@ -1263,86 +1264,128 @@ def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if not name.startswith("Nats-") or name == "Nats-Msg-Id"}
 
 
+class _Object(NamedTuple):
+    """An object of a bucket: its description, and the number of the message that holds it."""
+
+    info: api.ObjectInfo
+    sequence: int
+
+
 class _ObjectStore:
     """An object store of JetStream, as other NATS clients know it.
 
-    nats-py waits for each piece of an object to be acknowledged before it sends the next one, and leaves a mark for each object
-    that it deletes; so objects are written and removed here.
+    nats-py waits for each piece of an object to be acknowledged before it sends the next one, waits a quarter of a second now
+    and then while it reads, and leaves a mark for each object that it deletes; so objects are written, read and removed here.
+
+    An object counts from the moment its description is there, and its pieces outlive that. So a description is written after
+    the pieces and only in place of the one that was there before, and removed before them.
     """
 
     def __init__(self, transport: NatsTransport, bucket: str) -> None:
         self._transport = transport
         self._bucket = bucket
         self._stream = f"OBJ_{bucket}"
-        self._reader = _NatsObjectStore(bucket, self._stream, transport.jetstream)
 
     async def put(self, name: str, data: bytes) -> None:
         async def write() -> None:
-            former = await self._info(name)
-            id = os.urandom(16).hex()
-            try:
-                await self._write(name, id, data)
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    await self._purge(f"C.{id}")
-                raise
-            if former is not None:
-                await self._purge(f"C.{former.nuid}")
+            digest = await asyncio.to_thread(_object_digest, data)
+            while not await self._replace(name, digest, data):
+                pass
 
         await self._transport.ask(f"storing object {name!r}", write, self._patience_s(len(data)))
 
-    async def _write(self, name: str, id: str, data: bytes) -> None:
-        size_bytes = min(_OBJECT_PIECE_BYTES, self._transport.max_payload)
-        digest, view, jetstream = hashlib.sha256(), memoryview(data), self._transport.jetstream
-        pieces = [view[start : start + size_bytes] for start in range(0, len(data), size_bytes)]
+    async def _replace(self, name: str, digest: str, data: bytes) -> bool:
+        """False if somebody else has written the object meanwhile."""
+        former = await self._find(name)
+        if former is not None and former.info.digest == digest:
+            return True
+        id = os.urandom(16).hex()
+        try:
+            pieces = await self._write(id, data)
+            info = api.ObjectInfo(
+                name=name,
+                bucket=self._bucket,
+                nuid=id,
+                size=len(data),
+                chunks=pieces,
+                digest=digest,
+                mtime=datetime.now(UTC).isoformat(),
+                options=api.ObjectMetaOptions(max_chunk_size=self._piece_bytes),
+            )
+            is_written = await self._describe(info, 0 if former is None else former.sequence)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                await self._purge(f"C.{id}")
+            raise
+        if not is_written:
+            await self._purge(f"C.{id}")
+        elif former is not None:
+            await self._purge(f"C.{former.info.nuid}")
+        return is_written
+
+    async def _write(self, id: str, data: bytes) -> int:
+        """Writes the pieces of an object and returns their number."""
+        subject, view, jetstream = f"$O.{self._bucket}.C.{id}", memoryview(data), self._transport.jetstream
+        starts = range(0, len(data), self._piece_bytes)
         acks: deque[asyncio.Task[api.PubAck]] = deque()
         try:
-            for piece in pieces:
-                digest.update(piece)
-                acks.append(asyncio.ensure_future(jetstream.publish(f"$O.{self._bucket}.C.{id}", bytes(piece))))
+            for start in starts:
+                piece = bytes(view[start : start + self._piece_bytes])
+                acks.append(asyncio.ensure_future(jetstream.publish(subject, piece)))
                 if len(acks) >= _OBJECT_PIECES:
                     await acks.popleft()
             while acks:
                 await acks.popleft()
         finally:
             await cancel_all(acks)
-        info = api.ObjectInfo(
-            name=name,
-            bucket=self._bucket,
-            nuid=id,
-            size=len(data),
-            chunks=len(pieces),
-            digest=f"SHA-256={base64.urlsafe_b64encode(digest.digest()).decode()}",
-            mtime=datetime.now(UTC).isoformat(),
-            options=api.ObjectMetaOptions(max_chunk_size=size_bytes),
-        )
-        text = json.dumps(info.as_dict()).encode()
-        await jetstream.publish(f"$O.{self._bucket}.{_meta_token(name)}", text, headers={"Nats-Rollup": "sub"})
+        return len(starts)
 
-    async def _info(self, name: str) -> api.ObjectInfo | None:
+    async def _describe(self, info: api.ObjectInfo, last: int) -> bool:
+        headers = {"Nats-Rollup": "sub", "Nats-Expected-Last-Subject-Sequence": str(last)}
+        text = json.dumps(info.as_dict()).encode()
         try:
-            return await self._reader.get_info(name)
-        except nats.js.errors.ObjectNotFoundError:
+            await self._transport.jetstream.publish(f"$O.{self._bucket}.{_meta_token(info.name)}", text, headers=headers)
+        except nats.js.errors.APIError as error:
+            if error.err_code in _WRONG_REVISION:
+                return False
+            raise
+        return True
+
+    async def _find(self, name: str) -> _Object | None:
+        try:
+            found = await self._transport.jetstream.get_msg(self._stream, subject=f"$O.{self._bucket}.{_meta_token(name)}")
+        except nats.js.errors.NotFoundError:
             return None
+        try:
+            info = api.ObjectInfo.from_response(json.loads(found.data or b""))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ObjectDamagedError(f"the description of object {name!r} cannot be read") from None
+        return None if info.deleted else _Object(info, found.seq or 0)
 
     async def _purge(self, subject: str) -> None:
         await self._transport.jetstream.purge_stream(self._stream, subject=f"$O.{self._bucket}.{subject}")
 
     async def get(self, name: str) -> bytes | None:
-        async def read() -> bytes | None:
-            content = BytesIO()
-            try:
-                await self._reader.get(name, writeinto=content)
-            except nats.js.errors.ObjectNotFoundError:
-                return None
-            except (nats.js.errors.DigestMismatchError, nats.js.errors.BadObjectMetaError, ValueError):
-                raise ObjectDamagedError(f"object {name!r} does not match its checksum") from None
-            return content.getvalue()
-
-        info = await self._transport.ask(f"finding object {name!r}", lambda: self._info(name))
-        if info is None:
+        found = await self._transport.ask(f"finding object {name!r}", lambda: self._find(name))
+        if found is None:
             return None
-        return await self._transport.ask(f"reading object {name!r}", read, self._patience_s(info.size or 0))
+        data = b"".join(await self._pieces(found.info))
+        if len(data) != found.info.size or await asyncio.to_thread(_object_digest, data) != found.info.digest:
+            raise ObjectDamagedError(f"object {name!r} does not match its checksum")
+        return data
+
+    async def _pieces(self, info: api.ObjectInfo) -> list[bytes]:
+        pieces: list[bytes] = []
+        subject, after, left_bytes = f"$O.{self._bucket}.C.{info.nuid}", 0, info.size or 0
+        while left_bytes > 0:
+            patience_s = self._patience_s(_READ_BYTES)
+            page = await _read_stream(self._transport, self._stream, subject, after, _OBJECT_BATCH, patience_s)
+            if not page:
+                break
+            pieces.extend(kept.data for kept in page)
+            left_bytes -= sum(len(kept.data) for kept in page)
+            after = page[-1].sequence
+        return pieces
 
     async def names(self) -> list[str]:
         prefix = f"$O.{self._bucket}.M."
@@ -1356,15 +1399,23 @@ class _ObjectStore:
 
     async def delete(self, name: str) -> None:
         async def remove() -> None:
-            info = await self._info(name)
-            if info is not None:
-                await self._purge(f"C.{info.nuid}")
+            found = await self._find(name)
+            if found is not None:
                 await self._purge(_meta_token(name))
+                await self._purge(f"C.{found.info.nuid}")
 
         await self._transport.ask(f"deleting object {name!r}", remove)
 
+    @property
+    def _piece_bytes(self) -> int:
+        return min(_OBJECT_PIECE_BYTES, self._transport.max_payload)
+
     def _patience_s(self, size_bytes: int) -> float:
         return self._transport.request_timeout_s + size_bytes / _OBJECT_BYTES_PER_S
+
+
+def _object_digest(data: bytes) -> str:
+    return f"SHA-256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()}"
 
 
 class _Service:

@@ -100,10 +100,10 @@ class Outflow:
         label = self._label
         payload = values.encode(piece, None, f"a piece of {label}")
         self._size_bytes += len(payload) + _OVERHEAD_BYTES
-        check_size(f"a piece of {label}", len(payload), label, is_of_job=bool(self._call.job))
+        check_size(f"a piece of {label}", len(payload), label)
         if not self.is_streaming and not self._is_closed:
             what = f"the pieces of {label}, which nobody takes as a stream,"
-            check_size(what, self._size_bytes, label, limit_bytes=INLINE_LIMIT_BYTES if self._call.job else _KEPT_LIMIT_BYTES)
+            check_size(what, self._size_bytes, label, limit_bytes=_KEPT_LIMIT_BYTES)
         return payload
 
     def check(self) -> None:

@@ -23,6 +23,7 @@ from nalar_mq.errors import (
     BrokerError,
     BrokerFeatureError,
     BrokerUnreachableError,
+    ObjectDamagedError,
     ValueTooLargeError,
 )
 from nalar_mq.nats_transport import NatsTransport
@@ -526,3 +527,41 @@ async def test_half_open_connection_is_found_out(own_broker: EmbeddedBroker) -> 
             await until(states.__eq__, [False])
         await until(states.__eq__, [False, True])
         await transport.flush()
+
+
+async def test_objects_are_those_of_other_nats_clients(broker_access: BrokerAccess, namespace: str) -> None:
+    data = os.urandom(3_000_000)
+    async with await NatsTransport.connect(broker_access, name="test") as transport:
+        store = await transport.object_store(namespace)
+        theirs = await transport.jetstream.object_store(namespace)
+        await theirs.put("theirs", data)
+        assert await store.get("theirs") == data
+        await store.put("ours", data)
+        assert (await theirs.get("ours")).data == data
+        await theirs.delete("theirs")
+        assert await store.get("theirs") is None
+
+
+async def test_of_objects_written_at_once_one_is_there_whole(broker_access: BrokerAccess, namespace: str) -> None:
+    values = [os.urandom(2_000_000) for _ in range(4)]
+    async with await NatsTransport.connect(broker_access, name="test") as transport:
+        store = await transport.object_store(namespace)
+        await asyncio.gather(*(store.put("one", value) for value in values))
+        found = await store.get("one")
+        assert found in values
+        state = (await transport.jetstream.stream_info(f"OBJ_{namespace}")).state
+        assert state.messages == 1 + 4, "pieces of the others are left"
+        before = state.last_seq
+        await store.put("one", found)
+        assert (await transport.jetstream.stream_info(f"OBJ_{namespace}")).state.last_seq == before, "written again"
+        await store.delete("one")
+        assert (await transport.jetstream.stream_info(f"OBJ_{namespace}")).state.messages == 0
+
+
+async def test_an_object_that_lacks_a_piece_is_damaged(broker_access: BrokerAccess, namespace: str) -> None:
+    async with await NatsTransport.connect(broker_access, name="test") as transport:
+        store = await transport.object_store(namespace)
+        await store.put("one", os.urandom(2_000_000))
+        await transport.jetstream.delete_msg(f"OBJ_{namespace}", 2)
+        with pytest.raises(ObjectDamagedError, match="one"):
+            await store.get("one")
