@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nalar_mq.actor import agent, method, tool, workflow
     from nalar_mq.call_context import CallContext, context
     from nalar_mq.client import Client, connect
+    from nalar_mq.effects import effect, now, random, sleep
     from nalar_mq.errors import (
         ArgumentError,
         BrokerError,
@@ -58,6 +59,12 @@ _HOMES: Final = {
     "call_context": (
         "CallContext",
         "context",
+    ),
+    "effects": (
+        "effect",
+        "now",
+        "random",
+        "sleep",
     ),
     "errors": (
         "ArgumentError",
@@ -154,8 +161,12 @@ __all__ = [
     "as_completed",
     "connect",
     "context",
+    "effect",
     "gather",
     "method",
+    "now",
+    "random",
+    "sleep",
     "tool",
     "wait",
     "workflow",

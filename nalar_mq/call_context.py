@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -78,6 +79,25 @@ class Caller(Protocol):
 
     def note_unseen(self, history: History, number: int) -> None:
         """A look of that number found nothing. Any thread."""
+        ...
+
+    def own(self, context: CallContext, name: str, payload: bytes, begin: Callable[[Future[Any]], None]) -> Future[Any]:
+        """A future that this very process is to end, by `end`: no call, but in a job noted like one. Any thread.
+
+        Args:
+            context: whose it is.
+            name: what it is, for people and, in a job, for its id.
+            payload: what tells it from others of the same name in the same job.
+            begin: called on the loop unless a former attempt at the job saw it end, once it is durable what led to it.
+        """
+        ...
+
+    def end(self, future: Future[Any], payload: bytes | None, error: BaseException | None = None) -> None:
+        """Ends a future made by `own`, with an encoded value or an error; nothing happens if it has ended. Any thread."""
+        ...
+
+    def read_clock(self, history: History) -> float:
+        """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
         ...
 
     def hurry(self, future: Future[Any], history: History) -> None:

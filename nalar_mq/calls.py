@@ -75,9 +75,11 @@ from nalar_mq.messages import (
     Outcome,
     Prioritise,
     Probe,
+    Reading,
     Release,
     Resolve,
     Settled,
+    Unseen,
     Want,
 )
 from nalar_mq.placement import RoutingTable
@@ -173,11 +175,13 @@ class JobPart(msgspec.Struct, eq=False):
         history: of the call that made it; None for the job itself.
         located: where it runs already.
         is_kept: its outcome is on the way into the journal.
+        begin: begins what this process itself is to end; None for a call.
     """
 
     history: History | None
     located: Address | None = None
     is_kept: bool = False
+    begin: Callable[[], None] | None = None
 
 
 class Entry(msgspec.Struct, eq=False):
@@ -336,6 +340,37 @@ class Calls:
             self._launch_from_thread(entry)
         return future
 
+    def own(self, context: CallContext, name: str, payload: bytes, begin: Callable[[Future[Any]], None]) -> Future[Any]:
+        """A future that this very process is to end, by `end`: no call, but in a job noted like one. Any thread."""
+        history = context.history
+        if history is not None:
+            id = history.id_of("", name, "", "", b"", payload)
+        else:
+            id = self._root + next(self._numbers).to_bytes(8, "big")
+        future: Future[Any] = Future(self, id, name, history)
+        now, job = self.loop.time(), context.job
+        entry = Entry(future, None, context.call_id, None, "", 0, name, now, context.session, job, context.priority)
+        entry.part = JobPart(history, begin=functools.partial(begin, future))
+        if threading.get_ident() == self._thread:
+            self._launch(entry)
+        else:
+            self._launch_from_thread(entry)
+        return future
+
+    def end(self, future: Future[Any], payload: bytes | None, error: BaseException | None = None) -> None:
+        """Ends a future made by `own`, with an encoded value or an error; nothing happens if it has ended. Any thread."""
+        failure = None if payload is not None else Fail(future.id, *values.encode_error(error or Exception()))
+        self._run_on_loop(functools.partial(self._end_own, future, failure or Resolve(future.id, payload or b"")))
+
+    def _end_own(self, future: Future[Any], message: Resolve | Fail) -> None:
+        entry = self._entries.get(future.id)
+        if entry is None or entry.future is not future:
+            return
+        if entry.history is not None:
+            self._keep(entry, message, entry.history)
+        else:
+            self._appear(entry, message)
+
     def _as_future(self, arguments: bytes, label: str, deps: list[values.Deferred], job: str) -> bytes:
         """What stands for arguments that are too large for a message: a future of this process, which has them."""
         id = self._root + next(self._numbers).to_bytes(8, "big")
@@ -429,7 +464,7 @@ class Calls:
             self._watch_deadline(entry, entry.deadline)
         if entry.part is None:
             self._route(entry)
-        elif entry.part.history is not None and entry.part.history.unseen_on_the_way:
+        elif entry.part.history is not None and entry.part.history.on_the_way:
             self._journal().after(lambda: self._route_in_job(entry))  # not before it is known why the program makes it
         else:
             self._route_in_job(entry)
@@ -437,7 +472,11 @@ class Calls:
     def _route_in_job(self, entry: Entry) -> None:
         if self._entries.get(entry.future.id) is not entry or entry.part is None or entry.part.is_kept:
             return
-        if not self._is_remembered(entry, entry.part.history):
+        if self._is_remembered(entry, entry.part.history):
+            return
+        if entry.part.begin is not None:
+            entry.part.begin()
+        else:
             self._route(entry)
 
     def _route(self, entry: Entry) -> None:
@@ -973,10 +1012,23 @@ class Calls:
         if history.note_unseen(number):
             self._run_on_loop(lambda: self._journal_unseen(history))
 
+    def read_clock(self, history: History) -> float:
+        """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
+        at_s, reading = history.read_clock(time.time())
+        if reading is None:
+            self._run_on_loop(lambda: self._let_appear(history.due()))
+        else:
+            self._run_on_loop(functools.partial(self._journal_on_the_way, history, reading))
+        return at_s
+
     def _journal_unseen(self, history: History) -> None:
         for unseen in history.take_noted():
-            history.unseen_on_the_way += 1
-            self._journal().put(unseen, functools.partial(_has_landed, history))
+            self._journal_on_the_way(history, unseen)
+
+    def _journal_on_the_way(self, history: History, observation: Unseen | Reading) -> None:
+        """What the program knows already becomes durable before anything that it does now can be seen."""
+        history.on_the_way += 1
+        self._journal().put(observation, functools.partial(_has_landed, history))
 
     def hurry(self, future: Future[Any], history: History) -> None:
         """A job that is repeated waits for a future whose turn may never come, should its program have changed. Any thread."""
@@ -1111,7 +1163,7 @@ def _tried_again(call: Call, root: Root | None, history: History | None) -> Call
 
 
 def _has_landed(history: History) -> None:
-    history.unseen_on_the_way -= 1
+    history.on_the_way -= 1
 
 
 def _error_in(message: Fail, actor: str) -> Exception:

@@ -28,6 +28,7 @@ from nalar_mq import values
 from nalar_mq.call_context import CallContext, Caller, current_context
 from nalar_mq.claims import Held
 from nalar_mq.errors import CallCancelledError, CallTimeoutError, StreamRestartedError, WireError
+from nalar_mq.event_loop import running_loop
 from nalar_mq.history import History
 
 T = TypeVar("T")
@@ -275,7 +276,7 @@ class Future(values.Deferred, Generic[T_co]):
             raise
 
     def _block(self, timeout: float | None) -> None:
-        if _running_loop() is self._caller.loop:
+        if running_loop() is self._caller.loop:
             raise BlockingLoopError(f"value() of {self.actor}", "`await future`")
         done = threading.Event()
         if not self.on_end(done.set):
@@ -426,7 +427,7 @@ class Future(values.Deferred, Generic[T_co]):
 def _read(payload: bytes | Held, caller: Caller, what: str) -> Any:
     if not isinstance(payload, Held):
         return values.decode(payload)
-    if _running_loop() is caller.loop:
+    if running_loop() is caller.loop:
         raise BlockingLoopError(what, "`await`")
     return payload.value_in_thread()
 
@@ -438,13 +439,6 @@ async def _read_later(held: Held, caller: Caller) -> Any:
 
 
 _IMMUTABLE = frozenset({int, str, bytes, float, bool, type(None)})
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 class BlockingLoopError(RuntimeError):
@@ -576,7 +570,7 @@ class Stream(Generic[T]):
                 self._raise_end()
                 self._future.value()
                 raise StopIteration
-            if _running_loop() is self._caller.loop:
+            if running_loop() is self._caller.loop:
                 raise BlockingLoopError(f"next() of the stream of {self._future.actor}", "`async for`")
             changed = threading.Event()
             if self._chunks.on_change(changed.set):
@@ -752,7 +746,7 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
         if not self._left:
             raise StopIteration
         while not self._ended:
-            if _running_loop() in self._loops:
+            if running_loop() in self._loops:
                 raise BlockingLoopError("next() of as_completed", "`async for`")
             changed = threading.Event()
             if self._on_next(changed.set):
@@ -802,7 +796,7 @@ class wait(Generic[T]):  # noqa: N801 - named as in asyncio and concurrent.futur
         Raises:
             BlockingLoopError: this thread runs the loop that the futures depend on.
         """
-        loop = _running_loop()
+        loop = running_loop()
         loops = [future._caller.loop for future in self._futures]  # pyright: ignore[reportPrivateUsage]
         if loop is not None and loop in loops:
             raise BlockingLoopError("wait().value()", "`await wait(...)`")

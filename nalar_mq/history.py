@@ -13,6 +13,9 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
     after a failure          The job is tried again because something failed; then failed outcomes do not appear, so that
                              what failed runs again and what succeeded does not, and order means nothing any more.
 
+The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
+of a call follow from its id.
+
 A program that does something else than before is not held up: what it waits for appears although its turn has not come
 (`hurry`), and calls it does not make are never asked for.
 """
@@ -23,10 +26,11 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from random import Random
 from typing import NamedTuple
 
 from nalar_mq.address import Address
-from nalar_mq.messages import Fail, Observation, Outcome, Resolve, Unseen
+from nalar_mq.messages import Fail, Observation, Outcome, Reading, Resolve, Unseen
 
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
@@ -67,7 +71,7 @@ class History:
         call_id: the execution it belongs to.
         memory: of former attempts; None in the first one.
         failures: attempts of the job that ended with an error.
-        unseen_on_the_way: looks that found nothing and are not durable yet.
+        on_the_way: looks that found nothing, and readings of the clock, that are not durable yet.
         retries_left: how often the calls of this execution may still be sent again after the loss of a worker.
     """
 
@@ -75,18 +79,22 @@ class History:
         "_counts",
         "_known",
         "_late",
+        "_latest_s",
         "_lock",
         "_looks",
         "_made",
         "_noted",
         "_queue",
+        "_random",
+        "_readings",
+        "_seen_readings",
         "_unseen",
         "call_id",
         "failures",
         "job",
         "memory",
+        "on_the_way",
         "retries_left",
-        "unseen_on_the_way",
     )
 
     def __init__(self, job: str, call_id: bytes, *, in_order: bool, memory: Memory | None = None, failures: int = 0) -> None:
@@ -94,7 +102,7 @@ class History:
         self.call_id = call_id
         self.memory = memory
         self.failures = failures
-        self.unseen_on_the_way = 0
+        self.on_the_way = 0
         self.retries_left = RETRIES
         self._lock = threading.Lock()
         self._counts: dict[bytes, int] = {}
@@ -105,6 +113,10 @@ class History:
         self._known: dict[bytes, Resolve | Fail] = {}
         self._queue: deque[Observation] = deque()
         self._unseen: list[tuple[int, int]] = []
+        self._readings = 0
+        self._seen_readings: dict[int, float] = {}
+        self._latest_s = 0.0
+        self._random: Random | None = None
         for observation in memory.past.get(call_id, ()) if memory is not None else ():
             self._remember(observation, in_order=in_order and not failures)
 
@@ -119,6 +131,10 @@ class History:
         elif type(observation) is Unseen and in_order:
             self._unseen.append((observation.first, observation.last))
             self._queue.append(observation)
+        elif type(observation) is Reading:
+            self._seen_readings.setdefault(observation.number, observation.at_s)
+            if in_order:
+                self._queue.append(observation)
 
     # Any thread.
 
@@ -149,6 +165,23 @@ class History:
             self._noted.append((number, number))
             return len(self._noted) == 1
 
+    def read_clock(self, wall_s: float) -> tuple[float, Reading | None]:
+        """What the clock shows, in seconds since the epoch; unless it has shown that before, also what is to be journaled."""
+        with self._lock:
+            self._readings += 1
+            number = self._readings
+            seen_s = self._seen_readings.pop(number, None)
+            self._latest_s = max(self._latest_s, wall_s) if seen_s is None else seen_s
+            return self._latest_s, Reading(self.job, self.call_id, number, self._latest_s) if seen_s is None else None
+
+    @property
+    def random(self) -> Random:
+        """The random numbers of this call, from one generator."""
+        with self._lock:
+            if self._random is None:
+                self._random = Random(_digest((b"random", self.call_id)))
+            return self._random
+
     @property
     def is_repeating(self) -> bool:
         """True while there is something that a former attempt saw and this one has not seen yet."""
@@ -160,9 +193,9 @@ class History:
 
     @property
     def progress(self) -> int:
-        """Grows with every call that is made and every look."""
+        """Grows with every call that is made, every look and every reading of the clock."""
         with self._lock:
-            return self._looks + sum(self._counts.values())
+            return self._looks + self._readings + sum(self._counts.values())
 
     # On the loop.
 
@@ -189,10 +222,15 @@ class History:
                     break
                 found.append(self._known.pop(head.result.id))
                 self._made.discard(head.result.id)
-            elif type(head) is Unseen and self._looks < head.last:
+            elif not self._has_repeated(head):
                 break
             self._queue.popleft()
         return found
+
+    def _has_repeated(self, observation: Observation) -> bool:
+        if type(observation) is Reading:
+            return self._readings >= observation.number
+        return type(observation) is Unseen and self._looks >= observation.last
 
     def hurry(self, id: bytes) -> list[Resolve | Fail]:
         """The program waits for `id`, whose turn has not come since it does something else than before: up to that one.

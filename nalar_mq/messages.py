@@ -545,7 +545,16 @@ class Unseen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
     last: int
 
 
-Observation = Outcome | Unseen
+class Reading(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
+    """In a journal: the clock showed the call `parent`, which read it for the `number`-th time, `at_s` since the epoch."""
+
+    job: str
+    parent: bytes
+    number: int
+    at_s: float
+
+
+Observation = Outcome | Unseen | Reading
 
 
 class Pack(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=208):

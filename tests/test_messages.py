@@ -33,6 +33,7 @@ from nalar_mq.messages import (
     Place,
     Prioritise,
     Probe,
+    Reading,
     Release,
     Resolve,
     Running,
@@ -174,7 +175,7 @@ def test_tags_are_never_shared() -> None:
     assert tags == list(range(1, 14))
     packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
     assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
-    assert [s.__struct_config__.tag for s in (Outcome, Unseen)] == [1, 2]
+    assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading)] == [1, 2, 3]
 
 
 def _samples() -> dict[str, bytes]:
@@ -216,7 +217,9 @@ def _samples() -> dict[str, bytes]:
         "locate": encode_message(Locate(5, ("j",), ("w/1",))),
         "located": encode_message(Located(5, (ID,), ("j",))),
         "settled": encode_message(Settled(ID, True)),
-        "pack": encode_record(Pack(WIRE_VERSION, (Outcome("j", b"p", Resolve(ID, b"v")), Unseen("j", b"p", 1, 2)))),
+        "pack": encode_record(
+            Pack(WIRE_VERSION, (Outcome("j", b"p", Resolve(ID, b"v")), Unseen("j", b"p", 1, 2), Reading("j", b"p", 1, 0.5)))
+        ),
         "seal": encode_record(Seal(WIRE_VERSION, "w")),
         "frame": encode_frame(1, 2, 3, 4, [encode_message(Want(ID))]),
         "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
@@ -261,7 +264,10 @@ GOLDEN = {
     "locate": "940a0591a16a91a3772f31",
     "located": "940b0591c410000102030405060708090a0b0c0d0e0f91a16a",
     "settled": "930cc410000102030405060708090a0b0c0d0e0fc3",
-    "pack": "93ccd001929401a16ac401709402c410000102030405060708090a0b0c0d0e0fc40176909502a16ac401700102",
+    "pack": (
+        "93ccd001939401a16ac401709402c410000102030405060708090a0b0c0d0e0fc40176909502a16ac4017001029503a16ac4017001cb3f"
+        "e0000000000000"
+    ),
     "seal": "93ccd101a177",
     "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",
     "gone": "956601020103",

@@ -8,6 +8,7 @@ after that must not be seen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import re
 from collections.abc import AsyncIterator, Callable
@@ -36,9 +37,9 @@ QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2, back_off_s=0.05)
 class Site:
     """Workers that serve a part of the app each, and a client."""
 
-    def __init__(self, settings: Settings, hub: MemoryHub, stack: AsyncExitStack) -> None:
-        self.app = load_app(APP)
-        self.actors: Any = importlib.import_module("resume_app")
+    def __init__(self, settings: Settings, hub: MemoryHub, stack: AsyncExitStack, path: Path, module: str) -> None:
+        self.app = load_app(path)
+        self.actors: Any = importlib.import_module(module)
         self.settings = settings
         self.hub = hub
         self.stack = stack
@@ -77,10 +78,11 @@ class Site:
         """Returns once so many observations lie in journals."""
         from nalar_mq.messages import Pack, decode_journal
 
-        ledger = await self.client.process.transport.ledger(self.client.process.subjects.journal_ledger, [])
+        subjects = self.client.process.subjects
+        ledger = await self.client.process.transport.ledger(subjects.journal_ledger, [subjects.journal("*", "*")])
 
         async def found() -> int:
-            messages = await ledger.read(self.client.process.subjects.journal("*", "*"), limit=10_000)
+            messages = await ledger.read(subjects.journal("*", "*"), limit=10_000)
             packs = [decode_journal(message.data) for message in messages]
             return sum(len(pack.observations) for pack in packs if isinstance(pack, Pack))
 
@@ -89,15 +91,21 @@ class Site:
                 await asyncio.sleep(0.01)
 
 
-@pytest.fixture
-async def site(namespace: str) -> AsyncIterator[Site]:
+@contextlib.asynccontextmanager
+async def site_of(path: Path, module: str, namespace: str) -> AsyncIterator[Site]:
     hub = MemoryHub(seed=3)
     settings = Settings(broker=BrokerAccess(urls=("nats://nowhere",)), namespace=namespace, node="here", lease_s=1.5)
     async with AsyncExitStack() as stack:
-        made = Site(settings, hub, stack)
+        made = Site(settings, hub, stack, path, module)
         for kept in (made.actors.RUNS, made.actors.GATES, made.actors.SEEN, made.actors.HELD):
             kept.clear()
         made.client = await stack.enter_async_context(connect(settings=settings, connect=hub.connect))
+        yield made
+
+
+@pytest.fixture
+async def site(namespace: str) -> AsyncIterator[Site]:
+    async with site_of(APP, "resume_app", namespace) as made:
         yield made
 
 

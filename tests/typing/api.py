@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from random import Random
 from typing import assert_type
 
 from nalar_mq import (
@@ -16,8 +19,12 @@ from nalar_mq import (
     agent,
     as_completed,
     connect,
+    effect,
     gather,
     method,
+    now,
+    random,
+    sleep,
     tool,
     wait,
     workflow,
@@ -131,3 +138,17 @@ async def outside() -> None:
     async with connect("nats://127.0.0.1:4222") as client:
         assert_type(await answer("q"), str)
         await client.options(session="s").call("answer", "q")
+
+
+async def at_any_time(title: str) -> Report:
+    return Report(title)
+
+
+async def world() -> None:
+    assert_type(now(), datetime)
+    assert_type(random(), Random)
+    assert_type(effect(len, "a"), int)
+    assert_type(await effect(at_any_time, title="a"), Report)
+    assert_type(await effect(asyncio.to_thread, len, "a"), int)
+    await sleep(1)
+    effect(len, 1)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
