@@ -71,6 +71,7 @@ MARK: Final = b"\xc1"
 _VERSION: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}\.[0-9]{1,20}\.[0-9a-f]{32}")
 _RETRY_S: Final = 0.5
+_FULL_RETRY_S: Final = 2.0
 _READ_PATIENCE_S: Final = 60.0
 _CLOSE_S: Final = 2.0
 _AT_ONCE: Final = 4
@@ -279,20 +280,26 @@ class Claims:
     ) -> Claim:
         """Keeps a value where all of `readers` find it, for `owner` to hold; that of a job for all, until the job ends.
 
-        A broker that is away is waited for until `deadline`.
+        A broker that is away is waited for until `deadline`, and in a job one that is full, too.
 
         Raises:
+            BrokerFullError: the broker has no room for it.
             BrokerError: it could not be kept.
         """
         async with self._writing:
             digest = await asyncio.to_thread(_digest, data)
-            if job:
-                return await self._keep_of_job(data, digest, job, deadline)
-            return await self._keep_of_owner(data, digest, owner, readers, deadline)
+        if job:
+            return await self._keep_of_job(data, digest, job, deadline)
+        return await self._keep_of_owner(data, digest, owner, readers, deadline)
 
     async def _keep_of_job(self, data: bytes, digest: bytes, job: str, deadline: float | None) -> Claim:
         claim = Claim(_VERSION, name_of(job, digest), len(data), digest, in_objects=True)
-        await self._patiently(lambda: self._of_jobs.put(claim.name, data), deadline)
+
+        async def put() -> None:
+            async with self._writing:
+                await self._of_jobs.put(claim.name, data)
+
+        await self._patiently(put, deadline, for_room=True)
         return claim
 
     async def _keep_of_owner(
@@ -301,7 +308,8 @@ class Claims:
         claim = Claim(_VERSION, f"{_prefix(owner)}{self._random.getrandbits(128):032x}", len(data), digest)
         near = [self._is_near(reader) for reader in readers]
         if any(near):
-            claim = await asyncio.to_thread(self._write_file, claim, data)
+            async with self._writing:
+                claim = await asyncio.to_thread(self._write_file, claim, data)
         if not all(near) or not claim.folder:
             try:
                 claim = await self._put(claim, data, deadline)
@@ -325,7 +333,8 @@ class Claims:
 
     async def _put(self, claim: Claim, data: bytes, deadline: float | None) -> Claim:
         async def put() -> None:
-            await (await self._open()).put(claim.name, data)
+            async with self._writing:
+                await (await self._open()).put(claim.name, data)
 
         await self._patiently(put, deadline)
         if claim.name.startswith(_prefix(self.me)):
@@ -337,16 +346,22 @@ class Claims:
             self._objects = await self._transport.object_store(self._bucket, max_age_s=KEPT_S)
         return self._objects
 
-    async def _patiently(self, operation: Callable[[], Awaitable[T]], deadline: float | None) -> T:
+    async def _patiently(self, operation: Callable[[], Awaitable[T]], deadline: float | None, *, for_room: bool = False) -> T:
+        pause_s = _RETRY_S
         while True:
             try:
                 return await operation()
-            except (BrokerAuthError, BrokerFeatureError, BrokerFullError, ObjectDamagedError):
+            except (BrokerAuthError, BrokerFeatureError, ObjectDamagedError):
                 raise
-            except BrokerError:
-                if self._is_closed or (deadline is not None and self.loop.time() + _RETRY_S > deadline):
+            except BrokerError as error:
+                if isinstance(error, BrokerFullError):
+                    if not for_room:
+                        raise
+                    pause_s = _FULL_RETRY_S
+                    _log.warning("claims.waits_for_room", reason=str(error))
+                if self._is_closed or (deadline is not None and self.loop.time() + pause_s > deadline):
                     raise
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(pause_s)
 
     # Reading.
 

@@ -123,6 +123,7 @@ _MONITOR_TIMEOUT_S: Final = 1.0
 _MONITOR_BYTES: Final = 1024 * 1024
 _READ_BYTES: Final = 8 * 1024 * 1024
 _NO_JETSTREAM: Final = (10039, 10076)
+_DISK_FULL: Final = "no space left on device"
 _NO_ROOM: Final = (10002, 10023, 10028, 10047, 10077, 10122)
 
 
@@ -1338,6 +1339,9 @@ class _ObjectStore:
                 await acks.popleft()
         finally:
             await cancel_all(acks)
+            for ack in acks:
+                if not ack.cancelled():
+                    ack.exception()  # one of them is raised already: nobody asks for the others
         return len(starts)
 
     async def _describe(self, info: api.ObjectInfo, last: int) -> bool:
@@ -1682,8 +1686,9 @@ def _shown(url: str) -> str:
 def _named(doing: str, error: Exception) -> BrokerError:
     """An error of nats-py as one of ours."""
     code = getattr(error, "err_code", None)
-    if code in _NO_ROOM:
-        return BrokerFullError(f"{doing}: the broker has no room for it ({error}): give JetStream more storage, or remove data")
+    if code in _NO_ROOM or _DISK_FULL in str(error):
+        text = "give JetStream more storage, or remove data; restart a server whose disk was full"
+        return BrokerFullError(f"{doing}: the broker has no room for it ({error}): {text}")
     if isinstance(error, nats.js.errors.NoStreamResponseError | nats.js.errors.ServiceUnavailableError) or (
         code in _NO_JETSTREAM
     ):

@@ -111,3 +111,27 @@ async def fails(size: int) -> None:
     """Fails for good after it has made a large value."""
     await make(size, 9)
     raise ValueError("never")
+
+
+@tool
+async def make_when(size: int, name: str) -> bytes:
+    note(f"make_when {name}")
+    await opened(name)
+    return bytes(size)
+
+
+@workflow
+async def tries(size: int, timeout_s: float) -> str:
+    """What becomes of a call whose result needs much room."""
+    try:
+        await make.options(timeout_s=timeout_s)(size, 1)
+    except Exception as error:
+        return type(error).__name__
+    return "made"
+
+
+@workflow
+async def returns_when(size: int, name: str) -> str:
+    note(f"returns_when {name}")
+    await opened(name)
+    return "x" * size
