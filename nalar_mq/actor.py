@@ -33,7 +33,7 @@ from nalar_mq.call_context import DEFAULT_OPTIONS, CallOptions, require_context
 from nalar_mq.directives import Directives, Kind
 from nalar_mq.errors import AddressError, ArgumentError, DirectiveError
 from nalar_mq.future import Future
-from nalar_mq.state import declare
+from nalar_mq.state import declare, kind_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,6 +175,8 @@ class ActorSpec:
         directives: validated, with defaults.
         methods: by name; a tool or workflow has the one method "".
         managed: it has managed state.
+        managed_kinds: by field `list`, `dict` or `value`.
+        is_kept: its managed state is in the store of its worker, and survives it.
         stateful: calls of one session go, one at a time and in order, to one instance.
         transparent: unmodified Python named in a manifest, whose drivers are rewritten.
         doc: first line of the docstring.
@@ -196,8 +198,11 @@ class ActorSpec:
             raise DirectiveError(str(error)) from None
         self.kind: Kind = kind
         self.target = target
-        self.managed = bool(kind == "agent" and isinstance(target, type) and declare(target))
+        fields = declare(target) if kind == "agent" and isinstance(target, type) else {}
+        self.managed_kinds = {field: kind_name(part) for field, part in fields.items()}
+        self.managed = bool(fields)
         self.directives = directives.validated(kind, name, managed=self.managed)
+        self.is_kept = self.managed and self.directives.durability != "memory"
         self.methods = {key: method.named(name) for key, method in methods.items()}
         self.stateful = bool(self.directives.stateful) or self.managed
         self.transparent = transparent

@@ -516,6 +516,7 @@ class Calls:
 
     def on_table_changed(self) -> None:
         """The routing table has changed: calls that found no replica look again."""
+        self._places.on_table_changed()
         for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
             for entry in self._pop_unrouted(actor):
                 self._again(entry)
@@ -916,9 +917,9 @@ class Calls:
         for id in list(self._children.get(parent, ())):
             self._cancel(id, reason)
 
-    def release_place(self, actor: str, session: str, instance: str) -> None:
-        """The session has ended here; whoever calls it next decides its place anew."""
-        self._places.release(self._places.key(actor, session, instance), self.me)
+    def release_place(self, actor: str, session: str, instance: str, store: str = "") -> None:
+        """The session has ended here, or in that store; whoever calls it next decides its place anew."""
+        self._places.release(self._places.key(actor, session, instance), store or self.me)
 
     # Jobs.
 

@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         trust_broker: jobs are accepted even if the broker is known to acknowledge what it has not synced to disk.
         local_store: folder for large values that processes on this machine give each other; `off` for none; if empty,
             `NALAR_LOCAL_STORE`, else `nalar-<user>` in the folder for temporary files.
+        state: folder for the managed state of sessions; if empty, `NALAR_STATE`, else `.nalar/state` beside the app.
+        adopts_state: sessions that were kept under another broker are entered in this one's directory: it is the app's own.
     """
 
     broker: BrokerAccess
@@ -72,6 +74,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: float = LEASE_S
     trust_broker: bool = False
     local_store: str = ""
+    state: str = ""
+    adopts_state: bool = False
+
+
+def find_state(given: str, beside: Path, *, environ: Mapping[str, str] | None = None) -> Path:
+    """The folder for the managed state of sessions that `Settings.state` means, for the app in the folder `beside`."""
+    env = os.environ if environ is None else environ
+    chosen = given or env.get("NALAR_STATE", "")
+    return Path(chosen) if chosen else beside / ".nalar" / "state"
 
 
 def find_local_store(given: str = "", *, environ: Mapping[str, str] | None = None) -> Path | None:

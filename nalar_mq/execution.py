@@ -18,7 +18,7 @@ from nalar_mq.history import Memory
 from nalar_mq.messages import Call, CallRecord, Fail, Resolve
 from nalar_mq.outflow import Outflow
 from nalar_mq.replica import Replica
-from nalar_mq.session_state import SessionState
+from nalar_mq.session_state import Change, SessionState
 
 _CANCELLED = f"{CallCancelledError.__module__}:{CallCancelledError.__qualname__}"
 
@@ -87,6 +87,8 @@ class Execution(msgspec.Struct, eq=False):
     is_batched: bool = False
     resumed: Resumed | None = None
     managed: SessionState | None = None
+    changes: list[Change] | None = None
+    is_committing: bool = False
     waits: int = 0
 
     @property

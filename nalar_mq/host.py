@@ -15,6 +15,9 @@ Async code runs on the loop, sync code in threads, and code that asks for it in 
 ends at its next `await`; in a thread at its next call to an actor, and what it returns after that is dropped while its
 session stays held until the thread has returned.
 
+State that is kept. What a call has changed goes, with its result, into the store of the worker before anybody is told; its
+session is held until then. A call that is sent again and is recorded there is answered from the record and does not run.
+
 Calls of jobs. What such a call came to is kept until its owner says that it is durable, and the call goes on when its owner
 is lost: whoever tries the job again asks for it by its id, and is its owner from then on. A call of a later attempt waits in
 the mailbox until what former attempts have done is known (`recall`).
@@ -33,6 +36,7 @@ import hashlib
 import itertools
 import sys
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from typing import Any, cast
@@ -52,6 +56,9 @@ from nalar_mq.errors import (
     CallExpiredError,
     CallTimeoutError,
     OverloadedError,
+    StateDamagedError,
+    StateNotKeptError,
+    StoreError,
     UnknownActorError,
     UnknownMethodError,
     WaitCycleError,
@@ -69,6 +76,7 @@ from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
 from nalar_mq.session_state import SessionState
 from nalar_mq.state import state_of
+from nalar_mq.stores import Stores
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
 from nalar_mq.transparent import run_driver
@@ -82,6 +90,8 @@ _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
 _PATH_SHOWN = 63
+_FORGET_EVERY_S = 60.0
+_IN_MEMORY_S = 60.0  # a session in a store leaves memory after this long without a call
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 _KEPT_S = 3600.0  # what a call of a job came to, when nobody asks for it
 _STOP_S = 5.0
@@ -117,13 +127,15 @@ class Host:
         name: str,
         may_begin: Callable[[], bool],
         remember: Remember,
+        stores: Stores | None = None,
         high_water: int = HIGH_WATER,
     ) -> None:
+        self._stores = stores
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._calls = calls
         self._children = children
-        self._replicas = {spec.name: Replica(spec, self._loop) for spec in specs.values()}
+        self._replicas = {spec.name: Replica(spec, self._loop, stores) for spec in specs.values()}
         self._executions: dict[bytes, Execution] = {}
         self._waiting: dict[bytes, list[Execution]] = {}
         self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
@@ -135,6 +147,7 @@ class Host:
         self._remember = remember
         self._recalling: set[asyncio.Task[None]] = set()
         self._is_muted = False
+        self._forget_at = self._loop.time() + _FORGET_EVERY_S
         self._is_closing = False
         self._threads = Threads(f"{name}-call")
         self._runner = Runner(self._loop, calls.flush)
@@ -153,6 +166,7 @@ class Host:
             self._end_unwatched,
             self._look_for_circles,
             self._end_idle_sessions,
+            self._forget_kept_sessions,
             self._end_kept,
         )
         self._high_water = high_water
@@ -185,6 +199,8 @@ class Host:
             known = ", ".join(name for name in replica.spec.methods if name) or "none; it is called by its own name"
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
+            return
+        if replica.stores is not None and (call.attempt or call.job) and self._is_recorded(owner, call, replica.stores):
             return
         _share_names(call, replica.spec.name, method.name)
         if self._early_priorities:
@@ -244,6 +260,22 @@ class Host:
             if execution.resumed is not None:
                 execution.resumed.is_orphan = False
             self._unwatched.pop(call.id, None)
+        return True
+
+    def _is_recorded(self, owner: Address, call: Call, stores: Stores) -> bool:
+        """True if the call has taken effect already: then its owner is told what it came to, or why that is not known."""
+        try:
+            record = stores.record(call.actor, session_key_of(call), call.id)
+        except (CallError, StoreError) as error:
+            self._refuse(owner, call, error if isinstance(error, CallError) else StateDamagedError(str(error)))
+            return True
+        if record is None:
+            return False
+        message = Resolve(call.id, record.payload)
+        if call.job:
+            self._kept[call.id] = _Kept(message, call.job, owner, self._loop.time())
+        if not call.cast:
+            self._calls.tell(owner, message)
         return True
 
     def _begin_recalling(self, execution: Execution) -> None:
@@ -358,7 +390,7 @@ class Host:
             self._answer_error(execution, CallCancelledError(reason or "cancelled", started=True))
             return  # the others want the batch to go on
         context = execution.context
-        if context is None or context.cancelled:
+        if context is None or context.cancelled or execution.is_committing:
             return
         context.cancelled = reason or "cancelled"
         if with_children:
@@ -797,6 +829,32 @@ class Host:
                 execution.task = self._move(self._keep_and_end(execution, payload))
                 return
             payload = self._fitting(execution, payload, is_wanted)
+        if error is None and execution.changes and execution.replica.stores is not None:
+            assert payload is not None
+            self._commit(execution, payload, execution.replica.stores)
+        else:
+            self._close(execution, payload, error)
+
+    def _commit(self, execution: Execution, payload: bytes, stores: Stores) -> None:
+        """Nobody is told, and the session is held, until what the call has changed is durable."""
+        call, state, changes = execution.call, execution.managed, execution.changes
+        assert state is not None and state.kept is not None and changes is not None
+
+        def done(error: Exception | None) -> None:
+            self._inbox.put(functools.partial(self._committed, execution, payload, error))
+
+        execution.is_committing = True
+        kinds = execution.replica.spec.managed_kinds
+        stores.commit(state.kept, changes, call.id, payload, done, is_job=bool(call.job), kinds=kinds)
+
+    def _committed(self, execution: Execution, payload: bytes, cause: Exception | None) -> None:
+        execution.is_committing = False
+        error = None if cause is None else StateNotKeptError(f"what {execution.label} has changed was not kept: {cause}")
+        self._close(execution, payload, error)
+        if error is not None:  # the next call reads what is in the store
+            self._end_instances(execution.replica, [execution.session_key])
+
+    def _close(self, execution: Execution, payload: bytes | None, error: BaseException | None) -> None:
         if execution.managed is not None:
             _end_changes(execution.managed, error)
         try:
@@ -1001,13 +1059,36 @@ class Host:
 
     def _end_idle_sessions(self, now: float) -> None:
         for replica in self._replicas.values():
-            for key in replica.idle("auto-", now - _SESSION_IDLE_S):
-                if key in replica.holders:
-                    continue
-                self._threads.run(functools.partial(replica.stop_instance, key))
+            if replica.stores is not None:
+                self._end_instances(replica, replica.idle("", now - _IN_MEMORY_S))  # read again when they are called
+                continue
+            for key in self._end_instances(replica, replica.idle("auto-", now - _SESSION_IDLE_S)):
                 if replica.spec.stateful:
                     session, _, instance = key.partition("/")
                     self._calls.release_place(replica.spec.name, session, instance)
+
+    def _end_instances(self, replica: Replica, keys: list[str]) -> list[str]:
+        """Ends those of them that no call holds; returns their keys."""
+        ended = [key for key in keys if key not in replica.holders]
+        for key in ended:
+            self._threads.run(functools.partial(replica.end, replica.take_out(key)))
+        return ended
+
+    def _forget_kept_sessions(self, now: float) -> None:
+        """Of the sessions in stores that nobody named and nobody has called for long, some at a time."""
+        if self._stores is None or now < self._forget_at:
+            return
+        self._forget_at = now + _FORGET_EVERY_S
+        actors = [name for name, replica in self._replicas.items() if replica.stores is not None]
+        before_s = time.time() - _SESSION_IDLE_S
+        self._threads.run(functools.partial(self._forget_in_thread, self._stores, actors, before_s))
+
+    def _forget_in_thread(self, stores: Stores, actors: list[str], before_s: float) -> None:
+        for actor in actors:
+            is_loaded = self._replicas[actor].has_instance
+            for key, store in stores.forget_idle(actor, "auto-", before_s, is_loaded):
+                session, _, instance = key.partition("/")
+                self._inbox.put(functools.partial(self._calls.release_place, actor, session, instance, store))
 
     def load(self) -> dict[str, tuple[int, int]]:
         """Queued and running calls by actor; those without any are left out."""
@@ -1179,7 +1260,7 @@ def _seal(execution: Execution, payload: bytes) -> None:
     """Raises if the result cannot travel or the managed state cannot be kept; nothing is changed after that."""
     _checked_size(payload, execution)
     if execution.managed is not None:
-        execution.managed.seal()
+        execution.changes = execution.managed.seal()
 
 
 def _end_changes(state: SessionState, error: BaseException | None) -> None:

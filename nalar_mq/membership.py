@@ -406,6 +406,12 @@ class Membership:
         if self._lease is not None:
             await self._lease.change(self._member)
 
+    async def hold(self, stores: tuple[str, ...]) -> None:
+        """Tells everybody which stores this process has open."""
+        self._member = msgspec.structs.replace(self._member, stores=stores)
+        if self._lease is not None:
+            await self._lease.change(self._member)
+
     async def is_gone(self, address: Address) -> bool:
         """Judges a process that the table may never have held: True once it is held to be lost, by everybody.
 

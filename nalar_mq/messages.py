@@ -354,6 +354,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
         retries: how often a call that names no number is sent again after its worker was lost.
         priority: of calls that name none and inherit none.
         max_instances: replicas that calls are routed to at most; None for no bound.
+        is_kept: its sessions are in stores, not in the memory of a process.
     """
 
     kind: str
@@ -364,6 +365,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
     retries: int = 0
     priority: int = 0
     max_instances: int | None = None
+    is_kept: bool = False
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
@@ -378,6 +380,7 @@ class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
         actors: what it serves, by name.
         draining: it takes no new calls.
         folder: id of the local store that it reads and writes; empty for none.
+        stores: ids of the stores of managed state that it has open, that for new sessions first.
     """
 
     version: int
@@ -388,14 +391,23 @@ class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
     actors: dict[str, ActorInfo] = {}
     draining: bool = False
     folder: str = ""
+    stores: tuple[str, ...] = ()
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=202):
-    """Value of a key in the places bucket: the process that holds the memory of one session."""
+    """Value of a key in the places bucket: the process that holds the memory of one session, or the store that keeps it.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        name: the process; empty if a store keeps the session.
+        incarnation: of the process.
+        store: id of the store; empty if the session is in the memory of a process.
+    """
 
     version: int
     name: str
     incarnation: int
+    store: str = ""
 
 
 class Lost(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=203):

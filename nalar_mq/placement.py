@@ -39,6 +39,7 @@ class RoutingTable:
         self._members: dict[str, Member] = {}
         self._replicas: dict[str, list[Address]] = {}
         self._infos: dict[str, ActorInfo] = {}
+        self._holders: dict[str, Address] = {}
         self._buried: dict[str, int] = {}
         self._reports: dict[str, Load] = {}
         self._backlog: dict[str, dict[str, int]] = {}
@@ -91,6 +92,9 @@ class RoutingTable:
                 # The longest-lived ones serve; everybody who has the same members leaves out the same others.
                 addresses.sort(key=lambda address: (address.incarnation, address.name))
                 del addresses[first.max_instances :]
+        self._holders = {
+            store: Address(name, member.incarnation) for name, member in self._members.items() for store in member.stores
+        }
         # Replaced, never changed: threads that make calls read them meanwhile.
         self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in replicas.items() if found}
         self._replicas = replicas
@@ -106,6 +110,15 @@ class RoutingTable:
         member = self._members.get(address.name)
         is_replaced = member is not None and member.incarnation > address.incarnation
         return is_replaced or self._buried.get(address.name, -1) >= address.incarnation
+
+    def holder(self, store: str) -> Address | None:
+        """Who has that store of managed state open."""
+        return self._holders.get(store)
+
+    def store_of(self, address: Address) -> str:
+        """The store where that worker keeps new sessions; empty if it has none."""
+        member = self._members.get(address.name)
+        return member.stores[0] if member is not None and member.stores else ""
 
     def replicas(self, actor: str) -> list[Address]:
         """Where calls of the actor may go: everywhere it is served, up to its `max_instances`; empty if nowhere."""

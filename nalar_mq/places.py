@@ -1,8 +1,13 @@
 """Where the sessions of stateful actors live: one entry per session in the places bucket, written by compare-and-set.
 
 The first caller proposes the replica that ranks highest for the session; whoever writes the entry first has decided, and all
-others read it. Entries name an incarnation, so a session whose process has died is found to be lost by the next caller, who
-writes the successor's entry and is told `StateLostError`, once; everybody after him starts with an empty state.
+others read it.
+
+In memory      The entry names an incarnation, so a session whose process has died is found to be lost by the next caller, who
+               writes the successor's entry and is told `StateLostError`, once; everybody after him starts with an empty state.
+In a store     The entry names the store, and who has that open says so in its own record: a worker that takes over the store
+               of a dead one takes over all its sessions with that one record. While nobody has it open, callers wait; after
+               `PATIENCE_S` they are told `SessionUnavailableError`. Such a session never begins anew.
 """
 
 from __future__ import annotations
@@ -12,7 +17,16 @@ import contextlib
 from collections.abc import Callable
 
 from nalar_mq.address import Address, Subjects
-from nalar_mq.errors import BrokerError, CallError, KeyConflictError, NalarError, StateLostError, WireError, WorkerLostError
+from nalar_mq.errors import (
+    BrokerError,
+    CallError,
+    KeyConflictError,
+    NalarError,
+    SessionUnavailableError,
+    StateLostError,
+    WireError,
+    WorkerLostError,
+)
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, decode_member, decode_place, encode_record
@@ -23,6 +37,8 @@ OnPlaced = Callable[[bytes, Address | None, CallError | None], bool]
 """Is told the id it asked for, the place and what went wrong; False if nobody waits for the answer any more."""
 
 _PLACES_KEPT = 200_000
+PATIENCE_S = 30.0  # for a store that nobody has open: its worker may be on its way back
+_RETRY_AFTER_S = 5.0
 _log = logger(__name__)
 
 
@@ -39,7 +55,8 @@ class Places:
         self._table = table
         self.unreadable = 0
         self._bucket: KeyValue | None = None
-        self._known: dict[str, Address] = {}
+        self._known: dict[str, Address | str] = {}
+        self._changed = asyncio.Event()
         self._finding: dict[str, list[tuple[bytes, OnPlaced]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -52,8 +69,14 @@ class Places:
         """Where it is, if this process knows and has heard nothing of that process's death."""
         if key in self._finding:
             return None
-        address = self._known.get(key)
-        return address if address is not None and self._table.is_alive(address) else None
+        place = self._known.get(key)
+        if type(place) is str:
+            return self._table.holder(place)
+        return place if place is not None and self._table.is_alive(place) else None  # type: ignore[arg-type, return-value]
+
+    def on_table_changed(self) -> None:
+        """The routing table has changed: perhaps somebody has opened a store that is waited for."""
+        self._changed.set()
 
     def find(self, key: str, actor: str, id: bytes, on_placed: OnPlaced) -> None:
         """Looks the place up or decides it; answers each asker once, in the order of asking."""
@@ -68,17 +91,21 @@ class Places:
 
     async def _find(self, key: str, actor: str) -> None:
         address: Address | None = None
+        place: Address | str | None = None
         error: CallError | None = None
         lost = False
         try:
-            address, lost = await self._decide(key, actor)
+            place, lost = await self._decide(key, actor)
+            address = await self._holder(place, key) if isinstance(place, str) else place
+        except CallError as cause:
+            error = cause
         except NalarError as cause:
             error = WorkerLostError(f"the place of {key} could not be read: {cause}")
         except Exception as cause:
             _log.exception("places.find_failed", key=key)
             error = WorkerLostError(f"the place of {key} could not be read: {cause!r}")
-        if address is not None:
-            self._known[key] = address
+        if place is not None:
+            self._known[key] = place
             if len(self._known) > _PLACES_KEPT:
                 del self._known[next(iter(self._known))]
         for id, on_placed in self._finding.pop(key):
@@ -89,19 +116,39 @@ class Places:
             else:
                 lost = lost and not was_told
 
-    async def _decide(self, key: str, actor: str) -> tuple[Address | None, bool]:
+    async def _holder(self, store: str, key: str) -> Address:
+        """Who has the store open, as soon as somebody has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    self._changed.clear()
+                    holder = self._table.holder(store)
+                    if holder is not None:
+                        return holder
+                    await self._changed.wait()
+        raise SessionUnavailableError(
+            f"nobody has the state of {key} open (store {store}): its worker or its machine is gone; it is kept there and "
+            f"served again when that is back",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+    async def _decide(self, key: str, actor: str) -> tuple[Address | str | None, bool]:
         """The place, and whether a former one was lost; None if there is no replica to propose."""
         if self._bucket is None:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
         while True:
             entry = await self._bucket.get(key)
             former = self._read(entry.value) if entry is not None and entry.value is not None else None
+            if isinstance(former, str):
+                return former, False
             if former is not None and (self._table.is_alive(former) or await self._has_just_joined(former)):
                 return former, False
             proposed = self._table.rank(actor, key)
             if proposed is None:
                 return None, False
-            record = encode_record(Place(WIRE_VERSION, proposed.name, proposed.incarnation))
+            info = self._table.info(actor)
+            store = self._table.store_of(proposed) if info is not None and info.is_kept else ""
+            record = encode_record(place_of(proposed, store))
             try:
                 if entry is None:
                     await self._bucket.create(key, record)
@@ -109,7 +156,7 @@ class Places:
                     await self._bucket.update(key, record, entry.revision)
             except KeyConflictError:
                 continue
-            return proposed, entry is not None
+            return store or proposed, entry is not None
 
     async def _has_just_joined(self, address: Address) -> bool:
         """True for a live process of which whoever wrote the entry has heard before this one."""
@@ -124,31 +171,31 @@ class Places:
         except WireError:
             return False
 
-    def release(self, key: str, address: Address) -> None:
-        """Removes the entry of a session that has ended at `address`, soon."""
+    def release(self, key: str, address: Address | str) -> None:
+        """Removes the entry of a session that has ended at `address`, or in that store, soon."""
         self._known.pop(key, None)
         task = asyncio.get_running_loop().create_task(self._release(key, address))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _release(self, key: str, address: Address) -> None:
+    async def _release(self, key: str, address: Address | str) -> None:
         with contextlib.suppress(BrokerError):
             await self._remove(key, address)
 
-    async def _remove(self, key: str, address: Address) -> None:
+    async def _remove(self, key: str, address: Address | str) -> None:
         if self._bucket is None:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
         entry = await self._bucket.get(key)
         if entry is not None and entry.value is not None and self._read(entry.value) == address:
             await self._bucket.delete(key, entry.revision)
 
-    def _read(self, value: bytes) -> Address | None:
+    def _read(self, value: bytes) -> Address | str | None:
         try:
             place = decode_place(value)
         except WireError:
             self.unreadable += 1
             return None
-        return Address(place.name, place.incarnation)
+        return place.store or Address(place.name, place.incarnation)
 
     def forget(self, address: Address) -> None:
         """That process is gone; its sessions are looked up again."""
@@ -157,6 +204,11 @@ class Places:
     async def aclose(self) -> None:
         """Gives up what is being looked up."""
         await cancel_all(self._tasks)
+
+
+def place_of(address: Address, store: str = "") -> Place:
+    """The entry of a session in that store, or in the memory of that process."""
+    return Place(WIRE_VERSION, "", 0, store) if store else Place(WIRE_VERSION, address.name, address.incarnation)
 
 
 def _state_lost(key: str) -> StateLostError:

@@ -24,6 +24,7 @@ from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_m
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.recall import Recall
+from nalar_mq.stores import Stores
 from nalar_mq.telemetry import Telemetry
 from nalar_mq.transport import Transport
 
@@ -61,6 +62,7 @@ class Process:
         self.subjects = Subjects(settings.namespace)
         self.replaced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.declared_lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.stores: Stores | None = None
         self._role = role
         self._actors = actors or {}
         self._connect = connect or self._connect_nats
@@ -75,10 +77,10 @@ class Process:
 
         return await NatsTransport.connect(self.settings.broker, name=name)
 
-    async def start(self, before_joining: Callable[[], None] | None = None) -> None:
+    async def start(self, before_joining: Callable[[], Awaitable[None]] | None = None) -> None:
         """Connects and joins. When it returns, calls can be made, and everybody who was there is in the table.
 
-        `before_joining` is called when calls can be made and nobody can reach this process yet.
+        `before_joining` is awaited when calls can be made and nobody can reach this process yet.
 
         Raises:
             BrokerError: the broker is not there, refuses us, or lacks something.
@@ -89,7 +91,7 @@ class Process:
             await self._stack.aclose()
             raise
 
-    async def _start(self, before_joining: Callable[[], None] | None) -> None:
+    async def _start(self, before_joining: Callable[[], Awaitable[None]] | None) -> None:
         transport = self.transport = await self._connect(self.name)
         self._stack.push_async_callback(transport.aclose)
         me = self.me = Address(self.name, await self._next_incarnation(transport))
@@ -109,7 +111,7 @@ class Process:
         self.recall = self.calls.resumption = Recall(me, self.table, journal, self.calls.tell, self._hold_lost, self._is_gone)
         self._stack.push_async_callback(self.recall.aclose)
         if before_joining is not None:
-            before_joining()
+            await before_joining()
         await self.endpoint.start()
         self.membership = Membership(
             transport,
@@ -143,6 +145,7 @@ class Process:
             os.getpid(),
             self._actors,
             folder=store.id if store is not None else "",
+            stores=self.stores.ids if self.stores is not None else (),
         )
 
     async def _connect_lease(self) -> Transport:
@@ -157,6 +160,10 @@ class Process:
             if entry is not None and entry.value is not None:
                 return max(now, decode_member(entry.value).incarnation + 1)
         return now
+
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Has `close` awaited when this process has left, and nobody can reach it any more."""
+        self._stack.push_async_callback(close)
 
     def _on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
         self.calls.on_messages(sender, messages)

@@ -10,11 +10,12 @@ from typing import Any
 
 from nalar_mq import values
 from nalar_mq.actor import ActorSpec
-from nalar_mq.errors import ArgumentError
+from nalar_mq.errors import ArgumentError, StateSchemaError
 from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
-from nalar_mq.session_state import SessionState
+from nalar_mq.session_state import Entries, SessionState
 from nalar_mq.state import bind
+from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import settle, unsettle
 
 _log = logger(__name__)
@@ -33,8 +34,9 @@ class Replica:
     set of constructor arguments. They are made in threads, since constructors may load models.
     """
 
-    def __init__(self, spec: ActorSpec, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, spec: ActorSpec, loop: asyncio.AbstractEventLoop, stores: Stores | None = None) -> None:
         self.spec = spec
+        self.stores = stores if spec.is_kept else None
         self.mailbox = Mailbox(concurrency=spec.concurrency, per_session=spec.stateful)
         self.holders: dict[str, bytes] = {}
         self.is_pumping = False
@@ -49,6 +51,10 @@ class Replica:
     def instance(self, key: str) -> Any | None:
         """The instance under `key`, or None if it has to be made."""
         return self._instances.get(key)
+
+    def has_instance(self, key: str) -> bool:
+        """True if there is an instance under `key`."""
+        return key in self._instances
 
     def has_used(self, key: str) -> None:
         """A call of the instance under `key` has ended."""
@@ -81,7 +87,7 @@ class Replica:
             if not self.spec.managed:
                 return target(*args, **kwargs)
             found = target.__new__(target, *args, **kwargs)
-            bind(found, SessionState(f"{self.spec.name}[{key}]", is_kept=True), {})
+            self._bind(found, key)
             found.__init__(*args, **kwargs)
             return found
         except TypeError as error:
@@ -90,6 +96,27 @@ class Replica:
                 raise
             who = f"agent {self.spec.name!r} is made with arguments, so that only a workflow that makes it can call it"
             raise ArgumentError(f"{who}: {error}") from None
+
+    def _bind(self, instance: object, key: str) -> None:
+        state = SessionState(f"{self.spec.name}[{key}]", is_kept=True)
+        entries: Entries = {}
+        if self.stores is not None:
+            state.kept = self.stores.session(self.spec.name, key)
+            entries = self.stores.load(state.kept)
+            self._check_kinds(state.kept, key)
+        bind(instance, state, entries)
+
+    def _check_kinds(self, kept: Kept, key: str) -> None:
+        """Raises `StateSchemaError` if what was kept are other fields than the class has now."""
+        header = kept.session.header
+        for name, kind in header.kinds.items() if header is not None else ():
+            now = self.spec.managed_kinds.get(name)
+            if now != kind and header is not None and header.sums.get(name, (0, 0))[0]:
+                is_what = f"is a {now} now" if now else "is not there any more"
+                raise StateSchemaError(
+                    f"{self.spec.name}[{key}] was kept with a {kind} {name!r}, which {is_what}: bring the field back, or move "
+                    f"its content with the former version of the agent before this one serves"
+                )
 
     def _hook(self, instance: Any, name: str) -> None:
         hook: Callable[[], Coroutine[Any, Any, None] | None] | None = getattr(instance, name, None)
@@ -101,13 +128,17 @@ class Replica:
 
     def idle(self, prefix: str, before: float) -> list[str]:
         """Keys that begin with `prefix` and have not been used since `before`."""
-        return [key for key, at in self._last_used.items() if at < before and key.startswith(prefix)]
+        return [key for key, at in list(self._last_used.items()) if at < before and key.startswith(prefix)]
 
-    def stop_instance(self, key: str) -> None:
-        """Ends an instance, with its `on_stop`; in a thread."""
+    def take_out(self, key: str) -> Any | None:
+        """The instance under `key`, for `end`: whoever asks for it from now on gets another."""
         instance = self._instances.pop(key, None)
         self._last_used.pop(key, None)
         self._making.pop(key, None)
+        return instance
+
+    def end(self, instance: Any | None) -> None:
+        """Ends an instance that has been taken out, with its `on_stop`; in a thread."""
         if instance is None:
             return
         if self.spec.transparent:
@@ -120,4 +151,4 @@ class Replica:
     def stop(self) -> None:
         """Ends all instances; in a thread."""
         for key in list(self._instances):
-            self.stop_instance(key)
+            self.end(self.take_out(key))

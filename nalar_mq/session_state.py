@@ -28,6 +28,7 @@ import msgspec
 from nalar_mq import values
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.errors import StateMutatedError, StateWriteError
+from nalar_mq.stores import Kept
 
 _PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
 _SHOWN: Final = 60
@@ -85,6 +86,10 @@ class SessionState:
     Args:
         where: what it belongs to, for messages.
         is_kept: False for state of its own, that anybody may change and nobody keeps.
+
+    Attributes:
+        parts: its fields by name.
+        kept: where in the stores it is; None if it is in memory alone.
     """
 
     def __init__(self, where: str = "", *, is_kept: bool = False) -> None:
@@ -92,6 +97,7 @@ class SessionState:
         self.is_kept = is_kept
         self.lock = threading.RLock()
         self.parts: dict[str, Any] = {}
+        self.kept: Kept | None = None
         self._writer: CallContext | None = None
         self._written: dict[tuple[str, int], tuple[Any, ...] | None] = {}
         self._way_back: list[Callable[[], None]] = []

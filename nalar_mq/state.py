@@ -686,6 +686,11 @@ def declare(cls: type) -> dict[str, type[Any]]:
     return fields
 
 
+def kind_name(kind: type[Any]) -> str:
+    """`list`, `dict` or `value`."""
+    return kind.__name__.removeprefix("Managed").lower()
+
+
 def _default_of(cls: type, name: str, kind: type[Any], default: Any) -> Any:
     where = f"class {cls.__qualname__}: field {name!r}"
     if default is None:

@@ -269,6 +269,21 @@ class Store:
             raise
         return store
 
+    @staticmethod
+    def is_free(folder: Path) -> bool:
+        """True if nobody has the store in `folder` open now."""
+        try:
+            lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(lock)
+        return True
+
     def _begin(self, upgrades: Mapping[int, Upgrade]) -> None:
         commits = _read_commits(self.folder)
         try:
@@ -437,6 +452,11 @@ class Store:
                     found.append(Session(*names_in(key), _decode(value, key, _HEADER)))
         return found
 
+    def sessions_from(self, actor: str, prefix: str, after: str | None, limit: int = _PIECE) -> list[Session]:
+        """Sessions of one agent whose names begin with `prefix`, from the one after `after`."""
+        found = self.sessions((actor, after) if after is not None else (actor, prefix), limit)
+        return [session for session in found if session.actor == actor and session.name.startswith(prefix)]
+
     def size_bytes(self) -> int:
         """What the file takes on disk."""
         return (self.folder / _DATA_FILE).stat().st_size
@@ -515,6 +535,10 @@ class Store:
         if before is None:
             numbers[1] += 1
             txn.put(_digest(key), _U64.pack(number), db=self._trees["names"])
+        elif txn.get(_digest(key), db=self._trees["names"]) != _U64.pack(number):
+            raise StoreError(
+                f"session {commit.session.name!r} of {commit.session.actor!r} was removed meanwhile", str(self.folder)
+            )
         sums = dict(before.sums) if before is not None else {}
         self._apply_changes(txn, _U64.pack(number), commit.changes, sums)
         header = Header(number, sums, now_s, commit.schema, dict(commit.kinds))

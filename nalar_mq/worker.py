@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from random import Random, SystemRandom
 from typing import Final
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
-from nalar_mq.config import Settings
+from nalar_mq.config import Settings, find_state
 from nalar_mq.door import Door
+from nalar_mq.errors import BrokerError, StoreError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.host import HIGH_WATER, Host
 from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
 from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo
 from nalar_mq.process import Connect, Process
+from nalar_mq.stores import Stores
 
 _ANSWERS_S: Final = 0.5  # for the answers to calls that have just been ended
 _log = logger(__name__)
@@ -61,6 +65,7 @@ class Worker:
         self._random = random or SystemRandom()
         self._intake: Intake | None = None
         self._door: Door | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process.replaced.add_done_callback(lambda _: self._end())
         self._process.declared_lost.add_done_callback(lambda _: self._end())
@@ -99,8 +104,9 @@ class Worker:
             raise
         _log.info("worker.started", worker=self.name, actors=sorted(self._app.actors))
 
-    def _begin_hosting(self) -> None:
+    async def _begin_hosting(self) -> None:
         calls = self._process.calls
+        stores = await self._open_stores()
         self._host = calls.host = Host(
             self._app.actors,
             calls,
@@ -108,10 +114,39 @@ class Worker:
             name=self.name,
             may_begin=self._process.is_current,
             remember=self._process.recall.memory,
+            stores=stores,
             high_water=self._high_water,
         )
         self._process.recall.finder = self._host
         self._host.start()
+
+    async def _open_stores(self) -> Stores | None:
+        """The stores of this worker, if it serves agents whose state is kept."""
+        if not any(spec.is_kept for spec in self._app.actors.values()):
+            return None
+        process, loop = self._process, asyncio.get_running_loop()
+
+        def on_lost() -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(process.on_declared_lost)
+
+        folder = find_state(process.settings.state, self._app.path.parent)
+        stores = process.stores = Stores(folder, self.name, on_lost)
+        process.on_close(lambda: asyncio.to_thread(stores.close))
+        await asyncio.to_thread(stores.open)
+        await stores.join(process.transport, process.subjects, adopts=process.settings.adopts_state)
+        return stores
+
+    async def _look_for_free_stores(self, stores: Stores) -> None:
+        """Opens what nobody has open, so that no session waits for a worker that will not come back."""
+        process = self._process
+        while True:
+            await asyncio.sleep(process.settings.lease_s)
+            try:
+                if await stores.take_free_ones(process.transport, process.subjects, adopts=process.settings.adopts_state):
+                    await process.membership.hold(stores.ids)
+            except (BrokerError, StoreError) as error:
+                _log.warning("store.look_failed", error=str(error))
 
     async def _open_to_all(self) -> None:
         """Takes jobs and calls from any client of the broker."""
@@ -133,6 +168,8 @@ class Worker:
             options=self._intake_options,
         )
         await asyncio.gather(self._door.start(), self._intake.start())
+        if process.stores is not None:
+            self._looking = asyncio.create_task(self._look_for_free_stores(process.stores))
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and finishes what it has; False if that took longer than `timeout_s`."""
@@ -156,6 +193,9 @@ class Worker:
         door, self._door = self._door, None
         intake, self._intake = self._intake, None
         host, self._host = self._host, None
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            await cancel_all([looking])
         if intake is not None:
             await intake.aclose()
         if host is not None:
@@ -188,4 +228,5 @@ def info_of(spec: ActorSpec) -> ActorInfo:
         spec.directives.retries,
         spec.directives.priority,
         spec.directives.max_instances,
+        spec.is_kept,
     )

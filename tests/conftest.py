@@ -44,6 +44,12 @@ def namespace(_numbers: Iterator[int]) -> str:
 
 
 @pytest.fixture(autouse=True)
+def _state_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds the managed state of another one."""
+    monkeypatch.setenv("NALAR_STATE", str(tmp_path / "state"))
+
+
+@pytest.fixture(autouse=True)
 def _logs_as_before() -> Iterator[None]:
     """A test that sets up logs leaves none of that to the next one."""
     root = logging.getLogger()
