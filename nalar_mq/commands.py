@@ -156,6 +156,7 @@ async def up(
             namespace=_namespace(choice, entry),
             node=_node_name(),
             trust_broker=trusts_broker(choice.trust_broker),
+            adopts_state=broker is not None,
         )
         if broker is None:
             await _reach(settings)
@@ -205,7 +206,8 @@ async def run(
             settings = Settings(broker=running.access, namespace=running.namespace, node=_node_name())
         else:
             access = named or await _short_lived_broker(stack)
-            settings = Settings(broker=access, namespace=_namespace(choice, entry), node=_node_name())
+            namespace = _namespace(choice, entry)
+            settings = Settings(broker=access, namespace=namespace, node=_node_name(), adopts_state=named is None)
         client = await stack.enter_async_context(connect(settings=settings))
         guards: list[Coroutine[Any, Any, None]] = []
         if running is None:

@@ -90,7 +90,7 @@ async def test_a_session_whose_store_nobody_has_is_refused_and_not_begun_anew(
             await ann.call("Notebook.note", "a")
         state.rename(state.with_name("elsewhere"))
         async with runtime.worker("second"):
-            with pytest.raises(SessionUnavailableError, match="nobody has the state of Notebook.ann open"):
+            with pytest.raises(SessionUnavailableError, match=r"nobody has the state of Notebook\.ann open"):
                 await ann.call("Notebook.note", "b")
             assert await client.options(session="ben").call("Notebook.note", "c") == 1
 
