@@ -19,6 +19,8 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.load.<process>       what a worker has in hand, told a few times a second while it changes; every caller listens
     NS.look.<to>.<from>     process <from> asks <to> for its queues and its calls, those that have ended included
     NS.seen.<to>.<from>     the pieces of the answer
+    NS.report.<process>     what becomes of a process's calls, as numbered columns; every controller listens
+    NS.again.<process>      asks the process to tell everything anew
 
 Key-value buckets (their names are the namespace, a dash and the word):
 
@@ -139,6 +141,14 @@ class Subjects:
     def seen(self, to: str, sender: str) -> str:
         """Where process `sender` answers process `to`; `*` for all senders."""
         return f"{self.namespace}.seen.{to}.{sender}"
+
+    def report(self, sender: str) -> str:
+        """Where process `sender` reports to the controllers; `*` for all of them."""
+        return f"{self.namespace}.report.{sender}"
+
+    def again(self, to: str) -> str:
+        """Where process `to` is asked to tell everything anew."""
+        return f"{self.namespace}.again.{to}"
 
     def job(self, workflow: str) -> str:
         """Where jobs of a workflow are published; `*` for all of them."""

@@ -232,6 +232,30 @@ class MalformedMessageError(WireError):
     """Bytes that are not a message of ours."""
 
 
+class ReportError(WireError):
+    """A report of a process to the controllers that is not used."""
+
+
+class MalformedReportError(ReportError):
+    """It is no report, or what stands in it contradicts itself or the reports before it."""
+
+
+class ForgedReportError(ReportError):
+    """It came from another process than it says, or one process says that it is on two nodes."""
+
+
+class LateReportError(ReportError):
+    """It was overtaken: a later one, or one of a later incarnation, has been seen."""
+
+
+class FutureReportError(ReportError):
+    """Its time, or one in it, has not come yet."""
+
+
+class MissedReportError(ReportError):
+    """Reports before it are missing, so that what it changes is not known; everything has to be told anew."""
+
+
 class UnknownClassError(MalformedMessageError):
     """A value names a class or function that no module loaded in this process has, or that may not travel.
 

@@ -1,0 +1,282 @@
+"""Rows of numpy columns: the live futures, an index of them by id, and names with numbers. Pure.
+
+Every operation takes arrays of rows and does its work in a few passes over them, whatever else is in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+_EMPTY: Final = -1
+_GONE: Final = -2
+_LEAST_ROWS: Final = 1024
+_FACTOR: Final = np.uint64(0x9E37_79B9_7F4A_7C15)
+_ODD: Final = np.uint64(0xC2B2_AE3D_27D4_EB4F)
+_SHIFT: Final = np.uint64(29)
+
+
+def rows_of(values: Iterable[int]) -> Ints:
+    """Row numbers as an array."""
+    return np.fromiter(values, np.int32)
+
+
+class Index:
+    """Rows by 128-bit id: open addressing with linear probing, at most a quarter full.
+
+    Several rows may have one id; `find` gives one of them. A place that is left is empty again at once if the next one is, so
+    that places left behind do not add up.
+    """
+
+    def __init__(self) -> None:
+        self._table = np.full(4 * _LEAST_ROWS, _EMPTY, np.int32)
+        self._places = np.full(_LEAST_ROWS, -1, np.int32)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return self._table.nbytes + self._places.nbytes
+
+    def rebuild(self, high: Words, low: Words, rows: Ints) -> None:
+        """Makes room for all rows of the columns, and holds `rows`."""
+        self._table = np.full(4 * len(high), _EMPTY, np.int32)
+        self._places = np.full(len(high), -1, np.int32)
+        self.insert(high[rows], low[rows], rows)
+
+    def insert(self, high: Words, low: Words, rows: Ints) -> None:
+        """Adds rows with these ids."""
+        table, mask = self._table, len(self._table) - 1
+        places = self._first(high, low)
+        while len(rows):
+            free = table[places] < 0
+            wanted = places[free]
+            table[wanted] = rows[free]
+            won = table[places] == rows
+            self._places[rows[won]] = places[won]
+            rows, places = rows[~won], (places[~won] + 1) & mask
+
+    def remove(self, rows: Ints) -> None:
+        """Takes rows out that are in it."""
+        table, mask = self._table, len(self._table) - 1
+        places = self._places[rows]
+        table[places] = _GONE
+        while len(places):
+            places = places[table[(places + 1) & mask] == _EMPTY]
+            table[places] = _EMPTY
+            places = (places - 1) & mask
+            places = np.unique(places[table[places] == _GONE])
+
+    def find(self, high: Words, low: Words, ids_high: Words, ids_low: Words) -> Ints:
+        """The row of each id, -1 for those that are not there; `ids_high` and `ids_low` are the columns of all rows."""
+        table, mask = self._table, len(self._table) - 1
+        found = np.full(len(high), -1, np.int32)
+        asked = np.arange(len(high))
+        places = self._first(high, low)
+        while len(asked):
+            rows = table[places]
+            here = rows >= 0
+            here[here] = (ids_high[rows[here]] == high[asked[here]]) & (ids_low[rows[here]] == low[asked[here]])
+            found[asked[here]] = rows[here]
+            on = ~here & (rows != _EMPTY)
+            asked, places = asked[on], (places[on] + 1) & mask
+        return found
+
+    def _first(self, high: Words, low: Words) -> Ints:
+        mixed = (high ^ (low * _ODD)) * _FACTOR
+        mixed ^= mixed >> _SHIFT
+        return (mixed & np.uint64(len(self._table) - 1)).astype(np.int32)
+
+
+class Futures:
+    """The live futures, a row each; a row is used again when its future is gone. Of free rows `state` is 0.
+
+    Attributes:
+        high, low: halves of the id.
+        birth: grows from future to future, so that a row which has been used again is told from what it was.
+        state: `CREATED` and so on of `nalar_mq.columns`, 0 for a free row.
+        process, slot: where it was told of.
+        kind, session, job: numbers in the tables of the view; -1 for no job.
+        priority: as it was last told.
+        arrived, began, since: when it came, began to run, came into its present state; on the view's clock, 0 for not yet.
+        deadline, budget: infinite for none.
+        parent, parent_birth: row of the call that made it, as long as that has this birth; -1 if it is not known.
+        parent_high, parent_low: its id; zeros for none.
+        depth: calls above it that were alive when it was first seen.
+    """
+
+    high: Words
+    low: Words
+    birth: Longs
+    state: Bytes
+    process: Ints
+    slot: Ints
+    kind: Ints
+    session: Ints
+    job: Ints
+    priority: Ints
+    arrived: Floats
+    began: Floats
+    since: Floats
+    deadline: Floats
+    budget: npt.NDArray[np.float32]
+    parent: Ints
+    parent_birth: Longs
+    parent_high: Words
+    parent_low: Words
+    depth: Ints
+
+    _COLUMNS: Final = {
+        **dict.fromkeys(("high", "low", "parent_high", "parent_low"), np.uint64),
+        **dict.fromkeys(("birth", "parent_birth"), np.int64),
+        **dict.fromkeys(("process", "slot", "kind", "session", "job", "priority", "parent", "depth"), np.int32),
+        **dict.fromkeys(("arrived", "began", "since", "deadline"), np.float64),
+        "state": np.uint8,
+        "budget": np.float32,
+    }
+
+    def __init__(self) -> None:
+        for name, kind in self._COLUMNS.items():
+            setattr(self, name, np.zeros(_LEAST_ROWS, kind))
+        self._free: Ints = np.arange(_LEAST_ROWS - 1, -1, -1, dtype=np.int32)
+        self._free_count: int = _LEAST_ROWS
+        self._born = 0
+        self._index = Index()
+
+    def __len__(self) -> int:
+        """Live futures."""
+        return len(self.state) - self._free_count
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all columns and of the index."""
+        columns: int = sum(getattr(self, name).nbytes for name in self._COLUMNS)
+        return columns + self._free.nbytes + self._index.nbytes
+
+    def live(self) -> Ints:
+        """Rows of all live futures."""
+        return np.flatnonzero(self.state).astype(np.int32)
+
+    def add(self, high: Words, low: Words, state: Bytes) -> Ints:
+        """Rows for further futures; the caller fills their other columns."""
+        count = len(high)
+        while self._free_count < count:
+            self._grow()
+        self._free_count -= count
+        rows = self._free[self._free_count : self._free_count + count].copy()
+        self.high[rows], self.low[rows], self.state[rows] = high, low, state
+        self.birth[rows] = np.arange(self._born + 1, self._born + 1 + count)
+        self._born += count
+        self.parent[rows] = -1
+        self.depth[rows] = 0
+        self._index.insert(high, low, rows)
+        return rows
+
+    def remove(self, rows: Ints) -> None:
+        """Frees rows that are in use."""
+        self._index.remove(rows)
+        self.state[rows] = 0
+        self.birth[rows] = 0
+        self._free[self._free_count : self._free_count + len(rows)] = rows
+        self._free_count += len(rows)
+
+    def find(self, high: Words, low: Words) -> Ints:
+        """The row of each id, -1 for those of no live future."""
+        return self._index.find(high, low, self.high, self.low)
+
+    def parents(self, rows: Ints) -> Ints:
+        """The rows of the calls that made them, -1 where those are not alive or not known."""
+        parents = self.parent[rows]
+        return np.where(self.birth[parents] == self.parent_birth[rows], parents, -1).astype(np.int32)
+
+    def _grow(self) -> None:
+        size = len(self.state)
+        for name in self._COLUMNS:
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate((column, np.zeros(size, column.dtype))))
+        fresh = np.arange(2 * size - 1, size - 1, -1, dtype=np.int32)
+        # Free rows lie below; what is behind them in the stack means nothing.
+        self._free = np.concatenate((fresh, self._free))
+        self._free_count += size
+        self._index.rebuild(self.high, self.low, self.live())
+
+
+class Names:
+    """Names with numbers, for as long as somebody uses them; a number is used again when its name is gone."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._names: list[str] = []
+        self._free: list[int] = []
+        self.uses = np.zeros(_LEAST_ROWS, np.int32)
+
+    def __len__(self) -> int:
+        """Names that are used."""
+        return len(self._numbers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    @property
+    def room(self) -> int:
+        """All numbers are below this."""
+        return len(self.uses)
+
+    def number(self, name: str) -> int:
+        """The number of a name, -1 if it is not used."""
+        return self._numbers.get(name, -1)
+
+    def name(self, number: int) -> str:
+        """The name that has a number."""
+        return self._names[number]
+
+    def used(self) -> Ints:
+        """Numbers of all names."""
+        return rows_of(self._numbers.values())
+
+    def open(self, names: Sequence[str]) -> tuple[Ints, list[int]]:
+        """Numbers of names, each of which is used once more; and which of the numbers are newly given."""
+        numbers, newly = self._numbers, list[int]()
+        found: list[int] = []
+        for name in names:
+            number = numbers.get(name)
+            if number is None:
+                number = numbers[name] = self._take(name)
+                newly.append(number)
+            found.append(number)
+        rows = rows_of(found)
+        np.add.at(self.uses, rows, 1)
+        return rows, newly
+
+    def _take(self, name: str) -> int:
+        if self._free:
+            number = self._free.pop()
+            self._names[number] = name
+            return number
+        self._names.append(name)
+        if len(self._names) > len(self.uses):
+            self.uses = np.concatenate((self.uses, np.zeros_like(self.uses)))
+        return len(self._names) - 1
+
+    def use(self, rows: Ints) -> None:
+        """Each of these numbers, which are used, is used once more."""
+        np.add.at(self.uses, rows, 1)
+
+    def close(self, rows: Ints) -> list[int]:
+        """Each is used once less; returns those that are used no more."""
+        np.subtract.at(self.uses, rows, 1)
+        gone = [int(row) for row in np.unique(rows[self.uses[rows] == 0])]
+        for number in gone:
+            del self._numbers[self._names[number]]
+            self._names[number] = ""
+        self._free += gone
+        return gone

@@ -1,0 +1,593 @@
+"""The view against a plain model of it, whatever happens to the reports on their way, and against what really is."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nalar_mq import columns
+from nalar_mq.changes import Changes, Tracked
+from nalar_mq.columns import CREATED, DONE, FAILED, NO_JOB, QUEUED, RUNNING, WAITING, Report, Serves, decode_report
+from nalar_mq.controllers.view import View
+from nalar_mq.errors import (
+    ForgedReportError,
+    FutureReportError,
+    LateReportError,
+    MalformedReportError,
+    MissedReportError,
+    WireError,
+)
+from nalar_mq.messages import Call
+
+TENANTS = {"s0": "acme", "s1": "bolt"}
+LIMIT = 700  # small, so that reports come in parts
+
+
+@dataclass
+class ModelProcess:
+    incarnation: int
+    number: int = 0
+    ahead_s: float = math.inf
+    stale: bool = False
+    pieces: list[Report] = field(default_factory=list)
+    kinds: list[tuple[str, str]] = field(default_factory=list)
+    sessions: dict[int, tuple[str, str]] = field(default_factory=dict)
+    jobs: dict[int, str] = field(default_factory=dict)
+    futures: dict[int, dict[str, Any]] = field(default_factory=dict)
+    held: set[tuple[str, str]] = field(default_factory=set)
+    queues: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ended: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+def rows(table: dict[str, str], packed: tuple[bytes, ...]) -> Iterator[tuple[Any, ...]]:
+    codes = {"<u8": "Q", "<u4": "I", "<u2": "H", "<u1": "B", "<i4": "i", "<f8": "d", "<f4": "f"}
+    for code in table.values():
+        assert "," in code or code in codes
+    found = []
+    for code, data in zip(table.values(), packed, strict=True):
+        if "," in code:
+            found.append([data[start : start + 16] for start in range(0, len(data), 16)])
+        else:
+            found.append([value for (value,) in struct.iter_unpack("<" + codes[code], data)])
+    return zip(*found, strict=True)
+
+
+class Model:
+    """The rules of the view, with dictionaries."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, ModelProcess] = {}
+
+    def fold(self, report: Report, now: float) -> str:
+        process = self.processes.get(report.name)
+        if process is None or process.incarnation < report.incarnation:
+            process = self.processes[report.name] = ModelProcess(report.incarnation, stale=report.number != 1)
+        is_late = report.number <= process.number and not (process.stale and report.piece)
+        if report.incarnation < process.incarnation or is_late:
+            return "late"
+        process.ahead_s = min(process.ahead_s, now - report.now_s)
+        if report.number != process.number + 1:
+            process.stale, process.pieces = True, []
+        process.number = report.number
+        if report.piece:
+            return self.piece(process, report)
+        if process.stale:
+            return "missed"
+        self.apply(process, report)
+        return "used"
+
+    def piece(self, process: ModelProcess, report: Report) -> str:
+        if report.piece == 1:
+            process.pieces = []
+        if report.piece != len(process.pieces) + 1:
+            process.pieces, process.stale = [], True
+            return "missed"
+        process.pieces.append(report)
+        if report.piece == report.pieces:
+            pieces, process.pieces = process.pieces, []
+            process.kinds, process.sessions, process.jobs, process.held = [], {}, {}, set()
+            process.futures, process.stale = {}, False
+            for piece in pieces:
+                self.apply(process, piece)
+        return "used"
+
+    def apply(self, process: ModelProcess, report: Report) -> None:
+        process.kinds += report.kinds
+        tenants = report.sessions.tenants or ("",) * len(report.sessions.names)
+        for (slot,), name, tenant in zip(
+            struct.iter_unpack("<I", report.sessions.slots), report.sessions.names, tenants, strict=True
+        ):
+            process.sessions[slot] = (name, tenant)
+        for (slot,), name in zip(struct.iter_unpack("<I", report.jobs.slots), report.jobs.names, strict=True):
+            process.jobs[slot] = name
+        if report.begun is not None:
+            deps = [report.begun.deps[start : start + 16] for start in range(0, len(report.begun.deps), 16)]
+            packed = tuple(getattr(report.begun, name) for name in columns.BEGUN)
+            for slot, id, parent, kind, session, job, priority, state, arrived, began, deadline, budget, count in rows(
+                columns.BEGUN, packed
+            ):
+                process.futures[slot] = {
+                    "id": id,
+                    "parent": parent,
+                    "kind": process.kinds[kind],
+                    "session": process.sessions[session],
+                    "job": "" if job == NO_JOB else process.jobs[job],
+                    "priority": priority,
+                    "state": state,
+                    "arrived": arrived + process.ahead_s,
+                    "began": began + process.ahead_s if began else 0.0,
+                    "deadline": deadline + process.ahead_s,
+                    "budget": budget,
+                    "deps": deps[:count],
+                }
+                deps = deps[count:]
+        if report.changed.columns:
+            for slot, state, at in rows(columns.CHANGED, report.changed.columns):
+                future = process.futures[slot]
+                future["state"] = state
+                if state == RUNNING and not future["began"]:
+                    future["began"] = at + process.ahead_s
+        if report.moved.columns:
+            for slot, priority in rows(columns.MOVED, report.moved.columns):
+                process.futures[slot]["priority"] = priority
+        if report.held.columns:
+            process.held |= {(process.kinds[k][0], process.sessions[s][0]) for k, s in rows(columns.HELD, report.held.columns)}
+        if report.let_go.columns:
+            process.held -= {
+                (process.kinds[k][0], process.sessions[s][0]) for k, s in rows(columns.HELD, report.let_go.columns)
+            }
+        if report.ended.columns:
+            for slot, _ in rows(columns.ENDED, report.ended.columns):
+                del process.futures[slot]
+        for (slot,) in struct.iter_unpack("<I", report.sessions_closed):
+            del process.sessions[slot]
+        for (slot,) in struct.iter_unpack("<I", report.jobs_closed):
+            del process.jobs[slot]
+        if report.queues is not None:
+            process.queues = report.queues
+
+
+def seen_by(view: View) -> dict[tuple[str, bytes], dict[str, Any]]:
+    futures, found = view.futures, {}
+    for row in view.live.tolist():
+        id = struct.pack("<QQ", int(futures.high[row]), int(futures.low[row]))
+        session = int(futures.session[row])
+        found[view.worker_at(int(futures.process[row])), id] = {
+            "id": id,
+            "parent": struct.pack("<QQ", int(futures.parent_high[row]), int(futures.parent_low[row])),
+            "kind": view.kinds[int(futures.kind[row])],
+            "session": (view.sessions.name(session), view.tenants[int(view.session_tenant[session])]),
+            "job": view.jobs.name(int(futures.job[row])) if futures.job[row] >= 0 else "",
+            "priority": int(futures.priority[row]),
+            "state": int(futures.state[row]),
+            "arrived": float(futures.arrived[row]),
+            "began": float(futures.began[row]),
+            "deadline": float(futures.deadline[row]),
+            "budget": float(futures.budget[row]),
+        }
+    return found
+
+
+def agree(view: View, model: Model) -> None:
+    expected = {
+        (name, future["id"]): {key: value for key, value in future.items() if key != "deps"}
+        for name, process in model.processes.items()
+        for future in process.futures.values()
+    }
+    found = seen_by(view)
+    assert found.keys() == expected.keys()
+    for key, future in expected.items():
+        for name, value in future.items():
+            assert found[key][name] == (pytest.approx(value) if isinstance(value, float) else value), (key, name)
+    live: dict[str, int] = {}
+    for future in expected.values():
+        live[future["session"][0]] = live.get(future["session"][0], 0) + 1
+    for process in model.processes.values():
+        for name, _ in process.sessions.values():
+            assert view.session_live[view.sessions.number(name)] == live.get(name, 0)
+    named = {name for process in model.processes.values() for name, _ in process.sessions.values()}
+    assert len(view.sessions) == len(named)
+    assert len(view.jobs) == len({job for process in model.processes.values() for job in process.jobs.values()})
+    for name, process in model.processes.items():
+        for agent, session in process.held:
+            holders = {other for other, p in model.processes.items() if (agent, session) in p.held}
+            assert view.holder(session, agent) in holders, name
+    check_waits(view, model)
+
+
+def check_waits(view: View, model: Model) -> None:
+    futures = [(name, future) for name, process in model.processes.items() for future in process.futures.values()]
+    alive = {future["id"] for _, future in futures}
+    waiting = {future["id"] for _, future in futures if future["state"] == WAITING}
+    expected = {(f["id"], dep) for _, f in futures if f["state"] == CREATED for dep in f["deps"] if dep in alive}
+    expected |= {(f["parent"], f["id"]) for _, f in futures if f["parent"] in waiting}
+    columns_of = view.futures
+    ids = [struct.pack("<QQ", int(h), int(lo)) for h, lo in zip(columns_of.high, columns_of.low, strict=True)]
+    waiters, needed = view.waits()
+    assert {(ids[w], ids[n]) for w, n in zip(waiters.tolist(), needed.tolist(), strict=True)} == expected
+
+
+class Sender:
+    """A process that does anything, and what its reports should come to."""
+
+    def __init__(self, random: Random, name: str, incarnation: int = 1) -> None:
+        self.random = random
+        self.name = name
+        self.changes = Changes(name, incarnation, f"node-{name}")
+        self.live: list[Tracked] = []
+        self.clock_s = random.uniform(10, 1000)
+
+    def step(self, ids: list[bytes]) -> None:
+        random, now = self.random, self.clock_s
+        match random.randrange(10):
+            case 0 | 1 | 2 | 3:
+                self.begin(ids)
+            case 4 | 5 if self.live:
+                self.changes.change(random.choice(self.live), random.choice([QUEUED, RUNNING, WAITING]), now)
+            case 6 | 7 if self.live:
+                self.changes.end(self.live.pop(random.randrange(len(self.live))), random.choice([DONE, FAILED]), now)
+            case 8 if self.live:
+                self.changes.move(random.choice(self.live), random.randrange(-5, 5))
+            case 9:
+                agent, session = random.choice("ab"), f"s{random.randrange(4)}"
+                if random.random() < 0.6:
+                    self.changes.hold(agent, session, TENANTS.get(session, ""))
+                else:
+                    self.changes.let_go(agent, session)
+            case _:
+                self.clock_s += random.random()
+
+    def begin(self, ids: list[bytes]) -> None:
+        random = self.random
+        id = random.randbytes(16)
+        call = Call(
+            id,
+            random.choice(["a", "b"]),
+            random.choice(["read", "write", ""]),
+            b"",
+            session=f"s{random.randrange(5)}",
+            job=random.choice(["", "j1", "j2"]),
+            parent=random.choice([b"", *ids[-5:]]),
+            deps=tuple(random.choices(ids, k=random.randrange(3))) if ids else (),
+            priority=random.randrange(-3, 3),
+            timeout_s=random.choice([None, 3.0]),
+        )
+        ids.append(id)
+        tenant = TENANTS.get(call.session, "")
+        self.live.append(self.changes.begin(call, self.clock_s, random.choice([CREATED, QUEUED, RUNNING]), tenant))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 60))
+def test_whatever_happens_to_reports_the_view_is_what_the_model_is(seed: int, steps: int) -> None:
+    random = Random(seed)
+    view, model = View(), Model()
+    senders = [Sender(random, name) for name in "pqr"]
+    ids: list[bytes] = []
+    held_up: list[tuple[str, bytes]] = []
+    now = 5000.0
+    for step in range(steps):
+        now += random.random()
+        sender = random.choice(senders)
+        for _ in range(random.randrange(12)):
+            sender.step(ids)
+        reports = (
+            sender.changes.reports(sender.clock_s, LIMIT)
+            if random.random() < 0.8
+            else sender.changes.whole(sender.clock_s, LIMIT)
+        )
+        for data in reports:
+            match random.randrange(12):
+                case 0:
+                    continue
+                case 1:
+                    held_up.append((sender.name, data))
+                    continue
+                case 2:
+                    deliver(view, model, sender.name, data, now)
+            deliver(view, model, sender.name, data, now)
+            if held_up and random.random() < 0.3:
+                deliver(view, model, *held_up.pop(), now)
+        if random.random() < 0.1:
+            place = random.randrange(len(senders))
+            senders[place] = Sender(random, senders[place].name, step + 2)
+        if random.random() < 0.3:
+            view.settle(now)
+            agree(view, model)
+    for address in view.stale():
+        sender = next(sender for sender in senders if sender.name == address.name)
+        for data in sender.changes.whole(sender.clock_s, LIMIT):
+            deliver(view, model, sender.name, data, now)
+    for sender in senders:
+        for data in sender.changes.reports(sender.clock_s, LIMIT):
+            deliver(view, model, sender.name, data, now)
+    for sender in senders:  # one that lost its last report, or its first, has noticed by now
+        if any(address.name == sender.name for address in view.stale()):
+            for data in sender.changes.whole(sender.clock_s, LIMIT):
+                deliver(view, model, sender.name, data, now)
+    view.settle(now)
+    agree(view, model)
+    assert not view.stale()
+    truth = {(sender.name, future.call.id): future for sender in senders for future in sender.live}
+    found = seen_by(view)
+    assert found.keys() == truth.keys()
+    for key, future in truth.items():
+        assert (found[key]["state"], found[key]["priority"]) == (future.state, future.priority)
+    for sender in senders:
+        view.forget(sender.name)
+    view.settle(now)
+    assert len(view.futures) == len(view.sessions) == len(view.jobs) == 0
+    assert not view.session_live.any()
+    assert not view.waits()[0].size
+
+
+def deliver(view: View, model: Model, sender: str, data: bytes, now: float) -> None:
+    expected = model.fold(decode_report(data), now)
+    kinds = {"late": LateReportError, "missed": MissedReportError}
+    if expected in kinds:
+        with pytest.raises(kinds[expected]):
+            view.fold(sender, data, now)
+    else:
+        view.fold(sender, data, now)
+
+
+def call(number: int, actor: str = "a", **fields: Any) -> Call:
+    return Call(number.to_bytes(16, "big"), actor, "m", b"", **{"session": "s", **fields})
+
+
+def told(*calls: Call, state: int = QUEUED) -> tuple[Changes, list[Tracked], View]:
+    changes, view = Changes("w", 1, "n"), View()
+    futures = [changes.begin(each, 1.0, state) for each in calls]
+    for data in changes.reports(2.0, 1 << 20):
+        view.fold("w", data, 102.0)
+    view.settle(103.0)
+    return changes, futures, view
+
+
+def test_depth_is_the_number_of_live_callers_above() -> None:
+    chain = [call(n, parent=(n - 1).to_bytes(16, "big") if n > 1 else b"") for n in range(1, 7)]
+    _, _, view = told(*reversed(chain))
+    assert [int(view.futures.depth[view.find(each.id)]) for each in chain] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_parent_that_is_told_of_later_is_found() -> None:
+    _, _, view = told(call(2, parent=(1).to_bytes(16, "big")))
+    other = Changes("v", 1, "n")
+    other.begin(call(1), 1.0)
+    for data in other.reports(1.0, 1 << 20):
+        view.fold("v", data, 104.0)
+    view.settle(104.0)
+    assert view.futures.depth[view.find(call(2).id)] == 1
+
+
+def test_times_are_on_the_clock_of_the_view() -> None:
+    changes, (future,), view = told(call(1))
+    assert view.waited(view.live) == pytest.approx([2.0])
+    changes.change(future, RUNNING, 5.0)
+    for data in changes.reports(6.0, 1 << 20):
+        view.fold("w", data, 106.5)
+    view.settle(107.0)
+    assert view.waited(view.live) == pytest.approx([4.0])
+    assert view.ran(view.live) == pytest.approx([2.0])
+
+
+def test_work_ahead_is_learnt_from_what_followed() -> None:
+    changes, view, now = Changes("w", 1, "n"), View(), 0.0
+
+    def report() -> None:
+        for data in changes.reports(now, 1 << 20):
+            view.fold("w", data, now)
+        view.settle(now)
+
+    for run in range(100):
+        driver = changes.begin(call(4 * run + 1, "driver", session=f"s{run}"), now, WAITING)
+        for step, (actor, seconds) in enumerate((("plan", 1.0), ("search", 4.0), ("write", 2.0))):
+            future = changes.begin(call(4 * run + step + 2, actor, session=f"s{run}"), now)
+            changes.change(future, RUNNING, now)
+            report()
+            now += seconds
+            changes.end(future, DONE, now)
+        changes.end(driver, DONE, now)
+        report()
+    actors = ("plan", "search", "write")
+    for number, actor in enumerate(actors):
+        changes.begin(call(10_000 + number, actor, session=f"t{number}"), now)
+    report()
+    rows = [view.find(call(10_000 + number).id) for number in range(len(actors))]
+    assert view.remaining(np.array(rows, np.int32)).tolist() == pytest.approx([7.0, 6.0, 2.0], rel=0.1)
+
+
+def test_replicas_queues_and_imbalance() -> None:
+    view = View()
+    for name, queued in (("w1", 6), ("w2", 0)):
+        changes = Changes(name, 1, "n")
+        changes.set_serves({"a": Serves("agent", concurrency=2)})
+        changes.set_queues({"a": (queued, 2)})
+        changes.set_resources({"cpu": (1.0, 4.0)})
+        for data in changes.reports(1.0, 1 << 20):
+            view.fold(name, data, 1.0)
+    view.settle(1.0)
+    assert [(replica.worker, replica.load) for replica in view.replicas("a")] == [("w1", 4.0), ("w2", 1.0)]
+    assert view.imbalance("a") == pytest.approx(1.6)
+    assert view.nodes["n"].workers == ("w1", "w2")
+    assert view.nodes["n"].resources == {"cpu": (1.0, 4.0)}
+
+
+def test_quantiles_and_means_of_calls_that_were_never_told_of() -> None:
+    changes, view = Changes("w", 1, "n"), View()
+    for seconds in (0.1,) * 90 + (10.0,) * 10:
+        future = changes.begin(call(1), 0.0)
+        changes.change(future, RUNNING, 0.5)
+        changes.end(future, DONE, 0.5 + seconds)
+    for data in changes.reports(20.0, 1 << 20):
+        view.fold("w", data, 20.0)
+    view.settle(20.0)
+    assert len(view.futures) == 0
+    assert view.service_s[0] == pytest.approx(1.09)
+    assert view.wait_s[0] == pytest.approx(0.5)
+    assert view.quantile("a", "m", 0.5) == pytest.approx(0.1, rel=0.3)
+    assert view.quantile("a", "m", 0.95) == pytest.approx(10.0, rel=0.3)
+
+
+def test_what_sessions_and_tenants_have_cost() -> None:
+    changes, view = Changes("w", 1, "n"), View()
+    future = changes.begin(call(1), 0.0, tenant="acme")
+    for total in (1.5, 4.0):
+        changes.spend(future, total - float(view.tenant_spent["acme"]))
+        for data in changes.reports(1.0, 1 << 20):
+            view.fold("w", data, 1.0)
+        assert view.session_spent[view.sessions.number("s")] == view.tenant_spent["acme"] == total
+    for data in changes.whole(1.0, 1 << 20):
+        view.fold("w", data, 1.0)
+    assert view.session_spent[view.sessions.number("s")] == view.tenant_spent["acme"] == 4.0
+
+
+def test_calls_behind_long_ones_are_found() -> None:
+    changes, view = Changes("w", 1, "n"), View()
+    changes.set_serves({"a": Serves("agent")})
+    long_one = changes.begin(call(1), 1.0)
+    changes.change(long_one, RUNNING, 1.0)
+    changes.begin(call(2, session="behind"), 1.0)
+    for data in changes.reports(9.0, 1 << 20):
+        view.fold("w", data, 9.0)
+    view.settle(9.0)
+    assert list(view.queued_behind(10.0)) == []
+    ((agent, worker, rows),) = view.queued_behind(5.0)
+    assert (agent, worker) == ("a", "w")
+    assert [view.sessions.name(int(view.futures.session[row])) for row in rows] == ["behind"]
+
+
+def refused(view: View, sender: str, data: bytes, now: float = 102.0) -> type[Exception]:
+    with pytest.raises(WireError) as caught:
+        view.fold(sender, data, now)
+    assert view.refused[type(caught.value).__name__]
+    return type(caught.value)
+
+
+def test_reports_of_others_are_forged() -> None:
+    changes, _, view = told(call(1))
+    (data,) = changes.reports(3.0, 1 << 20)
+    assert refused(view, "other", data) is ForgedReportError
+    (data,) = changes.reports(3.0, 1 << 20)
+    moved = columns.encode_report(altered(data, node="elsewhere"))
+    assert refused(view, "w", moved) is ForgedReportError
+
+
+def altered(data: bytes, **fields: Any) -> Report:
+    report = decode_report(data)
+    return Report(**{name: getattr(report, name) for name in report.__struct_fields__} | fields)
+
+
+def test_reports_from_the_future_are_refused() -> None:
+    changes, (future,), view = told(call(1))
+    assert (
+        refused(view, "w", columns.encode_report(altered(changes.reports(3.0, 1 << 20)[0], now_s=500.0))) is FutureReportError
+    )
+    changes.change(future, RUNNING, 90.0)
+    assert refused(view, "w", changes.reports(4.0, 1 << 20)[0]) in (FutureReportError, MissedReportError)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ended": columns.Columns((b"\x09\0\0\0", b"\0"))},
+        {"ended": columns.Columns((b"\0\0\0\0\0\0\0\0", b"\0\0"))},
+        {"changed": columns.Columns((b"\0\0\0\0", b"\x07", struct.pack("<d", 1.0)))},
+        {"changed": columns.Columns((b"\0\0\0\0", b"\x02", struct.pack("<d", math.nan)))},
+        {"moved": columns.Columns((b"\xff\xff\xff\xff", b"\0\0\0\0"))},
+        {"kinds_before": 7},
+        {"kinds_before": 0, "kinds": (("x", "y"),)},
+        {"sessions": columns.Named(b"\0\0\0\0", ("other",))},
+        {"sessions": columns.Named(b"\0\0\0\xff", ("other",))},
+        {"sessions_closed": b"\x05\0\0\0"},
+        {"sessions_closed": b"\0\0\0\0\0\0\0\0"},
+        {"held": columns.Columns((b"\x09\0", b"\0\0\0\0"))},
+        {"tallies": columns.Columns((b"\0\0", b"\0" * 4, b"\0" * 4, struct.pack("<d", math.inf), b"\0" * 8))},
+        {"buckets": columns.Columns((b"\0\0", b"\x02", b"\0", b"\0" * 4))},
+        {"tenants": {"acme": math.nan}},
+    ],
+)
+def test_what_contradicts_itself_is_refused_and_healed(fields: dict[str, Any]) -> None:
+    changes, _, view = told(call(1))
+    bad = columns.encode_report(altered(changes.reports(3.0, 1 << 20)[0], **fields))
+    assert refused(view, "w", bad) is MalformedReportError
+    assert [address.name for address in view.stale()] == ["w"]
+    assert refused(view, "w", changes.reports(3.0, 1 << 20)[0]) is MissedReportError
+    for data in changes.whole(4.0, 1 << 20):
+        view.fold("w", data, 104.0)
+    view.settle(104.0)
+    assert not view.stale()
+    assert [view.sessions.name(int(view.futures.session[row])) for row in view.live] == ["s"]
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused(data: bytes) -> None:
+    assert issubclass(refused(View(), "w", data), WireError)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32))
+def test_damaged_reports_harm_nobody(seed: int) -> None:
+    random = Random(seed)
+    changes, _, view = told(call(1), call(2, parent=call(1).id, deps=(call(1).id,)), state=CREATED)
+    for number in range(5):
+        changes.begin(call(number + 3, session=f"t{number}", job="j"), 3.0, CREATED)
+        changes.hold("a", f"t{number}")
+        for data in changes.reports(3.0, 1 << 20):
+            damaged = bytearray(data)
+            for _ in range(random.randrange(1, 4)):
+                damaged[random.randrange(len(damaged))] = random.randrange(256)
+            try:
+                view.fold("w", bytes(damaged), 103.0)
+            except WireError:
+                continue
+        view.settle(104.0)
+        view.waits()
+        view.remaining(view.live)
+    if [address.incarnation for address in view.silent(math.inf)] != [1]:
+        view.forget("w")  # the damage was to its incarnation: it is not heard any more, and so forgotten
+    for data in changes.whole(5.0, 1 << 20):
+        view.fold("w", data, 105.0)
+    view.settle(105.0)
+    assert len(view.futures) == 7
+    view.forget("w")
+    assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["m", "é" * 300])
+def test_long_names_do_not_leave_the_sender(name: str) -> None:
+    changes = Changes("w", 1, "n")
+    changes.begin(call(1, session=name), 1.0)
+    data = changes.reports(1.0, 1 << 20)[0]
+    if len(name) > columns.LONGEST_NAME:
+        assert refused(View(), "w", data) is MalformedReportError
+    else:
+        View().fold("w", data, 1.0)
+
+
+def test_reports_stay_below_their_limit() -> None:
+    changes = Changes("w", 1, "n")
+    futures = [changes.begin(call(n + 1, session=f"session-{n}", deps=(call(n).id,) * 3), 1.0, CREATED) for n in range(5000)]
+    limit = 20_000
+    view = View()
+    for act in (
+        lambda: None,
+        lambda: [changes.change(f, RUNNING, 2.0) for f in futures],
+        lambda: [changes.end(f, DONE, 3.0) for f in futures],
+    ):
+        act()
+        reports = changes.reports(4.0, limit)
+        assert len(reports) > 1
+        assert max(map(len, reports)) <= limit + 512
+        for data in reports:
+            view.fold("w", data, 4.0)
+    assert len(view.futures) == 0
