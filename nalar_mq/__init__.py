@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         ValueTooLargeError,
         WaitCycleError,
         WorkerLostError,
+        WorkflowChangedError,
     )
     from nalar_mq.future import Future, FutureInfo, Stream, Waited, as_completed, gather, wait
     from nalar_mq.jobs import JobHandle, JobResult, JobStatus
@@ -91,6 +92,7 @@ _HOMES: Final = {
         "ValueTooLargeError",
         "WaitCycleError",
         "WorkerLostError",
+        "WorkflowChangedError",
     ),
     "future": (
         "Future",
@@ -157,6 +159,7 @@ __all__ = [
     "WaitCycleError",
     "Waited",
     "WorkerLostError",
+    "WorkflowChangedError",
     "agent",
     "as_completed",
     "connect",

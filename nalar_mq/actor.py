@@ -180,6 +180,7 @@ class ActorSpec:
         stateful: calls of one session go, one at a time and in order, to one instance.
         transparent: unmodified Python named in a manifest, whose drivers are rewritten.
         doc: first line of the docstring.
+        version: of a workflow's code; empty if it is not known.
     """
 
     def __init__(
@@ -207,6 +208,7 @@ class ActorSpec:
         self.stateful = bool(self.directives.stateful) or self.managed
         self.transparent = transparent
         self.doc = (inspect.getdoc(target) or "").partition("\n")[0]
+        self.version = self.directives.version
 
     def check_complete(self) -> None:
         """To be called when the target's module has been run: what the directives name must be there.

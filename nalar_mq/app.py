@@ -20,6 +20,7 @@ from typing import Any
 
 from nalar_mq import moves
 from nalar_mq.actor import ActorSpec, MethodSpec, function_spec, spec_of
+from nalar_mq.code_version import version_of
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import AppError, ConfigError, DirectiveError
 from nalar_mq.finder import RewritingFinder, is_rewritten_module
@@ -47,6 +48,8 @@ class App:
     def __init__(self, path: Path, actors: dict[str, ActorSpec], finder: RewritingFinder | None = None) -> None:
         for spec in actors.values():
             spec.check_complete()
+            if spec.kind == "workflow" and not spec.version:
+                spec.version = version_of(spec.target, _is_actor)
         self.path = path
         self.actors = actors
         self._finder = finder
@@ -72,6 +75,10 @@ def load_app(path: Path) -> App:
         raise AppError(f"{path}: there is no such file: an app is a nalar.toml, a folder with one, or a Python file")
     _put_first(path.parent)
     return _ManifestLoader(load_manifest(path)).load() if path.suffix == ".toml" else _load_file(path)
+
+
+def _is_actor(found: Any) -> bool:
+    return spec_of(found) is not None or original_of(found) is not found
 
 
 def _put_first(folder: Path) -> None:

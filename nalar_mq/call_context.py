@@ -77,6 +77,10 @@ class Caller(Protocol):
         """A call of a job looks whether a future of its own has ended: True if it has, for all attempts. Any thread."""
         ...
 
+    def go_on(self, history: History) -> None:
+        """A call of a job has looked as a former attempt did: shows what comes next. Any thread."""
+        ...
+
     def note_unseen(self, history: History, number: int) -> None:
         """A look of that number found nothing. Any thread."""
         ...
@@ -98,10 +102,6 @@ class Caller(Protocol):
 
     def read_clock(self, history: History) -> float:
         """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
-        ...
-
-    def hurry(self, future: Future[Any], history: History) -> None:
-        """A call of a job waits for a future of its own. Any thread."""
         ...
 
 

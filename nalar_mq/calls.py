@@ -54,7 +54,7 @@ from nalar_mq.errors import (
     WorkerLostError,
     path_of,
 )
-from nalar_mq.future import Facts, Future, FutureInfo
+from nalar_mq.future import Facts, Future, FutureInfo, waiting
 from nalar_mq.history import History
 from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
@@ -72,7 +72,7 @@ from nalar_mq.messages import (
     Locate,
     Located,
     Message,
-    Outcome,
+    Observation,
     Prioritise,
     Probe,
     Reading,
@@ -88,7 +88,9 @@ from nalar_mq.threads import LoopInbox
 
 JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
-_HURRY_AFTER_S = 2.0  # how long a job that is repeated and does nothing may wait for the turn of a call to come
+_STANDSTILL_S = 5.0  # how long a workflow that repeats a job may wait and do nothing of what it did before
+_SLOWER = 3.0  # and how often the time that it took the first time
+_WATCH_EVERY_S = 0.5
 _FIRST_PAUSE_S = 0.05  # before a call is sent again, doubled with each attempt
 _LONGEST_PAUSE_S = 2.0
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
@@ -132,6 +134,14 @@ class Host(Protocol):
 
     def on_owner_lost(self, owner: Address) -> None:
         """Nobody is left who wants that process's calls."""
+        ...
+
+    def is_waiting(self, id: bytes) -> bool:
+        """True if the call runs here and waits for others."""
+        ...
+
+    def on_standstill(self, history: History) -> None:
+        """A workflow that repeats a job waits, and does not do what it did before."""
         ...
 
     def mute(self) -> None:
@@ -472,9 +482,12 @@ class Calls:
     def _route_in_job(self, entry: Entry) -> None:
         if self._entries.get(entry.future.id) is not entry or entry.part is None or entry.part.is_kept:
             return
-        if self._is_remembered(entry, entry.part.history):
+        history = entry.part.history
+        if self._is_remembered(entry, history):
             return
-        if entry.part.begin is not None:
+        if history is not None and history.is_repeating and entry.part.located is None:
+            history.held.append(lambda: self._route_in_job(entry))
+        elif entry.part.begin is not None:
             entry.part.begin()
         else:
             self._route(entry)
@@ -565,7 +578,7 @@ class Calls:
             entry.call = None  # nothing here will send it again: let the arguments go
         if call.cast:
             if entry.history is not None:
-                self._journal().put(Outcome(call.job, call.parent, Resolve(call.id, b"")))
+                self._observe(entry.history, entry.history.outcome(Resolve(call.id, b""), self.loop.time()))
             self._hold_for_cast(entry)
             self._end(entry)
 
@@ -935,8 +948,14 @@ class Calls:
         entry.part.is_kept = True
         self._stop_watching(entry)
         result = msgspec.structs.replace(message, pushed=()) if message.pushed else message
-        outcome = Outcome(history.job, history.call_id, result)
-        self._journal().put(outcome, functools.partial(self._appear, entry, result))
+        appear = functools.partial(self._appear, entry, result)
+        self._observe(history, history.outcome(result, self.loop.time()), lambda: _when_repeated(history, appear))
+
+    def _observe(self, history: History, observation: Observation, on_durable: Callable[[], None] | None = None) -> None:
+        opening = history.opening()
+        if opening is not None:
+            self._journal().put(opening)
+        self._journal().put(observation, on_durable)
 
     def _appear(self, entry: Entry, result: Resolve | Fail) -> None:
         """Shows an outcome that is durable."""
@@ -970,14 +989,17 @@ class Calls:
         result = history.made(id)
         if result is not None:
             self._appear(entry, result)
-        self._let_appear(history.due())
+        self._go_on(history)
         return True
 
-    def _let_appear(self, results: list[Resolve | Fail]) -> None:
-        for result in results:
+    def _go_on(self, history: History, hurried: Sequence[Resolve | Fail] = ()) -> None:
+        """Shows what is due, and when all has been seen again does what was held meanwhile."""
+        for result in (*history.due(), *hurried):
             entry = self._entries.get(result.id)
             if entry is not None:
                 self._appear(entry, result)
+        while history.held and not history.is_repeating:
+            history.held.pop(0)()
 
     def _give_way(self, entry: Entry) -> None:
         """The same call is made by another attempt in this very process: the former one's future is nobody's any more."""
@@ -994,19 +1016,25 @@ class Calls:
         number = history.look()
         is_on_loop = threading.get_ident() == self._thread
         if history.was_unseen(number):
-            self._run_on_loop(lambda: self._let_appear(history.due()))
+            self.go_on(history)
             return False
         if history.expects(future.id):
             if is_on_loop:
-                self._let_appear([*history.due(), *history.hurry(future.id)])
+                self._go_on(history)
+                self._go_on(history, history.hurry(future.id))
             else:
                 appeared = threading.Event()
                 if future.on_end(appeared.set):
-                    appeared.wait()
+                    with waiting(future):
+                        appeared.wait()
         if future.has_ended():
             return True
         self.note_unseen(history, number)
         return False
+
+    def go_on(self, history: History) -> None:
+        """A call of a job has looked as a former attempt did: shows what comes next. Any thread."""
+        self._run_on_loop(functools.partial(self._go_on, history))
 
     def note_unseen(self, history: History, number: int) -> None:
         """A look found nothing: what the job calls after that waits until this is durable. Any thread."""
@@ -1017,7 +1045,7 @@ class Calls:
         """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
         at_s, reading = history.read_clock(time.time())
         if reading is None:
-            self._run_on_loop(lambda: self._let_appear(history.due()))
+            self.go_on(history)
         else:
             self._run_on_loop(functools.partial(self._journal_on_the_way, history, reading))
         return at_s
@@ -1029,21 +1057,31 @@ class Calls:
     def _journal_on_the_way(self, history: History, observation: Unseen | Reading) -> None:
         """What the program knows already becomes durable before anything that it does now can be seen."""
         history.on_the_way += 1
-        self._journal().put(observation, functools.partial(_has_landed, history))
+        self._observe(history, observation, functools.partial(_has_landed, history))
 
-    def hurry(self, future: Future[Any], history: History) -> None:
-        """A job that is repeated waits for a future whose turn may never come, should its program have changed. Any thread."""
-        if history.expects(future.id):
-            self._run_on_loop(functools.partial(self._hurry_soon, future.id, history))
+    def stop_repeating(self, history: History) -> None:
+        """The call has been cancelled: what it has made ends now."""
+        history.stop_repeating()
+        self._go_on(history)
 
-    def _hurry_soon(self, id: bytes, history: History) -> None:
-        self.loop.call_later(_HURRY_AFTER_S, self._hurry_if_idle, id, history, history.progress)
+    def watch(self, history: History) -> None:
+        """Watches over a workflow that repeats a job: it may come to a standstill."""
+        if history.is_repeating:
+            self.loop.call_later(_WATCH_EVERY_S, self._watch, history, history.progress, 0)
 
-    def _hurry_if_idle(self, id: bytes, history: History, progress: int) -> None:
-        if history.progress != progress:
-            self._hurry_soon(id, history)
-        else:
-            self._let_appear(history.hurry(id))
+    def _watch(self, history: History, progress: int, idle: int) -> None:
+        """`idle` looks have found it waiting and no further; they are counted, since a busy machine makes few of them."""
+        host = self.host
+        if host is None or self._closed is not None or not history.is_repeating:
+            return
+        idle = idle + 1 if history.progress == progress and host.is_waiting(history.call_id) else 0
+        wanted = history.next_wanted
+        if idle * _WATCH_EVERY_S > _STANDSTILL_S + _SLOWER * (0.0 if wanted is None else wanted.after_s):
+            if not history.skip_looks():
+                host.on_standstill(history)
+                return
+            self._go_on(history)
+        self.loop.call_later(_WATCH_EVERY_S, self._watch, history, history.progress, idle)
 
     def _run_on_loop(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:
@@ -1161,6 +1199,14 @@ def _tried_again(call: Call, root: Root | None, history: History | None) -> Call
         return msgspec.structs.replace(call, attempt=root.attempt, lost=root.lost, failures=root.failures)
     assert history is not None and history.memory is not None
     return msgspec.structs.replace(call, attempt=1, lost=history.memory.lost, failures=history.failures)
+
+
+def _when_repeated(history: History, function: Callable[[], None]) -> None:
+    """Now, or when all that a former attempt saw has been seen again: nothing comes in between."""
+    if history.is_repeating:
+        history.held.append(function)
+    else:
+        function()
 
 
 def _has_landed(history: History) -> None:

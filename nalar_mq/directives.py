@@ -37,6 +37,7 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         durability: what a session's managed state survives: `memory` nothing, `node` the loss of its worker; None for
             `node` with managed state.
         isolation: synchronous code runs in a thread of the worker or in a child process.
+        version: of a workflow's code, which decides whether jobs that it has begun may go on; empty for a digest of the code.
     """
 
     stateful: bool | None = None
@@ -51,6 +52,7 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     priority: int = 0
     durability: Durability | None = None
     isolation: Isolation = "thread"
+    version: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Directives:
@@ -146,6 +148,8 @@ def _contradictions(d: Directives, kind: Kind, managed: bool) -> Iterator[Proble
         yield Problem("stateful", f"a {kind} is a function and cannot be 'stateful': make it an agent")
     if kind == "workflow" and d.batchable:
         yield Problem("batchable", "a workflow drives its own calls and cannot be 'batchable'")
+    if kind != "workflow" and d.version:
+        yield Problem("version", f"'version' is about jobs that go on, and a {kind} has none: it belongs to a workflow")
     if kind == "workflow" and d.isolation == "process":
         yield Problem("isolation", "a workflow makes calls and must run in its worker: remove 'isolation'")
     if d.batchable and keeps:
@@ -174,6 +178,7 @@ _WANTED: dict[str, tuple[Any, str]] = {
     "priority": (int, "a whole number"),
     "durability": (Durability | None, "'memory', 'node' or 'replicated'"),
     "isolation": (Isolation, "'thread' or 'process'"),
+    "version": (str, "text"),
 }
 
 

@@ -55,6 +55,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── StateNotKeptError        what the call has changed could not be written; nothing of it stays
         ├── StateSchemaError         what was kept of a session does not fit the fields of its agent
         ├── SessionUnavailableError  nobody has the state of a session open; `retry_after_s`
+        ├── WorkflowChangedError     a job was begun by other code than is there to go on; `job`, `old_version`, `new_version`
         ├── StateWriteError          managed state is changed where it can only be read
         ├── StateMutatedError        a value in managed state was changed in place and not assigned back
         └── StreamRestartedError     a stream whose chunks were already taken began again
@@ -457,6 +458,24 @@ class SessionUnavailableError(CallError):
     def __init__(self, message: str = "", *, call_id: str = "", actor: str = "", retry_after_s: float = 5.0) -> None:
         super().__init__(message, call_id=call_id, actor=actor)
         self.retry_after_s = retry_after_s
+
+
+class WorkflowChangedError(CallError):
+    """A job cannot go on, since its workflow is not, or does not do, what it was when the job was begun.
+
+    Attributes:
+        job: id of the job.
+        old_version: of the code that began it.
+        new_version: of the code that was to go on.
+    """
+
+    def __init__(
+        self, message: str, *, call_id: str = "", actor: str = "", job: str = "", old_version: str = "", new_version: str = ""
+    ) -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.job = job
+        self.old_version = old_version
+        self.new_version = new_version
 
 
 class StateWriteError(CallError):

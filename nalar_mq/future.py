@@ -267,6 +267,7 @@ class Future(values.Deferred, Generic[T_co]):
         """Waits in a job: where a former attempt waited in vain, this one does, too, and at once."""
         number = history.look()
         if history.was_unseen(number):
+            self._caller.go_on(history)
             raise self._too_late(timeout)
         try:
             if self._state == PENDING:
@@ -342,8 +343,6 @@ class Future(values.Deferred, Generic[T_co]):
                 self._waiters = [waiter]
             else:
                 self._waiters.append(waiter)
-        if self._history is not None and self._history.is_repeating:
-            self._caller.hurry(self, self._history)
         return True
 
     def forget(self, waiter: Callable[[], object]) -> None:

@@ -16,8 +16,11 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.
 
-A program that does something else than before is not held up: what it waits for appears although its turn has not come
-(`hurry`), and calls it does not make are never asked for.
+While a workflow repeats, it does nothing else: calls that were not made before, or whose outcome nobody saw, are held until
+all has been seen again. So a program that does something else than before comes to a standstill before it has done anything;
+`next_wanted` says what it does not do. Looks and readings that it leaves out do not matter (`skip_looks`).
+
+The first observation of a workflow says by which code it was made; other code does not go on with the job.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
 from nalar_mq.address import Address
-from nalar_mq.messages import Fail, Observation, Outcome, Reading, Resolve, Unseen
+from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen
 
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
@@ -73,6 +76,9 @@ class History:
         failures: attempts of the job that ended with an error.
         on_the_way: looks that found nothing, and readings of the clock, that are not durable yet.
         retries_left: how often the calls of this execution may still be sent again after the loss of a worker.
+        version: of the code that this execution runs; empty where it does not matter.
+        former_version: of the code that began the job; empty if nothing has been observed.
+        held: what is to be done when all has been seen again, in order.
     """
 
     __slots__ = (
@@ -84,6 +90,7 @@ class History:
         "_looks",
         "_made",
         "_noted",
+        "_observed_s",
         "_queue",
         "_random",
         "_readings",
@@ -91,19 +98,36 @@ class History:
         "_unseen",
         "call_id",
         "failures",
+        "former_version",
+        "held",
         "job",
         "memory",
         "on_the_way",
         "retries_left",
+        "version",
     )
 
-    def __init__(self, job: str, call_id: bytes, *, in_order: bool, memory: Memory | None = None, failures: int = 0) -> None:
+    def __init__(
+        self,
+        job: str,
+        call_id: bytes,
+        *,
+        in_order: bool,
+        memory: Memory | None = None,
+        failures: int = 0,
+        version: str = "",
+        began_s: float = 0.0,
+    ) -> None:
         self.job = job
         self.call_id = call_id
         self.memory = memory
         self.failures = failures
         self.on_the_way = 0
         self.retries_left = RETRIES
+        self.version = version
+        self.former_version = ""
+        self.held: list[Callable[[], None]] = []
+        self._observed_s = began_s
         self._lock = threading.Lock()
         self._counts: dict[bytes, int] = {}
         self._looks = 0
@@ -131,10 +155,19 @@ class History:
         elif type(observation) is Unseen and in_order:
             self._unseen.append((observation.first, observation.last))
             self._queue.append(observation)
+        elif type(observation) is Begun:
+            self.former_version = observation.version
+            self._forget()
         elif type(observation) is Reading:
             self._seen_readings.setdefault(observation.number, observation.at_s)
             if in_order:
                 self._queue.append(observation)
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._queue.clear()
+        self._unseen.clear()
+        self._seen_readings.clear()
 
     # Any thread.
 
@@ -193,9 +226,9 @@ class History:
 
     @property
     def progress(self) -> int:
-        """Grows with every call that is made, every look and every reading of the clock."""
+        """Grows with every call that is made, every look, every reading of the clock, and whatever is seen again."""
         with self._lock:
-            return self._looks + self._readings + sum(self._counts.values())
+            return self._looks + self._readings + sum(self._counts.values()) - len(self._queue)
 
     # On the loop.
 
@@ -233,7 +266,7 @@ class History:
         return type(observation) is Unseen and self._looks >= observation.last
 
     def hurry(self, id: bytes) -> list[Resolve | Fail]:
-        """The program waits for `id`, whose turn has not come since it does something else than before: up to that one.
+        """The program looks at `id` on the loop, where it cannot wait for its turn: the outcomes up to that one, out of order.
 
         What has not been made so far appears when it is.
         """
@@ -248,3 +281,34 @@ class History:
             else:
                 self._late.add(head.result.id)
         return found
+
+    def skip_looks(self) -> bool:
+        """The program stands still: gives up the looks and readings that are next; False if it is a call that is missing."""
+        before = len(self._queue)
+        while self._queue and type(self._queue[0]) is not Outcome:
+            self._queue.popleft()
+        return len(self._queue) < before
+
+    def stop_repeating(self) -> None:
+        """What former attempts saw does not matter any more."""
+        self._queue.clear()
+
+    @property
+    def next_wanted(self) -> Outcome | None:
+        """The first outcome that a former attempt saw of a call which this one has not made (yet)."""
+        outcomes = (seen for seen in self._queue if type(seen) is Outcome)
+        return next((seen for seen in outcomes if seen.result.id not in self._made), None)
+
+    # What this attempt observes.
+
+    def outcome(self, result: Resolve | Fail, now_s: float) -> Outcome:
+        """What is to be journaled of a call that has ended."""
+        after_s, self._observed_s = max(0.0, now_s - self._observed_s), now_s
+        return Outcome(self.job, self.call_id, result, after_s)
+
+    def opening(self) -> Begun | None:
+        """What is to be journaled before anything else, the first time; None if it stands there."""
+        if not self.version or self.former_version:
+            return None
+        self.former_version = self.version
+        return Begun(self.job, self.call_id, self.version)

@@ -62,6 +62,7 @@ from nalar_mq.errors import (
     UnknownActorError,
     UnknownMethodError,
     WaitCycleError,
+    WorkflowChangedError,
     path_of,
 )
 from nalar_mq.event_loop import cancel_all
@@ -395,6 +396,8 @@ class Host:
         context.cancelled = reason or "cancelled"
         if with_children:
             self._calls.cancel_children(execution.call.id, context.cancelled)
+            if context.history is not None:
+                self._calls.stop_repeating(context.history)
         self._preempt(execution)
         if execution.child is not None:
             execution.child()
@@ -480,6 +483,18 @@ class Host:
         running = [execution.call.id for execution in orphans if not execution.is_winding_down]
         ended = [id for id, kept in self._kept.items() if kept.job in jobs and self._calls.is_lost(kept.owner)]
         return running + ended
+
+    def is_waiting(self, id: bytes) -> bool:
+        """True if the call runs here and waits for others."""
+        execution = self._executions.get(id)
+        return execution is not None and execution.waits > 0
+
+    def on_standstill(self, history: History) -> None:
+        """A workflow that repeats a job waits, and does not do what it did before: it is ended."""
+        execution = self._executions.get(history.call_id)
+        if execution is not None and not execution.is_winding_down:
+            self._answer_error(execution, _changed(execution, history, "it does not make the calls again that it made before"))
+            self._cancel(execution, "its workflow has changed")
 
     def mute(self) -> None:
         """Others hold this process to be lost: what its calls of jobs come to from now on is no answer to anybody."""
@@ -665,6 +680,12 @@ class Host:
         return variables
 
     def _run(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
+        history = None if execution.context is None else execution.context.history
+        if history is not None and history.memory is not None:
+            if history.former_version not in ("", history.version):
+                self._end(execution, None, _changed(execution, history, "it was begun by another version of its workflow"))
+                return
+            self._calls.watch(history)
         variables = self._variables(execution)
         if execution.method.is_async and execution.replica.uses_loop:
             self._runner.run(self._run_on_loop(execution, args, kwargs), variables, execution.has_suspended)
@@ -823,6 +844,9 @@ class Host:
         context = execution.context
         if context is not None and context.cancelled:
             error = CallCancelledError(context.cancelled, started=True)
+        history = None if context is None else context.history
+        if error is None and history is not None and history.next_wanted is not None:
+            error = _changed(execution, history, "it ends without the calls that it made before")
         if payload is not None and (len(payload) > INLINE_LIMIT_BYTES or payload[:1] == MARK):
             is_wanted = error is None and not execution.is_answered and not execution.call.cast
             if is_wanted and payload[:1] != MARK:
@@ -1164,7 +1188,29 @@ def _may_be_adopted(execution: Execution) -> bool:
 def _history_of(execution: Execution) -> History:
     call = execution.call
     memory = None if execution.resumed is None else execution.resumed.memory
-    return History(call.job, call.id, in_order=not call.parent, memory=memory, failures=call.failures)
+    is_root = not call.parent
+    version = execution.replica.spec.version if is_root else ""
+    return History(
+        call.job,
+        call.id,
+        in_order=is_root,
+        memory=memory,
+        failures=call.failures,
+        version=version,
+        began_s=execution.began,
+    )
+
+
+def _changed(execution: Execution, history: History, how: str) -> WorkflowChangedError:
+    old, new, job = history.former_version, history.version, history.job
+    versions = f"begun by {old}, now {new}" if old != new else f"both times {new}"
+    return WorkflowChangedError(
+        f"job {job!r} of {execution.label!r} cannot go on: {how} ({versions}). Let workers with the former code end such jobs "
+        f"before others take their place; `nalar dead-letters retry {job}` begins this one afresh",
+        job=job,
+        old_version=old,
+        new_version=new,
+    )
 
 
 def _method(spec: ActorSpec, name: str) -> MethodSpec | None:

@@ -51,6 +51,7 @@ from nalar_mq.errors import (
     ValueTooLargeError,
     WireError,
     WorkerLostError,
+    WorkflowChangedError,
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future
@@ -536,8 +537,10 @@ def describe(error: BaseException) -> JobError:
 
 
 def _is_hopeless(error: BaseException, workflow: str) -> bool:
-    """True if another attempt cannot succeed: what was published is no call of the workflow."""
-    return isinstance(error, MalformedMessageError) or (isinstance(error, ArgumentError) and error.actor == workflow)
+    """True if another attempt cannot succeed: what was published is no call of the workflow, or it is another one by now."""
+    return isinstance(error, MalformedMessageError | WorkflowChangedError) or (
+        isinstance(error, ArgumentError) and error.actor == workflow
+    )
 
 
 def _is_lost(error: BaseException) -> bool:

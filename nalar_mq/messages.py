@@ -541,11 +541,13 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         job: id of the job.
         parent: id of the call that made it.
         result: how it ended; `Resolve` without a value for a call that nobody waits for.
+        after_s: seconds since what `parent` observed before, or since it began.
     """
 
     job: str
     parent: bytes
     result: Resolve | Fail
+    after_s: float = 0.0
 
 
 class Unseen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
@@ -566,7 +568,15 @@ class Reading(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
     at_s: float
 
 
-Observation = Outcome | Unseen | Reading
+class Begun(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):
+    """In a journal: the workflow `parent` begins to observe, by code of that version; what was observed earlier is void."""
+
+    job: str
+    parent: bytes
+    version: str
+
+
+Observation = Outcome | Unseen | Reading | Begun
 
 
 class Pack(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=208):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalar_mq.history import History, Memory, root_id
-from nalar_mq.messages import Fail, Observation, Outcome, Resolve, Unseen
+from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen
 
 JOB = "j"
 ROOT = root_id(JOB, 0)
@@ -86,7 +86,7 @@ def test_an_outcome_waits_for_the_looks_that_found_nothing_before_it() -> None:
     assert not history.was_unseen(history.look())
 
 
-def test_who_waits_for_something_else_than_before_is_not_held_up() -> None:
+def test_who_looks_at_something_out_of_turn_gets_what_comes_before_it_too() -> None:
     plan = History(JOB, ROOT, in_order=True)
     a, b, c = (call(plan, name) for name in "abc")
     history = again(value(a), Unseen(JOB, ROOT, 5, 5), value(b), value(c))
@@ -98,6 +98,44 @@ def test_who_waits_for_something_else_than_before_is_not_held_up() -> None:
     assert late.id == a
     history.made(c)
     assert [result.id for result in history.due()] == [c]
+
+
+def test_what_was_observed_before_a_workflow_began_is_void() -> None:
+    a = call(History(JOB, ROOT, in_order=True), "a")
+    history = again(Begun(JOB, ROOT, "old"), Reading(JOB, ROOT, 1, 5.0), value(a), Begun(JOB, ROOT, "new"), value(a, b"w"))
+    assert history.former_version == "new"
+    assert history.opening() is None
+    assert history.read_clock(7.0)[0] == 7.0
+    assert history.made(a) is None
+    assert [result.payload for result in history.due() if isinstance(result, Resolve)] == [b"w"]
+
+
+def test_the_first_observation_says_by_which_code_it_was_made() -> None:
+    history = History(JOB, ROOT, in_order=True, version="v")
+    assert history.opening() == Begun(JOB, ROOT, "v")
+    assert history.opening() is None
+    assert History(JOB, ROOT, in_order=True).opening() is None
+
+
+def test_the_clock_shows_again_what_it_showed_before_what_follows_appears() -> None:
+    a = call(History(JOB, ROOT, in_order=True), "a")
+    history = again(Reading(JOB, ROOT, 1, 5.0), Reading(JOB, ROOT, 2, 6.0), value(a))
+    history.made(a)
+    assert history.read_clock(9.0) == (5.0, None)
+    assert history.due() == []
+    assert history.read_clock(9.0) == (6.0, None)
+    assert [result.id for result in history.due()] == [a]
+    assert history.read_clock(9.0) == (9.0, Reading(JOB, ROOT, 3, 9.0))
+
+
+def test_a_program_at_a_standstill_gives_up_looks_but_no_calls() -> None:
+    a = call(History(JOB, ROOT, in_order=True), "a")
+    history = again(Unseen(JOB, ROOT, 1, 3), Reading(JOB, ROOT, 1, 5.0), value(a))
+    assert history.skip_looks()
+    assert not history.skip_looks()
+    assert history.next_wanted == value(a)
+    history.made(a)
+    assert history.next_wanted is None
 
 
 def test_agents_and_tools_find_outcomes_in_any_order() -> None:

@@ -10,6 +10,7 @@ from nalar_mq.errors import MalformedMessageError, UnsupportedVersionError, Wire
 from nalar_mq.messages import (
     WIRE_VERSION,
     ActorInfo,
+    Begun,
     Bye,
     Call,
     CallRecord,
@@ -175,7 +176,7 @@ def test_tags_are_never_shared() -> None:
     assert tags == list(range(1, 14))
     packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
     assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
-    assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading)] == [1, 2, 3]
+    assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading, Begun)] == [1, 2, 3, 4]
 
 
 def _samples() -> dict[str, bytes]:
@@ -218,7 +219,15 @@ def _samples() -> dict[str, bytes]:
         "located": encode_message(Located(5, (ID,), ("j",))),
         "settled": encode_message(Settled(ID, True)),
         "pack": encode_record(
-            Pack(WIRE_VERSION, (Outcome("j", b"p", Resolve(ID, b"v")), Unseen("j", b"p", 1, 2), Reading("j", b"p", 1, 0.5)))
+            Pack(
+                WIRE_VERSION,
+                (
+                    Begun("j", b"p", "v"),
+                    Outcome("j", b"p", Resolve(ID, b"v"), 0.5),
+                    Unseen("j", b"p", 1, 2),
+                    Reading("j", b"p", 1, 0.5),
+                ),
+            )
         ),
         "seal": encode_record(Seal(WIRE_VERSION, "w")),
         "frame": encode_frame(1, 2, 3, 4, [encode_message(Want(ID))]),
@@ -265,8 +274,8 @@ GOLDEN = {
     "located": "940b0591c410000102030405060708090a0b0c0d0e0f91a16a",
     "settled": "930cc410000102030405060708090a0b0c0d0e0fc3",
     "pack": (
-        "93ccd001939401a16ac401709402c410000102030405060708090a0b0c0d0e0fc40176909502a16ac4017001029503a16ac4017001cb3f"
-        "e0000000000000"
+        "93ccd001949404a16ac40170a1769501a16ac401709402c410000102030405060708090a0b0c0d0e0fc4017690cb3fe00000000000009502"
+        "a16ac4017001029503a16ac4017001cb3fe0000000000000"
     ),
     "seal": "93ccd101a177",
     "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",

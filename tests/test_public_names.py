@@ -48,6 +48,7 @@ PUBLIC = [
     "WaitCycleError",
     "Waited",
     "WorkerLostError",
+    "WorkflowChangedError",
     "agent",
     "as_completed",
     "connect",

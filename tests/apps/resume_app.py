@@ -13,6 +13,7 @@ RUNS: list[str] = []
 GATES: dict[str, asyncio.Event] = {}
 HELD: dict[str, threading.Event] = {}
 SEEN: dict[str, list[Any]] = {}
+STRAYS: list[str] = []  # names of jobs that go another way from now on
 
 
 def gate(name: str) -> asyncio.Event:
@@ -239,3 +240,52 @@ async def slow_twin(name: str) -> list[str]:
 async def _late(name: str) -> None:
     await asyncio.sleep(0.3)
     SEEN.setdefault(name, []).append((await gated(f"{name}-a"))[-1])
+
+
+@workflow
+async def strays(name: str) -> int:
+    RUNS.append(f"strays {name}")
+    await step(200)
+    found = await step(299 if name in STRAYS else 201)
+    await gate(name).wait()
+    return found
+
+
+@workflow
+def strays_in_thread(name: str) -> int:
+    RUNS.append(f"strays {name}")
+    step(200).value()
+    found = step(299 if name in STRAYS else 201).value()
+    HELD.setdefault(name, threading.Event()).wait(30)
+    return found
+
+
+@workflow
+async def stops_short(name: str) -> int:
+    RUNS.append(f"strays {name}")
+    found = await step(200)
+    if name not in STRAYS:
+        found = await step(201)
+        await gate(name).wait()
+    return found
+
+
+@workflow
+async def sees_more(name: str) -> list[str]:
+    """Two calls that go on when the workflow is lost, and one in between that takes the program its time."""
+    RUNS.append(f"sees_more {name}")
+    calls = [gated(f"{name}-{letter}") for letter in "ab"]
+    order: list[str] = []
+
+    async def follow() -> None:
+        await step(300)
+        await asyncio.sleep(0.3)
+        await step(301)
+        order.append("followed")
+
+    following = asyncio.ensure_future(follow())
+    async for call in as_completed(calls):
+        letter = await call
+        order.append(letter[-1])
+    await following
+    return order
