@@ -208,6 +208,22 @@ class StoreVersionError(StoreError):
     """Another version of nalar-mq has written the store."""
 
 
+class PolicyError(NalarError):
+    """Something is wrong with a policy; what was decided before stays in force."""
+
+
+class PolicyLoadError(PolicyError, ConfigError):
+    """There is no policy where one was named."""
+
+
+class PolicyFailedError(PolicyError):
+    """A policy raised; the message says what and where."""
+
+
+class PolicyTimeoutError(PolicyError):
+    """A policy had not answered when its time was over."""
+
+
 class UnknownJobError(NalarError):
     """There is no job `job_id`, or its result is not kept any more."""
 
