@@ -22,7 +22,7 @@ import msgspec
 
 from nalar_mq import event_loop
 from nalar_mq.app import load_app
-from nalar_mq.errors import BrokerError, ConfigError
+from nalar_mq.errors import BrokerError, ConfigError, StoreError
 from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_LOST, EXIT_REPLACED
 from nalar_mq.logs import Level, configure_logs
 from nalar_mq.worker import Worker
@@ -44,7 +44,7 @@ def main() -> None:
         sys.stdout.reconfigure(line_buffering=True)  # what users print is seen at once, and not lost with the process
     try:
         event_loop.run(_serve(order, link))
-    except ConfigError as error:
+    except (ConfigError, StoreError) as error:
         _report(link, Report(failure=str(error)))
         sys.exit(EXIT_CONFIG)
     except BrokerError as error:

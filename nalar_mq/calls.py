@@ -47,6 +47,7 @@ from nalar_mq.errors import (
     CallCancelledError,
     CallError,
     CallTimeoutError,
+    MigrationError,
     OwnerLostError,
     UnknownActorError,
     ValueTooLargeError,
@@ -60,25 +61,35 @@ from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
 from nalar_mq.messages import (
+    Abandon,
     ActorInfo,
+    Arrived,
     Call,
     CallRecord,
     Cancel,
     Chunk,
     Consume,
     Credit,
+    Crossing,
     Fail,
+    Forward,
+    Forwarded,
     Load,
     Locate,
     Located,
     Message,
+    Migrate,
+    Migrated,
     Observation,
+    Piece,
     Prioritise,
     Probe,
     Reading,
     Release,
     Resolve,
     Settled,
+    Taken,
+    Thaw,
     Unseen,
     Want,
 )
@@ -178,6 +189,46 @@ class Resumption(Protocol):
         ...
 
 
+class Migrating(Protocol):
+    """The part of a worker that moves sessions."""
+
+    def on_migrate(self, asker: Address, order: Migrate) -> None:
+        """Somebody wants a session to move."""
+        ...
+
+    def on_piece(self, source: Address, piece: Piece) -> None:
+        """A part of a session that another worker sends here."""
+        ...
+
+    def on_taken(self, taken: Taken) -> None:
+        """The other worker has a part, or refuses the session."""
+        ...
+
+    def on_thaw(self, id: bytes) -> None:
+        """The session is served here from now on."""
+        ...
+
+    def on_abandon(self, id: bytes) -> None:
+        """The session stays where it was."""
+        ...
+
+    def on_forward(self, forward: Forward) -> None:
+        """A call that came to where its session was before."""
+        ...
+
+    def on_crossing(self, crossing: Crossing) -> None:
+        """An owner wants to know when all that it has sent is where the session is."""
+        ...
+
+    def on_lost(self, address: Address) -> None:
+        """That process is gone."""
+        ...
+
+    def on_table_changed(self) -> None:
+        """The routing table has changed."""
+        ...
+
+
 class JobPart(msgspec.Struct, eq=False):
     """What is to be known of a call because it belongs to a job, and only then: most calls do without.
 
@@ -227,6 +278,27 @@ class Entry(msgspec.Struct, eq=False):
         return self.part is not None and self.part.is_kept
 
 
+class _Crossing:
+    """A session that has moved, of which former calls may still be on their way by where it was before.
+
+    Attributes:
+        source: who forwards them.
+        question: what follows them.
+        store: where the session is.
+        waiting: calls that go when it has come back.
+    """
+
+    def __init__(self, source: Address, question: Crossing, store: str) -> None:
+        self.source = source
+        self.question = question
+        self.store = store
+        self.waiting: list[Entry] = []
+
+
+def _number_of(entry: Entry) -> int:
+    return entry.call.number if entry.call is not None else 0
+
+
 class Calls:
     """The calls of one process. Implements `context.Caller`; every method not said to be for any thread is for the loop.
 
@@ -269,6 +341,10 @@ class Calls:
         self._ticking: asyncio.TimerHandle | None = None
         self._next_tick = 0
         self._session_numbers = itertools.count(1)  # one count for all: a session wants them to grow, gaps do not matter
+        self._crossing: dict[str, _Crossing] = {}
+        self._hops: dict[bytes, int] = {}
+        self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
+        self.migrations: Migrating | None = None
         self._local: list[Message] = []
         self._labels: dict[tuple[str, str], str] = {}
         self._closed: CallError | None = None
@@ -530,6 +606,8 @@ class Calls:
     def on_table_changed(self) -> None:
         """The routing table has changed: calls that found no replica look again."""
         self._places.on_table_changed()
+        if self.migrations is not None:
+            self.migrations.on_table_changed()
         for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
             for entry in self._pop_unrouted(actor):
                 self._again(entry)
@@ -538,6 +616,9 @@ class Calls:
         key = entry.place = entry.place or self._places.key(call.actor, call.session, call.instance)
         if not call.number:
             call = entry.call = msgspec.structs.replace(call, number=next(self._session_numbers))
+        if self._crossing and key in self._crossing:
+            self._crossing[key].waiting.append(entry)
+            return
         address = self._places.known(key)
         if address is not None:
             self._send(entry, call, address)
@@ -681,10 +762,137 @@ class Calls:
                 self.resumption.on_locate(sender, message)
             case Located() if self.resumption is not None:
                 self.resumption.on_located(sender, message)
+            case (
+                Migrate()
+                | Migrated()
+                | Piece()
+                | Taken()
+                | Thaw()
+                | Abandon()
+                | Forward()
+                | Crossing()
+                | Arrived()
+                | Forwarded()
+            ):
+                self._on_migration(sender, message)
             case Release():
                 self.claims.on_release(sender, message)
             case _:
                 _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
+
+    def _on_migration(self, sender: Address, message: Message) -> None:
+        moves = self.migrations
+        match message:
+            case Arrived():
+                key = self._places.key_in_store(message.actor, message.session)
+                self._places.learn(key, message.store)
+                self._end_crossing(key)
+            case Forwarded():
+                self._on_forwarded(sender, message)
+            case Migrated():
+                self._on_migrated(message)
+            case Migrate() if moves is None:
+                self.tell(sender, Migrated(message.id, f"process {self.me.name!r} keeps no sessions"))
+            case Piece() if moves is None:
+                self.tell(sender, Taken(message.id, message.number, f"process {self.me.name!r} keeps no sessions"))
+            case _ if moves is None:
+                _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
+            case Migrate():
+                moves.on_migrate(sender, message)
+            case Piece():
+                moves.on_piece(sender, message)
+            case Taken():
+                moves.on_taken(message)
+            case Thaw():
+                moves.on_thaw(message.id)
+            case Abandon():
+                moves.on_abandon(message.id)
+            case Forward():
+                moves.on_forward(message)
+            case Crossing():
+                moves.on_crossing(message)
+            case _:
+                pass
+
+    # Sessions that have moved (`migration`).
+
+    def _on_forwarded(self, sender: Address, forwarded: Forwarded) -> None:
+        """A call has been sent after its session: from now on others of that session wait until all are there."""
+        key = self._places.key_in_store(forwarded.actor, forwarded.session)
+        if self._places.store_known(key) != forwarded.store and key not in self._crossing:
+            self._places.learn(key, forwarded.store)
+            self._crossing[key] = _Crossing(sender, Crossing(*self.me, forwarded.actor, forwarded.session), forwarded.store)
+            self.tell(sender, self._crossing[key].question)
+        entry = self._entries.get(forwarded.id)
+        if entry is None or entry.address is None or self._hops.get(forwarded.id, 0) >= forwarded.hops:
+            return
+        self._hops[forwarded.id] = forwarded.hops
+        self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
+
+    def _has_moved(self, entry: Entry, former: Address, address: Address) -> None:
+        in_flight = self.in_flight[entry.actor]
+        in_flight[former.name] = in_flight.get(former.name, 1) - 1
+        in_flight[address.name] = in_flight.get(address.name, 0) + 1
+        entry.address = address
+        if self._table.is_lost(address):
+            self._move_on(entry, None)
+            return
+        id = entry.future.id
+        if entry.cancelling:
+            self.tell(address, Cancel(id))
+        if entry.credit:
+            self.tell(address, Credit(id, entry.credit))
+        for dep in entry.depends or ():
+            self._lend(dep, address, entry.deadline)
+
+    def _end_crossing(self, key: str) -> None:
+        crossing = self._crossing.pop(key, None)
+        for entry in sorted(crossing.waiting, key=_number_of) if crossing is not None else ():
+            if entry.future.id in self._entries and entry.call is not None:
+                self._again(entry)
+
+    def _ask_crossings_again(self, lost: Address) -> None:
+        """Of what a lost process was to pass on or to answer."""
+        for key, crossing in list(self._crossing.items()):
+            if crossing.source == lost:
+                self._end_crossing(key)
+            elif self._table.holder(crossing.store) is None:
+                self.tell(crossing.source, crossing.question)
+
+    async def migrate(self, actor: str, session: str, target: str) -> Migrated:
+        """Has a session moved to worker `target`; returns what became of that.
+
+        Raises:
+            MigrationError: nobody has the session, or whoever has it was lost meanwhile.
+        """
+        key = self._places.key_in_store(actor, session)
+        place: asyncio.Future[Address | None] = self.loop.create_future()
+
+        def placed(id: bytes, address: Address | None, error: CallError | None) -> bool:
+            if not place.done():
+                if error is not None:
+                    place.set_exception(MigrationError(str(error)))
+                else:
+                    place.set_result(address)
+            return True
+
+        self._places.find(key, actor, b"", placed)
+        address = await place
+        if address is None:
+            raise MigrationError(f"nobody serves {actor!r}")
+        id = self._root + next(self._numbers).to_bytes(8, "big")
+        answer: asyncio.Future[Migrated] = self.loop.create_future()
+        self._migrating[id] = address, answer
+        try:
+            self.tell(address, Migrate(id, actor, session, target))
+            return await answer
+        finally:
+            del self._migrating[id]
+
+    def _on_migrated(self, migrated: Migrated) -> None:
+        found = self._migrating.get(migrated.id)
+        if found is not None and not found[1].done():
+            found[1].set_result(migrated)
 
     def _refuse(self, sender: Address, call: Call) -> None:
         error = UnknownActorError(f"process {self.me.name!r} serves no actors", actor=call.actor)
@@ -789,6 +997,8 @@ class Calls:
         if self._entries.pop(id, None) is None:
             return
         self._stop_watching(entry)
+        if self._hops:
+            self._hops.pop(id, None)
         entry.future.facts = _facts(entry, self.loop.time())
         if entry.parent:
             siblings = self._children[entry.parent]
@@ -1110,8 +1320,14 @@ class Calls:
         for in_flight in self.in_flight.values():
             if not in_flight.get(address.name):  # a successor of the same name may have calls by now
                 in_flight.pop(address.name, None)
+        self._ask_crossings_again(address)
+        for place, answer in self._migrating.values():
+            if place == address and not answer.done():
+                answer.set_exception(MigrationError(f"worker {address.name!r} was lost while it moved the session"))
         if self.host is not None:
             self.host.on_owner_lost(address)
+        if self.migrations is not None:
+            self.migrations.on_lost(address)
 
     def _move_on(self, entry: Entry, unsent: Call | None) -> None:
         lost = entry.address
@@ -1129,6 +1345,9 @@ class Calls:
             call = entry.call
             known = (*call.lost, str(lost)) if call.job else ()
             entry.call = msgspec.structs.replace(call, attempt=call.attempt + 1, lost=known)
+            if self._places.store_known(entry.place):  # in their order, and not before somebody has opened the store again
+                self._again(entry)
+                return
             self.loop.call_later(self._pause_s(call.attempt), self._after_pause, entry)
         else:
             error = WorkerLostError(f"worker {lost.name!r} was lost while it had {entry.future.actor}; it may have run")

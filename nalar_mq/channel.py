@@ -61,8 +61,11 @@ from nalar_mq.errors import BrokerError, UnsupportedVersionError, ValueTooLargeE
 from nalar_mq.logs import logger
 from nalar_mq.messages import (
     WIRE_VERSION,
+    Arrived,
     Bye,
     Call,
+    Crossing,
+    Forward,
     Frame,
     Gone,
     Locate,
@@ -734,6 +737,6 @@ def _salvaged(data: bytes) -> Frame | None:
 def _too_large(message: Message, size_bytes: int, limit_bytes: int) -> ValueTooLargeError:
     kind = type(message).__name__.lower()
     actor = message.actor if isinstance(message, Call) else ""
-    call_id = "" if isinstance(message, Locate | Located | Release) else message.id.hex()
+    call_id = "" if isinstance(message, Locate | Located | Release | Forward | Crossing | Arrived) else message.id.hex()
     text = f"a {kind} of {size_bytes} bytes is larger than the {limit_bytes} that one message carries"
     return ValueTooLargeError(text, call_id=call_id, actor=actor, size_bytes=size_bytes, limit_bytes=limit_bytes)

@@ -342,6 +342,43 @@ def trace(options: _Options, /, id: str | None, last: bool, json: bool, app: Pat
 
 
 @cli.command()
+@click.argument("session")
+@click.option("--agent", required=True, metavar="NAME", help="Whose session it is.")
+@click.option("--to", "target", required=True, metavar="WORKER", help="Where it goes.")
+@click.option("--instance", default="", metavar="ID", help="Which instance within the session, if a workflow has made several.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def migrate(
+    options: _Options,
+    /,
+    session: str,
+    agent: str,
+    target: str,
+    instance: str,
+    json: bool,
+    app: Path | None,
+    **broker: str | None,
+) -> None:
+    """Move SESSION of an agent to another worker, while it is used.
+
+    Its managed state goes with it, the calls that wait, and the results of its former ones. If it cannot move, it is served
+    where it was, and the reason is told.
+    """
+    from nalar_mq import commands
+
+    file = commands.app_file(app) if app else None
+    moved = _run(options, commands.migrate(_choice(broker), agent, session, target, instance=instance, app=file))
+    if json:
+        _show_json(
+            {"agent": agent, "session": session, "worker": target, "frozen_s": moved.frozen_s, "bytes": moved.size_bytes}
+        )
+    else:
+        _show(f"{agent}[{session}] is in {target}: {moved.size_bytes:,} bytes, {moved.frozen_s * 1e3:.1f} ms without a call")
+
+
+@cli.command()
 @_app_argument
 @_json_option
 @_with_options

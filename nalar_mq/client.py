@@ -15,14 +15,14 @@ import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from nalar_mq.address import Address, check_token, random_token
 from nalar_mq.arguments import parameters_of
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
-from nalar_mq.errors import ArgumentError, BrokerError, CallCancelledError, UnknownActorError
+from nalar_mq.errors import ArgumentError, BrokerError, CallCancelledError, MigrationError, UnknownActorError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
@@ -332,6 +332,19 @@ class Client(Caller):
         nodes = {name: member.node for name, member in table.members.items()}
         return trace_of(wanted.id.hex() if isinstance(wanted, Future) else wanted, views, nodes)
 
+    async def migrate(self, actor: str, session: str, *, to: str, instance: str = "") -> Migration:
+        """Moves a session with its state, its waiting calls and the results of its former ones to worker `to`.
+
+        It is used meanwhile: no call of it begins for some milliseconds, none is lost, and their order stays.
+
+        Raises:
+            MigrationError: it is where it was; the message says why.
+        """
+        migrated = await self.process.calls.migrate(actor, f"{session}/{instance}" if instance else session, to)
+        if migrated.refusal:
+            raise MigrationError(migrated.refusal)
+        return Migration(migrated.frozen_s, migrated.size)
+
     async def look(self) -> list[View]:
         """How many calls each other live process has in hand; those that do not answer in time are left out."""
         others = [(name, member) for name, member in self.process.table.members.items() if name != self.process.name]
@@ -340,6 +353,18 @@ class Client(Caller):
     async def members(self) -> list[tuple[str, Member]]:
         """All live processes by name, this one included."""
         return sorted(self.process.table.members.items())
+
+
+class Migration(NamedTuple):
+    """A session that has moved.
+
+    Attributes:
+        frozen_s: for how long none of its calls could begin.
+        size_bytes: of the state that went over.
+    """
+
+    frozen_s: float
+    size_bytes: int
 
 
 class _LoopThread:

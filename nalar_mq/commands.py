@@ -33,7 +33,7 @@ from nalar_mq.broker import (
     remove_runtime_file,
     write_runtime_file,
 )
-from nalar_mq.client import Client, connect
+from nalar_mq.client import Client, Migration, connect
 from nalar_mq.config import (
     DEFAULT_PORT,
     BrokerAccess,
@@ -254,6 +254,19 @@ async def trace(choice: BrokerChoice, wanted: str, *, app: Path | None) -> Trace
     settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
     async with connect(settings=settings) as client:
         return await client.trace(wanted)
+
+
+async def migrate(choice: BrokerChoice, agent: str, session: str, target: str, *, instance: str, app: Path | None) -> Migration:
+    """Moves a session to another worker.
+
+    Raises:
+        MigrationError: it is where it was.
+        UnknownActorError: nobody serves the agent.
+    """
+    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    async with connect(settings=settings) as client:
+        await client.wait_for(agent, _SERVED_WITHIN_S)
+        return await client.migrate(agent, session, to=target, instance=instance)
 
 
 async def doctor(choice: BrokerChoice, *, app: Path | None, take: Callable[[Finding], None]) -> None:

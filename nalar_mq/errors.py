@@ -28,6 +28,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── StoreFullError           there is no room for what it is to keep
     │   ├── StoreLostError           another process has taken it over
     │   └── StoreVersionError        another version of nalar-mq has written it
+    ├── MigrationError               a session was not moved, and is served where it was
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
     ├── WireError
@@ -222,6 +223,10 @@ class PolicyFailedError(PolicyError):
 
 class PolicyTimeoutError(PolicyError):
     """A policy had not answered when its time was over."""
+
+
+class MigrationError(NalarError):
+    """A session was not moved; the message says why. It is served where it was."""
 
 
 class UnknownJobError(NalarError):

@@ -12,6 +12,7 @@ from nalar_mq.errors import (
     ConfigError,
     NalarError,
     NotConnectedError,
+    StoreError,
     WireError,
     WorkerStartError,
     path_of,
@@ -50,7 +51,7 @@ def explain(error: Exception) -> tuple[int, str]:
             return EXIT_CALL_FAILED, _call_failure(error)
         case Interrupted():
             return EXIT_INTERRUPTED, "nalar: interrupted"
-        case ConfigError() | NotConnectedError() | WireError() | ArgumentError():
+        case ConfigError() | NotConnectedError() | WireError() | ArgumentError() | StoreError():
             return EXIT_CONFIG, f"nalar: error: {one_line(error)}"
         case BrokerError() | WorkerStartError():
             return EXIT_BROKER, f"nalar: error: {one_line(error)}"

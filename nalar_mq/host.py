@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from typing import Any, cast
 
 import msgspec
@@ -72,12 +72,14 @@ from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
 from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Prioritise, Probe, Resolve, Settled, Want
+from nalar_mq.migration import Key, Migrations
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
 from nalar_mq.runner import Runner
 from nalar_mq.session_state import SessionState
-from nalar_mq.state import state_of
-from nalar_mq.stores import Stores
+from nalar_mq.state import state_of, take
+from nalar_mq.store import Change, Outcome
+from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
 from nalar_mq.transparent import run_driver
@@ -100,6 +102,7 @@ _DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _NOTHING = values.encode(None)
+_MOVED = "it moved with its session"
 _log = logger(__name__)
 
 
@@ -148,6 +151,8 @@ class Host:
         self._remember = remember
         self._recalling: set[asyncio.Task[None]] = set()
         self._is_muted = False
+        self._quiet: dict[Key, asyncio.Future[None]] = {}
+        self.migrations: Migrations | None = None
         self._forget_at = self._loop.time() + _FORGET_EVERY_S
         self._is_closing = False
         self._threads = Threads(f"{name}-call")
@@ -190,6 +195,8 @@ class Host:
     def on_call(self, owner: Address, call: Call, now: float) -> None:
         """A call has arrived at `now`: queues it, or refuses it with a typed error."""
         if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call):
+            return
+        if self.migrations is not None and self._is_elsewhere(owner, call, self.migrations):
             return
         replica = self._replicas.get(call.actor)
         if replica is None:
@@ -262,6 +269,101 @@ class Host:
                 execution.resumed.is_orphan = False
             self._unwatched.pop(call.id, None)
         return True
+
+    def _is_elsewhere(self, owner: Address, call: Call, migrations: Migrations) -> bool:
+        """True if the session of the call has moved, and the call has been sent after it."""
+        replica = self._replicas.get(call.actor)
+        if replica is None or replica.stores is None:
+            return False
+        key = call.actor, session_key_of(call)
+        if not replica.has_instance(key[1]):
+            try:
+                migrations.look(key)
+            except (CallError, StoreError) as error:
+                self._refuse(owner, call, error if isinstance(error, CallError) else StateDamagedError(str(error)))
+                return True
+        return migrations.passes_on(key, owner, call)
+
+    # Sessions that move (`migration.Holder`).
+
+    def refusal(self, actor: str) -> str:
+        """Why sessions of that agent can neither leave nor come; empty if they can."""
+        replica = self._replicas.get(actor)
+        if replica is None:
+            return f"worker {self._calls.me.name!r} does not serve {actor!r}"
+        if replica.stores is not None:
+            return ""
+        if replica.spec.managed:
+            return f"sessions of {actor!r} are in memory alone (durability 'memory'), and end with their worker"
+        if replica.spec.stateful:
+            return f"sessions of {actor!r} never move: it is stateful, and what it keeps in `self` cannot be carried"
+        return f"{actor!r} has no sessions: its calls go anywhere"
+
+    def is_loaded(self, key: Key) -> bool:
+        """True if an instance of the session is in memory."""
+        return self._replicas[key[0]].has_instance(key[1])
+
+    def freeze(self, key: Key) -> None:
+        """No call of the session begins."""
+        self._replicas[key[0]].mailbox.freeze(key[1])
+
+    async def quiet(self, key: Key) -> None:
+        """Returns when no call of the session runs and nothing of it is being committed."""
+        while key[1] in self._replicas[key[0]].holders:
+            waiter = self._quiet.setdefault(key, self._loop.create_future())
+            await asyncio.shield(waiter)
+
+    def thaw(self, key: Key) -> None:
+        """Calls of the session begin."""
+        replica = self._replicas[key[0]]
+        replica.mailbox.thaw(key[1])
+        self.pump(replica)
+
+    def release(self, key: Key) -> list[tuple[Address, Call]]:
+        """Lets the session go, thawed: its instance, and the calls that have not begun, which are returned."""
+        replica = self._replicas[key[0]]
+        waiting: list[tuple[Address, Call]] = []
+        for execution in list(self._executions.values()):
+            if execution.started or execution.replica is not replica or execution.session_key != key[1]:
+                continue
+            waiting.append((execution.owner, self._with_time_left(execution)))
+            replica.mailbox.remove(execution.call.id)
+            execution.failure = _MOVED
+            self._forget(execution)
+        self._end_instances(replica, [key[1]])
+        replica.mailbox.thaw(key[1])
+        replica.mailbox.forget_session(key[1])  # what comes back may have numbers that were here before
+        return waiting
+
+    def _with_time_left(self, execution: Execution) -> Call:
+        if execution.deadline is None:
+            return execution.call
+        return msgspec.structs.replace(execution.call, timeout_s=max(0.0, execution.deadline - self._loop.time()))
+
+    def take_forwarded(self, owner: Address, call: Call) -> None:
+        """A call that came to where its session was before."""
+        if self._calls.is_lost(owner) and not call.job and not call.cast:
+            return
+        self.on_call(owner, call, self._loop.time())
+
+    async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
+        """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
+        replica = self._replicas[key[0]]
+        if replica.spec.transparent:
+            return None
+        made: asyncio.Future[Any] = self._loop.create_future()
+        self._threads.run(functools.partial(self._stage_in_thread, replica, key[1], kept, made))
+        instance = await made
+        return functools.partial(take, state_of(instance))
+
+    def _stage_in_thread(self, replica: Replica, key: str, kept: Kept, made: asyncio.Future[Any]) -> None:
+        try:
+            instance = replica.make(key, b"", kept)
+        except BaseException as error:
+            cause = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            self._inbox.put(functools.partial(settle, made, None, cause))
+        else:
+            self._inbox.put(functools.partial(settle, made, instance))
 
     def _is_recorded(self, owner: Address, call: Call, stores: Stores) -> bool:
         """True if the call has taken effect already: then its owner is told what it came to, or why that is not known."""
@@ -874,6 +976,10 @@ class Host:
     def _committed(self, execution: Execution, payload: bytes, cause: Exception | None) -> None:
         execution.is_committing = False
         error = None if cause is None else StateNotKeptError(f"what {execution.label} has changed was not kept: {cause}")
+        if error is None and self.migrations is not None and execution.changes is not None:
+            call = execution.call
+            outcome = Outcome(call.id, payload, time.time(), bool(call.job))
+            self.migrations.on_commit((call.actor, execution.session_key), execution.changes, outcome)
         self._close(execution, payload, error)
         if error is not None:  # the next call reads what is in the store
             self._end_instances(execution.replica, [execution.session_key])
@@ -937,6 +1043,8 @@ class Host:
         if replica.holders.get(execution.session_key) == execution.call.id:
             del replica.holders[execution.session_key]
             replica.has_used(execution.session_key)  # idle from now on, not from its beginning
+            if self._quiet and (waiter := self._quiet.pop((execution.call.actor, execution.session_key), None)) is not None:
+                waiter.set_result(None)
         replica.mailbox.finish(execution.call.id)
         if execution.call.job and _is_forgotten(execution) and self._calls.journal is not None:
             self._calls.journal.release(execution.call.id)

@@ -19,6 +19,7 @@ Which call is next:
 * Without it, every call stands for itself.
 * Between sessions (or calls) priority decides, with aging: `aging_s` seconds of waiting weigh as much as one level. A session
   ranks as its best call. Since all age alike, the rank `arrival - priority * aging_s` never changes while a call waits.
+* A session that is frozen, since it moves to another worker, begins no call; those that run go on.
 * A re-entrant call (its own ancestor holds the session) runs at once, beside its ancestor and outside all limits.
 
 Numbers: a session remembers per sender which of the last numbers it had, so that a duplicate is told from a latecomer, which
@@ -310,12 +311,13 @@ class _Lane:
     Where numbers hold back higher ones it is always a tangle, which remembers them.
     """
 
-    __slots__ = ("_plain", "_tangle", "busy", "hold_gaps", "numbers", "offered", "queued")
+    __slots__ = ("_plain", "_tangle", "busy", "hold_gaps", "is_frozen", "numbers", "offered", "queued")
 
     def __init__(self, hold_gaps: bool) -> None:
         self.hold_gaps = hold_gaps
         self.numbers: dict[str, _Numbers] = {}
         self.busy: _Entry | None = None
+        self.is_frozen = False
         self.offered: tuple[float, int] | None = None
         self.queued = 0
         self._plain: deque[_Entry] | None = None
@@ -472,6 +474,13 @@ class _BySession:
         lane.skip(sender, number)
         self._offer(lane)
 
+    def freeze(self, session: str, is_frozen: bool) -> None:
+        lane = self._lane(session)
+        lane.is_frozen = is_frozen
+        self._idle.pop(session, None)
+        self._offer(lane)
+        self._rest(session, lane)
+
     def forget(self, session: str) -> None:
         if session in self._idle:
             del self._idle[session]
@@ -486,7 +495,7 @@ class _BySession:
 
     def _offer(self, lane: _Lane) -> None:
         """Gives the session its present place among those that could run a call."""
-        best = lane.offer() if lane.busy is None else None
+        best = lane.offer() if lane.busy is None and not lane.is_frozen else None
         if best == lane.offered:
             return
         lane.offered = best
@@ -498,7 +507,7 @@ class _BySession:
 
     def _rest(self, session: str, lane: _Lane) -> None:
         """Keeps the numbers of a session without calls for a while; of many such sessions the oldest go."""
-        if lane.queued == 0 and lane.busy is None:
+        if lane.queued == 0 and lane.busy is None and not lane.is_frozen:
             self._idle[session] = None
             if len(self._idle) > _REMEMBERED_SESSIONS:
                 del self._lanes[self._idle.popitem(last=False)[0]]
@@ -784,6 +793,16 @@ class Mailbox:
     def skip(self, session: str, sender: str, number: int) -> None:
         """The sender gives up that number of the session; a call that bears it and comes later is a duplicate."""
         self._queue.skip(session, sender, number)
+
+    def freeze(self, session: str) -> None:
+        """No further call of the session begins, re-entrant ones of its running call excepted, until `thaw`."""
+        if isinstance(self._queue, _BySession):
+            self._queue.freeze(session, True)
+
+    def thaw(self, session: str) -> None:
+        """Calls of the session begin again."""
+        if isinstance(self._queue, _BySession):
+            self._queue.freeze(session, False)
 
     def forget_session(self, session: str) -> None:
         """Drops what is remembered of a session that has no calls: its numbers and its priority."""

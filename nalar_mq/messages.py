@@ -217,8 +217,182 @@ class Release(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=20):
     name: str
 
 
+class Migrate(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=21):
+    """The receiver is to move a session that it holds; it answers `Migrated`.
+
+    Attributes:
+        id: of the migration, 16 bytes.
+        actor: whose session.
+        session: its name; with an instance, `session/instance`.
+        target: name of the worker it is to go to.
+    """
+
+    id: bytes
+    actor: str
+    session: str
+    target: str
+
+
+class Migrated(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=22):
+    """Answer to `Migrate`.
+
+    Attributes:
+        id: of the migration.
+        refusal: why the session is where it was; empty if it has moved.
+        frozen_s: for how long no call of it could begin.
+        size: bytes of state that went over.
+    """
+
+    id: bytes
+    refusal: str = ""
+    frozen_s: float = 0.0
+    size: int = 0
+
+
+class Piece(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=23):
+    """A part of a session on its way to another worker.
+
+    Attributes:
+        id: of the migration.
+        number: of the part, from 1.
+        step: `""` for a part; `prepare` if the receiver is to make an instance of what it has; `last` if nothing follows;
+            `begun` if the data of its only entry goes on in the next part.
+        actor, session: as in `Migrate`.
+        store: that the session comes from.
+        changes: entries: field, order, and data, which is missing where the entry is gone.
+        outcomes: of former calls: id, result, seconds since 1970, whether of a job.
+        schema, kinds: of the session, as in its header.
+        sums: of the last part: by field how many entries there are, and the xor of their checksums.
+    """
+
+    id: bytes
+    number: int
+    step: str
+    actor: str
+    session: str
+    store: str
+    changes: list[tuple[str, int, bytes | None]] = []
+    outcomes: list[tuple[bytes, bytes, float, bool]] = []
+    schema: int = 0
+    kinds: dict[str, str] = {}
+    sums: dict[str, tuple[int, int]] = {}
+
+
+class Taken(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=24):
+    """Answer to `Piece`, when it is durable.
+
+    Attributes:
+        id: of the migration.
+        number: of the part.
+        refusal: why the session cannot come here; empty if it can.
+        store: where it is.
+    """
+
+    id: bytes
+    number: int
+    refusal: str = ""
+    store: str = ""
+
+
+class Thaw(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=25):
+    """The directory names the receiver's store: the session is served there from now on. What waited for it came before."""
+
+    id: bytes
+
+
+class Abandon(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=26):
+    """The session stays where it is: the receiver drops what it has of it."""
+
+    id: bytes
+
+
+class Forward(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=27):
+    """A call that came to where its session was before.
+
+    Attributes:
+        name, incarnation: of its owner.
+        call: as the owner made it.
+        hops: how often it has been forwarded, this time included.
+    """
+
+    name: str
+    incarnation: int
+    call: Call
+    hops: int = 1
+
+
+class Crossing(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=28):
+    """Follows what its owner has sent of a session to where that was before, and comes back as `Arrived` from where it is.
+
+    Attributes:
+        name, incarnation: of the owner.
+        actor, session: as in `Migrate`.
+    """
+
+    name: str
+    incarnation: int
+    actor: str
+    session: str
+
+
+class Arrived(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=29):
+    """Answer to `Crossing`, from where the session is: all that the owner sent before is there.
+
+    Attributes:
+        actor, session: as in `Migrate`.
+        store: where the session is.
+    """
+
+    actor: str
+    session: str
+    store: str
+
+
+class Forwarded(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=30):
+    """A call has been sent after its session, and its owner is told where.
+
+    Attributes:
+        id: of the call.
+        name, incarnation: of the worker that has it now.
+        hops: how often it has been forwarded.
+        actor, session: as in `Migrate`.
+        store: where the session is.
+    """
+
+    id: bytes
+    name: str
+    incarnation: int
+    hops: int
+    actor: str
+    session: str
+    store: str
+
+
 Message = (
-    Call | Resolve | Fail | Cancel | Consume | Chunk | Credit | Want | Probe | Locate | Located | Settled | Prioritise | Release
+    Call
+    | Resolve
+    | Fail
+    | Cancel
+    | Consume
+    | Chunk
+    | Credit
+    | Want
+    | Probe
+    | Locate
+    | Located
+    | Settled
+    | Prioritise
+    | Release
+    | Migrate
+    | Migrated
+    | Piece
+    | Taken
+    | Thaw
+    | Abandon
+    | Forward
+    | Crossing
+    | Arrived
+    | Forwarded
 )
 
 

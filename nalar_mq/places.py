@@ -65,6 +65,21 @@ class Places:
         """The key of one instance of a stateful actor."""
         return f"{actor}.{session}.{instance}" if instance else f"{actor}.{session}"
 
+    @staticmethod
+    def key_in_store(actor: str, session: str) -> str:
+        """The key of a session as stores name it: with an instance, `session/instance`."""
+        return f"{actor}.{session.replace('/', '.')}"
+
+    def learn(self, key: str, store: str) -> None:
+        """The session is in that store now."""
+        if key not in self._finding:
+            self._known[key] = store
+
+    def store_known(self, key: str) -> str:
+        """The store that it is in, as far as this process knows; empty if it does not."""
+        place = self._known.get(key)
+        return place if isinstance(place, str) else ""
+
     def known(self, key: str) -> Address | None:
         """Where it is, if this process knows and has heard nothing of that process's death."""
         if key in self._finding:

@@ -61,8 +61,8 @@ class Replica:
         if key in self._instances:
             self._last_used[key] = self._loop.time()
 
-    def make(self, key: str, init: bytes) -> Any:
-        """The instance under `key`, made if there is none; in a thread.
+    def make(self, key: str, init: bytes, kept: Kept | None = None) -> Any:
+        """The instance under `key`, made if there is none, of what is in a store where that is given; in a thread.
 
         Raises:
             BaseException: whatever the constructor or `on_start` raises.
@@ -73,7 +73,7 @@ class Replica:
             found = self._instances.get(key)
             if found is None:
                 args, kwargs = values.decode_arguments(init) if init else ([], {})
-                found = self._constructed(key, args, kwargs)
+                found = self._constructed(key, args, kwargs, kept)
                 if self.spec.transparent:
                     settle(self.spec, found, key, init)
                 self._hook(found, "on_start")
@@ -81,13 +81,13 @@ class Replica:
                 self._last_used[key] = self._loop.time()
             return found
 
-    def _constructed(self, key: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _constructed(self, key: str, args: list[Any], kwargs: dict[str, Any], kept: Kept | None) -> Any:
         target: Any = self.spec.target
         try:
             if not self.spec.managed:
                 return target(*args, **kwargs)
             found = target.__new__(target, *args, **kwargs)
-            self._bind(found, key)
+            self._bind(found, key, kept)
             found.__init__(*args, **kwargs)
             return found
         except TypeError as error:
@@ -97,11 +97,11 @@ class Replica:
             who = f"agent {self.spec.name!r} is made with arguments, so that only a workflow that makes it can call it"
             raise ArgumentError(f"{who}: {error}") from None
 
-    def _bind(self, instance: object, key: str) -> None:
+    def _bind(self, instance: object, key: str, kept: Kept | None) -> None:
         state = SessionState(f"{self.spec.name}[{key}]", is_kept=True)
         entries: Entries = {}
         if self.stores is not None:
-            state.kept = self.stores.session(self.spec.name, key)
+            state.kept = kept or self.stores.session(self.spec.name, key)
             entries = self.stores.load(state.kept)
             self._check_kinds(state.kept, key)
         bind(instance, state, entries)

@@ -23,6 +23,7 @@ that code written in C, such as `heapq`, cannot change them unseen; across calls
 from __future__ import annotations
 
 import ast
+import bisect
 import itertools
 import operator
 import sys
@@ -77,6 +78,13 @@ class ManagedList(MutableSequence[T]):
 
     def _entries(self) -> list[tuple[int, bytes]]:
         return [(order, bytes_of(cell)) for order, cell in zip(self._orders, self._cells, strict=True)]
+
+    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
+        for order, data in changes:
+            position = bisect.bisect_left(self._orders, order)
+            stop = position + (position < len(self._orders) and self._orders[position] == order)
+            self._cells[position:stop] = [] if data is None else [cell_from(data)]
+            self._orders[position:stop] = [] if data is None else [order]
 
     def __nalar_plain__(self) -> list[T]:
         return [value_of(cell) for cell in self._cells]
@@ -413,6 +421,18 @@ class ManagedDict(MutableMapping[K, V]):
     def _entries(self) -> list[tuple[int, bytes]]:
         return [(slot.order, values.encode(slot.key) + bytes_of(slot.cell)) for slot in self._slots.values()]
 
+    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
+        by_order = {slot.order: slot for slot in self._slots.values()}
+        for order, data in changes:
+            former = by_order.pop(order, None)
+            if former is not None and self._slots.get(former.key) is former:
+                del self._slots[former.key]
+            if data is not None:
+                key, cell = pair_from(data)
+                slot = by_order[order] = self._slots[key] = _Slot(key, order, cell)
+                self._next = max(self._next, slot.order + 1)
+        self._put_in_order()
+
     def _put_in_order(self) -> None:
         self._slots = {slot.key: slot for slot in sorted(self._slots.values(), key=lambda slot: slot.order)}
 
@@ -581,6 +601,10 @@ class ManagedValue(Generic[T]):
 
     def _entries(self) -> list[tuple[int, bytes]]:
         return [] if self._cell is _MISSING else [(_FIRST, bytes_of(self._cell))]
+
+    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
+        for _, data in changes:
+            self._cell = _MISSING if data is None else cell_from(data)
 
     def __nalar_plain__(self) -> T:
         return self._default if self._cell is _MISSING else cast("T", value_of(self._cell))
@@ -761,6 +785,20 @@ def _parts_of(instance: object) -> Mapping[str, Any]:
 
 class _Readable(Protocol):
     def _entries(self) -> list[tuple[int, bytes]]: ...
+
+    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None: ...
+
+
+def take(state: SessionState, changes: Iterable[tuple[str, int, bytes | None]]) -> None:
+    """Has the fields of a session be what they are where it comes from, after those changes. No call runs meanwhile."""
+    parts = cast("Mapping[str, _Readable]", state.parts)
+    by_field: dict[str, list[tuple[int, bytes | None]]] = {}
+    for field, order, data in changes:
+        by_field.setdefault(field, []).append((order, data))
+    with state.lock:
+        for field, some in by_field.items():
+            if field in parts:
+                parts[field]._take(some)  # pyright: ignore[reportPrivateUsage]
 
 
 def entries_of(state: SessionState) -> dict[str, list[tuple[int, bytes]]]:

@@ -9,7 +9,7 @@ What is in it (all numbers big-endian, so that they sort):
     about      format, id, directory, owner, commits, sessions
     sessions   actor NUL session             -> crc, header: number, and by field how many entries and the xor of their crcs
     names      hash of the same key          -> number; a session that only one of the two trees knows is damaged
-    entries    number, field NUL, order      -> crc of key and data, data
+    entries    number, field NUL, order      -> crc of field, order and data; data
     records    kind, commit, place in it     -> crc, record: call, session, when, result
     calls      number, call                  -> key of its record
 
@@ -27,6 +27,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import struct
 import threading
@@ -55,6 +56,10 @@ from nalar_mq.errors import (
 T = TypeVar("T")
 
 FORMAT: Final = 1
+HERE: Final = ""
+STAGED: Final = "staged"  # it is on its way here, or has come and is not served yet
+LEAVING: Final = "leaving"  # all of it is in the other store, and the directory may name either
+LEFT: Final = "left"  # the directory names the other store; what is left here says so
 RECORD_S: Final = 3600.0  # what a call came to, for whoever sends it again; calls are not sent again after half of it
 JOB_RECORD_S: Final = 7 * 24 * 3600.0
 EXAMINED_BYTES: Final = 32 * 1024 * 1024  # a larger file is examined whole by `nalar state verify`, not at each start
@@ -62,6 +67,7 @@ _FIRST_MAP: Final = 64 * 1024 * 1024
 _LARGEST_MAP: Final = 1 << 40
 _EXPIRED_AT_ONCE: Final = 4  # for each record that is written
 _PIECE: Final = 2_000
+DEPARTED_AT_ONCE: Final = 500
 _LOCK_FILE: Final = "owner"
 _COMMITS_FILE: Final = "commits"
 _DATA_FILE: Final = "data.mdb"
@@ -93,8 +99,8 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
         used_s: when its last change was committed, in seconds since 1970.
         schema: version of the agent's state.
         kinds: what each field is: `list`, `dict` or `value`.
-        leaving: the store that it is on its way to; empty if it is here.
-        is_staged: it is on its way to this store and is not served yet.
+        standing: one of `HERE`, `STAGED`, `LEAVING` and `LEFT`; only what is here is served.
+        other: the store that it comes from or goes to, if it is not just here.
     """
 
     number: int
@@ -102,8 +108,8 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
     used_s: float = 0.0
     schema: int = 0
     kinds: dict[str, str] = {}
-    leaving: str = ""
-    is_staged: bool = False
+    standing: str = ""
+    other: str = ""
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True):
@@ -145,9 +151,36 @@ class Session:
         """False until something of it has been committed."""
         return self.header is not None
 
+    @property
+    def standing(self) -> str:
+        """`HERE`, `STAGED`, `LEAVING` or `LEFT`."""
+        return HERE if self.header is None else self.header.standing
+
+    @property
+    def sums(self) -> dict[str, tuple[int, int]]:
+        """By field how many entries it has and the xor of their checksums; fields without entries are left out."""
+        return {} if self.header is None else {field: sums for field, sums in self.header.sums.items() if sums[0]}
+
+    def serve(self) -> None:
+        """It is here from now on; its next commit says so in the store."""
+        if self.header is not None:
+            self.header = msgspec.structs.replace(self.header, standing=HERE, other="")
+
+
+class Outcome(NamedTuple):
+    """What a call came to: its id, its result, when, and whether it is one of a job."""
+
+    call: bytes
+    payload: bytes
+    at_s: float
+    is_job: bool
+
 
 class Commit(NamedTuple):
-    """What one call has changed, and what it came to; both become durable at once."""
+    """What one call has changed, and what it came to; both become durable at once.
+
+    A part of a session that comes from another store is written in the same way, with the outcomes of its former calls.
+    """
 
     session: Session
     changes: Sequence[Change]
@@ -156,6 +189,9 @@ class Commit(NamedTuple):
     is_job: bool = False
     schema: int = 0
     kinds: Mapping[str, str] = {}
+    standing: str = HERE
+    other: str = ""
+    records: Sequence[Outcome] = ()
 
 
 class Removal(NamedTuple):
@@ -164,7 +200,18 @@ class Removal(NamedTuple):
     session: Session
 
 
-Write = Commit | Removal
+class Departure(NamedTuple):
+    """A session lives in the store `other` now: some of its entries go at each such write, and a mark stays.
+
+    Nothing is written unless the session has the standing that is named, or none, or has left already.
+    """
+
+    session: Session
+    other: str
+    standing: str
+
+
+Write = Commit | Removal | Departure
 
 
 def key_of(actor: str, session: str) -> bytes:
@@ -408,13 +455,59 @@ class Store:
             raise self._session_damaged(session.key, f"{', '.join(sorted(sums))}: entries that nobody has written")
         return fields
 
-    def _entries(self, txn: Txn, key: bytes, number: int) -> Iterator[tuple[str, int, int, bytes]]:
+    def _entries(self, txn: Txn, key: bytes, number: int, after: bytes = b"") -> Iterator[tuple[str, int, int, bytes]]:
         prefix = _U64.pack(number)
-        for entry_key, value in _with_prefix(txn, self._trees["entries"], prefix):
-            crc = zlib.crc32(value[4:], zlib.crc32(entry_key))
+        for entry_key, value in _with_prefix(txn, self._trees["entries"], prefix, after):
+            crc = zlib.crc32(value[4:], zlib.crc32(entry_key[8:]))
             if len(value) < 4 or _CRC.unpack_from(value)[0] != crc or len(entry_key) < 17:
                 raise self._session_damaged(key, "an entry does not match its checksum")
             yield entry_key[8:-9].decode(), _U64.unpack(entry_key[-8:])[0], crc, value[4:]
+
+    def piece(self, session: Session, after: bytes, limit_bytes: int) -> tuple[list[Change], bytes]:
+        """Entries of a session from the one after the position `after`, at least one, and the position of the last.
+
+        The position is empty when there are no more.
+
+        Raises:
+            StateDamagedError: an entry is not what was written.
+        """
+        header = session.header
+        if header is None:
+            return [], b""
+        found: list[Change] = []
+        size, prefix = 0, _U64.pack(header.number)
+        with self._reading() as txn:
+            for field, order, _, data in self._entries(txn, session.key, header.number, after):
+                found.append((field, order, data))
+                size += len(data) + len(field) + 16
+                if size >= limit_bytes:
+                    return found, prefix + field.encode() + b"\0" + _U64.pack(order)
+        return found, b""
+
+    def entries(self, session: Session, wanted: Iterable[tuple[str, int]]) -> list[Change]:
+        """Some entries of a session as they are now; without data those that are not there."""
+        header = session.header
+        found: list[Change] = []
+        with self._reading() as txn:
+            for field, order in wanted:
+                key = _U64.pack(0 if header is None else header.number) + field.encode() + b"\0" + _U64.pack(order)
+                value = txn.get(key, db=self._trees["entries"])
+                found.append((field, order, None if value is None else value[4:]))
+        return found
+
+    def outcomes(self, session: Session) -> list[Outcome]:
+        """What the calls of a session came to that are still remembered."""
+        header = session.header
+        if header is None:
+            return []
+        found: list[Outcome] = []
+        with self._reading() as txn:
+            for _, key in _with_prefix(txn, self._trees["calls"], _U64.pack(header.number)):
+                data = txn.get(key, db=self._trees["records"])
+                record = None if data is None else _decode(data, key, _RECORD)
+                if record is not None:
+                    found.append(Outcome(record.call, record.payload, record.at_s, key[:1] == b"j"))
+        return found
 
     def record(self, session: Session, call: bytes) -> Record | None:
         """What a call of that session came to; None if it is not known (any more).
@@ -513,11 +606,13 @@ class Store:
             headers.clear()
             numbers[:] = self._commits + 1, self._next
             for place, write in enumerate(writes):
+                before = headers.get(write.session, write.session.header)
                 if isinstance(write, Removal):
-                    self._remove(txn, write.session.key, headers.get(write.session, write.session.header))
+                    self._remove(txn, write.session.key, before)
                     headers[write.session] = None
+                elif isinstance(write, Departure):
+                    headers[write.session] = self._depart(txn, write, numbers, now_s)
                 else:
-                    before = headers.get(write.session, write.session.header)
                     headers[write.session] = self._apply(txn, write, before, numbers, place, now_s)
             self._expire(txn, now_s, _EXPIRED_AT_ONCE * len(writes))
             txn.put(b"commits", _U64.pack(numbers[0]), db=self._trees["about"])
@@ -541,12 +636,33 @@ class Store:
             )
         sums = dict(before.sums) if before is not None else {}
         self._apply_changes(txn, _U64.pack(number), commit.changes, sums)
-        header = Header(number, sums, now_s, commit.schema, dict(commit.kinds))
+        header = Header(number, sums, now_s, commit.schema, dict(commit.kinds), commit.standing, commit.other)
         _put(txn, self._trees["sessions"], key, header)
         if commit.call:
-            record_key = _RECORD_KEY.pack(b"j" if commit.is_job else b"c", numbers[0], place)
-            _put(txn, self._trees["records"], record_key, Record(commit.call, number, now_s, commit.payload))
-            txn.put(_U64.pack(number) + commit.call, record_key, db=self._trees["calls"])
+            self._record(txn, number, Outcome(commit.call, commit.payload, now_s, commit.is_job), numbers[0], place << 16)
+        for position, outcome in enumerate(commit.records, 1):
+            self._record(txn, number, outcome, numbers[0], place << 16 | position)
+        return header
+
+    def _record(self, txn: Txn, number: int, outcome: Outcome, commit: int, place: int) -> None:
+        key = _RECORD_KEY.pack(b"j" if outcome.is_job else b"c", commit, place)
+        _put(txn, self._trees["records"], key, Record(outcome.call, number, outcome.at_s, outcome.payload))
+        txn.put(_U64.pack(number) + outcome.call, key, db=self._trees["calls"])
+
+    def _depart(self, txn: Txn, departure: Departure, numbers: list[int], now_s: float) -> Header:
+        key = departure.session.key
+        before = self._header(txn, key)
+        if before is not None and before.standing not in (departure.standing, LEFT):
+            return before
+        number = before.number if before is not None else numbers[1]
+        if before is None:
+            numbers[1] += 1
+            txn.put(_digest(key), _U64.pack(number), db=self._trees["names"])
+        tree = self._trees["entries"]
+        for entry in [entry for entry, _ in itertools.islice(_with_prefix(txn, tree, _U64.pack(number)), DEPARTED_AT_ONCE)]:
+            txn.delete(entry, db=tree)
+        header = Header(number, {}, now_s, standing=LEFT, other=departure.other)
+        _put(txn, self._trees["sessions"], key, header)
         return header
 
     def _apply_changes(self, txn: Txn, prefix: bytes, changes: Iterable[Change], sums: dict[str, tuple[int, int]]) -> None:
@@ -557,7 +673,7 @@ class Store:
             if data is None:
                 old = txn.pop(key, db=tree)
             else:
-                crc = zlib.crc32(data, zlib.crc32(key))
+                crc = zlib.crc32(data, zlib.crc32(key[8:]))
                 old = txn.replace(key, _CRC.pack(crc) + data, db=tree)
                 count, sum_ = count + 1, sum_ ^ crc
             if old is not None:
@@ -703,9 +819,9 @@ def _digest(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=16).digest()
 
 
-def _with_prefix(txn: Txn, tree: Tree, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _with_prefix(txn: Txn, tree: Tree, prefix: bytes, after: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
     with txn.cursor(db=tree) as cursor:
-        if cursor.set_range(prefix):
+        if cursor.set_range(after + b"\0" if after else prefix):
             for key, value in cursor:
                 if not key.startswith(prefix):
                     return

@@ -23,7 +23,7 @@ from nalar_mq.committer import Committer, Done
 from nalar_mq.errors import KeyConflictError, StoreBusyError, StoreDamagedError, StoreError
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, encode_record
-from nalar_mq.store import Change, Commit, Entries, Record, Removal, Session, Store
+from nalar_mq.store import HERE, LEAVING, Change, Commit, Entries, Record, Removal, Session, Store
 from nalar_mq.transport import KeyValue, Transport
 
 DIRECTORY_KEY: Final = "_directory"
@@ -217,7 +217,7 @@ async def adopt(store: Store, bucket: KeyValue, directory: str) -> int:
     left_out, after = 0, None
     while sessions := await asyncio.to_thread(store.sessions, after):
         for start in range(0, len(sessions), _ADOPTED_AT_ONCE):
-            some = sessions[start : start + _ADOPTED_AT_ONCE]
+            some = [one for one in sessions[start : start + _ADOPTED_AT_ONCE] if one.standing in (HERE, LEAVING)]
             entered = await asyncio.gather(*(_enter(store.id, bucket, session) for session in some))
             left_out += entered.count(False)
         after = (sessions[-1].actor, sessions[-1].name)

@@ -18,6 +18,7 @@ from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
 from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo
+from nalar_mq.migration import Migrations
 from nalar_mq.process import Connect, Process
 from nalar_mq.stores import Stores
 
@@ -118,6 +119,20 @@ class Worker:
             high_water=self._high_water,
         )
         self._process.recall.finder = self._host
+        if stores is not None:
+            process = self._process
+            migrations = Migrations(
+                process.transport,
+                process.subjects,
+                process.table,
+                process.places,
+                process.me,
+                stores,
+                self._host,
+                calls.tell,
+            )
+            calls.migrations = self._host.migrations = migrations
+            process.on_close(migrations.aclose)
         self._host.start()
 
     async def _open_stores(self) -> Stores | None:

@@ -1,0 +1,794 @@
+"""A session moves to another worker while it is used.
+
+    source                                             target
+      │── Piece ... ──────────────────────────────────▶│  written into its store as staged; a few on their way at a time
+      │◀────────────────────────────────────── Taken ──│
+      │── Piece "prepare" ────────────────────────────▶│  makes an instance of what it has
+      │── Piece ... what was changed meanwhile ───────▶│  into the store and the instance
+      │  freeze: no call begins, the running one ends
+      │── Piece "last" ───────────────────────────────▶│  checks number and checksums of all entries, syncs
+      │◀────────────────────────────────────── Taken ──│
+      │  marks the session as leaving, durably
+      │  compare-and-set in the directory: the session is in the target's store
+      │── Forward ... the calls that wait ────────────▶│
+      │── Thaw ───────────────────────────────────────▶│  serves
+      │  deletes its copy in pieces; a mark stays, and calls that still come are forwarded
+
+Only the source changes the directory, and when it does not hear what became of that, it reads until it knows. A copy that is
+staged, leaving or left is served by nobody unless the directory names its store (`settle`). Who finds one after a crash, and
+the directory still names the other store, writes that entry once more as it is before he acts on it: a change that a dead
+source may have sent is refused from then on.
+
+Order. Who forwards a call tells its owner where to (`Forwarded`). The owner sends nothing more of that session until a
+`Crossing`, which goes the same way as its former calls, has come back as `Arrived` from where the session is: then all of
+those are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Final, Protocol
+
+from nalar_mq.address import Address, Subjects
+from nalar_mq.errors import BrokerError, KeyConflictError, MigrationError, NalarError, StoreError, WireError
+from nalar_mq.event_loop import cancel_all
+from nalar_mq.logs import logger
+from nalar_mq.messages import (
+    WIRE_VERSION,
+    Abandon,
+    Arrived,
+    Call,
+    Crossing,
+    Forward,
+    Forwarded,
+    Message,
+    Migrate,
+    Migrated,
+    Piece,
+    Place,
+    Taken,
+    Thaw,
+    decode_place,
+    encode_record,
+)
+from nalar_mq.placement import RoutingTable
+from nalar_mq.places import Places
+from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Departure, Outcome, Session, Write
+from nalar_mq.stores import Kept, Stores
+from nalar_mq.transport import KeyValue, Transport
+
+PIECE_BYTES: Final = 128 * 1024
+_MESSAGE_BYTES: Final = 512 * 1024
+_ON_THE_WAY: Final = 8
+_FEW: Final = 64  # changed entries that may wait for the freeze
+_ROUNDS: Final = 10
+_OUTCOMES_AT_ONCE: Final = 500
+_PATIENCE_S: Final = 60.0
+_RETRY_S: Final = 0.2
+_LEFT_KEPT: Final = 100_000
+_log = logger(__name__)
+
+Key = tuple[str, str]
+"""Actor and session of what moves."""
+
+
+class Holder(Protocol):
+    """The part of a worker that runs the calls of sessions."""
+
+    def refusal(self, actor: str) -> str:
+        """Why sessions of that agent can neither leave nor come; empty if they can."""
+        ...
+
+    def is_loaded(self, key: Key) -> bool:
+        """True if an instance of the session is in memory."""
+        ...
+
+    def freeze(self, key: Key) -> None:
+        """No call of the session begins."""
+        ...
+
+    async def quiet(self, key: Key) -> None:
+        """Returns when no call of the session runs and nothing of it is being committed."""
+        ...
+
+    def thaw(self, key: Key) -> None:
+        """Calls of the session begin."""
+        ...
+
+    def release(self, key: Key) -> list[tuple[Address, Call]]:
+        """Lets the session go, thawed: its instance, and the calls that have not begun, which are returned."""
+        ...
+
+    def take_forwarded(self, owner: Address, call: Call) -> None:
+        """A call that came to where its session was before."""
+        ...
+
+    async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
+        """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
+        ...
+
+
+class _Leaving:
+    """A session on its way out of this worker."""
+
+    def __init__(self, order: Migrate, asker: Address | None, kept: Kept, target: Address) -> None:
+        self.id = order.id
+        self.key: Key = (order.actor, order.session)
+        self.asker = asker
+        self.kept = kept
+        self.target = target
+        self.store = ""
+        self.changed: dict[tuple[str, int], None] = {}
+        self.outcomes: list[Outcome] = []
+        self.number = 0
+        self.size = 0
+        self.room = asyncio.Semaphore(_ON_THE_WAY)
+        self.taken: dict[int, asyncio.Future[None]] = {}
+        self.failure: MigrationError | None = None
+
+    def fail(self, error: MigrationError) -> None:
+        self.failure = self.failure or error
+        for taken in self.taken.values():
+            if not taken.done():
+                taken.set_exception(error)
+                taken.exception()
+        for _ in range(_ON_THE_WAY):
+            self.room.release()
+
+
+class _Coming:
+    """A session on its way into this worker."""
+
+    def __init__(self, source: Address, store: str, key: Key, kept: Kept) -> None:
+        self.source = source
+        self.store = store
+        self.key = key
+        self.kept = kept
+        self.apply: Callable[[Iterable[Change]], None] | None = None
+        self.is_complete = False
+        self.begun = b""
+        self.work: asyncio.Queue[Piece] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
+
+
+class Migrations:
+    """The sessions that leave this worker, come to it, or have left it. Everything is for the loop.
+
+    Args:
+        transport, subjects, table, places: of the process.
+        me: its address.
+        stores: where sessions are kept.
+        holder: runs their calls.
+        tell: sends a message to a process.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        subjects: Subjects,
+        table: RoutingTable,
+        places: Places,
+        me: Address,
+        stores: Stores,
+        holder: Holder,
+        tell: Callable[[Address, Message], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._subjects = subjects
+        self._table = table
+        self._places = places
+        self._me = me
+        self._stores = stores
+        self._holder = holder
+        self._tell = tell
+        self._bucket: KeyValue | None = None
+        self._leaving: dict[Key, _Leaving] = {}
+        self._leaving_by_id: dict[bytes, _Leaving] = {}
+        self._coming: dict[bytes, _Coming] = {}
+        self._settling: set[Key] = set()
+        self._served: dict[Key, int] = {}
+        self._left: OrderedDict[Key, str] = OrderedDict()
+        self._parked: dict[str, list[Forward | Crossing]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.moved_out = 0
+        self.moved_in = 0
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # What the worker asks and tells.
+
+    def passes_on(self, key: Key, owner: Address, message: Call | Crossing, hops: int = 0) -> bool:
+        """True if the session is not here any more, and the call of `owner` has been sent to where it is."""
+        store = self._left.get(key)
+        if store is None:
+            return False
+        self._send_on(
+            store, message if isinstance(message, Crossing) else Forward(owner.name, owner.incarnation, message, hops + 1)
+        )
+        return True
+
+    def look(self, key: Key) -> None:
+        """A call has come for a session that is not in memory: if it is not simply here, finds out where it is."""
+        if key in self._settling or any(coming.key == key for coming in self._coming.values()):
+            return
+        kept = self._stores.session(*key)
+        standing = self._standing(key, kept)
+        if standing == LEFT:
+            self._note_left(key, kept.session.header.other if kept.session.header is not None else "")
+        elif standing != HERE:
+            self._settling.add(key)
+            self._holder.freeze(key)
+            self._start(self._settle(key, kept))
+
+    def on_commit(self, key: Key, changes: Iterable[Change], outcome: Outcome) -> None:
+        """A call of a session has been committed."""
+        leaving = self._leaving.get(key)
+        if leaving is not None:
+            leaving.changed.update(dict.fromkeys((field, order) for field, order, _ in changes))
+            leaving.outcomes.append(outcome)
+
+    def on_lost(self, address: Address) -> None:
+        """That process is gone."""
+        for leaving in [leaving for leaving in self._leaving.values() if leaving.target == address]:
+            leaving.fail(MigrationError(f"worker {address.name!r} was lost while the session was on its way to it"))
+        for id, coming in [(id, coming) for id, coming in self._coming.items() if coming.source == address]:
+            del self._coming[id]
+            if coming.task is not None:
+                coming.task.cancel()
+            self._settling.add(coming.key)
+            self._start(self._settle(coming.key, coming.kept))
+
+    def on_table_changed(self) -> None:
+        """Perhaps somebody has opened a store that is waited for."""
+        for store in [store for store in self._parked if self._table.holder(store) is not None]:
+            for message in self._parked.pop(store):
+                self._send_on(store, message)
+
+    # Leaving.
+
+    def on_migrate(self, asker: Address, order: Migrate) -> None:
+        """Somebody wants a session to move."""
+        self._start(self._answer(asker, order))
+
+    async def _answer(self, asker: Address, order: Migrate) -> None:
+        try:
+            frozen_s, size = await self.move(order)
+        except NalarError as error:
+            self._tell(asker, Migrated(order.id, str(error) or repr(error)))
+        except Exception as error:
+            _log.exception("session.migration_failed", actor=order.actor, session=order.session)
+            self._tell(asker, Migrated(order.id, repr(error)))
+        else:
+            self._tell(asker, Migrated(order.id, "", frozen_s, size))
+
+    async def move(self, order: Migrate) -> tuple[float, int]:
+        """Moves a session; returns for how many seconds none of its calls could begin, and the bytes that went over.
+
+        Raises:
+            MigrationError: it stays where it is.
+        """
+        leaving = self._checked(order)
+        if leaving is None:
+            return 0.0, 0
+        began = self._loop.time()
+        self._leaving[leaving.key] = self._leaving_by_id[leaving.id] = leaving
+        try:
+            async with asyncio.timeout(_PATIENCE_S) as patience:
+                await self._send_all(leaving)
+                frozen_s = await self._hand_over(leaving, patience)
+        except TimeoutError:
+            raise MigrationError(f"it took longer than {_PATIENCE_S:.0f} s: a call of the session runs that long") from None
+        except (StoreError, BrokerError) as error:
+            raise MigrationError(str(error)) from error
+        finally:
+            del self._leaving[leaving.key], self._leaving_by_id[leaving.id]
+        self.moved_out += 1
+        actor, session = leaving.key
+        _log.info(
+            "session.migrated",
+            actor=actor,
+            session=session,
+            to=leaving.target.name,
+            bytes=leaving.size,
+            frozen_ms=round(frozen_s * 1e3, 2),
+            took_ms=round((self._loop.time() - began) * 1e3, 2),
+        )
+        return frozen_s, leaving.size
+
+    def _checked(self, order: Migrate) -> _Leaving | None:
+        """None if it is there already."""
+        key = order.actor, order.session
+        refusal = self._holder.refusal(order.actor)
+        if refusal:
+            raise MigrationError(refusal)
+        member = self._table.members.get(order.target)
+        if member is None:
+            known = ", ".join(sorted(name for name, m in self._table.members.items() if m.role == "worker"))
+            raise MigrationError(f"there is no worker {order.target!r}; there are: {known}")
+        if order.target == self._me.name:
+            return None
+        if order.actor not in member.actors or not member.stores or member.draining:
+            why = "takes no new sessions" if member.draining else f"does not keep sessions of {order.actor!r}"
+            raise MigrationError(f"worker {order.target!r} {why}")
+        if key in self._leaving:
+            raise MigrationError(f"session {order.session!r} of {order.actor!r} is on its way elsewhere")
+        kept = self._stores.session(*key)
+        if key in self._left or self._standing(key, kept) != HERE or key in self._settling:
+            raise MigrationError(f"session {order.session!r} of {order.actor!r} is not in worker {self._me.name!r} any more")
+        return _Leaving(order, None, kept, Address(order.target, member.incarnation))
+
+    async def _send_all(self, leaving: _Leaving) -> None:
+        """Pre-copy: all that is in the store, an instance there, and what was changed meanwhile until that is little."""
+        store, after = leaving.kept.committer.store, b""
+        session = self._stores.session(*leaving.key).session
+        for start in range(0, len(outcomes := await asyncio.to_thread(store.outcomes, session)), _OUTCOMES_AT_ONCE):
+            await self._send(leaving, [], outcomes[start : start + _OUTCOMES_AT_ONCE])
+        while True:
+            changes, after = await asyncio.to_thread(store.piece, session, after, PIECE_BYTES)
+            await self._send(leaving, changes)
+            if not after:
+                break
+        await self._send(leaving, [], step="prepare", waits=True)
+        for _ in range(_ROUNDS):
+            if len(leaving.changed) <= _FEW:
+                break
+            await self._send_changed(leaving)
+
+    async def _send_changed(self, leaving: _Leaving) -> None:
+        store, session = leaving.kept.committer.store, self._stores.session(*leaving.key).session
+        changed, leaving.changed = list(leaving.changed), {}
+        outcomes, leaving.outcomes = leaving.outcomes, []
+        for changes in _pieces(store.entries(session, changed)):
+            await self._send(leaving, changes, outcomes)
+            outcomes = []
+        if outcomes:
+            await self._send(leaving, [], outcomes)
+
+    async def _send(
+        self,
+        leaving: _Leaving,
+        changes: list[Change],
+        outcomes: Iterable[Outcome] = (),
+        *,
+        step: str = "",
+        waits: bool = False,
+        session: Session | None = None,
+    ) -> None:
+        """Sends a part; an entry that is too large for a message goes in several."""
+        rest = [change for change in changes if len(change[2] or b"") <= _MESSAGE_BYTES]
+        for field, order, data in changes:
+            if data is None or len(data) <= _MESSAGE_BYTES:
+                continue
+            starts = range(0, len(data), _MESSAGE_BYTES)
+            for start in starts:
+                part: list[Change] = [(field, order, data[start : start + _MESSAGE_BYTES])]
+                await self._send_piece(leaving, part, step="begun" if start != starts[-1] else "")
+        await self._send_piece(leaving, rest, outcomes, step=step, waits=waits, session=session)
+
+    async def _send_piece(
+        self,
+        leaving: _Leaving,
+        changes: list[Change],
+        outcomes: Iterable[Outcome] = (),
+        *,
+        step: str = "",
+        waits: bool = False,
+        session: Session | None = None,
+    ) -> None:
+        await leaving.room.acquire()
+        if leaving.failure is not None:
+            raise leaving.failure
+        leaving.number += 1
+        taken: asyncio.Future[None] = self._loop.create_future()
+        leaving.taken[leaving.number] = taken
+        leaving.size += sum(len(data) for _, _, data in changes if data is not None)
+        header = None if session is None else session.header
+        actor, name = leaving.key
+        self._tell(
+            leaving.target,
+            Piece(
+                leaving.id,
+                leaving.number,
+                step,
+                actor,
+                name,
+                leaving.kept.committer.store.id,
+                changes,
+                list(outcomes),
+                0 if header is None else header.schema,
+                {} if header is None else header.kinds,
+                {} if session is None else session.sums,
+            ),
+        )
+        if waits:
+            await taken
+
+    def on_taken(self, taken: Taken) -> None:
+        """The other worker has a part, or refuses the session."""
+        leaving = self._leaving_by_id.get(taken.id)
+        if leaving is None:
+            return
+        if taken.refusal:
+            leaving.fail(MigrationError(taken.refusal))
+            return
+        leaving.store = taken.store
+        leaving.room.release()
+        future = leaving.taken.pop(taken.number, None)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def _hand_over(self, leaving: _Leaving, patience: asyncio.Timeout) -> float:
+        key = leaving.key
+        revision = await self._revision(key)
+        self._holder.freeze(key)
+        is_known = True
+        began = self._loop.time()
+        try:
+            await self._holder.quiet(key)
+            began = self._loop.time()
+            session = self._stores.session(*key).session
+            changes = leaving.kept.committer.store.entries(session, list(leaving.changed))
+            outcomes, leaving.outcomes, leaving.changed = leaving.outcomes, [], {}
+            await self._send(leaving, changes, outcomes, step="last", waits=True, session=session)
+            patience.reschedule(None)  # from here on it goes to its end
+            await self._mark(leaving, session, LEAVING, leaving.store)
+            is_known = False
+            if not await self._enter(leaving, revision):
+                is_known = True
+                await self._mark(leaving, self._stores.session(*key).session, HERE, "")
+                raise MigrationError("the directory was changed by somebody else meanwhile")
+        except BaseException:
+            if is_known:
+                self._tell(leaving.target, Abandon(leaving.id))
+                self._holder.thaw(key)
+            raise
+        self._let_go(leaving)
+        return self._loop.time() - began
+
+    def _let_go(self, leaving: _Leaving) -> None:
+        key, store = leaving.key, leaving.store
+        self._note_left(key, store)
+        for owner, call in self._holder.release(key):
+            self._send_on(store, Forward(owner.name, owner.incarnation, call))
+        if self._table.holder(store) == leaving.target:
+            self._tell(leaving.target, Thaw(leaving.id))
+        self._start(self._delete(key, leaving.kept, store))
+
+    async def _mark(self, leaving: _Leaving, session: Session, standing: str, other: str) -> None:
+        header = session.header
+        kinds = {} if header is None else header.kinds
+        schema = 0 if header is None else header.schema
+        await self._write(leaving.kept, Commit(session, [], b"", b"", False, schema, kinds, standing, other))
+
+    async def _delete(self, key: Key, kept: Kept, store: str) -> None:
+        """Deletes the copy that stays behind, some of it at a time, so that others' commits get through."""
+        try:
+            await self._empty(Kept(kept.committer, kept.committer.store.session(*key)), store, LEAVING)
+        except NalarError as error:
+            _log.warning("session.copy_stays", actor=key[0], session=key[1], error=str(error))
+
+    async def _empty(self, kept: Kept, store: str, standing: str) -> None:
+        """Deletes all entries of a session, some at a time; the mark stays that it is in the other store."""
+        while True:
+            await self._write(kept, Departure(kept.session, store, standing))
+            if kept.session.standing != LEFT:
+                return  # it has come back meanwhile
+            rest, _ = await asyncio.to_thread(kept.committer.store.piece, kept.session, b"", 1)
+            if not rest:
+                return
+
+    async def _write(self, kept: Kept, write: Write) -> None:
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def tell(error: Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(_settle, done, error)
+
+        kept.committer.put(write, tell)
+        await done
+
+    def _note_left(self, key: Key, store: str) -> None:
+        self._left[key] = store
+        self._left.move_to_end(key)
+        self._places.learn(self._places.key_in_store(*key), store)
+        if len(self._left) > _LEFT_KEPT:
+            self._left.popitem(last=False)  # the mark in the store says the same
+
+    def _send_on(self, store: str, message: Forward | Crossing) -> None:
+        holder = self._table.holder(store)
+        if holder is None:
+            self._parked.setdefault(store, []).append(message)
+            return
+        self._tell(holder, message)
+        if isinstance(message, Forward):
+            owner, call = Address(message.name, message.incarnation), message.call
+            key = _key_of(call)
+            self._tell(owner, Forwarded(call.id, holder.name, holder.incarnation, message.hops, *key, store))
+
+    # The directory.
+
+    async def _directory(self) -> KeyValue:
+        if self._bucket is None:
+            self._bucket = await self._transport.key_value(self._subjects.places_bucket)
+        return self._bucket
+
+    async def _revision(self, key: Key) -> int:
+        """Of the entry of a session that is in a store of this worker."""
+        bucket = await self._directory()
+        entry = await bucket.get(self._places.key_in_store(*key))
+        if entry is None or _store_in(entry.value) not in self._stores.ids:
+            raise MigrationError("the directory does not say that the session is here: call it once before it moves")
+        return entry.revision
+
+    async def _enter(self, leaving: _Leaving, revision: int) -> bool:
+        """Has the directory name the other store; False if it cannot, and the session is still here."""
+        name, record = self._places.key_in_store(*leaving.key), _entry(leaving.store)
+        while True:
+            try:
+                bucket = await self._directory()
+                await bucket.update(name, record, revision)
+                return True
+            except (KeyConflictError, BrokerError) as error:
+                named = await self._named(name)
+                if named == leaving.store:
+                    return True
+                if isinstance(error, KeyConflictError):
+                    return False
+                # The change may be on its way yet: one more write of the entry as it is, and it cannot come any more.
+                return await self._fence(name, leaving.kept.committer.store.id) == leaving.store
+
+    async def _named(self, name: str) -> str:
+        """The store that the directory names, as soon as the broker says."""
+        while True:
+            try:
+                entry = await (await self._directory()).get(name)
+                return "" if entry is None else _store_in(entry.value)
+            except BrokerError:
+                await asyncio.sleep(_RETRY_S)
+
+    async def _fence(self, name: str, expected: str) -> str:
+        """The store that the directory names; if it is `expected`, no change that was sent before can come any more."""
+        while True:
+            try:
+                bucket = await self._directory()
+                entry = await bucket.get(name)
+                named = "" if entry is None else _store_in(entry.value)
+                if entry is None or named != expected:
+                    return named
+                await bucket.update(name, _entry(expected), entry.revision)
+                return named
+            except KeyConflictError:
+                continue
+            except BrokerError:
+                await asyncio.sleep(_RETRY_S)
+
+    async def _settle(self, key: Key, kept: Kept) -> None:
+        """What becomes of a session that is neither simply here nor simply gone: a crash has left it so."""
+        try:
+            await self._settle_now(key, kept)
+        except NalarError as error:
+            _log.error("session.not_settled", actor=key[0], session=key[1], error=str(error))
+        finally:
+            self._settling.discard(key)
+            self._holder.thaw(key)
+
+    async def _settle_now(self, key: Key, kept: Kept) -> None:
+        name, mine = self._places.key_in_store(*key), kept.committer.store.id
+        header = kept.session.header
+        if header is None:
+            return
+        if header.standing == STAGED:
+            named = await self._named(name)
+            if named != mine:
+                named = await self._fence(name, header.other)
+            if named == mine:
+                self._serve(key, kept)
+                return
+            await self._empty(kept, named, STAGED)
+        elif header.standing == LEAVING:
+            named = await self._fence(name, mine)
+            if named == mine:
+                changes = Commit(kept.session, [], b"", b"", False, header.schema, header.kinds)
+                await self._write(kept, changes)
+                return
+            self._start(self._delete(key, kept, named))
+        else:
+            return
+        if named:
+            self._note_left(key, named)
+            for owner, call in self._holder.release(key):
+                self._send_on(named, Forward(owner.name, owner.incarnation, call))
+
+    # Coming.
+
+    def on_piece(self, source: Address, piece: Piece) -> None:
+        """A part of a session that another worker sends here."""
+        coming = self._coming.get(piece.id)
+        if coming is None:
+            if piece.number != 1:
+                return  # of one that was given up
+            try:
+                coming = self._welcome(source, piece)
+            except NalarError as error:
+                self._tell(source, Taken(piece.id, piece.number, str(error)))
+                return
+            self._coming[piece.id] = coming
+            coming.task = self._start(self._receive(piece.id, coming))
+        coming.work.put_nowait(piece)
+
+    def _welcome(self, source: Address, piece: Piece) -> _Coming:
+        key = piece.actor, piece.session
+        refusal = self._holder.refusal(piece.actor)
+        if refusal:
+            raise MigrationError(refusal)
+        kept = self._stores.session(*key)
+        is_here = kept.session.is_kept and self._standing(key, kept) in (HERE, LEAVING)
+        if is_here or self._holder.is_loaded(key) or key in self._settling or key in self._leaving:
+            raise MigrationError(f"worker {self._me.name!r} has session {piece.session!r} of {piece.actor!r} already")
+        self._holder.freeze(key)
+        self._left.pop(key, None)
+        return _Coming(source, piece.store, key, kept)
+
+    async def _receive(self, id: bytes, coming: _Coming) -> None:
+        try:
+            if coming.kept.session.is_kept:  # it was here before: what is left of that goes first
+                await self._empty(coming.kept, coming.store, STAGED)
+            while not coming.is_complete:
+                piece = await coming.work.get()
+                await self._take(id, coming, piece)
+        except Exception as error:
+            if not isinstance(error, NalarError):
+                _log.exception("session.staging_failed", actor=coming.key[0], session=coming.key[1])
+            self._tell(coming.source, Taken(id, 0, str(error) or repr(error)))
+            await self._drop(id, coming)
+
+    async def _take(self, id: bytes, coming: _Coming, piece: Piece) -> None:
+        store, session = coming.kept.committer.store, coming.kept.session
+        if piece.step == "begun":
+            coming.begun += piece.changes[0][2] or b""
+            self._tell(coming.source, Taken(id, piece.number, "", store.id))
+            return
+        if coming.begun:
+            field, order, data = piece.changes[0]
+            piece.changes[0], coming.begun = (field, order, coming.begun + (data or b"")), b""
+        outcomes = [Outcome(*outcome) for outcome in piece.outcomes]
+        if piece.step != "prepare":
+            write = Commit(session, piece.changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes)
+            if piece.step == "" and coming.apply is None:
+                coming.kept.committer.put(write, self._when_taken(id, coming, piece.number))
+                return
+            await self._write(coming.kept, write)
+            if coming.apply is not None:
+                coming.apply(piece.changes)
+        else:
+            await self._write(coming.kept, Commit(session, [], b"", b"", False, 0, {}, STAGED, piece.store))
+            coming.apply = await self._holder.stage(coming.key, coming.kept)
+        if piece.step == "last":
+            if session.sums != piece.sums:
+                raise MigrationError(f"what came of session {coming.key[1]!r} is not what was sent")
+            coming.is_complete = True
+        self._tell(coming.source, Taken(id, piece.number, "", store.id))
+
+    def _when_taken(self, id: bytes, coming: _Coming, number: int) -> Callable[[Exception | None], None]:
+        answer = Taken(id, number, "", coming.kept.committer.store.id)
+
+        def done(error: Exception | None) -> None:
+            if error is not None:
+                self._tell(coming.source, Taken(id, number, str(error)))
+            else:
+                self._tell(coming.source, answer)
+
+        def tell(error: Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(done, error)
+
+        return tell
+
+    async def _drop(self, id: bytes, coming: _Coming) -> None:
+        if self._coming.pop(id, None) is None:
+            return
+        self._note_left(coming.key, coming.store)
+        for owner, call in self._holder.release(coming.key):
+            self._send_on(coming.store, Forward(owner.name, owner.incarnation, call))
+        with contextlib.suppress(NalarError):
+            await self._empty(coming.kept, coming.store, STAGED)
+
+    def on_abandon(self, id: bytes) -> None:
+        """The session stays where it was."""
+        coming = self._coming.get(id)
+        if coming is not None:
+            self._start(self._drop(id, coming))
+
+    def on_thaw(self, id: bytes) -> None:
+        """The session is served here from now on."""
+        coming = self._coming.pop(id, None)
+        if coming is None:
+            return
+        self.moved_in += 1
+        self._left.pop(coming.key, None)
+        self._serve(coming.key, coming.kept)
+        self._places.learn(self._places.key_in_store(*coming.key), coming.kept.committer.store.id)
+        self._holder.thaw(coming.key)
+
+    def _serve(self, key: Key, kept: Kept) -> None:
+        """The session is here from now on; the store says so soon, and the directory says it already."""
+        kept.session.serve()
+        self._served[key] = self._served.get(key, 0) + 1
+        self._start(self._note_served(key, kept))
+
+    async def _note_served(self, key: Key, kept: Kept) -> None:
+        header = kept.session.header
+        try:
+            if header is not None:
+                await self._write(kept, Commit(kept.session, [], b"", b"", False, header.schema, header.kinds))
+        except NalarError as error:
+            _log.warning("session.mark_stays", actor=key[0], session=key[1], error=str(error))
+        finally:
+            self._served[key] -= 1
+            if not self._served[key]:
+                del self._served[key]
+
+    def _standing(self, key: Key, kept: Kept) -> str:
+        return HERE if key in self._served else kept.session.standing
+
+    def on_forward(self, forward: Forward) -> None:
+        """A call that came to where its session was before."""
+        owner, call = Address(forward.name, forward.incarnation), forward.call
+        if not self.passes_on(_key_of(call), owner, call, forward.hops):
+            self._holder.take_forwarded(owner, call)
+
+    def on_crossing(self, crossing: Crossing) -> None:
+        """An owner wants to know when all that it has sent is where the session is."""
+        owner, key = Address(crossing.name, crossing.incarnation), (crossing.actor, crossing.session)
+        if not self.passes_on(key, owner, crossing):
+            self._tell(owner, Arrived(*key, self._stores.session(*key).committer.store.id))
+
+    async def aclose(self) -> None:
+        """Gives up what is on its way; what is in doubt is found out by whoever opens the store next."""
+        await cancel_all(self._tasks)
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _pieces(changes: list[Change]) -> Iterable[list[Change]]:
+    """The changes in parts of about `PIECE_BYTES`."""
+    piece: list[Change] = []
+    size = 0
+    for change in changes:
+        piece.append(change)
+        size += len(change[2] or b"") + 32
+        if size >= PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _key_of(call: Call) -> Key:
+    return call.actor, f"{call.session}/{call.instance}" if call.instance else call.session
+
+
+def _entry(store: str) -> bytes:
+    return encode_record(Place(WIRE_VERSION, "", 0, store))
+
+
+def _store_in(value: bytes | None) -> str:
+    try:
+        return "" if value is None else decode_place(value).store
+    except WireError:
+        return ""

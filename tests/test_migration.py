@@ -1,0 +1,132 @@
+"""Sessions that move to another worker while they are used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nalar_mq.app import load_app
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.errors import MigrationError
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "state_app.py"
+
+
+class Runtime:
+    """Two workers, `first` and `second`, and a client."""
+
+    def __init__(self, namespace: str, state: Path) -> None:
+        self.hub = MemoryHub(seed=1)
+        self.settings = Settings(
+            broker=BrokerAccess(urls=("nats://nowhere:1",)), namespace=namespace, node="here", lease_s=1.0, state=str(state)
+        )
+        self._app = load_app(APP)
+        self.workers = {name: self.worker(name) for name in ("first", "second")}
+        self.client = self.another_client()
+
+    def worker(self, name: str) -> Worker:
+        return Worker(self._app, self.settings, name=name, connect=self.hub.connect, lease_in_thread=False)
+
+    def another_client(self) -> Client:
+        return connect(settings=self.settings, connect=self.hub.connect)
+
+    async def holder(self, session: str) -> str:
+        """Who has the session, as the directory says."""
+        process = self.workers["first"].process
+        places = process.places
+        key = places.key_in_store("Notebook", session)
+        places._known.pop(key, None)
+        place, _ = await places._decide(key, "Notebook")
+        holder = process.table.holder(place) if isinstance(place, str) else None
+        assert holder is not None
+        return holder.name
+
+    async def other(self, session: str) -> str:
+        return "second" if await self.holder(session) == "first" else "first"
+
+
+@pytest.fixture
+async def runtime(namespace: str, tmp_path: Path) -> AsyncIterator[Runtime]:
+    made = Runtime(namespace, tmp_path / "state")
+    async with made.workers["first"], made.workers["second"], made.client:
+        yield made
+
+
+async def test_a_session_moves_with_its_state(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    for text in "abc":
+        await ann.call("Notebook.note", text)
+    there = await runtime.other("ann")
+    moved = await runtime.client.migrate("Notebook", "ann", to=there)
+    assert moved.size_bytes > 0
+    assert await runtime.holder("ann") == there
+    assert await ann.call("Notebook.note", "d") == 4
+    assert await ann.call("Notebook.all") == (["a", "b", "c", "d"], {"a": 1, "b": 1, "c": 1, "d": 1}, 4)
+    assert runtime.workers[there].process.calls.host is not None
+
+
+async def test_it_moves_back_and_forth(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    for count in range(6):
+        assert await ann.call("Notebook.note", str(count)) == count + 1
+        await runtime.client.migrate("Notebook", "ann", to=await runtime.other("ann"))
+    assert await ann.call("Notebook.read") == [str(count) for count in range(6)]
+
+
+async def test_calls_of_several_callers_go_on_in_order_while_it_moves(runtime: Runtime) -> None:
+    """Each caller's calls are applied once and in its order, whoever of them has heard of the move."""
+    async with runtime.another_client() as other:
+        callers = [runtime.client.options(session="ann"), other.options(session="ann")]
+        await callers[0].call("Notebook.note", "begin")
+
+        async def calls(number: int) -> None:
+            futures = []
+            for count in range(300):
+                futures.append(callers[number].call("Notebook.note", f"{number}-{count}"))
+                if count % 10 == 0:
+                    await asyncio.sleep(0.002)
+            await asyncio.gather(*futures)
+
+        async def moves() -> None:
+            for _ in range(8):
+                await runtime.client.migrate("Notebook", "ann", to=await runtime.other("ann"))
+                await asyncio.sleep(0.02)
+
+        await asyncio.gather(calls(0), calls(1), moves())
+        notes = await callers[0].call("Notebook.read")
+    for number in range(2):
+        mine = [note for note in notes if note.startswith(f"{number}-")]
+        assert mine == [f"{number}-{count}" for count in range(300)]
+
+
+async def test_what_cannot_move_says_why_and_is_served_on(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    await ann.call("Notebook.note", "a")
+    with pytest.raises(MigrationError, match="there is no worker 'nobody'; there are: first, second"):
+        await runtime.client.migrate("Notebook", "ann", to="nobody")
+    with pytest.raises(MigrationError, match="does not keep sessions of 'Notebook'"):
+        await runtime.client.migrate("Notebook", "ann", to=runtime.client.process.name)
+    assert await ann.call("Notebook.note", "b") == 2
+
+
+async def test_a_session_that_was_never_called_cannot_move_or_begins_there(runtime: Runtime) -> None:
+    moved = await runtime.client.migrate("Notebook", "new", to="second")
+    assert moved.size_bytes == 0
+    assert await runtime.holder("new") == "second"
+    assert await runtime.client.options(session="new").call("Notebook.note", "a") == 1
+
+
+async def test_the_target_dies_on_the_way(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    await ann.call("Notebook.note", "a")
+    there = await runtime.other("ann")
+    runtime.hub.kill(there)
+    with pytest.raises(MigrationError, match=f"worker '{there}'"):
+        await runtime.client.migrate("Notebook", "ann", to=there)
+    assert await ann.call("Notebook.note", "b") == 2
