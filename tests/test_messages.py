@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from nalar_mq.errors import MalformedMessageError, UnsupportedVersionError, WireError
 from nalar_mq.messages import (
     WIRE_VERSION,
+    Abandon,
     ActorInfo,
+    Arrived,
     Begun,
     Bye,
     Call,
@@ -18,7 +20,10 @@ from nalar_mq.messages import (
     Chunk,
     Consume,
     Credit,
+    Crossing,
     Fail,
+    Forward,
+    Forwarded,
     Frame,
     Gone,
     Load,
@@ -28,9 +33,12 @@ from nalar_mq.messages import (
     Lost,
     Member,
     Message,
+    Migrate,
+    Migrated,
     Outcome,
     Pack,
     Packet,
+    Piece,
     Place,
     Prioritise,
     Probe,
@@ -41,6 +49,8 @@ from nalar_mq.messages import (
     Seal,
     Seen,
     Settled,
+    Taken,
+    Thaw,
     Unseen,
     Want,
     decode_journal,
@@ -76,6 +86,16 @@ def _fields(struct: type[Message]) -> st.SearchStrategy[Message]:
         "tuple[str, ...]": st.lists(st.text(max_size=8), max_size=3).map(tuple),
         "tuple[bytes, ...]": st.lists(st.binary(max_size=8), max_size=3).map(tuple),
         "float | None": st.none() | st.floats(allow_nan=False),
+        "float": st.floats(allow_nan=False),
+        "dict[str, str]": st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
+        "dict[str, tuple[int, int]]": st.dictionaries(st.text(max_size=8), st.tuples(integers, integers), max_size=3),
+        "list[tuple[str, int, bytes | None]]": st.lists(
+            st.tuples(st.text(max_size=8), integers, st.none() | st.binary(max_size=20)), max_size=3
+        ),
+        "list[tuple[bytes, bytes, float, bool]]": st.lists(
+            st.tuples(st.binary(max_size=8), st.binary(max_size=8), st.floats(allow_nan=False), st.booleans()), max_size=3
+        ),
+        "Call": st.builds(Call, integers.map(str).map(str.encode), st.text(max_size=8), st.text(max_size=8), st.binary()),
     }
     names = struct.__struct_fields__
     return st.builds(struct, **{name: of_type[str(struct.__annotations__[name])] for name in names})
@@ -214,6 +234,30 @@ def _samples() -> dict[str, bytes]:
         "want": encode_message(Want(ID)),
         "prioritise": encode_message(Prioritise(ID, -2)),
         "release": encode_message(Release("w.1.0a")),
+        "migrate": encode_message(Migrate(ID, "a", "s", "w")),
+        "migrated": encode_message(Migrated(ID, "no", 0.5, 7)),
+        "piece": encode_message(
+            Piece(
+                ID,
+                1,
+                "last",
+                "a",
+                "s",
+                "b",
+                [("f", 2, b"d"), ("f", 3, None)],
+                [(b"c", b"r", 1.5, True)],
+                4,
+                {"f": "list"},
+                {"f": (1, 2)},
+            )
+        ),
+        "taken": encode_message(Taken(ID, 1, "no", "b")),
+        "thaw": encode_message(Thaw(ID)),
+        "abandon": encode_message(Abandon(ID)),
+        "forward": encode_message(Forward("o", 3, Call(ID, "a", "m", b"p"), 2)),
+        "crossing": encode_message(Crossing("o", 3, "a", "s")),
+        "arrived": encode_message(Arrived("a", "s", "b")),
+        "forwarded": encode_message(Forwarded(ID, "w", 3, 2, "a", "s", "b")),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
         "locate": encode_message(Locate(5, ("j",), ("w/1",))),
         "located": encode_message(Located(5, (ID,), ("j",))),
@@ -238,9 +282,9 @@ def _samples() -> dict[str, bytes]:
         "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
         "look": encode_record(Look(WIRE_VERSION, 8, True)),
         "seen": encode_seen(Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}), [encode_call_record(RECORD)]),
-        "place": encode_record(Place(WIRE_VERSION, "w", 2)),
+        "place": encode_record(Place(WIRE_VERSION, "w", 2, "b")),
         "member": encode_record(
-            Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True, "f")
+            Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True, "f", ("b",))
         ),
     }
 
@@ -266,6 +310,19 @@ GOLDEN = {
     "release": "9214a6772e312e3061",
     "want": "9208c410000102030405060708090a0b0c0d0e0f",
     "prioritise": "930dc410000102030405060708090a0b0c0d0e0ffe",
+    "migrate": "9515c410000102030405060708090a0b0c0d0e0fa161a173a177",
+    "migrated": "9516c410000102030405060708090a0b0c0d0e0fa26e6fcb3fe000000000000007",
+    "piece": (
+        "9c17c410000102030405060708090a0b0c0d0e0f01a46c617374a161a173a1629293a16602c4016493a16603c09194c40163c40172cb3f"
+        "f8000000000000c30481a166a46c69737481a166920102"
+    ),
+    "taken": "9518c410000102030405060708090a0b0c0d0e0f01a26e6fa162",
+    "thaw": "9219c410000102030405060708090a0b0c0d0e0f",
+    "abandon": "921ac410000102030405060708090a0b0c0d0e0f",
+    "forward": "951ba16f03dc001501c410000102030405060708090a0b0c0d0e0fa161a16dc40170a0a0c40090c400a000c00090c200a0c0900002",
+    "crossing": "951ca16f03a161a173",
+    "arrived": "941da161a173a162",
+    "forwarded": "981ec410000102030405060708090a0b0c0d0e0fa1770302a161a173a162",
     "probe": (
         "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e"
         "0f91a3612f73"
@@ -290,9 +347,10 @@ GOLDEN = {
         "0170a7616e616c797374a472656164a173a16aa16f0201cb3ff8000000000000cb4004000000000000cb400c000000000000a66661696c"
         "6564a36d3a45"
     ),
-    "place": "95ccca01a17702a0",
+    "place": "95ccca01a17702a162",
     "member": (
-        "9accc90102a16ea6776f726b65720781a16199a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000c0c2c3a16690"
+        "9accc90102a16ea6776f726b65720781a16199a4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000"
+        "c0c2c3a16691a162"
     ),
 }
 
