@@ -814,6 +814,15 @@ class View:
                 found.setdefault(agent, []).append(replica)
         return {agent: tuple(replicas) for agent, replicas in found.items()}
 
+    def serving(self, agent: str) -> tuple[Replica, ...]:
+        """Its replicas that take new calls."""
+        return tuple(replica for replica in self.replicas(agent) if not replica.is_draining)
+
+    def load(self, agent: str) -> float:
+        """Calls in hand of all its replicas that take new ones, for each that those can run at once."""
+        serving = self.serving(agent)
+        return sum(r.queued + r.running for r in serving) / sum(r.concurrency for r in serving) if serving else 0.0
+
     def imbalance(self, agent: str) -> float:
         """The greatest load of its replicas as a multiple of their mean; 1 if they are all alike, or idle."""
         loads = [replica.load for replica in self.replicas(agent)]
@@ -831,6 +840,23 @@ class View:
     def agent_numbers(self) -> Mapping[str, int]:
         """Numbers of agents as in `kind_agent`."""
         return self._agents
+
+    def worker_of(self, row: int) -> str:
+        """The worker that has a live future."""
+        return self.worker_at(int(self.futures.process[row]))
+
+    def agent_of(self, row: int) -> str:
+        """The agent that a live future calls."""
+        return self.kinds[int(self.futures.kind[row])][0]
+
+    def homes(self, agent: str) -> Iterator[tuple[str, str]]:
+        """Sessions with live futures of an agent, by name, and the worker that has the latest of each."""
+        futures, live = self.futures, self.live
+        rows = live[self.kind_agent[futures.kind[live]] == self._agents.get(agent, -1)]
+        rows = rows[np.argsort(futures.arrived[rows], kind="stable")]
+        latest = dict(zip(futures.session[rows].tolist(), futures.process[rows].tolist(), strict=True))
+        for session, place in latest.items():
+            yield self.sessions.name(session), self.worker_at(place)
 
     def find(self, id: bytes) -> int:
         """The row of a live future, -1 if there is none."""
@@ -897,23 +923,26 @@ class View:
         return found
 
     def queued_behind(self, running_s: float) -> Iterator[tuple[str, str, Ints]]:
-        """Agent, worker and queued futures wherever as many calls as can run at once have run for longer than `running_s`."""
+        """Where all calls that can run at once have run for longer than `running_s`: agent, worker, and what is queued.
+
+        Futures of sessions that something runs of there are left out: they would have to wait anywhere.
+        """
         futures, live = self.futures, self.live
-        agents = len(self._agents)
+        agents = max(len(self._agents), 1)
         places = futures.process[live].astype(np.int64) * agents + self.kind_agent[futures.kind[live]]
-        size = len(self._places) * agents
+        is_running = (futures.state[live] == RUNNING) | (futures.state[live] == WAITING)
         is_long = (futures.state[live] == RUNNING) & (self.ran(live) > running_s)
         is_queued = futures.state[live] == QUEUED
-        long_ones = np.bincount(places[is_long], minlength=size)
-        queued_ones = np.bincount(places[is_queued], minlength=size)
+        size = len(self._places) * agents
+        long_ones, queued_ones = (np.bincount(places[which], minlength=size) for which in (is_long, is_queued))
         names = list(self._agents)
         for place in np.flatnonzero((long_ones > 0) & (queued_ones > 0)).tolist():
-            process = self._places[place // agents]
-            agent = names[place % agents]
-            if process is None or agent not in process.serves:
+            process, agent = self._places[place // agents], names[place % agents]
+            if process is None or agent not in process.serves or long_ones[place] < process.serves[agent].concurrency:
                 continue
-            if long_ones[place] >= process.serves[agent].concurrency:
-                yield agent, process.name, live[is_queued & (places == place)]
+            here = places == place
+            queued, busy = live[is_queued & here], futures.session[live[is_running & here]]
+            yield agent, process.name, queued[~np.isin(futures.session[queued], busy)]
 
 
 def _looked_up(table: Ints, numbers: _Column, what: str) -> Ints:

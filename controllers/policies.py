@@ -1,0 +1,179 @@
+"""Policies that come with the runtime. Each is short enough to be read at one look, and to be copied and changed.
+
+The first three are what a controller does if nobody tells it otherwise: `default()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from nalar_mq.columns import QUEUED
+
+from .policy import (
+    LEVELS,
+    Action,
+    Composed,
+    SetPriorities,
+    by_rank,
+    kill,
+    limit,
+    migrate,
+    provision,
+    route,
+    set_priority,
+)
+from .view import View
+
+
+class LeastLoaded:
+    """Calls go to where less is waiting."""
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Weights for every agent with more than one instance."""
+        for agent in view.agents:
+            serving = view.serving(agent)
+            if len(serving) > 1:
+                weights = [round(1 / (1 + replica.load), 3) for replica in serving]
+                yield route(agent, [replica.worker for replica in serving], weights, reason="by what is queued and running")
+
+
+class HeadOfLine:
+    """Sessions that wait behind a long call go to an instance that has room."""
+
+    def __init__(self, running_s: float = 1.0, moves: int = 4) -> None:
+        self.running_s = running_s
+        self.moves = moves
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """At most `moves` sessions leave an instance at a time, the longest waiting first."""
+        for agent, worker, rows in view.queued_behind(self.running_s):
+            target = min(view.serving(agent), key=lambda replica: replica.load, default=None)
+            if view.agents[agent].stateful or target is None or target.worker == worker or target.load >= 1:
+                continue
+            waiting = dict.fromkeys(view.futures.session[rows[np.argsort(-view.waited(rows))]].tolist())
+            for session in list(waiting)[: self.moves]:
+                name = view.sessions.name(session)
+                yield migrate(name, agent, worker, target.worker, reason=f"behind a call of more than {self.running_s:g} s")
+
+
+class Reallocation:
+    """An instance of an agent that idles makes room for one of an agent that cannot follow."""
+
+    def __init__(self, busy: float = 2.0, idle: float = 0.2) -> None:
+        self.busy = busy
+        self.idle = idle
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """From the idlest agent with instances to spare to the busiest one."""
+        loads = {agent: view.load(agent) for agent in view.agents if view.serving(agent)}
+        givers = [agent for agent in loads if len(view.serving(agent)) > view.agents[agent].min_instances]
+        taker = max(loads, key=lambda agent: loads[agent], default="")
+        giver = min(givers, key=lambda agent: loads[agent], default="")
+        if giver and loads[taker] >= self.busy and loads[giver] <= self.idle:
+            spare = min(view.serving(giver), key=lambda replica: replica.load)
+            reason = f"{taker!r} has {loads[taker]:.1f} calls for each that it can run, {giver!r} has {loads[giver]:.1f}"
+            yield kill(spare.worker, giver, reason=reason)
+            yield provision(taker, spare.node, reason=reason)
+
+
+def default() -> Composed:
+    """Route by load, move what waits behind long calls, give instances to those who need them."""
+    return Composed(LeastLoaded(), HeadOfLine(), Reallocation())
+
+
+class ShortestRemaining:
+    """Sessions with the least work ahead go first: late stages of the call graph before early ones."""
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Ranks every live future by the work that is ahead of it in its session."""
+        yield by_rank(view, view.remaining(view.live), reason="the least work ahead first")
+
+
+class LongestFirst:
+    """Sessions with the most work ahead go first, such as those that have re-entered: the last of all ends sooner."""
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Ranks every live future by the work that is ahead of it in its session."""
+        yield by_rank(view, -view.remaining(view.live), reason="the most work ahead first")
+
+
+class SessionAffinity:
+    """A session stays with the instance of an agent that it has been to, unless that has too much to do."""
+
+    def __init__(self, agents: Iterable[str] = (), most_load: float = 4.0) -> None:
+        self.agents = tuple(agents)
+        self.most_load = most_load
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """For the named agents, or for all of them."""
+        for agent in self.agents or view.agents:
+            loads = {replica.worker: replica.load for replica in view.serving(agent)}
+            for session, worker in view.homes(agent):
+                if loads.get(worker, np.inf) <= self.most_load:
+                    yield route(session, agent, worker, reason="it has been there before")
+
+
+class HighPriority:
+    """One session goes before all others, and does not wait where a sibling has room."""
+
+    def __init__(self, session: str, value: int = 100) -> None:
+        self.session = session
+        self.value = value
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Raises its priority, and moves it."""
+        if self.session not in view.sessions:
+            return
+        yield set_priority(self.session, self.value, reason="it was asked for")
+        rows = view.rows_in(self.session)
+        for row in rows[view.futures.state[rows] == QUEUED].tolist():
+            agent, worker = view.agent_of(row), view.worker_of(row)
+            idle = [replica.worker for replica in view.serving(agent) if replica.load < 1 and replica.worker != worker]
+            if idle and not view.agents[agent].stateful:
+                yield migrate(self.session, agent, worker, idle[0], reason="it waits, and there is room")
+
+
+class FairShare:
+    """Tenants that use less than their share go before those that use more."""
+
+    def __init__(self, shares: Mapping[str, float] | None = None) -> None:
+        self.shares = shares or {}
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Ranks tenants by their live futures, each in proportion to its share; all shares are 1 unless told otherwise."""
+        sessions = view.sessions.used()
+        tenants = view.session_tenant[sessions]
+        shares = np.array([self.shares.get(name, 1.0) for name in view.tenants])
+        used = np.bincount(tenants, weights=view.session_live[sessions], minlength=len(shares)) / shares
+        ranks = np.argsort(np.argsort(-used, kind="stable"))
+        values = np.minimum(ranks, LEVELS - 1).astype(np.int32)
+        yield SetPriorities(sessions, values[tenants], "tenants that use less go first")
+
+
+class DeadlineFirst:
+    """Who can wait least goes first: by the time to the deadline that the work ahead leaves."""
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Ranks every live future by its slack."""
+        slack_s = view.futures.deadline[view.live] - view.now - view.remaining(view.live)
+        yield by_rank(view, slack_s, reason="the least time to spare first")
+
+
+class BudgetLimits:
+    """Tenants and sessions that have spent what they may begin nothing more."""
+
+    def __init__(self, tenants: Mapping[str, float] | None = None, per_session: float = np.inf) -> None:
+        self.tenants = tenants or {}
+        self.per_session = per_session
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """Nothing of theirs runs any more at any agent."""
+        over = [tenant for tenant, budget in self.tenants.items() if view.tenant_spent.get(tenant, 0.0) >= budget]
+        sessions = view.sessions.used()
+        names = map(view.sessions.name, sessions[view.session_spent[sessions] >= self.per_session].tolist())
+        for agent, session in ((agent, session) for session in names for agent in view.agents):
+            yield limit(agent, 0, session=session, reason=f"the session has spent {self.per_session:g}")
+        for agent, tenant in ((agent, tenant) for tenant in over for agent in view.agents):
+            yield limit(agent, 0, tenant=tenant, reason=f"{tenant!r} has spent {self.tenants[tenant]:g}")

@@ -1,0 +1,257 @@
+"""What the shipped policies make of small worlds."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+from views import World
+
+from nalar_mq.columns import RUNNING, Serves
+from nalar_mq.controllers import policies
+from nalar_mq.controllers.guards import Guards
+from nalar_mq.controllers.policies import (
+    BudgetLimits,
+    DeadlineFirst,
+    FairShare,
+    HeadOfLine,
+    HighPriority,
+    LeastLoaded,
+    LongestFirst,
+    Reallocation,
+    SessionAffinity,
+    ShortestRemaining,
+)
+from nalar_mq.controllers.policy import (
+    Action,
+    Kill,
+    Limit,
+    Migrate,
+    Policy,
+    Provision,
+    Route,
+    SetPriorities,
+    SetPriority,
+    Weights,
+)
+from nalar_mq.controllers.view import View
+
+
+def decided(policy: Policy, view: View) -> list[Action]:
+    """What a policy says, all of which the guards admit."""
+    actions = list(policy.decide(view))
+    assert Guards().check(view, actions, view.now).refusals == ()
+    assert all(action.reason for action in actions)
+    return actions
+
+
+def order(policy: Policy, view: View) -> list[str]:
+    """Sessions, those that go first at the head."""
+    (ranked,) = decided(policy, view)
+    assert isinstance(ranked, SetPriorities)
+    names = [view.sessions.name(session) for session in ranked.sessions.tolist()]
+    values = ranked.values.tolist()
+    assert len(set(values)) == len(values)
+    return sorted(names, key=lambda name: -values[names.index(name)])
+
+
+def two_workers(**serves: Serves | None) -> World:
+    world = World()
+    world.worker("w1", "n1", **serves)
+    world.worker("w2", "n2", **serves)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("queues", "weights"),
+    [(((0, 0), (0, 0)), (1.0, 1.0)), (((0, 1), (2, 1)), (0.5, 0.25)), (((9, 0), (0, 0)), (0.1, 1.0))],
+)
+def test_least_loaded(queues: tuple[tuple[int, int], tuple[int, int]], weights: tuple[float, float]) -> None:
+    world = two_workers(a=None)
+    world.queue("w1", a=queues[0])
+    world.queue("w2", a=queues[1])
+    (action,) = decided(LeastLoaded(), world.tick())
+    assert isinstance(action, Weights)
+    assert (action.instances, action.weights) == (("w1", "w2"), weights)
+
+
+def test_least_loaded_leaves_out_who_drains() -> None:
+    world = two_workers(a=None)
+    world.worker("w3", "n2", a=None)
+    world.changes["w2"].set_draining()
+    (action,) = decided(LeastLoaded(), world.tick())
+    assert isinstance(action, Weights)
+    assert action.instances == ("w1", "w3")
+
+
+def behind_a_long_call(serves: Serves | None = None, ran_s: float = 5.0) -> World:
+    world = two_workers(a=serves)
+    world.call("w1", "a", "long", RUNNING)
+    world.call("w1", "a", "long")
+    world.queue("w1", a=(6, 1))
+    for number in range(5):
+        world.call("w1", "a", f"short-{number}")
+        world.tick(ran_s / 5)
+    world.tick()
+    return world
+
+
+def test_what_waits_behind_a_long_call_moves_the_longest_waiting_first() -> None:
+    moves = decided(HeadOfLine(moves=3), behind_a_long_call().view)
+    assert [(m.session, m.source, m.target) for m in moves if isinstance(m, Migrate)] == [
+        (f"short-{number}", "w1", "w2") for number in range(3)
+    ]
+
+
+def test_nothing_moves_without_need_or_room() -> None:
+    assert decided(HeadOfLine(running_s=60), behind_a_long_call().view) == []
+    assert decided(HeadOfLine(), behind_a_long_call(Serves("agent", stateful=True)).view) == []
+    assert decided(HeadOfLine(), behind_a_long_call(Serves("agent", concurrency=2)).view) == []
+    world = behind_a_long_call()
+    world.queue("w2", a=(3, 1))
+    assert decided(HeadOfLine(), world.tick()) == []
+
+
+def test_an_idle_agent_gives_an_instance_to_a_busy_one() -> None:
+    world = two_workers(idle=None)
+    world.worker("w3", "n1", busy=None)
+    world.queue("w3", busy=(5, 1))
+    stop, start = decided(Reallocation(), world.tick())
+    assert isinstance(stop, Kill)
+    assert isinstance(start, Provision)
+    assert (stop.instance, stop.agent, start.agent, start.node) == ("w1", "idle", "busy", "n1")
+
+
+@pytest.mark.parametrize(("busy", "idle"), [((0, 1), (0, 0)), ((9, 1), (1, 0))])
+def test_no_instance_changes_hands_while_all_can_follow_or_none_idles(busy: tuple[int, int], idle: tuple[int, int]) -> None:
+    world = two_workers(idle=None)
+    world.worker("w3", "n1", busy=None)
+    world.queue("w3", busy=busy)
+    world.queue("w1", idle=idle)
+    world.queue("w2", idle=idle)
+    assert decided(Reallocation(), world.tick()) == []
+
+
+def test_the_last_instance_stays() -> None:
+    world = World()
+    world.worker("w1", "n1", idle=None)
+    world.worker("w2", "n1", busy=None)
+    world.queue("w2", busy=(9, 1))
+    assert decided(Reallocation(), world.tick()) == []
+
+
+def stages() -> World:
+    """Sessions at an early and at a late stage of the same workflow."""
+    world = two_workers(plan=None, write=None)
+    for number in range(60):
+        for agent, seconds in (("plan", 6.0), ("write", 2.0)):
+            world.teach("w1", agent, seconds, f"before-{number}", times=1)
+    world.call("w1", "write", "late")
+    world.call("w1", "plan", "early")
+    world.tick()
+    return world
+
+
+def test_late_stages_first() -> None:
+    assert order(ShortestRemaining(), stages().view) == ["late", "early"]
+
+
+def test_early_stages_first() -> None:
+    assert order(LongestFirst(), stages().view) == ["early", "late"]
+
+
+def test_every_live_future_is_ranked() -> None:
+    world = two_workers(a=None)
+    for number in range(200):
+        world.call("w1", "a", f"s{number}")
+    (ranked,) = decided(ShortestRemaining(), world.tick())
+    assert isinstance(ranked, SetPriorities)
+    assert len(ranked.sessions) == 200
+
+
+def test_sessions_stay_where_they_have_been_unless_that_is_too_much() -> None:
+    world = two_workers(a=None)
+    world.call("w1", "a", "s1")
+    world.call("w2", "a", "s2")
+    world.queue("w2", a=(9, 1))
+    routes = decided(SessionAffinity(), world.tick())
+    assert [(r.session, r.instance) for r in routes if isinstance(r, Route)] == [("s1", "w1")]
+
+
+def test_a_session_that_was_raised_goes_first_and_moves_to_where_there_is_room() -> None:
+    world = two_workers(a=None)
+    world.call("w1", "a", "other", RUNNING)
+    world.call("w1", "a", "vip")
+    first, move = decided(HighPriority("vip"), world.tick())
+    assert isinstance(first, SetPriority)
+    assert isinstance(move, Migrate)
+    assert (first.session, first.value) == ("vip", 100)
+    assert (move.source, move.target) == ("w1", "w2")
+    world.queue("w2", a=(0, 1))
+    assert len(decided(HighPriority("vip"), world.tick())) == 1
+    assert decided(HighPriority("nobody"), world.view) == []
+
+
+@pytest.mark.parametrize(("shares", "first"), [({}, "few"), ({"many": 10.0}, "many")])
+def test_tenants_that_use_less_than_their_share_go_first(shares: dict[str, float], first: str) -> None:
+    world = two_workers(a=None)
+    for number in range(6):
+        world.call("w1", "a", "m", tenant="many")
+        if number < 2:
+            world.call("w1", "a", "f", tenant="few")
+    (ranked,) = decided(FairShare(shares), world.tick())
+    assert isinstance(ranked, SetPriorities)
+    best = ranked.sessions[np.argmax(ranked.values)]
+    assert world.view.tenants[int(world.view.session_tenant[best])] == first
+
+
+def test_who_can_wait_least_goes_first() -> None:
+    world = stages()
+    world.call("w1", "write", "soon", timeout_s=10.0)
+    world.call("w1", "plan", "sooner for its work", timeout_s=12.0)
+    world.call("w1", "write", "never")
+    assert order(DeadlineFirst(), world.tick())[:2] == ["sooner for its work", "soon"]
+
+
+def test_who_has_spent_the_budget_begins_nothing_more() -> None:
+    world = two_workers(a=None, b=None)
+    poor = world.call("w1", "a", "s1", tenant="poor")
+    rich = world.call("w2", "a", "s2", tenant="rich")
+    world.changes["w1"].spend(poor, 3.0)
+    world.changes["w2"].spend(rich, 3.0)
+    limits = decided(BudgetLimits({"poor": 3.0, "rich": 3.5}), world.tick())
+    assert {(one.agent, one.tenant, one.running) for one in limits if isinstance(one, Limit)} == {
+        ("a", "poor", 0),
+        ("b", "poor", 0),
+    }
+    world.changes["w2"].spend(rich, 4.0)
+    limits = decided(BudgetLimits(per_session=5.0), world.tick())
+    assert {(one.agent, one.session) for one in limits if isinstance(one, Limit)} == {("a", "s2"), ("b", "s2")}
+
+
+def test_each_policy_can_be_read_at_one_look() -> None:
+    def size(policy: type) -> int:
+        return len([line for line in inspect.getsource(policy).splitlines() if line.strip()])
+
+    assert size(LeastLoaded) + size(HeadOfLine) + size(Reallocation) < 100
+    for policy in (
+        ShortestRemaining,
+        LongestFirst,
+        SessionAffinity,
+        HighPriority,
+        FairShare,
+        DeadlineFirst,
+        BudgetLimits,
+    ):
+        assert size(policy) <= 20, policy
+
+
+def test_the_default_works_on_nothing() -> None:
+    assert decided(policies.default(), View()) == []
+    for policy in (ShortestRemaining(), LongestFirst(), SessionAffinity(), FairShare(), DeadlineFirst(), BudgetLimits()):
+        for action in policy.decide(View()):
+            assert isinstance(action, SetPriorities)
+            assert not len(action.sessions)
+    assert math.isinf(BudgetLimits().per_session)
