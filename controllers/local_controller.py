@@ -4,10 +4,14 @@ What happens to each of them is decided in `supervision`; here it is carried out
 `worker_process`, joined to this one by a socket pair:
 
     controller -> worker     one line of JSON, the `Order`; the end of the stream means that the controller is gone
-    worker -> controller     one line of JSON for each `Report`
+    worker -> controller     one line of JSON for each `Report`; an empty line, several times a lease, from one that serves
 
 The settings go through that socket, not through the command line, since they hold secrets. Each child leads a session of
 its own, so that an interrupt at the terminal reaches this process alone, and what a child started ends with it.
+
+Sessions that are kept in the store of a worker wait for its successor when it dies. Where there are such sessions, one more
+process is started once all workers serve, and given no order: the spare. It has imported the runtime and waits, so that it
+serves in a fraction of the time that a process takes to start.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from nalar_mq.config import Settings
 from nalar_mq.errors import ConfigError, WorkerStartError
 from nalar_mq.logs import logger
 
-from .supervision import Action, Event, Exited, Limits, Phase, Ready, Slot, Stop, Tick, decide
+from .supervision import Action, Event, Exited, Heard, Limits, Phase, Ready, Slot, Stop, Tick, decide
 
 WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "nalar_mq.controllers.worker_process")
 
@@ -46,25 +50,35 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a worker process says of itself; `failure` is why it cannot serve, empty for "I serve"."""
+    """What a worker process says of itself.
+
+    Attributes:
+        failure: why it cannot serve; empty for "I serve".
+        keeps_state: sessions are kept in a store of its own.
+    """
 
     failure: str = ""
+    keeps_state: bool = False
 
 
 class _Child:
-    """A process in a slot, from its start to its last exit."""
+    """A process, from its start to its last exit; the spare is in no slot yet."""
 
     def __init__(self, process: asyncio.subprocess.Process, link: socket.socket) -> None:
         self.process = process
         self.link = link
         self.failure = ""
 
+    @property
+    def is_alive(self) -> bool:
+        return self.process.returncode is None
+
 
 class LocalController:
     """Supervises `workers` worker processes of one app; an async context manager that ends them all on leaving.
 
-    A worker that ends is started again under the same name after a pause. One that keeps ending, or whose app cannot be
-    loaded, is given up: `failed` tells.
+    A worker that ends is started again under the same name, at once or after a pause. One that keeps ending, or whose app
+    cannot be loaded, is given up: `failed` tells. One that stands still for a lease is killed, and started again.
 
     Args:
         app: the file of the app.
@@ -92,7 +106,7 @@ class LocalController:
         names = [f"{settings.node}-{number}" for number in range(1, workers + 1)]
         self._app = app
         self._settings = settings
-        self._limits = limits or Limits()
+        self._limits = limits or Limits(silence_s=settings.lease_s)
         self._rng = rng or random.Random()
         self._command = tuple(command)
         self._variables = dict(variables or {})
@@ -100,6 +114,8 @@ class LocalController:
         self._log = logger(__name__).bind(node=settings.node)
         self._slots = {name: Slot(name=name) for name in names}
         self._children: dict[str, _Child] = {}
+        self._spare: _Child | None = None
+        self._wants_spare = False
         self._events: asyncio.Queue[tuple[str, Event]] = asyncio.Queue()
         self._changed = asyncio.Condition()
         self._running: asyncio.Task[None] | None = None
@@ -172,11 +188,13 @@ class LocalController:
                     name, event = await self._next_event()
                     for slot_name in (name,) if name else tuple(self._slots):
                         await self._apply(slot_name, event, watchers)
+                    await self._keep_spare()
                     async with self._changed:
                         self._changed.notify_all()
         finally:
             for child in self._children.values():
                 _kill_group(child.process.pid)
+            await self._drop_spare()
             async with self._changed:
                 self._changed.notify_all()
 
@@ -203,6 +221,16 @@ class LocalController:
             _kill_group(child.process.pid)
 
     async def _start_child(self, name: str, watchers: asyncio.TaskGroup) -> None:
+        try:
+            child = await self._take_spare() or await self._launch()
+        except OSError as error:
+            self._events.put_nowait((name, Exited(1, f"it cannot be started: {error}", self._rng.random())))
+            return
+        self._children[name] = child
+        self._log.info("worker.launched", worker=name, pid=child.process.pid)
+        watchers.create_task(self._watch(name, child), name=f"watch-{name}")
+
+    async def _launch(self) -> _Child:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -214,15 +242,32 @@ class LocalController:
                 start_new_session=True,
                 env=os.environ | self._variables,
             )
-        except OSError as error:
+        except OSError:
             ours.close()
-            self._events.put_nowait((name, Exited(1, f"it cannot be started: {error}", self._rng.random())))
-            return
+            raise
         finally:
             theirs.close()
-        self._children[name] = child = _Child(process, ours)
-        self._log.info("worker.launched", worker=name, pid=process.pid)
-        watchers.create_task(self._watch(name, child), name=f"watch-{name}")
+        return _Child(process, ours)
+
+    async def _keep_spare(self) -> None:
+        if self._wants_spare and self._all_in(Phase.READY) and (self._spare is None or not self._spare.is_alive):
+            await self._drop_spare()
+            with contextlib.suppress(OSError):
+                self._spare = await self._launch()
+
+    async def _take_spare(self) -> _Child | None:
+        if self._spare is not None and not self._spare.is_alive:
+            await self._drop_spare()
+        spare, self._spare = self._spare, None
+        return spare
+
+    async def _drop_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.link.close()
+            if spare.is_alive:
+                _kill_group(spare.process.pid)
+            await spare.process.wait()
 
     async def _watch(self, name: str, child: _Child) -> None:
         try:
@@ -238,8 +283,12 @@ class LocalController:
         try:
             writer.write(msgspec.json.encode(self._order(name)) + b"\n")
             while line := await reader.readline():
+                self._events.put_nowait((name, Heard()))
+                if line == b"\n":
+                    continue
                 report = msgspec.json.decode(line, type=Report)
                 child.failure = report.failure
+                self._wants_spare |= report.keeps_state
                 if not report.failure:
                     self._events.put_nowait((name, Ready()))
             await child.process.wait()
@@ -261,7 +310,9 @@ class LocalController:
     def _tell(self, before: Slot, after: Slot, event: Event) -> None:
         log = self._log.bind(worker=after.name)
         if isinstance(event, Exited) and before.phase is not Phase.STOPPING and not before.is_over:
-            log.warning("worker.exited", code=event.code, reason=event.reason, failures=after.failures)
+            log.warning(
+                "worker.exited", code=event.code, reason=event.reason, failures=after.failures, stood_still=before.stands_still
+            )
         if after.phase is before.phase:
             return
         if after.phase is Phase.FAILED:

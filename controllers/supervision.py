@@ -5,29 +5,35 @@ A slot is a place for one worker process on a node. Its life:
                  Tick, due           Ready
     WAITING ───────────────> STARTING ─────> READY
        ^                        │              │
-       └──── Exited ────────────┴──────────────┤      after a pause that doubles with each failure in a row
+       └──── Exited ────────────┴──────────────┤      at once, or after a pause that doubles with each failure in a row
                                                │
     FAILED <── Exited, too often or for good ──┤
                                                │ Stop
     STOPPED <── Exited ──── STOPPING <─────────┘      SIGTERM first, SIGKILL when the time to drain is over
 
-A failure is an exit, asked for by nobody, of a process that was not ready for `healthy_after_s`. A slot that never had a
-process that served is given up after `max_failures` of them in a row, or at once if the process ends with `EXIT_CONFIG`,
-which says that another start would not help. A slot that has served goes on for ever: what ends its processes may pass, and
-between two of them it serves. One that ends with `EXIT_REPLACED` is given up in any case: somebody else has its name, and
-two that take it from each other would serve nobody. One that ends with `EXIT_LOST` stood still for so long that the others
-gave it up; its successor is started like that of any other process that has served.
+A failure is an exit, asked for by nobody. The successor of a process that served for `healthy_after_s` is started at once:
+calls wait for it. A process that serves tells so, several times a lease; one that is silent for a lease stands still and is
+killed. Its silence is counted in periods that this controller saw pass at their pace, so that one which stood still itself
+judges nobody for it.
+
+A slot that never had a process that served is given up after `max_failures` of them in a row, or at once if the process ends
+with `EXIT_CONFIG`, which says that another start would not help. A slot that has served goes on for ever: what ends its
+processes may pass, and between two of them it serves. One that ends with `EXIT_REPLACED` is given up in any case: somebody
+else has its name, and two that take it from each other would serve nobody. One that ends with `EXIT_LOST` stood still for so
+long that the others gave it up; its successor is started like that of any other process that has served.
 """
 
 from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
 from nalar_mq.exits import EXIT_CONFIG, EXIT_REPLACED
+
+_PERIODS: Final = 12
 
 
 class Phase(Enum):
@@ -42,14 +48,20 @@ class Phase(Enum):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How patient the supervision is."""
+    """How patient the supervision is; after `silence_s` without a word, a process that serves stands still."""
 
     start_timeout_s: float = 180.0
     drain_timeout_s: float = 30.0
-    healthy_after_s: float = 10.0
-    first_pause_s: float = 0.2
+    healthy_after_s: float = 2.0
+    first_pause_s: float = 0.1
     longest_pause_s: float = 10.0
     max_failures: int = 5
+    silence_s: float = math.inf
+
+    @property
+    def period_s(self) -> float:
+        """How often the silence of a process is looked at."""
+        return self.silence_s / _PERIODS
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +71,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         name: name of the worker, the same for every process in this slot.
         due: when the phase ends by itself, on the loop's clock.
         ready_at: when the present process became ready; infinite before that.
+        silent_for: periods since the present process, which is ready, was last heard.
         failures: how many in a row; 0 in a slot that was given up at once.
         has_served: a process in this slot has been ready.
         reason: why it failed, once it has.
@@ -68,6 +81,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = Phase.WAITING
     due: float = -math.inf
     ready_at: float = math.inf
+    silent_for: int = 0
     failures: int = 0
     has_served: bool = False
     reason: str = ""
@@ -77,6 +91,11 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         """True if nothing will happen in it any more."""
         return self.phase in (Phase.STOPPED, Phase.FAILED)
 
+    @property
+    def stands_still(self) -> bool:
+        """True if its process has been silent for longer than it may be."""
+        return self.silent_for > _PERIODS
+
 
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
@@ -84,6 +103,10 @@ class Tick(msgspec.Struct, frozen=True):
 
 class Ready(msgspec.Struct, frozen=True):
     """The process serves."""
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """The process lives."""
 
 
 class Exited(msgspec.Struct, frozen=True):
@@ -100,7 +123,7 @@ class Stop(msgspec.Struct, frozen=True):
     timeout_s: float
 
 
-Event: TypeAlias = Tick | Ready | Exited | Stop
+Event: TypeAlias = Tick | Ready | Heard | Exited | Stop
 
 
 class Action(Enum):
@@ -120,7 +143,9 @@ def decide(slot: Slot, event: Event, now: float, limits: Limits) -> tuple[Slot, 
         case Tick():
             return _on_tick(slot, now, limits)
         case Ready() if slot.phase is Phase.STARTING:
-            return _to(slot, Phase.READY, ready_at=now), Action.NONE
+            return _to(slot, Phase.READY, due=now + limits.period_s, ready_at=now), Action.NONE
+        case Heard():
+            return msgspec.structs.replace(slot, silent_for=0), Action.NONE
         case Exited():
             return _on_exit(slot, event, now, limits), Action.NONE
         case Stop():
@@ -137,8 +162,17 @@ def _on_tick(slot: Slot, now: float, limits: Limits) -> tuple[Slot, Action]:
             return _to(slot, Phase.STARTING, due=now + limits.start_timeout_s), Action.START
         case Phase.STARTING | Phase.STOPPING:
             return _to(slot, slot.phase), Action.KILL
+        case Phase.READY:
+            return _on_period(slot, now, limits)
         case _:
             return slot, Action.NONE
+
+
+def _on_period(slot: Slot, now: float, limits: Limits) -> tuple[Slot, Action]:
+    """One period of a process that is ready has passed; it does not count if we come so late that we stood still ourselves."""
+    is_on_time = now - slot.due <= limits.period_s
+    slot = msgspec.structs.replace(slot, due=now + limits.period_s, silent_for=slot.silent_for + is_on_time)
+    return slot, Action.KILL if slot.stands_still else Action.NONE
 
 
 def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
@@ -151,7 +185,7 @@ def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
     failures = 1 if was_healthy else slot.failures + 1
     if failures >= limits.max_failures and not slot.has_served:
         return _to(slot, Phase.FAILED, failures=failures, reason=f"{why}, {failures} times in a row")
-    pause_s = min(limits.first_pause_s * 2 ** min(failures - 1, 30), limits.longest_pause_s)
+    pause_s = 0.0 if was_healthy else min(limits.first_pause_s * 2 ** min(failures - 1, 30), limits.longest_pause_s)
     return _to(slot, Phase.WAITING, due=now + pause_s * (1 + event.spread / 2), failures=failures)
 
 
@@ -180,5 +214,7 @@ def _to(
 
 
 def _why(code: int, slot: Slot) -> str:
+    if slot.stands_still:
+        return "it stood still for longer than its lease and was killed"
     when = "while it served" if slot.phase is Phase.READY else "before it served"
     return f"it was ended by signal {-code} {when}" if code < 0 else f"it ended with code {code} {when}"

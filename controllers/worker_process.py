@@ -3,6 +3,9 @@
 Started as `python -m nalar_mq.controllers.worker_process FD`, where FD is its end of the socket pair that
 `local_controller` describes. SIGTERM drains. When the controller is gone the process ends at once: on Linux the kernel
 sees to it, elsewhere the end of the stream does.
+
+All that it needs in any case is imported before it takes its order, which a spare waits for. That it lives is told by a
+thread of its own: code that blocks the event loop, for however long, does not stand still.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
+from importlib import import_module
 from pathlib import Path
 from typing import Final, cast
 
@@ -31,12 +37,16 @@ from .local_controller import Order, Report
 
 _PR_SET_PDEATHSIG: Final = 1
 _MAX_ORDER_BYTES: Final = 1 << 20
+_BEATS_OF_A_LEASE: Final = 6
+_IMPORTED_LATER: Final = ("nalar_mq.nats_transport",)  # by what serves, when it is first needed
 
 
 def main() -> None:
     """Serves until told to stop; the exit code is 0, or says why not, with a code of `exits`."""
     link = socket.socket(fileno=int(sys.argv[1]))
     link.set_inheritable(False)
+    for module in _IMPORTED_LATER:
+        import_module(module)
     order = _read_order(link)
     _die_with(order.parent_pid)
     configure_logs(cast(Level, order.log_level))
@@ -75,7 +85,8 @@ async def _serve(order: Order, link: socket.socket) -> None:
     worker = Worker(load_app(Path(order.app)), order.settings, name=order.name)
     try:
         await worker.start()
-        _report(link, Report())
+        threading.Thread(target=_beat, args=(link, order.settings.lease_s / _BEATS_OF_A_LEASE), daemon=True).start()
+        _report(link, Report(keeps_state=worker.process.stores is not None))
         ends = {
             asyncio.ensure_future(loop.sock_recv(link, 1)): "orphaned",
             asyncio.ensure_future(stopping.wait()): "stopped",
@@ -111,6 +122,14 @@ def _read_order(link: socket.socket) -> Order:
 def _report(link: socket.socket, report: Report) -> None:
     with contextlib.suppress(OSError):
         link.send(msgspec.json.encode(report) + b"\n")
+
+
+def _beat(link: socket.socket, period_s: float) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            time.sleep(period_s)
+            with contextlib.suppress(BlockingIOError):  # nobody has read for long: the controller stands still
+                link.send(b"\n")
 
 
 def _die_with(parent_pid: int) -> None:

@@ -35,13 +35,6 @@ from http.client import HTTPException
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import ParseResult
 
-import nats.errors
-import nats.js.errors
-from nats.aio.client import Client, Srv
-from nats.aio.subscription import Subscription as _NatsSubscription
-from nats.aio.transport import TcpTransport, WebSocketTransport
-from nats.js import JetStreamContext, api
-
 from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import (
     AddressError,
@@ -57,6 +50,7 @@ from nalar_mq.errors import (
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.nats_reader import Sorter, SortingReader
+from nalar_mq.stand_in import loaded_when_used
 from nalar_mq.transport import (
     Delivered,
     Handler,
@@ -73,6 +67,14 @@ from nalar_mq.transport import (
     Subscription,
     WorkQueue,
 )
+
+with loaded_when_used("aiohttp"):  # nats-py imports it for web sockets, and doubles what an import of it takes
+    import nats.errors
+    import nats.js.errors
+    from nats.aio.client import Client, Srv
+    from nats.aio.subscription import Subscription as _NatsSubscription
+    from nats.aio.transport import TcpTransport, WebSocketTransport
+    from nats.js import JetStreamContext, api
 
 # nats-py is typed only in part: what comes out of it is checked where it enters this module.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

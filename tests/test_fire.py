@@ -24,6 +24,7 @@ from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.controllers.supervision import Limits
 from nalar_mq.nats_transport import NatsTransport
 from tests.witness import Witness, result_of
 
@@ -155,11 +156,11 @@ class Site:
 
 
 @asynccontextmanager
-async def site(broker: BrokerAccess, namespace: str, folder: Path) -> AsyncIterator[Site]:
+async def site(broker: BrokerAccess, namespace: str, folder: Path, limits: Limits | None = None) -> AsyncIterator[Site]:
     witness = Witness(folder / "witness")
     settings = Settings(broker=broker, namespace=namespace, node="here")
     variables = {"WITNESS": str(witness.file)}
-    async with LocalController(APP, settings, workers=WORKERS, variables=variables, log_level="error") as node:
+    async with LocalController(APP, settings, workers=WORKERS, limits=limits, variables=variables, log_level="error") as node:
         async with asyncio.timeout(PATIENCE_S):
             await node.ready()
         async with connect(settings=settings) as client:
@@ -220,7 +221,8 @@ async def test_killed_broker(load: Load, say: Say, tmp_path: Path) -> None:
 @shows(Load(rounds=5, calls=10_000, jobs=200))
 async def test_frozen_workers(load: Load, say: Say, broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
     rng = Random("frozen workers")
-    async with site(broker_access, namespace, tmp_path) as here:
+    never_killed = Limits()
+    async with site(broker_access, namespace, tmp_path, never_killed) as here:
         for number in range(load.rounds):
             frozen: list[int] = []
 

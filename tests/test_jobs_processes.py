@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections import Counter
@@ -119,7 +120,8 @@ async def test_a_worker_that_stands_still_and_wakes_up_changes_nothing(
         try:
             await here.check(handles)
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         await until(lambda: here.node.pids.get("here-2") not in (None, pid))
         await here.check(handles)
 

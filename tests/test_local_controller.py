@@ -9,12 +9,13 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
-from nalar_mq.controllers.supervision import Action, Exited, Limits, Phase, Ready, Slot, Stop, Tick, decide
+from nalar_mq.controllers.supervision import Action, Exited, Heard, Limits, Phase, Ready, Slot, Stop, Tick, decide
 from nalar_mq.errors import ConfigError, WorkerStartError
 
 LIMITS = Limits(start_timeout_s=5, drain_timeout_s=7, healthy_after_s=10, first_pause_s=1, longest_pause_s=8, max_failures=3)
@@ -30,6 +31,7 @@ DECISIONS = [
     ("ready", STARTING, Ready(), 101, Phase.READY, math.inf, Action.NONE),
     ("a start that takes too long is ended", STARTING, Tick(), 105, Phase.STARTING, math.inf, Action.KILL),
     ("a start that may take longer goes on", STARTING, Tick(), 104, Phase.STARTING, 105, Action.NONE),
+    ("the successor of what served for long starts at once", READY, Exited(-9), 110, Phase.WAITING, 110, Action.NONE),
     ("first failure", STARTING, Exited(1), 101, Phase.WAITING, 102, Action.NONE),
     ("failures spread", STARTING, Exited(1, "", 1.0), 101, Phase.WAITING, 102.5, Action.NONE),
     ("a fault of the user is final", STARTING, Exited(2), 101, Phase.FAILED, math.inf, Action.NONE),
@@ -84,6 +86,41 @@ def test_a_healthy_life_forgives_earlier_failures():
     slot = Slot(name="w", phase=Phase.READY, ready_at=100, failures=2, has_served=True)
     assert decide(slot, Exited(-9), 109, LIMITS)[0].failures == 3
     assert decide(slot, Exited(-9), 110, LIMITS)[0].failures == 1
+
+
+WATCHFUL = msgspec.structs.replace(LIMITS, silence_s=12.0)
+
+
+def after_periods(slot: Slot, *delays_s: float) -> tuple[Slot, list[Action]]:
+    """The slot after as many periods without a word, and what is to be done after each; it is looked at that much too late."""
+    actions = []
+    for delay_s in delays_s:
+        slot, action = decide(slot, Tick(), slot.due + delay_s, WATCHFUL)
+        actions.append(action)
+    return slot, actions
+
+
+def test_a_process_that_serves_and_is_silent_for_longer_than_a_lease_is_killed():
+    slot, _ = decide(STARTING, Ready(), 100.0, WATCHFUL)
+    slot, actions = after_periods(slot, *[0.1] * 12)
+    assert set(actions) == {Action.NONE}
+    assert slot.due - 100.0 > WATCHFUL.silence_s
+    _, actions = after_periods(slot, 0.1)
+    assert actions == [Action.KILL]
+    heard, _ = decide(slot, Heard(), slot.due, WATCHFUL)
+    assert after_periods(heard, 0.1)[1] == [Action.NONE]
+
+
+def test_a_controller_that_stood_still_judges_nobody_for_it():
+    slot, _ = decide(STARTING, Ready(), 100.0, WATCHFUL)
+    assert Action.KILL not in after_periods(slot, *[0.1] * 6, 50.0, *[0.1] * 6)[1]
+    assert Action.KILL not in after_periods(slot, *[3.0] * 40)[1]
+
+
+def test_only_what_serves_is_judged_by_its_silence():
+    assert after_periods(STARTING, 0.0)[0].silent_for == 0
+    stopping, _ = decide(READY, Stop(7), 100, WATCHFUL)
+    assert stopping.due == 107
 
 
 # From here on with real processes. The worker is a script of a few lines that speaks the protocol of the real one.
@@ -171,6 +208,57 @@ async def test_a_worker_that_dies_is_started_again_under_its_name(bench):
         await controller.ready()
         assert bench.pids("n-2") == [victim, controller.pids["n-2"]]
         assert controller.pids["n-1"] == other
+
+
+async def test_a_worker_that_stands_still_is_killed_and_started_again(bench):
+    body = """
+ready()
+while True:
+    time.sleep(0.05)
+    link.send(b"\\n")
+"""
+    async with bench.controller(body, silence_s=1.5) as controller:
+        await controller.ready()
+        victim = controller.pids["n-1"]
+        os.kill(victim, signal.SIGSTOP)
+        await eventually(lambda: controller.pids.get("n-1", victim) != victim)
+        assert not alive(victim)
+
+
+KEEPS_STATE = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+link.send(b'{"failure": "", "keeps_state": true}\\n')
+signal.pause()
+"""
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if alive(child.pid)}
+
+
+async def test_a_spare_takes_the_place_of_a_worker_that_dies_and_ends_with_the_controller(bench):
+    before = children()
+    async with bench.controller(KEEPS_STATE, workers=2) as controller:
+        await controller.ready()
+        await eventually(lambda: len(children() - before) == 3)
+        (spare,) = children() - before - set(controller.pids.values())
+        os.kill(controller.pids["n-2"], signal.SIGKILL)
+        await eventually(lambda: controller.pids.get("n-2") == spare)
+        await eventually(lambda: len(children() - before) == 3)
+    assert children() <= before
+
+
+async def test_a_spare_that_was_killed_is_replaced_or_done_without(bench):
+    before = children()
+    async with bench.controller(KEEPS_STATE) as controller:
+        await controller.ready()
+        await eventually(lambda: len(children() - before) == 2)
+        victim = controller.pids["n-1"]
+        (spare,) = children() - before - {victim}
+        os.kill(spare, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
+        await eventually(lambda: controller.pids.get("n-1") not in (None, victim, spare))
+        await controller.ready()
 
 
 async def test_drain_waits_for_what_has_begun(bench):

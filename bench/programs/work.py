@@ -60,6 +60,7 @@ def answered() -> None:
     print(json.dumps({"first": time.monotonic()}), flush=True)
     phase("idle")
     time.sleep(IDLE_S)
+    phase("idle no more")
 
 
 def done() -> None:
