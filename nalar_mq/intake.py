@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from random import Random
@@ -79,14 +80,16 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     at_once: int = 64
-    ack_wait_s: float = 9.0
-    look_again_s: float = 5.0
+    ack_wait_s: float = 4.0
+    look_again_s: float = 1.0
     losses: int = 8
     unserved_s: float = 900.0
     back_off_s: float = 1.0
 
 
 _BATCH: Final = 16
+_BEATS: Final = 5  # heartbeats in the time that the queue waits for one
+_BEATS_A_LOOK: Final = 3
 _PULL_S: Final = 10.0
 _RETRY_S: Final = 1.0
 _BACK_OFF_MAX_S: Final = 60.0
@@ -466,10 +469,11 @@ class Intake:
             job.future.cancel(message.data.decode("utf-8", "replace") or "cancelled")
 
     async def _keep_in_hand(self) -> None:
-        """Heartbeats, and a look at whether somebody has ended what runs here."""
-        while True:
-            await asyncio.sleep(self._options.ack_wait_s / 3)
-            await asyncio.gather(*(self._beat(job) for job in list(self._running.values())))
+        """Heartbeats, and now and then a look at whether somebody has ended what runs here."""
+        for number in itertools.count():
+            await asyncio.sleep(self._options.ack_wait_s / _BEATS)
+            looks = number % _BEATS_A_LOOK == 0
+            await asyncio.gather(*(self._beat(job, looks=looks) for job in list(self._running.values())))
 
     async def _result(self, id: str) -> JobResult | None:
         """How a job has ended. What stands there and is no result was not written by us: it goes, and ends nothing."""
@@ -480,10 +484,10 @@ class Intake:
             await self.jobs.forget_result(id)
             return None
 
-    async def _beat(self, job: _Job) -> None:
+    async def _beat(self, job: _Job, *, looks: bool) -> None:
         try:
             await job.message.in_progress()
-            ended = await self._result(job.id)
+            ended = await self._result(job.id) if looks else None
         except BrokerError:
             return
         if ended is not None and job.future is not None and self._running.get(job.id) is job:
