@@ -85,6 +85,10 @@ class Caller(Protocol):
         """A look of that number found nothing. Any thread."""
         ...
 
+    def cut_again(self, history: History, number: int) -> None:
+        """A wait of that number has been cut short as in a former attempt. Any thread."""
+        ...
+
     def own(self, context: CallContext, name: str, payload: bytes, begin: Callable[[Future[Any]], None]) -> Future[Any]:
         """A future that this very process is to end, by `end`: no call, but in a job noted like one. Any thread.
 

@@ -1260,6 +1260,11 @@ class Calls:
             self._run_on_loop(functools.partial(self._journal_on_the_way, history, reading))
         return at_s
 
+    def cut_again(self, history: History, number: int) -> None:
+        """A wait has been cut short where a former attempt's was: what came after that may appear. Any thread."""
+        history.cut_again(number)
+        self.go_on(history)
+
     def _journal_unseen(self, history: History) -> None:
         for unseen in history.take_noted():
             self._journal_on_the_way(history, unseen)
@@ -1284,7 +1289,8 @@ class Calls:
         host = self.host
         if host is None or self._closed is not None or not history.is_repeating:
             return
-        idle = idle + 1 if history.progress == progress and host.is_waiting(history.call_id) else 0
+        is_idle = history.progress == progress and not history.is_waiting_again and host.is_waiting(history.call_id)
+        idle = idle + 1 if is_idle else 0
         wanted = history.next_wanted
         if idle * _WATCH_EVERY_S > _STANDSTILL_S + _SLOWER * (0.0 if wanted is None else wanted.after_s):
             if not history.skip_looks():

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, cast, overload
 
 import msgspec
@@ -315,6 +315,15 @@ class Future(values.Deferred, Generic[T_co]):
 
     def __await__(self) -> Generator[Any, None, T_co]:
         """Waits without blocking the loop; the same value and errors as `value`."""
+        return self.arrival() if self._history is None else self._arrival_in_job(self._history)
+
+    def _arrival_in_job(self, history: History) -> Generator[Any, None, T_co]:
+        with _Wait(history, self._caller, self.id) as wait:
+            yield from wait.as_before()
+            return (yield from self.arrival())
+
+    def arrival(self) -> Generator[Any, None, T_co]:
+        """What `await` does, for the runtime: a job does not remember that somebody waited."""
         if self._state == PENDING:
             loop = asyncio.get_running_loop()
             waiter: asyncio.Future[None] = loop.create_future()
@@ -333,6 +342,16 @@ class Future(values.Deferred, Generic[T_co]):
             with waiting():
                 self._keep((yield from _read_later(self._payload, self._caller).__await__()))
         return self._look()
+
+    @property
+    def history(self) -> History | None:
+        """Of the call of a job that made it; None outside jobs."""
+        return self._history
+
+    @property
+    def caller(self) -> Caller:
+        """The runtime that owns it."""
+        return self._caller
 
     def on_end(self, waiter: Callable[[], object]) -> bool:
         """Calls `waiter` once, on the loop, when it ends; False (and no call) if it has ended already."""
@@ -457,6 +476,75 @@ def _slot_for(*futures: Future[Any]) -> Any:
     return context.slot
 
 
+class _Wait:
+    """A wait of a job on the loop, which asyncio may cut short: what the program sees then, another attempt has to see again.
+
+    So a cut is journaled like a look that found nothing. In a later attempt the same wait does not end before it is cut again.
+    """
+
+    __slots__ = ("_caller", "_history", "_is_repeated", "_number")
+
+    def __init__(self, history: History, caller: Caller, what: bytes) -> None:
+        self._history = history
+        self._caller = caller
+        self._number = history.wait(what)
+        self._is_repeated = history.was_unseen(self._number)
+        if self._is_repeated:
+            history.waits_again(self._number)
+
+    def __enter__(self) -> _Wait:
+        return self
+
+    def as_before(self) -> Generator[Any, None, None]:
+        """Returns at once, or, if a former attempt's wait was cut here, never."""
+        if self._is_repeated:
+            with waiting():
+                yield from asyncio.get_running_loop().create_future()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        context = current_context.get()
+        if kind is not asyncio.CancelledError or (context is not None and context.cancelled):
+            return  # a call that is cancelled as a whole sees nothing that another attempt would have to see
+        if self._is_repeated:
+            self._caller.cut_again(self._history, self._number)
+        else:
+            self._caller.note_unseen(self._history, self._number)
+
+
+class _OneWait:
+    """One wait for several futures, of which a job remembers if it is cut short; they are all of one call."""
+
+    __slots__ = ("_futures", "_kind", "_wait")
+
+    def __init__(self, futures: Sequence[Future[Any]], kind: bytes) -> None:
+        self._futures = futures
+        self._kind = kind
+        self._wait: _Wait | None = None
+
+    async def __aenter__(self) -> None:
+        history = self._futures[0].history if self._futures else None
+        if history is not None:
+            self._wait = _Wait(history, self._futures[0].caller, self._futures[0].id + self._kind)
+            with self._wait:
+                await _Awaitable(self._wait.as_before())
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._wait is not None:
+            self._wait.__exit__(kind)
+
+
+class _Awaitable(Generic[T]):
+    """A generator of the runtime, for `await`."""
+
+    __slots__ = ("_generator",)
+
+    def __init__(self, generator: Generator[Any, None, T]) -> None:
+        self._generator = generator
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._generator
+
+
 class _Wake:
     """Wakes one awaiting task, on whichever loop it runs."""
 
@@ -547,10 +635,16 @@ class Stream(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
+        if self._future.history is None:
+            return await self._next()
+        async with _OneWait([self._future], b"piece"):
+            return await self._next()
+
+    async def _next(self) -> T:
         while not self._chunks.waiting:
             if self._chunks.closed:
                 self._raise_end()
-                await self._future
+                await _Awaitable(self._future.arrival())
                 raise StopAsyncIteration
             loop = asyncio.get_running_loop()
             waiter: asyncio.Future[None] = loop.create_future()
@@ -640,10 +734,11 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
     pending = [f for f in futures if isinstance(f, Future)]
     if len(pending) != len(futures):
         return tuple(await asyncio.gather(*futures))
-    await _all_ended_or_one_failed(pending)
-    for future in pending:
-        if future.has_failed() or future.held() is not None:
-            await future
+    async with _OneWait(pending, b"gather"):
+        await _all_ended_or_one_failed(pending)
+        for future in pending:
+            if future.has_failed() or future.held() is not None:
+                await _Awaitable(future.arrival())
     return tuple([future.value() for future in pending])
 
 
@@ -698,7 +793,7 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
         self._wake: Callable[[], object] | None = None
         self._left = 0
         self._loops: set[asyncio.AbstractEventLoop | None] = set()
-        given = list(futures)
+        given = self._given = list(futures)
         _slot_for(*given)
         for future in given:
             self._left += 1
@@ -732,12 +827,13 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
     async def __anext__(self) -> Future[T]:
         if not self._left:
             raise StopAsyncIteration
-        while not self._ended:
-            loop = asyncio.get_running_loop()
-            waiter: asyncio.Future[None] = loop.create_future()
-            if self._on_next(_Wake(waiter, loop, direct=False)):
-                with waiting():
-                    await waiter
+        async with _OneWait(self._given, b"next"):
+            while not self._ended:
+                loop = asyncio.get_running_loop()
+                waiter: asyncio.Future[None] = loop.create_future()
+                if self._on_next(_Wake(waiter, loop, direct=False)):
+                    with waiting():
+                        await waiter
         self._left -= 1
         return self._ended.popleft()
 
@@ -807,8 +903,9 @@ class wait(Generic[T]):  # noqa: N801 - named as in asyncio and concurrent.futur
     async def _on_loop(self) -> Waited[T]:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        with self._watched(_Wake(waiter, loop, direct=False)), waiting(*self._futures):
-            await asyncio.wait([waiter], timeout=self._timeout)
+        async with _OneWait(self._futures, b"wait"):
+            with self._watched(_Wake(waiter, loop, direct=False)), waiting(*self._futures):
+                await asyncio.wait([waiter], timeout=self._timeout)
         return self._split()
 
     @contextlib.contextmanager

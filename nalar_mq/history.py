@@ -8,6 +8,8 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
     a workflow, in order     Its program may depend on which call ended first, or on a look that found nothing. So outcomes
                              appear in the order in which they appeared before, each not before the looks that preceded it
                              have been repeated (they find nothing again). Calls that were not observed run, or go on.
+                             A wait that asyncio cut short, as `asyncio.timeout` does, is a look that found nothing: the same
+                             wait lasts until it is cut short again, and what came later does not appear before that.
     anything else            An outcome appears as soon as the call is made again: order is not recorded for agents and
                              tools, whose own calls are found by id and not repeated.
     after a failure          The job is tried again because something failed; then failed outcomes do not appear, so that
@@ -37,6 +39,7 @@ from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolv
 
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
+_FIRST_WAIT = 2**56  # waits have greater numbers than looks
 
 
 def root_id(job: str, life: int) -> bytes:
@@ -83,6 +86,7 @@ class History:
 
     __slots__ = (
         "_counts",
+        "_cut_again",
         "_known",
         "_late",
         "_latest_s",
@@ -96,6 +100,8 @@ class History:
         "_readings",
         "_seen_readings",
         "_unseen",
+        "_waiting_again",
+        "_waits",
         "call_id",
         "failures",
         "former_version",
@@ -137,6 +143,9 @@ class History:
         self._known: dict[bytes, Resolve | Fail] = {}
         self._queue: deque[Observation] = deque()
         self._unseen: list[tuple[int, int]] = []
+        self._waits: dict[bytes, int] = {}
+        self._waiting_again: set[int] = set()
+        self._cut_again: set[int] = set()
         self._readings = 0
         self._seen_readings: dict[int, float] = {}
         self._latest_s = 0.0
@@ -185,8 +194,30 @@ class History:
             self._looks += 1
             return self._looks
 
+    def wait(self, what: bytes) -> int:
+        """The program waits for `what` on the loop: the number of the wait, whatever else it does meanwhile."""
+        with self._lock:
+            count = self._waits[what] = self._waits.get(what, 0) + 1
+        return _FIRST_WAIT + int.from_bytes(_digest((what, count.to_bytes(8, "big")))[:7], "big")
+
+    def waits_again(self, number: int) -> None:
+        """The program waits where a former attempt did until that was cut short; `cut_again` tells when this one is."""
+        with self._lock:
+            self._waiting_again.add(number)
+
+    def cut_again(self, number: int) -> None:
+        """The wait has been cut short as before."""
+        with self._lock:
+            self._waiting_again.discard(number)
+            self._cut_again.add(number)
+
+    @property
+    def is_waiting_again(self) -> bool:
+        """True while time has to pass for the program as it did before."""
+        return bool(self._waiting_again)
+
     def was_unseen(self, number: int) -> bool:
-        """True if a former attempt's look of that number found nothing."""
+        """True if a former attempt's look or wait of that number found nothing."""
         return any(first <= number <= last for first, last in self._unseen)
 
     def note_unseen(self, number: int) -> bool:
@@ -263,6 +294,8 @@ class History:
     def _has_repeated(self, observation: Observation) -> bool:
         if type(observation) is Reading:
             return self._readings >= observation.number
+        if type(observation) is Unseen and observation.last >= _FIRST_WAIT:
+            return observation.last in self._cut_again
         return type(observation) is Unseen and self._looks >= observation.last
 
     def hurry(self, id: bytes) -> list[Resolve | Fail]:

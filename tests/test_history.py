@@ -156,6 +156,34 @@ def test_after_a_failure_only_what_succeeded_is_seen_again() -> None:
     assert isinstance(history.made(b), Resolve)
 
 
+def test_a_wait_that_was_cut_short_is_cut_again_before_anything_later_appears() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b = call(plan, "a"), call(plan, "b")
+    number = plan.wait(a)
+    assert plan.note_unseen(number)
+    history = again(value(b), *plan.take_noted(), value(a))
+    assert not history.was_unseen(history.wait(b))
+    assert history.made(a) is None and history.due() == []
+    assert history.wait(a) == number and history.was_unseen(number)
+    history.waits_again(number)
+    assert history.made(b) is None
+    assert [found.id for found in history.due()] == [b]
+    assert history.is_waiting_again and history.is_repeating
+    history.cut_again(number)
+    assert [found.id for found in history.due()] == [a]
+    assert not history.is_waiting_again
+    assert history.wait(a) not in (number, plan.look())
+
+
+def test_waits_have_their_numbers_whatever_else_waits_and_looks() -> None:
+    first, second = (History(JOB, ROOT, in_order=True) for _ in range(2))
+    a, b = call(first, "a"), call(first, "b")
+    numbers = [first.wait(a), first.wait(a), first.wait(b)]
+    second.look()
+    assert [second.wait(b), second.wait(a), second.wait(a)] == [numbers[2], numbers[0], numbers[1]]
+    assert len(set(numbers)) == 3
+
+
 def test_looks_that_found_nothing_are_noted_together() -> None:
     history = History(JOB, ROOT, in_order=True)
     assert history.note_unseen(1)

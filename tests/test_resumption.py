@@ -490,3 +490,44 @@ async def test_a_workflow_that_takes_its_time_sees_the_same_order(site: Site) ->
     site.open("t")
     await job.result(timeout=PATIENCE_S)
     assert site.actors.SEEN["t"] == ["a", "z"] * 2
+
+
+@pytest.mark.parametrize("way", ["wait_for", "timeout", "gather", "as_completed", "stream", "task"])
+async def test_a_time_out_of_asyncio_is_seen_again(site: Site, way: str) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("hasty", "y", way)
+    await site.until(lambda: site.actors.SEEN.get("y") == ["late"])
+    site.open("y-slow")
+    await site.ran("step 30")
+    await lose_driver(site)
+    await site.until(lambda: len(site.actors.SEEN["y"]) == 4)
+    site.open("y")
+    assert await job.result(timeout=PATIENCE_S) == ["late", "y-slow"]
+    assert site.actors.SEEN["y"] == ["late", "y-slow"] * 2
+    assert sorted(site.actors.RUNS) == ["gated y-slow", "step 1", "step 30", "step 40", "step 41"]
+
+
+async def test_a_time_out_that_has_not_passed_is_none(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("patient", "q")
+    site.open("q-slow")
+    await site.ran("gated q-slow")
+    await site.journaled(1)
+    await lose_driver(site)
+    site.open("q")
+    assert await job.result(timeout=PATIENCE_S) == "q-slow"
+    assert site.count("gated q-slow") == 1
+
+
+async def test_a_wait_that_ended_with_its_worker_is_no_time_out(site: Site) -> None:
+    await site.serve("tools", "tool")
+    first = await site.serve("driver", "workflow")
+    job = await site.submit("patient", "q")
+    await site.ran("gated q-slow")
+    await first.aclose()
+    await site.serve("driver2", "workflow")
+    site.open("q-slow")
+    site.open("q")
+    assert await job.result(timeout=PATIENCE_S) == "q-slow"

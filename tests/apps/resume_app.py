@@ -7,12 +7,13 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from nalar_mq import agent, as_completed, context, gather, method, tool, workflow
+from nalar_mq import Future, agent, as_completed, context, gather, method, tool, workflow
 
 RUNS: list[str] = []
 GATES: dict[str, asyncio.Event] = {}
 HELD: dict[str, threading.Event] = {}
 SEEN: dict[str, list[Any]] = {}
+STREAMS: list[Any] = []
 STRAYS: list[str] = []  # names of jobs that go another way from now on
 
 
@@ -289,3 +290,80 @@ async def sees_more(name: str) -> list[str]:
         order.append(letter[-1])
     await following
     return order
+
+
+async def _by_wait_for(futures: list[Future[str]]) -> object:
+    return await asyncio.wait_for(futures[0], 0.3)
+
+
+async def _by_timeout(futures: list[Future[str]]) -> object:
+    async with asyncio.timeout(0.3):
+        return await futures[0]
+
+
+async def _by_gather(futures: list[Future[str]]) -> object:
+    async with asyncio.timeout(0.3):
+        return await gather(*futures)
+
+
+async def _by_as_completed(futures: list[Future[str]]) -> object:
+    async with asyncio.timeout(0.3):
+        return [await future async for future in as_completed(futures)]
+
+
+async def _by_stream(futures: list[Future[str]]) -> object:
+    stream = futures[0].stream()
+    STREAMS.append(stream)  # one that is let go cancels its call
+    async with asyncio.timeout(0.3):
+        return [piece async for piece in stream]
+
+
+async def _by_task(futures: list[Future[str]]) -> object:
+    task = asyncio.ensure_future(_by_timeout(futures))
+    await asyncio.wait([task])
+    return task.result()
+
+
+HASTY = {
+    "wait_for": _by_wait_for,
+    "timeout": _by_timeout,
+    "gather": _by_gather,
+    "as_completed": _by_as_completed,
+    "stream": _by_stream,
+    "task": _by_task,
+}
+
+
+@workflow
+async def hasty(name: str, way: str) -> list[str]:
+    """Waits in vain with a time-out of asyncio, while calls beside that end; then for the value itself."""
+    trail: list[str] = SEEN.setdefault(name, [])
+    await step(1)
+    future = gated(f"{name}-slow")
+    beside = asyncio.ensure_future(_two_steps())
+    try:
+        await HASTY[way]([future])
+        found = ["value"]
+    except TimeoutError:
+        found = ["late"]
+    trail.extend(found)
+    found.append(await future)
+    trail.append(found[-1])
+    await beside
+    await step(30)
+    await gate(name).wait()
+    return found
+
+
+async def _two_steps() -> None:
+    await step(40)
+    await step(41)
+
+
+@workflow
+async def patient(name: str) -> str:
+    """A time-out that does not pass, and a value that comes within it."""
+    async with asyncio.timeout(60):
+        first = await gated(f"{name}-slow")
+    await gate(name).wait()
+    return first
