@@ -235,12 +235,16 @@ class JobPart(msgspec.Struct, eq=False):
     Attributes:
         history: of the call that made it; None for the job itself.
         located: where it runs already.
+        epoch: which making of its id it is.
+        is_abandoned: the attempt that made it has failed; that it was cancelled for this is nothing that its program saw.
         is_kept: its outcome is on the way into the journal.
         begin: begins what this process itself is to end; None for a call.
     """
 
     history: History | None
     located: Address | None = None
+    epoch: int = 0
+    is_abandoned: bool = False
     is_kept: bool = False
     begin: Callable[[], None] | None = None
 
@@ -330,6 +334,7 @@ class Calls:
         self._unsettled: dict[bytes, Address] = {}
         self._root = random.getrandbits(64).to_bytes(8, "big")
         self._numbers = itertools.count(1)
+        self._epochs = itertools.count(1)
         self._inbox = LoopInbox(self.loop)
         self._entries: dict[bytes, Entry] = {}
         self._children: dict[bytes, dict[bytes, None]] = {}
@@ -407,6 +412,7 @@ class Calls:
             0,
             context.trace,
             context.budget,
+            epoch=next(self._epochs) if context.job else 0,
         )
         if root is not None or (history is not None and history.memory is not None):
             call = _tried_again(call, root, history)
@@ -415,9 +421,10 @@ class Calls:
             retries = max(JOB_RETRIES, retries)
         entry = Entry(future, call, context.call_id, deadline, place, retries, actor, now, shared, context.job, call.priority)
         if root is not None:
-            entry.part = JobPart(None, root.located)
+            entry.part = JobPart(None, root.located, call.epoch)
         elif history is not None:
-            entry.part = JobPart(history, None if history.memory is None else history.memory.located.pop(id, None))
+            located = None if history.memory is None else history.memory.located.pop(id, None)
+            entry.part = JobPart(history, located, call.epoch)
         if deps:
             entry.depends = [dep for dep in deps if isinstance(dep, Future)]
         if is_on_loop:
@@ -896,7 +903,7 @@ class Calls:
 
     def _refuse(self, sender: Address, call: Call) -> None:
         error = UnknownActorError(f"process {self.me.name!r} serves no actors", actor=call.actor)
-        self.tell(sender, Fail(call.id, *values.encode_error(error)))
+        self.tell(sender, Fail(call.id, *values.encode_error(error), epoch=call.epoch))
 
     def _on_chunk(self, message: Chunk) -> None:
         entry = self._entries.get(message.id)
@@ -942,6 +949,8 @@ class Calls:
     def _on_fail(self, message: Fail) -> None:
         entry = self._entries.get(message.id)
         if entry is not None:
+            if entry.part is not None and entry.part.epoch != message.epoch:
+                return  # what an earlier making of the call came to
             if entry.part is not None and entry.part.history is not None:
                 self._keep(entry, message, entry.part.history)
                 return
@@ -1140,6 +1149,14 @@ class Calls:
         for id in list(self._children.get(parent, ())):
             self._cancel(id, reason)
 
+    def abandon_children(self, parent: bytes) -> None:
+        """Cancels what a workflow that has failed had called: in another attempt it runs anew."""
+        for id in list(self._children.get(parent, ())):
+            part = self._entries[id].part
+            if part is not None:
+                part.is_abandoned = True
+            self._cancel(id, "the workflow that made it has failed")
+
     def release_place(self, actor: str, session: str, instance: str, store: str = "") -> None:
         """The session has ended here, or in that store; whoever calls it next decides its place anew."""
         self._places.release(self._places.key(actor, session, instance), store or self.me)
@@ -1155,6 +1172,9 @@ class Calls:
         if entry.is_kept:
             return
         assert entry.part is not None
+        if entry.part.is_abandoned and type(message) is Fail:
+            self._appear(entry, message, again=True)
+            return
         entry.part.is_kept = True
         self._stop_watching(entry)
         result = msgspec.structs.replace(message, pushed=()) if message.pushed else message
@@ -1167,8 +1187,8 @@ class Calls:
             self._journal().put(opening)
         self._journal().put(observation, on_durable)
 
-    def _appear(self, entry: Entry, result: Resolve | Fail) -> None:
-        """Shows an outcome that is durable."""
+    def _appear(self, entry: Entry, result: Resolve | Fail, *, again: bool = False) -> None:
+        """Shows an outcome that is durable; with `again`, one that need not be, since the call will be made again."""
         if self._entries.get(result.id) is not entry:
             return
         if type(result) is Resolve:
@@ -1180,7 +1200,7 @@ class Calls:
         if entry.consumers is not None:
             self._push_to_missed(entry.consumers, result)
         if entry.address is not None:
-            self.tell(entry.address, Settled(result.id))
+            self.tell(entry.address, Settled(result.id, again))
 
     def _resolve(self, future: Future[Any], payload: bytes) -> None:
         if payload[:1] != MARK:

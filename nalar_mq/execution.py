@@ -20,7 +20,7 @@ from nalar_mq.outflow import Outflow
 from nalar_mq.replica import Replica
 from nalar_mq.session_state import Change, SessionState
 
-_CANCELLED = f"{CallCancelledError.__module__}:{CallCancelledError.__qualname__}"
+CANCELLED = f"{CallCancelledError.__module__}:{CallCancelledError.__qualname__}"
 
 
 class Pump(Protocol):
@@ -135,7 +135,7 @@ class Execution(msgspec.Struct, eq=False):
     def state(self) -> str:
         """Where it stands, as in `CallRecord`."""
         if self.failure:
-            return "cancelled" if self.failure == _CANCELLED else "failed"
+            return "cancelled" if self.failure == CANCELLED else "failed"
         if self.ended:
             return "done"
         return ("waiting" if self.waits else "running") if self.started else "queued"

@@ -66,7 +66,7 @@ from nalar_mq.errors import (
     path_of,
 )
 from nalar_mq.event_loop import cancel_all
-from nalar_mq.execution import Execution, Resumed, session_key_of
+from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of
 from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
@@ -247,12 +247,15 @@ class Host:
     def _is_known(self, owner: Address, call: Call) -> bool:
         """True if the call is here already: of a job that is tried again, it has another owner from now on.
 
-        What failed in an attempt that failed is run anew, once it has wound down.
+        What failed in an attempt that failed is run anew, once it has wound down, and so is what was cancelled in any.
         """
         kept = self._kept.get(call.id)
-        if kept is not None and call.failures and type(kept.message) is Fail:
-            del self._kept[call.id]
-            kept = None
+        if kept is not None and type(kept.message) is Fail:
+            if call.failures or kept.message.kind == CANCELLED:
+                del self._kept[call.id]
+                kept = None
+            else:
+                kept.message = msgspec.structs.replace(kept.message, epoch=call.epoch)
         if kept is not None:
             kept.owner = owner
             self._calls.tell(owner, kept.message)
@@ -263,7 +266,8 @@ class Host:
         if call.job and execution.is_winding_down:
             execution.resumed = execution.resumed or Resumed()
             execution.resumed.following = owner, call
-        elif call.job and execution.owner != owner:
+        elif call.job:
+            force_setattr(execution.call, "epoch", call.epoch)
             execution.owner = owner
             if execution.resumed is not None:
                 execution.resumed.is_orphan = False
@@ -430,7 +434,7 @@ class Host:
     def _refuse(self, owner: Address, call: Call, error: CallError) -> None:
         error.call_id, error.actor = call.id.hex(), call.actor
         if not call.cast:
-            self._calls.tell(owner, Fail(call.id, *values.encode_error(error)))
+            self._calls.tell(owner, Fail(call.id, *values.encode_error(error), epoch=call.epoch))
 
     def _await_values(self, execution: Execution) -> None:
         pushed, deps = self._pushed, execution.call.deps
@@ -477,8 +481,8 @@ class Host:
         execution = self._executions.get(cancel.id)
         if execution is not None and execution.following is not None and execution.following[0] == owner:
             assert execution.resumed is not None
-            execution.resumed.following = None
-            self._refuse(owner, execution.call, CallCancelledError(cancel.reason or "cancelled", started=False))
+            call, execution.resumed.following = execution.following[1], None
+            self._refuse(owner, call, CallCancelledError(cancel.reason or "cancelled", started=False))
         elif execution is not None and execution.owner == owner:
             self._cancel(execution, cancel.reason)
 
@@ -993,7 +997,7 @@ class Host:
                 self._answer(execution, Resolve(execution.call.id, payload, _names(execution.consumers)))
             else:
                 if execution.call.job and not execution.call.parent and not self._is_closing:
-                    self._calls.cancel_children(execution.call.id, "the workflow that made it has failed")
+                    self._calls.abandon_children(execution.call.id)
                 self._answer_error(execution, error)
         except Exception as cause:  # it does not fit through the transport
             execution.is_answered = False
@@ -1029,9 +1033,12 @@ class Host:
         return payload
 
     def _end_with_fail(self, execution: Execution, cause: Fail) -> None:
-        pushed = _names(execution.consumers)
-        fail = Fail(
-            execution.call.id, cause.kind, cause.text, cause.payload, cause.traceback, pushed, _path(execution, cause.path)
+        fail = msgspec.structs.replace(
+            cause,
+            id=execution.call.id,
+            pushed=_names(execution.consumers),
+            path=_path(execution, cause.path),
+            epoch=execution.call.epoch,
         )
         execution.failure = cause.kind
         self._answer(execution, fail)
@@ -1083,9 +1090,8 @@ class Host:
         execution.failure = failure.kind
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
-        self._answer(
-            execution, Fail(execution.call.id, *failure, _names(execution.consumers), _path(execution, path_of(error)))
-        )
+        path, epoch = _path(execution, path_of(error)), execution.call.epoch
+        self._answer(execution, Fail(execution.call.id, *failure, _names(execution.consumers), path, epoch))
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
         if execution.is_answered or execution.following is not None:

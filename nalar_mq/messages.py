@@ -57,6 +57,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         budget: what the call may still spend, in the unit of its workflow; None for no limit.
         lost: `name/incarnation` of processes whose loss brought this attempt; they are held to be lost by who gets it.
         failures: attempts of the job that ended with an error; then what failed in them is tried again, the rest is not.
+        epoch: in a job, which making of this id by its owner it is; 0 outside jobs.
     """
 
     id: bytes
@@ -79,6 +80,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
     budget: float | None = None
     lost: tuple[str, ...] = ()
     failures: int = 0
+    epoch: int = 0
 
 
 class Resolve(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
@@ -100,6 +102,7 @@ class Fail(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
         traceback: of the callee, for people.
         pushed: as in `Resolve`.
         path: the calls the error has come through, from this one down to where it was raised, as `actor.method`.
+        epoch: of the call that it answers: it ends no other one of the same id. A value needs none, since it is the same.
     """
 
     id: bytes
@@ -109,6 +112,7 @@ class Fail(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=3):
     traceback: str = ""
     pushed: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
+    epoch: int = 0
 
 
 class Cancel(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):

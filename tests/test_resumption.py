@@ -22,11 +22,14 @@ from nalar_mq.app import App, load_app
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import OwnerLostError, RemoteError
+from nalar_mq.errors import CallCancelledError, OwnerLostError, RemoteError
+from nalar_mq.future import Future
 from nalar_mq.history import History
 from nalar_mq.intake import IntakeOptions
 from nalar_mq.jobs import JobHandle
 from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.messages import Fail
+from nalar_mq.values import encode_error
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "resume_app.py"
@@ -531,3 +534,44 @@ async def test_a_wait_that_ended_with_its_worker_is_no_time_out(site: Site) -> N
     site.open("q-slow")
     site.open("q")
     assert await job.result(timeout=PATIENCE_S) == "q-slow"
+
+
+async def test_what_an_earlier_making_of_a_call_came_to_does_not_end_a_later_one(site: Site) -> None:
+    tools = await site.serve("tools", "tool")
+    driver = await site.serve("driver", "workflow")
+    calls = driver.process.calls
+    await driver.process.wait_for("gated", PATIENCE_S)
+
+    def make() -> Future[Any]:
+        context = CallContext(calls, call_id=b"p", job="j", session="s")
+        context.history = History("j", b"p", in_order=True)
+        return calls.call(context, "gated", "", ("x",), {}, DEFAULT_OPTIONS)
+
+    def late_failure(epoch: int) -> None:
+        error = encode_error(CallCancelledError("cancelled", started=True))
+        calls.on_messages(tools.process.me, [Fail(second.id, *error, epoch=epoch)])
+
+    first, second = make(), make()
+    assert first.id == second.id
+    with pytest.raises(OwnerLostError):
+        await first
+    late_failure(1)
+    await site.ran("gated x")
+    third = make()
+    late_failure(2)
+    site.open("x")
+    async with asyncio.timeout(PATIENCE_S):
+        assert await third == "x"
+    assert site.count("gated x") == 1, "a call that runs is adopted by whoever makes it again"
+
+
+async def test_what_was_cancelled_with_an_attempt_runs_in_the_next_one(site: Site) -> None:
+    tools = await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("overloaded_once", "o")
+    await site.ran("gated o")
+    site.open("o-falls")
+    await site.ran("gated o", 2)
+    assert tools.running == 1
+    site.open("o")
+    assert await job.result(timeout=PATIENCE_S) == "o"

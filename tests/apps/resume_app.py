@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from nalar_mq import Future, agent, as_completed, context, gather, method, tool, workflow
+from nalar_mq.errors import OverloadedError
 
 RUNS: list[str] = []
 GATES: dict[str, asyncio.Event] = {}
@@ -367,3 +368,14 @@ async def patient(name: str) -> str:
         first = await gated(f"{name}-slow")
     await gate(name).wait()
     return first
+
+
+@workflow
+async def overloaded_once(name: str) -> str:
+    """Its first attempt ends with an error that is not its own, while a call of it runs."""
+    RUNS.append(f"overloaded_once {name}")
+    future = gated(name)
+    if RUNS.count(f"overloaded_once {name}") == 1:
+        await gate(f"{name}-falls").wait()
+        raise OverloadedError("nobody has room", retry_after_s=0.1)
+    return await future
