@@ -177,6 +177,7 @@ class ActorSpec:
         managed: it has managed state.
         managed_kinds: by field `list`, `dict` or `value`.
         is_kept: its managed state is in the store of its worker, and survives it.
+        is_replicated: it survives the loss of its machine as well.
         stateful: calls of one session go, one at a time and in order, to one instance.
         transparent: unmodified Python named in a manifest, whose drivers are rewritten.
         doc: first line of the docstring.
@@ -204,6 +205,7 @@ class ActorSpec:
         self.managed = bool(fields)
         self.directives = directives.validated(kind, name, managed=self.managed)
         self.is_kept = self.managed and self.directives.durability != "memory"
+        self.is_replicated = self.is_kept and self.directives.durability == "replicated"
         self.methods = {key: method.named(name) for key, method in methods.items()}
         self.stateful = bool(self.directives.stateful) or self.managed
         self.transparent = transparent

@@ -100,9 +100,12 @@ class Subjects:
         "members_bucket",
         "namespace",
         "places_bucket",
+        "replicas_ledger",
         "results_bucket",
         "results_ledger",
         "running_ledger",
+        "snapshots_bucket",
+        "stores_bucket",
     )
 
     def __init__(self, namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -112,6 +115,9 @@ class Subjects:
         self.lost_bucket = f"{namespace}-lost"
         self.journal_ledger = f"{namespace}-journal"
         self.claims_bucket = f"{namespace}-claims"
+        self.replicas_ledger = f"{namespace}-replicas"
+        self.snapshots_bucket = f"{namespace}-snapshots"
+        self.stores_bucket = f"{namespace}-stores"
         self.running_ledger = f"{namespace}-running"
         self.jobs_queue = f"{namespace}-jobs"
         self.results_ledger = f"{namespace}-results"
@@ -165,6 +171,10 @@ class Subjects:
     def journal(self, process: str, incarnation: int | str) -> str:
         """Where a process keeps what its calls have come to; `*` and `*` for all of them."""
         return f"{self.namespace}.journal.{process}.{incarnation}"
+
+    def replica(self, store: str) -> str:
+        """Where a replicated store keeps what it has written; `*` for all of them."""
+        return f"{self.namespace}.replica.{store}"
 
     def journal_writer(self, subject: str) -> Address | None:
         """The process in a subject that `journal` made; None if it is none."""

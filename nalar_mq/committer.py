@@ -24,6 +24,9 @@ _log = logger(__name__)
 Done = Callable[[Exception | None], None]
 """Is told, in the thread of the committer, that a write is durable, or why it is not."""
 
+Ship = Callable[[list[tuple[Write, Done]], int], None]
+"""Is given, in the thread of the committer, what one transaction has written, and its number; tells everybody in the end."""
+
 
 class Committer:
     """The one that writes into `store`.
@@ -31,14 +34,16 @@ class Committer:
     Args:
         store: is written by nobody else, and closed by `close`.
         on_lost: is told, in the thread, that another process has taken the store over; nothing is written after that.
+        ship: takes what has been written, before anybody is told.
 
     Attributes:
         commits: transactions so far.
         written: writes in them.
     """
 
-    def __init__(self, store: Store, on_lost: Callable[[], None]) -> None:
+    def __init__(self, store: Store, on_lost: Callable[[], None], ship: Ship | None = None) -> None:
         self.store = store
+        self._ship = ship
         self.commits = 0
         self.written = 0
         self._on_lost = on_lost
@@ -78,6 +83,12 @@ class Committer:
         results = self._results([write for write, _ in batch])
         self.commits += 1
         self.written += len(batch)
+        if self._ship is not None:
+            written = [one for one, result in zip(batch, results, strict=True) if result is None]
+            if written:
+                self._ship(written, self.store.commits)
+            failed = [(one, result) for one, result in zip(batch, results, strict=True) if result is not None]
+            batch, results = [one for one, _ in failed], [result for _, result in failed]
         for (_, done), result in zip(batch, results, strict=True):
             try:
                 done(result)

@@ -34,8 +34,8 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         timeout_s: seconds from call to deadline; None (in TOML `inf`) for no deadline.
         retries: how often a call is sent again after its worker was lost.
         priority: priority of calls that name none; higher runs earlier.
-        durability: what a session's managed state survives: `memory` nothing, `node` the loss of its worker; None for
-            `node` with managed state.
+        durability: what a session's managed state survives: `memory` nothing, `node` the loss of its worker,
+            `replicated` that of its machine, too; None for `node` with managed state.
         isolation: synchronous code runs in a thread of the worker or in a child process.
         version: of a workflow's code, which decides whether jobs that it has begun may go on; empty for a digest of the code.
     """
@@ -159,8 +159,6 @@ def _contradictions(d: Directives, kind: Kind, managed: bool) -> Iterator[Proble
     if managed and d.stateful is not None:
         said = "a stateful session never moves, one with managed state may" if d.stateful else "it belongs to sessions"
         yield Problem("stateful", f"'stateful' contradicts managed state: {said}; remove one of the two")
-    if managed and d.durability == "replicated":
-        yield Problem("durability", f"'durability' {d.durability!r} is not there yet: managed state is kept on the node")
     if not managed and d.durability in ("node", "replicated"):
         yield Problem("durability", f"'durability' {d.durability!r} is about managed state, and this {kind} has none")
 

@@ -406,9 +406,9 @@ class Membership:
         if self._lease is not None:
             await self._lease.change(self._member)
 
-    async def hold(self, stores: tuple[str, ...]) -> None:
+    async def hold(self, stores: tuple[str, ...], replicated: tuple[str, ...]) -> None:
         """Tells everybody which stores this process has open."""
-        self._member = msgspec.structs.replace(self._member, stores=stores)
+        self._member = msgspec.structs.replace(self._member, stores=stores, replicated=replicated)
         if self._lease is not None:
             await self._lease.change(self._member)
 

@@ -533,6 +533,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
         priority: of calls that name none and inherit none.
         max_instances: replicas that calls are routed to at most; None for no bound.
         is_kept: its sessions are in stores, not in the memory of a process.
+        is_replicated: those stores are replicated.
     """
 
     kind: str
@@ -544,6 +545,7 @@ class ActorInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
     priority: int = 0
     max_instances: int | None = None
     is_kept: bool = False
+    is_replicated: bool = False
 
 
 class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
@@ -559,6 +561,7 @@ class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
         draining: it takes no new calls.
         folder: id of the local store that it reads and writes; empty for none.
         stores: ids of the stores of managed state that it has open, that for new sessions first.
+        replicated: the same of those that are replicated.
     """
 
     version: int
@@ -570,6 +573,7 @@ class Member(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=201):
     draining: bool = False
     folder: str = ""
     stores: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=202):
@@ -771,6 +775,54 @@ class Seal(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=209):
     name: str
 
 
+class Shipment(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=220):
+    """What a replicated store has written, as its copies elsewhere are made of it.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        commits: the number of the last transaction that it holds whole, once the last part is there.
+        part, parts: this message holds that part, from 1, of so many.
+        data: of all parts together: the writes, encoded by `replication`.
+    """
+
+    version: int
+    commits: int
+    part: int
+    parts: int
+    data: bytes
+
+
+class StoreSeal(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=221):
+    """Another copy of the store goes on from here: nothing of the former one is accepted after it.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        copy: the one that goes on.
+        commits: the number of the last transaction before it.
+    """
+
+    version: int
+    copy: str
+    commits: int
+
+
+class StoreHolder(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=222):
+    """Value of a key in the stores bucket, by the id of a replicated store: who has it open, and which copy of it.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        copy: of the store.
+        name, incarnation: of the process.
+    """
+
+    version: int
+    copy: str
+    name: str
+    incarnation: int
+
+
+ReplicaMessage = Shipment | StoreSeal
+
 JournalMessage = Pack | Seal
 
 _members = msgspec.msgpack.Decoder(Member)
@@ -780,12 +832,35 @@ _runs = msgspec.msgpack.Decoder(Running)
 _loads = msgspec.msgpack.Decoder(Load)
 _looks = msgspec.msgpack.Decoder(Look)
 _seen = msgspec.msgpack.Decoder(Seen)
+_replicas: msgspec.msgpack.Decoder[ReplicaMessage] = msgspec.msgpack.Decoder(ReplicaMessage)
+_holders = msgspec.msgpack.Decoder(StoreHolder)
 _journals: msgspec.msgpack.Decoder[JournalMessage] = msgspec.msgpack.Decoder(JournalMessage)
 
 
-def encode_record(record: Member | Place | Lost | Running | Load | Look | Seen | Pack | Seal) -> bytes:
+Record = Member | Place | Lost | Running | Load | Look | Seen | Pack | Seal | Shipment | StoreSeal | StoreHolder
+
+
+def encode_record(record: Record) -> bytes:
     """Bytes of what stands alone: a record for a key-value bucket or a ledger, or a report."""
     return _encoder.encode(record)
+
+
+def decode_replica(data: bytes) -> ReplicaMessage:
+    """Reads a message of the journal of a store.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_replicas, data)
+
+
+def decode_holder(data: bytes) -> StoreHolder:
+    """Reads a `StoreHolder`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_holders, data)
 
 
 def decode_member(data: bytes) -> Member:
@@ -876,7 +951,7 @@ def decode_journal(data: bytes) -> JournalMessage:
     return record
 
 
-_R = TypeVar("_R", Member, Place, Lost, Running, Load, Look, Seen)
+_R = TypeVar("_R", Member, Place, Lost, Running, Load, Look, Seen, ReplicaMessage, StoreHolder)
 
 
 def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:

@@ -315,7 +315,7 @@ class Migrations:
             raise MigrationError(f"there is no worker {order.target!r}; there are: {known}")
         if order.target == self._me.name:
             return None
-        if order.actor not in member.actors or not member.stores or member.draining:
+        if order.actor not in member.actors or not (member.stores or member.replicated) or member.draining:
             why = "takes no new sessions" if member.draining else f"does not keep sessions of {order.actor!r}"
             raise MigrationError(f"worker {order.target!r} {why}")
         if key in self._leaving:
@@ -524,7 +524,7 @@ class Migrations:
         """Of the entry of a session that is in a store of this worker."""
         bucket = await self._directory()
         entry = await bucket.get(self._places.key_in_store(*key))
-        if entry is None or _store_in(entry.value) not in self._stores.ids:
+        if entry is None or _store_in(entry.value) not in (*self._stores.ids, *self._stores.replicated_ids):
             raise MigrationError("the directory does not say that the session is here: call it once before it moves")
         return entry.revision
 

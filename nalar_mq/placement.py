@@ -93,7 +93,9 @@ class RoutingTable:
                 addresses.sort(key=lambda address: (address.incarnation, address.name))
                 del addresses[first.max_instances :]
         self._holders = {
-            store: Address(name, member.incarnation) for name, member in self._members.items() for store in member.stores
+            store: Address(name, member.incarnation)
+            for name, member in self._members.items()
+            for store in (*member.stores, *member.replicated)
         }
         # Replaced, never changed: threads that make calls read them meanwhile.
         self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in replicas.items() if found}
@@ -115,10 +117,11 @@ class RoutingTable:
         """Who has that store of managed state open."""
         return self._holders.get(store)
 
-    def store_of(self, address: Address) -> str:
+    def store_of(self, address: Address, *, is_replicated: bool) -> str:
         """The store where that worker keeps new sessions; empty if it has none."""
         member = self._members.get(address.name)
-        return member.stores[0] if member is not None and member.stores else ""
+        stores = () if member is None else member.replicated if is_replicated else member.stores
+        return stores[0] if stores else ""
 
     def replicas(self, actor: str) -> list[Address]:
         """Where calls of the actor may go: everywhere it is served, up to its `max_instances`; empty if nowhere."""

@@ -162,7 +162,9 @@ class Places:
             if proposed is None:
                 return None, False
             info = self._table.info(actor)
-            store = self._table.store_of(proposed) if info is not None and info.is_kept else ""
+            is_kept = info is not None and info.is_kept
+            is_replicated = info is not None and info.is_replicated
+            store = self._table.store_of(proposed, is_replicated=is_replicated) if is_kept else ""
             record = encode_record(place_of(proposed, store))
             try:
                 if entry is None:

@@ -146,6 +146,7 @@ class Process:
             self._actors,
             folder=store.id if store is not None else "",
             stores=self.stores.ids if self.stores is not None else (),
+            replicated=self.stores.replicated_ids if self.stores is not None else (),
         )
 
     async def _connect_lease(self) -> Transport:

@@ -262,12 +262,15 @@ class Store:
         id: of the store, for ever.
         folder: where it is.
         directory: the directory of sessions that it belongs to; empty until `belong_to`.
+        copy: of this folder; another one, made of what was shipped elsewhere, has the same id and another copy.
+        commits: transactions that have changed sessions so far.
     """
 
     def __init__(self, folder: Path, env: lmdb.Environment, lock: int, limit_bytes: int) -> None:
         self.folder = folder
         self.id = ""
         self.directory = ""
+        self.copy = ""
         self._env = env
         self._lock = lock
         self._limit_bytes = limit_bytes
@@ -286,6 +289,7 @@ class Store:
         *,
         limit_bytes: int = _LARGEST_MAP,
         upgrades: Mapping[int, Upgrade] | None = None,
+        id: str = "",
     ) -> Self:
         """Opens the store in `folder`, or makes one there.
 
@@ -294,6 +298,7 @@ class Store:
             owner: name of the process, for others who want it.
             limit_bytes: what the file may grow to.
             upgrades: by format what brings a store of that format to the next one.
+            id: of a store that is made here, if it has one.
 
         Raises:
             StoreBusyError: another process has it open.
@@ -307,7 +312,7 @@ class Store:
             env = _opened(folder, limit_bytes)
             try:
                 store = cls(folder, env, lock, limit_bytes)
-                store._begin(upgrades or {})
+                store._begin(upgrades or {}, id)
             except BaseException:
                 env.close()
                 raise
@@ -331,12 +336,12 @@ class Store:
             os.close(lock)
         return True
 
-    def _begin(self, upgrades: Mapping[int, Upgrade]) -> None:
+    def _begin(self, upgrades: Mapping[int, Upgrade], id: str) -> None:
         commits = _read_commits(self.folder)
         try:
             self._trees = {name: self._env.open_db(name.encode()) for name in _TREES}
             self._env.reader_check()
-            self._write_once(lambda txn: self._take(txn, commits, upgrades))
+            self._write_once(lambda txn: self._take(txn, commits, upgrades, id))
             self._commits_file = os.open(self.folder / _COMMITS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except lmdb.Error as error:
             raise _translated(error, self.folder) from error
@@ -344,17 +349,19 @@ class Store:
             raise StoreError(f"{self.folder} cannot be written: {error.strerror or error}", str(self.folder)) from error
         self._note_commits()
 
-    def _take(self, txn: Txn, commits_seen: int, upgrades: Mapping[int, Upgrade]) -> None:
+    def _take(self, txn: Txn, commits_seen: int, upgrades: Mapping[int, Upgrade], id: str) -> None:
         about = self._trees["about"]
         found = txn.get(b"format", db=about)
         if found is None:
             if commits_seen:
                 raise _damaged(self.folder, f"it is empty, and had been written {commits_seen:,} times")
             txn.put(b"format", _U64.pack(FORMAT), db=about)
-            txn.put(b"id", os.urandom(8).hex().encode(), db=about)
+            txn.put(b"id", (id or os.urandom(8).hex()).encode(), db=about)
+            txn.put(b"copy", os.urandom(8).hex().encode(), db=about)
         else:
             self._upgrade(txn, _number(found, self.folder, "format"), upgrades)
         self.id = (txn.get(b"id", db=about) or b"").decode("ascii", "replace")
+        self.copy = (txn.get(b"copy", db=about) or b"").decode("ascii", "replace")
         self.directory = (txn.get(b"directory", db=about) or b"").decode("ascii", "replace")
         self._commits = _number(txn.get(b"commits", _U64.pack(0), db=about), self.folder, "commits")
         self._next = _number(txn.get(b"sessions", _U64.pack(1), db=about), self.folder, "sessions")
@@ -402,6 +409,17 @@ class Store:
         """Says that the store belongs to that directory from now on, whatever it belonged to."""
         self._write_once(lambda txn: txn.put(b"directory", directory.encode(), db=self._trees["about"]))
         self.directory = directory
+
+    @property
+    def commits(self) -> int:
+        """Transactions that have changed sessions so far."""
+        return self._commits
+
+    def restamp(self, commits: int) -> None:
+        """Counts on from `commits`: what is here is what another copy of this store had after so many."""
+        self._write_once(lambda txn: txn.put(b"commits", _U64.pack(commits), db=self._trees["about"]))
+        self._commits = commits
+        self._note_commits()
 
     # Reading.
 

@@ -4,6 +4,8 @@ A folder for state has a store per worker slot: `STATE/1`, `STATE/2` and so on. 
 open, so that one which was killed finds its own again; a store that nobody has opened for a while, because there are fewer
 workers than before, is opened beside its own by whoever finds it. Sessions are found by looking: new ones go into the first.
 
+Agents whose state is `replicated` have stores of their own, `STATE/r1` and so on: see `replication`.
+
 All stores of a runtime belong to one directory of sessions, the places bucket, which has an id of its own. A store of another
 directory is not opened: sessions would be served there that others know elsewhere. With `adopts`, which a broker that belongs
 to the app allows, its sessions are entered in the directory instead.
@@ -14,15 +16,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from nalar_mq.address import Subjects
-from nalar_mq.committer import Committer, Done
-from nalar_mq.errors import KeyConflictError, StoreBusyError, StoreDamagedError, StoreError
+from nalar_mq.address import Address, Subjects
+from nalar_mq.committer import Committer, Done, Ship
+from nalar_mq.errors import (
+    BrokerError,
+    KeyConflictError,
+    StoreBusyError,
+    StoreDamagedError,
+    StoreError,
+    StoreLostError,
+)
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, encode_record
+from nalar_mq.replication import Replication, Shipper, set_aside
 from nalar_mq.store import HERE, LEAVING, Change, Commit, Entries, Record, Removal, Session, Store
 from nalar_mq.transport import KeyValue, Transport
 
@@ -43,59 +54,85 @@ class Kept:
 
 
 class Stores:
-    """The open stores of one worker; for any thread, once `open` has returned.
+    """The open stores of one worker; for any thread, once `join` has returned.
 
     Args:
         folder: holds a folder for each slot.
         owner: name of the worker.
+        replicated: agents whose sessions are kept by the broker as well; the others' are kept on this machine alone.
         on_lost: is told, in some thread, that a store was taken over by another process.
     """
 
-    def __init__(self, folder: Path, owner: str, on_lost: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, owner: str, replicated: Collection[str], on_lost: Callable[[], None]) -> None:
         self._folder = folder
         self._owner = owner
+        self._replicated = frozenset(replicated)
         self._on_lost = on_lost
-        self._open: dict[str, Committer] = {}
+        self._open: dict[bool, dict[str, Committer]] = {False: {}, True: {}}
+        self._shippers: list[Shipper] = []
+        self._replication: Replication | None = None
         self._free: set[str] = set()
         self._looked_at: dict[tuple[str, str], str | None] = {}
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of the stores, that for new sessions first."""
-        return tuple(self._open)
+        """Ids of the stores that are on this machine alone, that for new sessions first."""
+        return tuple(self._open[False])
 
-    def open(self) -> None:
-        """Opens the first free store, or makes one.
+    @property
+    def replicated_ids(self) -> tuple[str, ...]:
+        """Ids of the replicated ones, that for new sessions first."""
+        return tuple(self._open[True])
+
+    async def open(self, transport: Transport, subjects: Subjects, me: Address, actors: Iterable[str], *, adopts: bool) -> None:
+        """Opens the first free store of each kind that `actors` need, or makes one.
 
         Raises:
+            StoreForeignError: one belongs to another directory than that of this broker and namespace.
             StoreError: the folder cannot be used.
+            BrokerError: the broker does not answer.
         """
+        self._replication = Replication(transport, subjects, me, self._on_lost)
+        bucket = await transport.key_value(subjects.places_bucket)
+        directory = await _directory_of(bucket)
+        for is_replicated in sorted({actor in self._replicated for actor in actors}):
+            while True:
+                store = await asyncio.to_thread(self._first_free, is_replicated)
+                try:
+                    await self._join(store, bucket, directory, adopts=adopts)
+                    await self._add(store, is_replicated=is_replicated)
+                    break
+                except StoreLostError as error:
+                    await asyncio.to_thread(self._set_aside, store, error)
+                except BaseException:
+                    await asyncio.to_thread(store.close)
+                    raise
+
+    def _first_free(self, is_replicated: bool) -> Store:
         for slot in range(1, _SLOTS):
-            folder = self._folder / str(slot)
+            folder = self._folder / (f"r{slot}" if is_replicated else str(slot))
             try:
-                self._add(Store.open(folder, self._owner))
-                return
+                return Store.open(folder, self._owner)
             except StoreBusyError:
                 continue
             except StoreDamagedError as error:
                 _log.error("store.damaged", folder=str(folder), error=str(error))
         raise StoreError(f"all {_SLOTS:,} stores in {self._folder} are open or damaged", str(self._folder))
 
-    def _add(self, store: Store) -> Committer:
-        committer = Committer(store, self._on_lost)
-        self._open = {**self._open, store.id: committer}
-        return committer
+    def _set_aside(self, store: Store, error: StoreLostError) -> None:
+        store.close()
+        _log.warning("store.set_aside", folder=str(set_aside(store.folder)), reason=str(error))
 
-    async def join(self, transport: Transport, subjects: Subjects, *, adopts: bool) -> None:
-        """Makes sure that the open stores belong to the directory of this broker and namespace.
-
-        Raises:
-            StoreForeignError: one belongs to another.
-        """
-        bucket = await transport.key_value(subjects.places_bucket)
-        directory = await _directory_of(bucket)
-        for committer in self._open.values():
-            await self._join(committer.store, bucket, directory, adopts=adopts)
+    async def _add(self, store: Store, *, is_replicated: bool) -> None:
+        ship: Ship | None = None
+        if is_replicated:
+            assert self._replication is not None
+            shipper = await self._replication.open(store)
+            self._shippers.append(shipper)
+            ship = shipper.ship
+        committer = Committer(store, self._on_lost, ship)
+        # Replaced, never changed: threads that look for sessions read it meanwhile.
+        self._open = {**self._open, is_replicated: {**self._open[is_replicated], store.id: committer}}
 
     async def _join(self, store: Store, bucket: KeyValue, directory: str, *, adopts: bool) -> None:
         if adopts and store.directory not in ("", directory):
@@ -111,24 +148,30 @@ class Stores:
         bucket = await transport.key_value(subjects.places_bucket)
         directory = await _directory_of(bucket)
         for store in taken:
-            try:
-                await self._join(store, bucket, directory, adopts=adopts)
-            except StoreError as error:
-                _log.error("store.foreign", folder=str(store.folder), error=str(error))
-                store.close()
-            else:
-                self._add(store)
-                _log.info("store.opened", store=store.id, folder=str(store.folder))
+            await self._take(store, bucket, directory, adopts=adopts)
         self._free = set()
         return True
 
+    async def _take(self, store: Store, bucket: KeyValue, directory: str, *, adopts: bool) -> None:
+        try:
+            await self._join(store, bucket, directory, adopts=adopts)
+            await self._add(store, is_replicated=store.folder.name.startswith("r"))
+        except StoreLostError as error:
+            await asyncio.to_thread(self._set_aside, store, error)
+        except (StoreError, BrokerError) as error:
+            _log.error("store.not_opened", folder=str(store.folder), error=str(error))
+            await asyncio.to_thread(store.close)
+        else:
+            _log.info("store.opened", store=store.id, folder=str(store.folder))
+
     def _look(self) -> tuple[set[str], list[Store]]:
-        mine = {committer.store.folder.name for committer in self._open.values()}
+        mine = {committer.store.folder.name for committer in self._all()}
+        kinds = "r?" if self._replicated else ""
         free: set[str] = set()
         taken: list[Store] = []
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(self._folder)):
-                if not name.isdigit() or name in mine or not Store.is_free(self._folder / name):
+                if name in mine or not re.fullmatch(rf"{kinds}\d+", name) or not Store.is_free(self._folder / name):
                     continue
                 if name not in self._free:
                     free.add(name)
@@ -139,6 +182,35 @@ class Stores:
                     _log.error("store.not_opened", folder=str(self._folder / name), error=str(error))
         return free, taken
 
+    async def take_over(
+        self, is_held: Callable[[str], bool], is_gone: Callable[[Address], Awaitable[bool]], after_s: float, directory: str
+    ) -> bool:
+        """Goes on with replicated stores whose machine is gone; True if there were any.
+
+        Args:
+            is_held: somebody has that store open.
+            is_gone: judges who had it last.
+            after_s: for how long nobody must have had it open: he may come back to what is on his disk.
+            directory: that they belong to.
+        """
+        assert self._replication is not None
+        has_taken = False
+        for id in await self._replication.orphans(is_held, after_s):
+            holder = await self._replication.holder(id)
+            if holder is None or not await is_gone(holder):
+                continue
+            folder = next(folder for slot in range(1, _SLOTS) if not (folder := self._folder / f"r{slot}").exists())
+            store = await self._replication.take_over(id, folder, self._owner)
+            if store is None:
+                continue
+            await asyncio.to_thread(store.move_to, directory)
+            await self._add(store, is_replicated=True)
+            has_taken = True
+        return has_taken
+
+    def _all(self) -> list[Committer]:
+        return [committer for committers in self._open.values() for committer in committers.values()]
+
     def session(self, actor: str, name: str) -> Kept:
         """Where a session is; of a new one, where it will be.
 
@@ -146,7 +218,7 @@ class Stores:
             StateDamagedError: it cannot be read.
         """
         first: Kept | None = None
-        for committer in self._open.values():
+        for committer in self._open[actor in self._replicated].values():
             session = committer.store.session(actor, name)
             if session.is_kept:
                 return Kept(committer, session)
@@ -191,7 +263,7 @@ class Stores:
         Returns the name of each and the id of its store.
         """
         gone: list[tuple[str, str]] = []
-        for committer in self._open.values():
+        for committer in self._all():
             after, sessions = self._looked_at.get((actor, committer.store.id)), []
             with contextlib.suppress(StoreError):
                 sessions = committer.store.sessions_from(actor, prefix, after)
@@ -202,11 +274,13 @@ class Stores:
                     gone.append((session.name, committer.store.id))
         return gone
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Writes what has been committed so far and closes all stores; idempotent."""
-        committers, self._open = list(self._open.values()), {}
+        committers, self._open = self._all(), {False: {}, True: {}}
+        for shipper in self._shippers:
+            await shipper.aclose()
         for committer in committers:
-            committer.close()
+            await asyncio.to_thread(committer.close)
 
 
 async def adopt(store: Store, bucket: KeyValue, directory: str) -> int:
@@ -237,6 +311,11 @@ async def _enter(store: str, bucket: KeyValue, session: Session) -> bool:
             _log.warning("session.held_elsewhere", key=key, store=store)
         return is_mine
     return True
+
+
+async def directory_of(transport: Transport, subjects: Subjects) -> str:
+    """The id of the directory of sessions of a broker and namespace."""
+    return await _directory_of(await transport.key_value(subjects.places_bucket))
 
 
 async def _directory_of(bucket: KeyValue) -> str:

@@ -16,12 +16,14 @@ from nalar_mq.event_loop import cancel_all
 from nalar_mq.host import HIGH_WATER, Host
 from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
+from nalar_mq.jobs import check_durable
 from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo
 from nalar_mq.migration import Migrations
 from nalar_mq.process import Connect, Process
-from nalar_mq.stores import Stores
+from nalar_mq.stores import Stores, directory_of
 
+_BACK_AFTER_LEASES: Final = 3  # for whoever had a replicated store: it is on its disk, and not on that of others
 _ANSWERS_S: Final = 0.5  # for the answers to calls that have just been ended
 _log = logger(__name__)
 
@@ -146,10 +148,13 @@ class Worker:
                 loop.call_soon_threadsafe(process.on_declared_lost)
 
         folder = find_state(process.settings.state, self._app.path.parent)
-        stores = process.stores = Stores(folder, self.name, on_lost)
-        process.on_close(lambda: asyncio.to_thread(stores.close))
-        await asyncio.to_thread(stores.open)
-        await stores.join(process.transport, process.subjects, adopts=process.settings.adopts_state)
+        kept = [spec.name for spec in self._app.actors.values() if spec.is_kept]
+        replicated = [spec.name for spec in self._app.actors.values() if spec.is_replicated]
+        if replicated and not process.settings.trust_broker:
+            await check_durable(process.transport)
+        stores = process.stores = Stores(folder, self.name, replicated, on_lost)
+        process.on_close(stores.aclose)
+        await stores.open(process.transport, process.subjects, process.me, kept, adopts=process.settings.adopts_state)
         return stores
 
     async def _look_for_free_stores(self, stores: Stores) -> None:
@@ -158,8 +163,18 @@ class Worker:
         while True:
             await asyncio.sleep(process.settings.lease_s)
             try:
-                if await stores.take_free_ones(process.transport, process.subjects, adopts=process.settings.adopts_state):
-                    await process.membership.hold(stores.ids)
+                has_more = await stores.take_free_ones(
+                    process.transport, process.subjects, adopts=process.settings.adopts_state
+                )
+                if any(spec.is_replicated for spec in self._app.actors.values()):
+                    has_more |= await stores.take_over(
+                        lambda store: process.table.holder(store) is not None,
+                        process.membership.is_gone,
+                        _BACK_AFTER_LEASES * process.settings.lease_s,
+                        await directory_of(process.transport, process.subjects),
+                    )
+                if has_more:
+                    await process.membership.hold(stores.ids, stores.replicated_ids)
             except (BrokerError, StoreError) as error:
                 _log.warning("store.look_failed", error=str(error))
 
@@ -244,4 +259,5 @@ def info_of(spec: ActorSpec) -> ActorInfo:
         spec.directives.priority,
         spec.directives.max_instances,
         spec.is_kept,
+        spec.is_replicated,
     )

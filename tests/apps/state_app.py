@@ -11,6 +11,22 @@ BEGUN: dict[str, asyncio.Event] = {}
 GATES: dict[str, threading.Event] = {}
 
 
+@agent(durability="replicated", retries=5)
+class Archive:
+    items: ManagedList[str]
+    seen: ManagedDict[str, int]
+
+    @method
+    async def put(self, text: str, size: int = 0) -> int:
+        self.items.append(text + "." * size)
+        self.seen[text] = self.seen.get(text, 0) + 1
+        return len(self.items)
+
+    @method
+    async def all(self) -> list[str]:
+        return list(self.items)
+
+
 @agent
 class Notebook:
     notes: ManagedList[str]
