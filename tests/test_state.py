@@ -395,7 +395,6 @@ def _body(**annotations: str) -> dict[str, Any]:
         ({"stateful": True}, "'stateful' contradicts managed state: a stateful session never moves"),
         ({"stateful": False}, "'stateful' contradicts managed state"),
         ({"isolation": "process"}, "'isolation' \"process\" contradicts managed state"),
-        ({"durability": "replicated"}, "'replicated' is not there yet"),
     ],
 )
 def test_directives_that_managed_state_contradicts(directives: dict[str, Any], said: str) -> None:
