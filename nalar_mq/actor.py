@@ -62,6 +62,7 @@ class MethodSpec:
     def __init__(self, name: str, function: Callable[..., Any], *, bound: bool) -> None:
         self.name = name
         self.label = name
+        self.result_label = f"the result of {name}"
         self.function = function
         self.style: Style = style_of(function)
         self.is_async = self.style in ("async", "async_generator")
@@ -73,6 +74,7 @@ class MethodSpec:
     def named(self, actor: str) -> MethodSpec:
         """This one, which from now on bears the label `actor` or `actor.method`."""
         self.label = f"{actor}.{self.name}" if self.name else actor
+        self.result_label = f"the result of {self.label}"
         return self
 
     def check_arguments(self, actor: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

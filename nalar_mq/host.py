@@ -202,7 +202,7 @@ class Host:
         if replica is None:
             self._refuse(owner, call, UnknownActorError(f"worker {self._calls.me.name!r} does not serve {call.actor!r}"))
             return
-        method = _method(replica.spec, call.method)
+        method = replica.spec.methods.get(call.method) or _method_of_instance(replica.spec, call.method)
         if method is None:
             known = ", ".join(name for name in replica.spec.methods if name) or "none; it is called by its own name"
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
@@ -213,26 +213,30 @@ class Host:
         _share_names(call, replica.spec.name, method.name)
         if self._early_priorities:
             force_setattr(call, "priority", self._early_priorities.pop(call.id, call.priority))
-        execution = Execution(self, owner, call, replica, method, now, now, session_key_of(call))
+        session_key = session_key_of(call) if call.instance else call.session
+        execution = Execution(self, owner, call, replica, method, now, now, session_key)
         self._executions[call.id] = execution
+        is_ready = True
         if call.cast and call.timeout_s is not None:
             self._unwatched[call.id] = execution
         if call.deps:
             self._await_values(execution)
+            is_ready = not execution.missing
         if call.job and call.attempt:
             self._begin_recalling(execution)
+            is_ready = False
         if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
             self._outflow(execution).allow(limit)
         # An ancestor that has ended holds nothing any more: then the call queues like any other.
-        reentrant = call.holds != () and execution.hold in call.holds and execution.session_key in replica.holders
+        reentrant = call.holds != () and execution.hold in call.holds and session_key in replica.holders
         is_new = replica.mailbox.put(
             call.id,
-            session=execution.session_key,
-            sender=self._sender_name(owner),
+            session=session_key,
+            sender=self._sender_names.get(owner) or self._sender_name(owner),
             number=call.number,
             priority=call.priority,
             now=now,
-            ready=not execution.missing and not execution.is_recalling,
+            ready=is_ready,
             reentrant=reentrant,
             batch=_batch_key(call) if replica.spec.directives.batchable else "",
         )
@@ -413,10 +417,8 @@ class Host:
             self._forget(execution)
 
     def _sender_name(self, owner: Address) -> str:
-        """The name of a sender in mailboxes, the same object for all its calls."""
-        name = self._sender_names.get(owner)
-        if name is None:
-            name = self._sender_names[owner] = f"{owner.name}/{owner.incarnation}"
+        """The name of a sender in mailboxes, which `_sender_names` keeps: the same object for all its calls."""
+        name = self._sender_names[owner] = f"{owner.name}/{owner.incarnation}"
         return name
 
     def _shed(self, replica: Replica) -> None:
@@ -628,7 +630,7 @@ class Host:
 
         Nothing does while this process may be held to be lost, and others may run its calls; `_keep_up` looks again.
         """
-        if replica.is_pumping:
+        if replica.is_pumping or not replica.mailbox.has_next():
             return
         replica.is_pumping = True
         try:
@@ -640,14 +642,14 @@ class Host:
             replica.is_pumping = False
 
     def _pump_calls(self, replica: Replica) -> None:
-        take, now = replica.mailbox.take, self._loop.time()
-        while self._may_begin():
-            id = take(now)
+        mailbox, now = replica.mailbox, self._loop.time()
+        while mailbox.has_next() and self._may_begin():
+            id = mailbox.take(now)
             if id is None:
                 return
             execution = self._executions.get(id)
             if execution is None:
-                replica.mailbox.finish(id)
+                mailbox.finish(id)
                 continue
             self._start(execution, now)
 
@@ -703,7 +705,7 @@ class Host:
             self._inbox.put(functools.partial(self._end, execution, payload, error))
 
     def _start(self, execution: Execution, now: float) -> None:
-        if execution.has_claims:
+        if execution.given is not None and execution.has_claims:
             if self._has_begun(execution, now):
                 execution.context = self._context_of(execution)
                 execution.task = self._move(self._load_and_run(execution))
@@ -750,12 +752,9 @@ class Host:
         call = execution.call
         execution.started = True
         execution.began = now
-        if self._idle.is_set():
-            self._idle.clear()
         if execution.replica.spec.stateful:
             execution.replica.holders.setdefault(execution.session_key, call.id)
-        deadline = execution.deadline
-        if deadline is not None and now >= deadline:
+        if call.timeout_s is not None and now >= execution.arrived + call.timeout_s:
             self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
             return False
         if execution.given is not None and (failed := self._failed_dependency(execution.given)) is not None:
@@ -765,6 +764,7 @@ class Host:
 
     def _context_of(self, execution: Execution) -> CallContext:
         call = execution.call
+        timeout_s = call.timeout_s
         return CallContext(
             self._calls,
             call.id,
@@ -772,7 +772,7 @@ class Host:
             call.session,
             call.job,
             call.priority,
-            execution.deadline,
+            None if timeout_s is None else execution.arrived + timeout_s,
             (*call.holds, execution.hold) if execution.replica.spec.stateful else call.holds,
             call.trace,
             call.budget,
@@ -792,10 +792,10 @@ class Host:
                 self._end(execution, None, _changed(execution, history, "it was begun by another version of its workflow"))
                 return
             self._calls.watch(history)
-        variables = self._variables(execution)
         if execution.method.is_async and execution.replica.uses_loop:
-            self._runner.run(self._run_on_loop(execution, args, kwargs), variables, execution.has_suspended)
+            self._runner.run(self._run_on_loop(execution, args, kwargs), self._base.copy(), execution.has_suspended)
         else:
+            variables = self._variables(execution)
             self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
 
     def _failed_dependency(self, given: dict[bytes, Resolve | Fail]) -> Fail | None:
@@ -807,7 +807,7 @@ class Host:
         spec = execution.replica.spec
         if spec.transparent and call.parent:
             return args, kwargs
-        return execution.method.fitted(execution.label, args, kwargs)
+        return execution.method.fitted(execution.method.label, args, kwargs)
 
     async def _until_current(self) -> None:
         while True:
@@ -818,19 +818,21 @@ class Host:
     async def _run_on_loop(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         payload: bytes | None = None
         error: BaseException | None = None
+        context, method = execution.context, execution.method
+        current_context.set(context)
         try:
-            if execution.context is not None and execution.context.cancelled:
-                execution.context.check_cancelled()
+            if context is not None and context.cancelled:
+                context.check_cancelled()
             if not self._may_begin():
                 await self._until_current()  # the process stood still between the choice of this call and its turn
             function = self._function_on_loop(execution) or await self._made_on_loop(execution)
             result = function(*args, **kwargs)
-            if execution.method.style == "async_generator":
+            if method.style == "async_generator":
                 result = await self._pour(execution, result)
             else:
                 result = await result
             deps: list[values.Deferred] = []
-            payload = values.encode(result, deps, f"the result of {execution.label}")
+            payload = values.encode(result, deps, method.result_label)
             if deps:
                 payload = await self._encoded_on_loop(execution, result, deps)
             _seal(execution, payload)
@@ -840,10 +842,11 @@ class Host:
 
     def _function_on_loop(self, execution: Execution) -> Callable[..., Any] | None:
         """What the call is to run; None if its instance has yet to be made."""
-        if execution.replica.spec.kind != "agent":
-            return execution.method.function
-        instance = execution.replica.instance(_instance_key(execution))
-        return None if instance is None else _bound(execution, instance, execution.method.function)
+        replica, function = execution.replica, execution.method.function
+        if replica.spec.kind != "agent":
+            return function
+        instance = replica.instance(execution.session_key if replica.spec.stateful else _instance_key(execution))
+        return None if instance is None else _bound(execution, instance, function)
 
     async def _made_on_loop(self, execution: Execution) -> Callable[..., Any]:
         made: asyncio.Future[Any] = self._loop.create_future()
@@ -879,7 +882,7 @@ class Host:
         for dep in deps:
             if isinstance(dep, Future):
                 await dep
-        return values.encode(result, None, f"the result of {execution.label}")
+        return values.encode(result, None, execution.method.result_label)
 
     def _run_in_thread(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         payload: bytes | None = None
@@ -887,12 +890,12 @@ class Host:
         try:
             result = self._result_in_thread(execution, args, kwargs)
             deps: list[values.Deferred] = []
-            payload = values.encode(result, deps, f"the result of {execution.label}")
+            payload = values.encode(result, deps, execution.method.result_label)
             if deps:
                 for dep in deps:
                     if isinstance(dep, Future):
                         dep.value()
-                payload = values.encode(result, None, f"the result of {execution.label}")
+                payload = values.encode(result, None, execution.method.result_label)
             _seal(execution, payload)
         except BaseException as cause:
             error = cause
@@ -994,7 +997,8 @@ class Host:
         try:
             if error is None:
                 assert payload is not None
-                self._answer(execution, Resolve(execution.call.id, payload, _names(execution.consumers)))
+                pushed = _names(execution.consumers) if execution.consumers else ()
+                self._answer(execution, Resolve(execution.call.id, payload, pushed))
             else:
                 if execution.call.job and not execution.call.parent and not self._is_closing:
                     self._calls.abandon_children(execution.call.id)
@@ -1047,7 +1051,7 @@ class Host:
     def _finish(self, execution: Execution) -> None:
         self._forget(execution)
         replica = execution.replica
-        if replica.holders.get(execution.session_key) == execution.call.id:
+        if replica.spec.stateful and replica.holders.get(execution.session_key) == execution.call.id:
             del replica.holders[execution.session_key]
             replica.has_used(execution.session_key)  # idle from now on, not from its beginning
             if self._quiet and (waiter := self._quiet.pop((execution.call.actor, execution.session_key), None)) is not None:
@@ -1056,14 +1060,15 @@ class Host:
         if execution.call.job and _is_forgotten(execution) and self._calls.journal is not None:
             self._calls.journal.release(execution.call.id)
         self.completed += 1
-        self.pump(execution.replica)
+        self.pump(replica)
 
     def _forget(self, execution: Execution) -> None:
         execution.ended = True
         self._ended.append(execution.record(self._loop.time()))
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         self._executions.pop(execution.call.id, None)
-        if execution.call.cast or execution.is_orphan:
+        resumed = execution.resumed
+        if execution.call.cast or (resumed is not None and resumed.is_orphan):
             self._unwatched.pop(execution.call.id, None)
         if execution.missing:
             for id in execution.missing:
@@ -1072,8 +1077,8 @@ class Host:
                     waiting.remove(execution)
                     if not waiting:
                         del self._waiting[id]
-        if execution.following is not None:
-            self._loop.call_soon(self.on_call, *execution.following, self._loop.time())
+        if resumed is not None and resumed.following is not None:
+            self._loop.call_soon(self.on_call, *resumed.following, self._loop.time())
         if not self._executions:
             self._idle.set()
 
@@ -1094,7 +1099,8 @@ class Host:
         self._answer(execution, Fail(execution.call.id, *failure, _names(execution.consumers), path, epoch))
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
-        if execution.is_answered or execution.following is not None:
+        resumed = execution.resumed
+        if execution.is_answered or (resumed is not None and resumed.following is not None):
             return
         execution.is_answered = True
         call = execution.call
@@ -1102,7 +1108,7 @@ class Host:
             self._kept[call.id] = _Kept(message, call.job, execution.owner, self._loop.time())
         if execution.consumers is not None:
             self._push(execution.consumers, execution.owner, message)
-        if not call.cast and not execution.is_orphan:
+        if not call.cast and (resumed is None or not resumed.is_orphan):
             # Who has passed a future on seldom waits for its value as well: those who need it come first.
             self._calls.tell(execution.owner, message, linger=message.pushed != ())
 
@@ -1160,7 +1166,8 @@ class Host:
         """
         if not any(replica.holders for replica in self._replicas.values()):
             return
-        for execution in list(self._executions.values()):
+        # Only calls below one that holds a session: there may be many thousands of others.
+        for execution in [execution for execution in self._executions.values() if execution.call.holds]:
             is_queued = not execution.started and execution.missing is None
             if is_queued and now - execution.arrived > _PROBE_AFTER_S and execution.replica.spec.stateful:
                 id = execution.call.id
@@ -1327,10 +1334,9 @@ def _changed(execution: Execution, history: History, how: str) -> WorkflowChange
     )
 
 
-def _method(spec: ActorSpec, name: str) -> MethodSpec | None:
-    """What `name` asks for: a method, or for unmodified Python an attribute to read or write, or just the instance."""
-    method = spec.methods.get(name)
-    if method is None and spec.transparent and spec.kind == "agent":
+def _method_of_instance(spec: ActorSpec, name: str) -> MethodSpec | None:
+    """What `name` asks for beside methods, of unmodified Python: to read or write an attribute, or just the instance."""
+    if spec.transparent and spec.kind == "agent":
         if name == CONSTRUCT:
             return MethodSpec(name, _made, bound=True).named(spec.name)
         if name[:1] == ".":
@@ -1339,7 +1345,7 @@ def _method(spec: ActorSpec, name: str) -> MethodSpec | None:
             return MethodSpec(name, _attribute_writer(name[1:]), bound=True).named(spec.name)
         if name[:1] == "-":
             return MethodSpec(name, _attribute_deleter(name[1:]), bound=True).named(spec.name)
-    return method
+    return None
 
 
 def _made(instance: object) -> None:
@@ -1431,7 +1437,8 @@ def _end_changes(state: SessionState, error: BaseException | None) -> None:
 
 
 def _checked_size(payload: bytes, execution: Execution) -> bytes:
-    check_size(f"the result of {execution.label}", len(payload), execution.label)
+    if len(payload) > INLINE_LIMIT_BYTES:
+        check_size(execution.method.result_label, len(payload), execution.label)
     return payload
 
 

@@ -412,10 +412,15 @@ class _BySession:
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._heap: list[tuple[float, int, _Lane]] = []
 
+    def has_next(self) -> bool:
+        """False if `pop` would give nothing."""
+        return bool(self._heap)
+
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
         lane = self._lanes.get(session) or self._lane(session)
-        return lane.note(sender, number)
+        numbers = lane.numbers.get(sender)
+        return numbers.add(number) if numbers is not None else lane.note(sender, number)
 
     def add(self, entry: _Entry) -> None:
         lane = self._lanes.get(entry.session) or self._lane(entry.session)
@@ -520,6 +525,10 @@ class _ByCall:
         self._all = _ByRank()
         self._batches: dict[str, _ByRank] = {}
         self._ready = 0
+
+    def has_next(self) -> bool:
+        """False if `pop` would give nothing."""
+        return self._ready > 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
         return True
@@ -683,6 +692,10 @@ class Mailbox:
             self._urgent.append(entry)
         else:
             self._queue.mark_ready(entry)
+
+    def has_next(self) -> bool:
+        """False if `take` would give nothing; it may give nothing all the same."""
+        return bool(self._urgent) or (self._slots_used < self.concurrency and self._queue.has_next())
 
     def take(self, now: float) -> bytes | None:
         """The call to run next, which is running from now on; None if none may."""

@@ -375,6 +375,8 @@ class Membership:
         self._register = Register(transport, subjects.lost_bucket)
         self._bucket: KeyValue | None = None
         self._lease: LeaseThread | LeaseTask | None = None
+        self._clock = time.monotonic
+        self._current_until = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
         self._snapshot: asyncio.Future[None] | None = None
 
@@ -386,6 +388,7 @@ class Membership:
         self._bucket = await self._transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
         name, member, lease_s = self._me.name, self._member, self._lease_s
         if self._lease_connect is None:
+            self._clock = loop.time
             lease = Lease(self._bucket, self._register, name, member, self._events, loop.time)
             self._lease = LeaseTask(lease, lease_s)
         else:
@@ -398,7 +401,15 @@ class Membership:
 
     def is_current(self) -> bool:
         """False while others may hold this process to be lost: it begins nothing then."""
-        return self._lease is not None and self._lease.age_s() < self._lease_s
+        return self._clock() < self._current_until or self._is_confirmed()
+
+    def _is_confirmed(self) -> bool:
+        """Asks the lease, and notes until when its answer holds: every call asks."""
+        if self._lease is None:
+            return False
+        now, age_s = self._clock(), self._lease.age_s()
+        self._current_until = now + self._lease_s - age_s
+        return age_s < self._lease_s
 
     async def drain(self) -> None:
         """Tells everybody that this process takes no new calls."""
@@ -455,6 +466,7 @@ class Membership:
         tasks, self._tasks = self._tasks, []
         await cancel_all(tasks)
         lease, self._lease = self._lease, None
+        self._current_until = float("-inf")
         if lease is not None:
             await lease.aclose()
 
