@@ -370,7 +370,7 @@ class Calls:
         Raises:
             ValueNotEncodableError, ValueTooLargeError: an argument cannot travel.
         """
-        label = self._label(actor, method)
+        label = self._labels.get((actor, method)) or self._label(actor, method)
         deps: list[values.Deferred] = []
         payload = given = values.encode_arguments(args, kwargs, deps)
         if len(payload) > INLINE_LIMIT_BYTES:
@@ -479,14 +479,10 @@ class Calls:
             entry.future.fail(copy.copy(self._closed) or CallCancelledError("its event loop has closed", started=False))
 
     def _label(self, actor: str, method: str) -> str:
-        """`actor.method`, the same object for all futures of a method."""
-        if not method:
-            return actor
-        label = self._labels.get((actor, method))
-        if label is None:
-            if len(self._labels) > _LABELS_KEPT:
-                self._labels.clear()
-            label = self._labels[actor, method] = f"{actor}.{method}"
+        """`actor.method`, which `_labels` keeps: the same object for all futures of a method."""
+        if len(self._labels) > _LABELS_KEPT:
+            self._labels.clear()
+        label = self._labels[actor, method] = f"{actor}.{method}" if method else actor
         return label
 
     def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo, now: float) -> float | None:
@@ -651,7 +647,10 @@ class Calls:
             in_flight = self.in_flight[entry.actor] = {}
         in_flight[name] = in_flight.get(name, 0) + 1
         try:
-            self.tell(address, call)
+            if address == self.me:
+                self.tell(address, call)
+            else:
+                self._endpoint.send(address, call)
         except ValueTooLargeError as error:
             self._end_with(entry, error)
             return
@@ -1005,7 +1004,8 @@ class Calls:
         id = entry.future.id
         if self._entries.pop(id, None) is None:
             return
-        self._stop_watching(entry)
+        if entry.tick and (bucket := self._wheel.get(entry.tick)) is not None:
+            bucket.pop(id, None)
         if self._hops:
             self._hops.pop(id, None)
         entry.future.facts = _facts(entry, self.loop.time())

@@ -188,20 +188,19 @@ class _Channel:
         self.owed_messages = 0
         self.owes_now = False
 
-    def add(self, data: bytes) -> None:
-        """Puts an encoded message into the open frame."""
+    def add(self, data: bytes, is_call: bool) -> int:
+        """Puts an encoded message into the open frame, and counts a call against the window; returns how many it holds."""
         size_bytes = self.open_bytes + len(data)
         if size_bytes > _FRAME_BYTES and self.open_parts:
             self.seal()
             size_bytes = len(data)
         self.open_bytes = size_bytes
-        self.open_parts.append(data)
-
-    def add_call(self, data: bytes) -> None:
-        """Puts an encoded call into the open frame and counts it against the window."""
-        self.add(data)
-        self.calls_out += 1
-        self.open_calls += 1
+        if is_call:
+            self.calls_out += 1
+            self.open_calls += 1
+        parts = self.open_parts
+        parts.append(data)
+        return len(parts)
 
     def seal(self) -> None:
         """Ends the open frame."""
@@ -215,8 +214,7 @@ class _Channel:
         """Moves waiting calls into frames as far as the window allows; True if any."""
         free = min(window_calls - self.calls_out, len(self.waiting))
         for _ in range(free):
-            self.add_call(self.waiting.popitem(last=False)[1])
-            if len(self.open_parts) >= _FRAME_MESSAGES:
+            if self.add(self.waiting.popitem(last=False)[1], is_call=True) >= _FRAME_MESSAGES:
                 self.seal()
         return free > 0
 
@@ -329,14 +327,11 @@ class Endpoint:
             if channel is None:
                 self._refuse(to, message)
                 return
-        if type(message) is Call:
-            if channel.calls_out >= self._window_calls:
-                channel.waiting[message.id] = data
-                return
-            channel.add_call(data)
-        else:
-            channel.add(data)
-        if len(channel.open_parts) >= _FRAME_MESSAGES:
+        is_call = type(message) is Call
+        if is_call and channel.calls_out >= self._window_calls:
+            channel.waiting[message.id] = data
+            return
+        if channel.add(data, is_call) >= _FRAME_MESSAGES:
             channel.seal()
             if self._transport.is_connected and not self._is_closed:
                 self._send_frames(channel)

@@ -156,7 +156,7 @@ class Execution(msgspec.Struct, eq=False):
             self.arrived,
             self.began,
             ended_s,
-            self.state,
+            "done" if self.ended and not self.failure else self.state,
             self.failure,
         )
 

@@ -304,9 +304,13 @@ class Future(values.Deferred, Generic[T_co]):
             assert self._error is not None
             raise self._error.with_traceback(None)  # else each look would lengthen it
         if self._value is _UNREAD:
-            assert self._payload is not None
-            self._keep(_read(self._payload, self._caller, f"value() of {self.actor}, which is large,"))
-        return cast(T_co, self._value)
+            payload = self._payload
+            if isinstance(payload, bytes):
+                self._keep(values.decode(payload))
+            else:
+                assert payload is not None
+                self._keep(_read(payload, self._caller, f"value() of {self.actor}, which is large,"))
+        return self._value  # type: ignore[no-any-return]
 
     def _keep(self, value: Any) -> None:
         with _lock:
@@ -432,6 +436,10 @@ class Future(values.Deferred, Generic[T_co]):
         if self._value is not _UNREAD and type(self._value) not in _IMMUTABLE:
             return values.encode(self._value)
         return self._payload
+
+    def needs_await(self) -> bool:
+        """True if it has failed or its value is large: for the runtime, which has to await such a one."""
+        return self._state == FAILED or isinstance(self._payload, Held)
 
     def held(self) -> Held | None:
         """The handle of its value, if that is too large for a message."""
@@ -737,7 +745,7 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
     async with _OneWait(pending, b"gather"):
         await _all_ended_or_one_failed(pending)
         for future in pending:
-            if future.has_failed() or future.held() is not None:
+            if future.needs_await():
                 await _Awaitable(future.arrival())
     return tuple([future.value() for future in pending])
 

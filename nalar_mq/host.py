@@ -846,7 +846,9 @@ class Host:
         if replica.spec.kind != "agent":
             return function
         instance = replica.instance(execution.session_key if replica.spec.stateful else _instance_key(execution))
-        return None if instance is None else _bound(execution, instance, function)
+        if instance is None or replica.spec.managed:
+            return None if instance is None else _bound(execution, instance, function)
+        return function.__get__(instance)  # type: ignore[no-any-return]
 
     async def _made_on_loop(self, execution: Execution) -> Callable[..., Any]:
         made: asyncio.Future[Any] = self._loop.create_future()

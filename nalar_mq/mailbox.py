@@ -379,23 +379,36 @@ class _Lane:
         if self._tangle is not None:
             self._tangle.skip(sender, number)
 
-    def next(self) -> _Entry | None:
-        """The call to run when the session's turn comes."""
+    def take(self) -> _Entry | None:
+        """The call to run now that the session's turn has come; it is no longer queued."""
         if self._tangle is not None:
-            return self._tangle.next()
+            entry = self._tangle.next()
+            if entry is not None:
+                entry.state = _RUNNING
+                self.leave(entry)
+            return entry
         plain = self._plain
         while plain:
-            if plain[0].state is _QUEUED:
-                return plain[0]
-            plain.popleft()
+            entry = plain.popleft()
+            if entry.state is _QUEUED:
+                entry.state = _RUNNING
+                self.queued -= 1
+                if not self.queued:
+                    self._plain = None
+                return entry
         return None
 
     def offer(self) -> tuple[float, int] | None:
         """Rank of the best queued call, with its serial; None if none may run."""
-        first = self.next()
-        if first is None:
-            return None
-        return (first.rank, first.serial) if self._tangle is None else self._tangle.best()
+        if self._tangle is not None:
+            return None if self._tangle.next() is None else self._tangle.best()
+        plain = self._plain
+        while plain:
+            first = plain[0]
+            if first.state is _QUEUED:
+                return first.rank, first.serial
+            plain.popleft()
+        return None
 
 
 def _is_current(item: _Ranked) -> bool:
@@ -441,13 +454,9 @@ class _BySession:
             if lane.offered != (rank, serial):
                 continue
             lane.offered = None
-            entry = lane.next()
-            if entry is None:
-                continue
-            lane.busy = entry
-            entry.state = _RUNNING
-            lane.leave(entry)
-            return entry
+            lane.busy = lane.take()
+            if lane.busy is not None:
+                return lane.busy
         return None
 
     def pop_of(self, batch: str) -> _Entry | None:
@@ -709,7 +718,10 @@ class Mailbox:
             entry.has_slot = True
             self._slots_used += 1
         self.last_wait_s = now - entry.arrived_s
-        self._unqueue(entry)
+        if self._queued_of is None:
+            self._queued -= 1
+        else:
+            self._unqueue(entry)
         return entry.key
 
     def take_batch(self, now: float, limit: int) -> list[bytes]:
