@@ -5,7 +5,7 @@ directions, and ends for good when one of the two ends or is held to have ended:
 lost, and whoever comes back comes as a higher incarnation. The transport underneath may lose, double, delay and reorder.
 
 Frames
-    Messages to one process made in one turn of the event loop travel together, in frames of up to 64 messages or 64 KiB; a
+    Messages to one process made in one turn of the event loop travel together, in frames of up to 256 messages or 64 KiB; a
     larger message travels alone. A full frame leaves at once, so that a program which makes many calls in one turn has
     others working on the first of them while it makes the last. A message in no hurry may linger a little, so as to travel
     with the next one that is. Frames of one direction are numbered from 1. A frame is
@@ -24,7 +24,9 @@ Sending again
     of the transport this starts immediately; while it is away nothing is sent at all.
 
 Window
-    At most `window_calls` calls are in frames that are not acknowledged; further calls wait in order and can be withdrawn.
+    At most `window_calls` calls, and with them about 8 MiB, are in frames that are not acknowledged; further calls wait in
+    order and can be withdrawn. The window is as wide as a burst: who makes many calls in one turn hears of no acknowledgement
+    before its end, and what waits until then is worked on by nobody.
     Everything else passes outside the window and may overtake calls that wait there. Since receiving never waits for sending,
     and acknowledgements need no window, two processes that flood each other through windows of one go on.
 
@@ -82,11 +84,12 @@ from nalar_mq.transport import Delivered, Subscription, Transport
 
 _log = logger(__name__)
 
-_FRAME_MESSAGES = 64
+_FRAME_MESSAGES = 256
 _FRAME_BYTES = 64 * 1024
 _HEADROOM_BYTES = 1024
 _ACK_FRAMES = 8
 _BURST_FRAMES = 32
+_WINDOW_BYTES = 8 * 1024 * 1024
 _EARLY_FRAMES = 256
 _EARLY_BYTES = 16 * 1024 * 1024
 _REMEMBERED_NAMES = 100_000
@@ -138,6 +141,7 @@ class _Channel:
     __slots__ = (
         "acked",
         "address",
+        "bytes_out",
         "calls_out",
         "early",
         "early_bytes",
@@ -170,13 +174,14 @@ class _Channel:
         self.is_lost = False
         self.sent = 0
         self.acked = 0
-        self.unacked: deque[tuple[bytes, int]] = deque()
-        self.sealed: deque[tuple[list[bytes], int]] = deque()
+        self.unacked: deque[tuple[bytes, int, int]] = deque()  # a frame, its calls, the bytes of its messages
+        self.sealed: deque[tuple[list[bytes], int, int]] = deque()
         self.open_parts: list[bytes] = []
         self.open_bytes = 0
         self.open_calls = 0
         self.waiting: OrderedDict[bytes, bytes] = OrderedDict()
         self.calls_out = 0
+        self.bytes_out = 0
         self.resend_after_s = resend_after_s
         self.resend_at_s = 0.0
         self.resent = 0
@@ -188,13 +193,14 @@ class _Channel:
         self.owed_messages = 0
         self.owes_now = False
 
-    def add(self, data: bytes, is_call: bool) -> int:
+    def add(self, data: bytes, *, is_call: bool) -> int:
         """Puts an encoded message into the open frame, and counts a call against the window; returns how many it holds."""
         size_bytes = self.open_bytes + len(data)
         if size_bytes > _FRAME_BYTES and self.open_parts:
             self.seal()
             size_bytes = len(data)
         self.open_bytes = size_bytes
+        self.bytes_out += len(data)
         if is_call:
             self.calls_out += 1
             self.open_calls += 1
@@ -205,23 +211,29 @@ class _Channel:
     def seal(self) -> None:
         """Ends the open frame."""
         if self.open_parts:
-            self.sealed.append((self.open_parts, self.open_calls))
+            self.sealed.append((self.open_parts, self.open_calls, self.open_bytes))
             self.open_parts = []
             self.open_bytes = 0
             self.open_calls = 0
 
     def admit(self, window_calls: int) -> bool:
         """Moves waiting calls into frames as far as the window allows; True if any."""
-        free = min(window_calls - self.calls_out, len(self.waiting))
-        for _ in range(free):
+        before = len(self.waiting)
+        while self.waiting and self.has_room(window_calls):
             if self.add(self.waiting.popitem(last=False)[1], is_call=True) >= _FRAME_MESSAGES:
                 self.seal()
-        return free > 0
+        return len(self.waiting) < before
+
+    def has_room(self, window_calls: int) -> bool:
+        """True if the window lets another call out."""
+        return self.calls_out < window_calls and self.bytes_out < _WINDOW_BYTES
 
     def acknowledge(self, ack: int) -> None:
         """Forgets the frames up to `ack`."""
         for _ in range(ack - self.acked):
-            self.calls_out -= self.unacked.popleft()[1]
+            _, calls, size_bytes = self.unacked.popleft()
+            self.calls_out -= calls
+            self.bytes_out -= size_bytes
         self.acked = ack
 
     def is_settled(self) -> bool:
@@ -230,7 +242,7 @@ class _Channel:
 
     def unsent(self) -> Iterable[bytes]:
         """Encoded messages that never left, in order."""
-        for parts, _ in self.sealed:
+        for parts, _, _ in self.sealed:
             yield from parts
         yield from self.open_parts
         yield from self.waiting.values()
@@ -264,7 +276,7 @@ class Endpoint:
         *,
         on_messages: OnMessages,
         on_lost: OnLost,
-        window_calls: int = 8192,
+        window_calls: int = 65_536,
         ack_delay_s: float = 0.02,
         resend_after_s: float = 0.25,
         resend_limit_s: float = 2.0,
@@ -327,11 +339,10 @@ class Endpoint:
             if channel is None:
                 self._refuse(to, message)
                 return
-        is_call = type(message) is Call
-        if is_call and channel.calls_out >= self._window_calls:
+        if type(message) is Call and not channel.has_room(self._window_calls):
             channel.waiting[message.id] = data
             return
-        if channel.add(data, is_call) >= _FRAME_MESSAGES:
+        if channel.add(data, is_call=type(message) is Call) >= _FRAME_MESSAGES:
             channel.seal()
             if self._transport.is_connected and not self._is_closed:
                 self._send_frames(channel)
@@ -449,7 +460,7 @@ class Endpoint:
         self._awaiting.pop(channel, None)
         self._owing.pop(channel, None)
         self.stats.lost += 1
-        unknown = [message for data, _ in channel.unacked for message in salvage_frame(data)[0].messages]
+        unknown = [message for data, _, _ in channel.unacked for message in salvage_frame(data)[0].messages]
         wrapped = encode_frame(0, 0, 0, 0, list(channel.unsent()))
         self._give_back(channel.address, list(salvage_frame(wrapped)[0].messages), unknown)
         self._note_progress()
@@ -504,10 +515,10 @@ class Endpoint:
         self._settle_ack(channel)
         stats = self.stats
         while channel.sealed:
-            parts, calls = channel.sealed.popleft()
+            parts, calls, size_bytes = channel.sealed.popleft()
             channel.sent += 1
             data = encode_frame(self.me.incarnation, channel.incarnation, channel.sent, channel.received, parts)
-            channel.unacked.append((data, calls))
+            channel.unacked.append((data, calls, size_bytes))
             stats.frames_sent += 1
             stats.messages_sent += len(parts)
             self._publish(channel.subject, data)
@@ -561,7 +572,7 @@ class Endpoint:
 
     def _resend(self, channel: _Channel) -> None:
         count = min(_BURST_FRAMES, channel.recover - channel.acked)
-        for data, _ in islice(channel.unacked, count):
+        for data, _, _ in islice(channel.unacked, count):
             self._publish(channel.subject, data)
         channel.resent = channel.acked + count
         self.stats.frames_resent += count

@@ -97,12 +97,12 @@ def test_messages_of_one_turn_travel_in_one_frame_in_order():
     async def main() -> None:
         hub = MemoryHub()
         a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
-        for number in range(200):
+        for number in range(800):
             a.endpoint.send(b.me, call(number) if number % 2 else resolve(number))
         assert await a.endpoint.drain(5)
-        assert b.ids_from(a.me) == list(range(200))
+        assert b.ids_from(a.me) == list(range(800))
         assert a.endpoint.stats.frames_sent == 4
-        assert b.endpoint.stats.messages_received == 200
+        assert b.endpoint.stats.messages_received == 800
         assert a.endpoint.pending_calls(b.me) == 0
         assert a.endpoint.stats.frames_resent == 0
 
@@ -175,6 +175,24 @@ def test_the_window_holds_calls_back_and_nothing_else():
         hub.resume("b")
         assert await a.endpoint.drain(5)
         assert b.ids_from(a.me) == [0, 1, 9, 2, 4]
+
+    simulation.run(main())
+
+
+def test_the_window_is_one_of_bytes_as_well():
+    async def main() -> None:
+        hub = MemoryHub()
+        a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
+        hub.pause("b")
+        for number in range(40):
+            a.endpoint.send(b.me, call(number, 500_000))
+        a.endpoint.send(b.me, resolve(40))
+        await asyncio.sleep(0.1)
+        assert not a.endpoint.withdraw(b.me, call(16).id), "it has left"
+        assert a.endpoint.withdraw(b.me, call(17).id), "8 MiB are out"
+        hub.resume("b")
+        assert await a.endpoint.drain(60)
+        assert b.ids_from(a.me) == [*range(17), 40, *range(18, 40)]
 
     simulation.run(main())
 
