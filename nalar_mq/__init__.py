@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from nalar_mq.future import Future, FutureInfo, Stream, Waited, as_completed, gather, wait
     from nalar_mq.jobs import JobHandle, JobResult, JobStatus
+    from nalar_mq.schema import upgrade
     from nalar_mq.state import ManagedDict, ManagedList, ManagedValue
     from nalar_mq.traces import Trace, TracedCall
 
@@ -108,6 +109,7 @@ _HOMES: Final = {
         "JobResult",
         "JobStatus",
     ),
+    "schema": ("upgrade",),
     "state": (
         "ManagedDict",
         "ManagedList",
@@ -171,6 +173,7 @@ __all__ = [
     "random",
     "sleep",
     "tool",
+    "upgrade",
     "wait",
     "workflow",
 ]

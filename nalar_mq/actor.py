@@ -33,6 +33,7 @@ from nalar_mq.call_context import DEFAULT_OPTIONS, CallOptions, require_context
 from nalar_mq.directives import Directives, Kind
 from nalar_mq.errors import AddressError, ArgumentError, DirectiveError
 from nalar_mq.future import Future
+from nalar_mq.schema import Step, steps_of, version_of
 from nalar_mq.state import declare, kind_name
 
 P = ParamSpec("P")
@@ -178,6 +179,8 @@ class ActorSpec:
         methods: by name; a tool or workflow has the one method "".
         managed: it has managed state.
         managed_kinds: by field `list`, `dict` or `value`.
+        upgrades: what brings kept state of former versions to the next one.
+        state_version: of its managed state.
         is_kept: its managed state is in the store of its worker, and survives it.
         is_replicated: it survives the loss of its machine as well.
         stateful: calls of one session go, one at a time and in order, to one instance.
@@ -205,6 +208,8 @@ class ActorSpec:
         fields = declare(target) if kind == "agent" and isinstance(target, type) else {}
         self.managed_kinds = {field: kind_name(part) for field, part in fields.items()}
         self.managed = bool(fields)
+        self.upgrades: dict[int, Step] = steps_of(target) if fields and isinstance(target, type) else {}
+        self.state_version = version_of(self.upgrades)
         self.directives = directives.validated(kind, name, managed=self.managed)
         self.is_kept = self.managed and self.directives.durability != "memory"
         self.is_replicated = self.is_kept and self.directives.durability == "replicated"

@@ -55,6 +55,7 @@ from nalar_mq.errors import (
     CallError,
     CallExpiredError,
     CallTimeoutError,
+    MigrationError,
     OverloadedError,
     StateDamagedError,
     StateNotKeptError,
@@ -357,7 +358,13 @@ class Host:
     async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
         """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
         replica = self._replicas[key[0]]
-        if replica.spec.transparent:
+        version = kept.session.schema or 1
+        if version > replica.spec.state_version:
+            raise MigrationError(
+                f"version {version} of {key[0]!r} has kept the session, and worker {self._calls.me.name!r} has version "
+                f"{replica.spec.state_version}"
+            )
+        if replica.spec.transparent or version != replica.spec.state_version:
             return None
         made: asyncio.Future[Any] = self._loop.create_future()
         self._threads.run(functools.partial(self._stage_in_thread, replica, key[1], kept, made))
@@ -979,8 +986,17 @@ class Host:
             self._inbox.put(functools.partial(self._committed, execution, payload, error))
 
         execution.is_committing = True
-        kinds = execution.replica.spec.managed_kinds
-        stores.commit(state.kept, changes, call.id, payload, done, is_job=bool(call.job), kinds=kinds)
+        spec = execution.replica.spec
+        stores.commit(
+            state.kept,
+            changes,
+            call.id,
+            payload,
+            done,
+            is_job=bool(call.job),
+            schema=spec.state_version,
+            kinds=spec.managed_kinds,
+        )
 
     def _committed(self, execution: Execution, payload: bytes, cause: Exception | None) -> None:
         execution.is_committing = False

@@ -336,7 +336,7 @@ class Migrations:
             await self._send(leaving, changes)
             if not after:
                 break
-        await self._send(leaving, [], step="prepare", waits=True)
+        await self._send(leaving, [], step="prepare", waits=True, session=session)
         for _ in range(_ROUNDS):
             if len(leaving.changed) <= _FEW:
                 break
@@ -669,7 +669,8 @@ class Migrations:
             if coming.apply is not None:
                 coming.apply(piece.changes)
         else:
-            await self._write(coming.kept, Commit(session, [], b"", b"", False, 0, {}, STAGED, piece.store))
+            header = Commit(session, [], b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store)
+            await self._write(coming.kept, header)
             coming.apply = await self._holder.stage(coming.key, coming.kept)
         if piece.step == "last":
             if session.sums != piece.sums:

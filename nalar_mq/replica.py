@@ -13,6 +13,7 @@ from nalar_mq.actor import ActorSpec
 from nalar_mq.errors import ArgumentError, StateSchemaError
 from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
+from nalar_mq.schema import upgraded
 from nalar_mq.session_state import Entries, SessionState
 from nalar_mq.state import bind
 from nalar_mq.stores import Kept, Stores
@@ -103,8 +104,22 @@ class Replica:
         if self.stores is not None:
             state.kept = kept or self.stores.session(self.spec.name, key)
             entries = self.stores.load(state.kept)
+            if state.kept.session.is_kept and (state.kept.session.schema or 1) != self.spec.state_version:
+                entries = self._upgraded(self.stores, state.kept, key, entries)
             self._check_kinds(state.kept, key)
         bind(instance, state, entries)
+
+    def _upgraded(self, stores: Stores, kept: Kept, key: str, entries: Entries) -> Entries:
+        """What a former version of the agent has kept, as the present one keeps it; that is durable when it returns."""
+        header, where = kept.session.header, f"{self.spec.name}[{key}]"
+        assert header is not None
+        version = header.schema or 1
+        target = self.spec.target
+        assert isinstance(target, type)
+        changes = upgraded(target, self.spec.upgrades, where, version, header.kinds, entries)
+        stores.change(kept, changes, schema=self.spec.state_version, kinds=self.spec.managed_kinds)
+        _log.info("session.upgraded", actor=self.spec.name, session=key, version=self.spec.state_version, former=version)
+        return stores.load(kept)
 
     def _check_kinds(self, kept: Kept, key: str) -> None:
         """Raises `StateSchemaError` if what was kept are other fields than the class has now."""
@@ -114,8 +129,8 @@ class Replica:
             if now != kind and header is not None and header.sums.get(name, (0, 0))[0]:
                 is_what = f"is a {now} now" if now else "is not there any more"
                 raise StateSchemaError(
-                    f"{self.spec.name}[{key}] was kept with a {kind} {name!r}, which {is_what}: bring the field back, or move "
-                    f"its content with the former version of the agent before this one serves"
+                    f"{self.spec.name}[{key}] was kept with a {kind} {name!r}, which {is_what}: bring the field back, or say "
+                    f"with @upgrade({self.spec.state_version}) what becomes of it"
                 )
 
     def _hook(self, instance: Any, name: str) -> None:

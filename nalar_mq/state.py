@@ -42,7 +42,7 @@ from collections.abc import ItemsView as AbstractItemsView
 from typing import Any, Final, Generic, Protocol, Self, SupportsIndex, TypeVar, cast, overload
 
 from nalar_mq import values
-from nalar_mq.errors import DirectiveError
+from nalar_mq.errors import DirectiveError, StateSchemaError
 from nalar_mq.session_state import Entries, SessionState, bytes_of, cell_from, hold, pair_from, value_of
 
 T = TypeVar("T")
@@ -652,7 +652,7 @@ Managed = ManagedList[Any] | ManagedDict[Any, Any] | ManagedValue[Any]
 _KINDS: Final[tuple[type[Any], ...]] = (ManagedList, ManagedDict, ManagedValue)
 
 
-def _fill(part: ManagedDict[Any, Any], items: dict[Any, Any]) -> None:
+def _fill(part: ManagedDict[Any, Any], items: Mapping[Any, Any]) -> None:
     part.clear()
     part.update(items)
 
@@ -781,6 +781,44 @@ def state_of(instance: object) -> SessionState:
 
 def _parts_of(instance: object) -> Mapping[str, Any]:
     return state_of(instance).parts
+
+
+def plain_from(kinds: Mapping[str, str], entries: Entries) -> dict[str, Any]:
+    """Fields of a session as plain lists, dicts and values; a value that was never set is left out."""
+    plain: dict[str, Any] = {}
+    for field, kind in kinds.items():
+        some = entries.get(field, [])
+        if kind == "list":
+            plain[field] = [value_of(cell_from(data)) for _, data in some]
+        elif kind == "dict":
+            plain[field] = {key: value_of(cell) for key, cell in (pair_from(data) for _, data in some)}
+        elif some:
+            plain[field] = value_of(cell_from(some[-1][1]))
+    return plain
+
+
+def entries_from(cls: type, plain: Mapping[str, Any]) -> dict[str, list[tuple[int, bytes]]]:
+    """The entries of fields of that class which have those plain contents.
+
+    Raises:
+        StateSchemaError: there is no such field, or it cannot have that content.
+    """
+    declared = {one.name: one for one in _declared_in(cls)}
+    entries: dict[str, list[tuple[int, bytes]]] = {}
+    for field, content in plain.items():
+        if field not in declared:
+            raise StateSchemaError(f"class {cls.__qualname__} has no field {field!r}; it has: {', '.join(declared)}")
+        part: Any = declared[field].made()
+        if isinstance(part, ManagedValue):
+            part.value = content
+        elif isinstance(part, ManagedDict) and isinstance(content, Mapping):
+            _fill(part, content)  # pyright: ignore[reportUnknownArgumentType]
+        elif isinstance(part, ManagedList) and isinstance(content, (list, tuple)):
+            part.extend(content)  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            raise StateSchemaError(f"class {cls.__qualname__}: {field!r} cannot become {content!r:.60}")
+        entries[field] = part._entries()
+    return entries
 
 
 class _Readable(Protocol):

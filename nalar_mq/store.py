@@ -157,6 +157,11 @@ class Session:
         return HERE if self.header is None else self.header.standing
 
     @property
+    def schema(self) -> int:
+        """The version of the agent's state that it was kept by; 0 for the first."""
+        return 0 if self.header is None else self.header.schema
+
+    @property
     def sums(self) -> dict[str, tuple[int, int]]:
         """By field how many entries it has and the xor of their checksums; fields without entries are left out."""
         return {} if self.header is None else {field: sums for field, sums in self.header.sums.items() if sums[0]}

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -243,6 +244,26 @@ class Stores:
         kept = self.session(actor, name)
         return kept.committer.store.record(kept.session, call)
 
+    def change(self, kept: Kept, changes: Sequence[Change], *, schema: int, kinds: Mapping[str, str]) -> None:
+        """Changes a session beside all calls; it is durable on return. Not for the loop.
+
+        Raises:
+            Exception: whatever the store could not do.
+        """
+        header = kept.session.header
+        standing, other = (header.standing, header.other) if header is not None else (HERE, "")
+        done = threading.Event()
+        failures: list[Exception] = []
+
+        def tell(error: Exception | None) -> None:
+            failures.extend([] if error is None else [error])
+            done.set()
+
+        kept.committer.put(Commit(kept.session, changes, b"", b"", False, schema, kinds, standing, other), tell)
+        done.wait()
+        if failures:
+            raise failures[0]
+
     def commit(
         self,
         kept: Kept,
@@ -252,10 +273,11 @@ class Stores:
         done: Done,
         *,
         is_job: bool,
+        schema: int,
         kinds: Mapping[str, str],
     ) -> None:
         """Has the changes of a call and its result made durable; `done` is told in another thread."""
-        kept.committer.put(Commit(kept.session, changes, call, payload, is_job, 0, kinds), done)
+        kept.committer.put(Commit(kept.session, changes, call, payload, is_job, schema, kinds), done)
 
     def forget_idle(self, actor: str, prefix: str, before_s: float, is_loaded: Callable[[str], bool]) -> list[tuple[str, str]]:
         """Removes sessions whose names begin with `prefix` and that nobody has changed since `before_s`, some at a time.

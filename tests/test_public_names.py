@@ -60,6 +60,7 @@ PUBLIC = [
     "random",
     "sleep",
     "tool",
+    "upgrade",
     "wait",
     "workflow",
 ]
