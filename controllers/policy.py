@@ -23,40 +23,40 @@ from typing import Final, Protocol, TypeAlias, overload
 import msgspec
 import numpy as np
 
+from nalar_mq.actions import ACTS, Act, Allow, Kill, Limit, Migrate, Provision, Route, SetPriority, Weights
+
 from .tables import Floats, Ints
 from .view import View
 
+__all__ = [
+    "ACTS",
+    "Act",
+    "Action",
+    "Allow",
+    "Composed",
+    "Kill",
+    "Limit",
+    "Migrate",
+    "Policy",
+    "Provision",
+    "Route",
+    "SetPriorities",
+    "SetPriority",
+    "State",
+    "Weights",
+    "allow",
+    "by_rank",
+    "kill",
+    "limit",
+    "migrate",
+    "provision",
+    "route",
+    "set_priority",
+]
 LEVELS: Final = 16
 
 
-class Route(msgspec.Struct, frozen=True, tag="route"):
-    """All calls of a session to an agent go to one instance."""
-
-    session: str
-    agent: str
-    instance: str
-    reason: str = ""
-
-
-class Weights(msgspec.Struct, frozen=True, tag="weights"):
-    """Calls to an agent go to these instances, in proportion to the weights."""
-
-    agent: str
-    instances: tuple[str, ...]
-    weights: tuple[float, ...]
-    reason: str = ""
-
-
-class SetPriority(msgspec.Struct, frozen=True, tag="priority"):
-    """A session has this priority everywhere, or at one agent."""
-
-    session: str
-    value: int
-    agent: str = ""
-    reason: str = ""
-
-
-class SetPriorities(msgspec.Struct, frozen=True, eq=False, tag="priorities"):
+class SetPriorities(msgspec.Struct, frozen=True, eq=False):
     """`SetPriority` for many sessions at once, by their numbers in the view; where one has its own, that holds."""
 
     sessions: Ints
@@ -64,55 +64,8 @@ class SetPriorities(msgspec.Struct, frozen=True, eq=False, tag="priorities"):
     reason: str = ""
 
 
-class Limit(msgspec.Struct, frozen=True, tag="limit"):
-    """At most so many calls run at once at each instance of an agent: all of them, or those of a session or tenant."""
-
-    agent: str
-    running: int
-    session: str = ""
-    tenant: str = ""
-    reason: str = ""
-
-
-class Allow(msgspec.Struct, frozen=True, tag="allow"):
-    """These agents, workflows and tenants may call an agent; once there is such a rule, nobody else may."""
-
-    agent: str
-    callers: tuple[str, ...] = ()
-    tenants: tuple[str, ...] = ()
-    reason: str = ""
-
-
-class Migrate(msgspec.Struct, frozen=True, tag="migrate"):
-    """A session moves from one instance of an agent to another, with its pending calls and its state."""
-
-    session: str
-    agent: str
-    source: str
-    target: str
-    reason: str = ""
-
-
-class Kill(msgspec.Struct, frozen=True, tag="kill"):
-    """An instance finishes what it has begun and stops; with an agent, only its replica there."""
-
-    instance: str
-    agent: str = ""
-    reason: str = ""
-
-
-class Provision(msgspec.Struct, frozen=True, tag="provision"):
-    """Another instance of an agent starts on a node."""
-
-    agent: str
-    node: str
-    reason: str = ""
-
-
 State: TypeAlias = Route | Weights | SetPriority | SetPriorities | Limit | Allow
-Act: TypeAlias = Migrate | Kill | Provision
 Action: TypeAlias = State | Act
-ACTS: Final = (Migrate, Kill, Provision)
 
 
 class Policy(Protocol):

@@ -667,6 +667,11 @@ class View:
         for key in list(process.held):
             self._let_go(process, key)
 
+    def sessions_of(self, worker: str) -> tuple[int, int, Ints]:
+        """The incarnation of a process, its last report, and the numbers of its sessions by their slots there, -1 for none."""
+        process = self._processes[worker]
+        return process.incarnation, process.number, process.sessions
+
     def stale(self) -> list[Address]:
         """Processes of which reports are missing: everything has to be told anew."""
         return [process.address for process in self._processes.values() if process.is_stale]

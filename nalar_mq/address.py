@@ -21,12 +21,17 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.seen.<to>.<from>     the pieces of the answer
     NS.report.<process>     what becomes of a process's calls, as numbered columns; every controller listens
     NS.again.<process>      asks the process to tell everything anew
+    NS.states               the routes, priorities, limits and permissions that hold from now on
+    NS.ranks.<process>      priorities of the sessions of one process
 
 Key-value buckets (their names are the namespace, a dash and the word):
 
     NS-members              <process>              who is alive, its incarnation, and which actors it serves
     NS-places               <actor>.<instance>     the process that holds the memory of a session
     NS-lost                 <process>              its highest incarnation that has been declared lost
+    NS-leader               leader                 the global controller that decides, while it lives
+    NS-control              states                 what it has last published as `NS.states`
+    NS-acts                 acts                   what it wants done once, for one lease
 
 Object stores:
 
@@ -92,10 +97,13 @@ class Subjects:
     """The subjects and buckets of one namespace. Immutable; cheap to share."""
 
     __slots__ = (
+        "acts_bucket",
         "claims_bucket",
+        "control_bucket",
         "dead_ledger",
         "jobs_queue",
         "journal_ledger",
+        "leader_bucket",
         "lost_bucket",
         "members_bucket",
         "namespace",
@@ -113,6 +121,9 @@ class Subjects:
         self.members_bucket = f"{namespace}-members"
         self.places_bucket = f"{namespace}-places"
         self.lost_bucket = f"{namespace}-lost"
+        self.leader_bucket = f"{namespace}-leader"
+        self.control_bucket = f"{namespace}-control"
+        self.acts_bucket = f"{namespace}-acts"
         self.journal_ledger = f"{namespace}-journal"
         self.claims_bucket = f"{namespace}-claims"
         self.replicas_ledger = f"{namespace}-replicas"
@@ -155,6 +166,15 @@ class Subjects:
     def again(self, to: str) -> str:
         """Where process `to` is asked to tell everything anew."""
         return f"{self.namespace}.again.{to}"
+
+    @property
+    def states(self) -> str:
+        """Where it is told what holds from now on."""
+        return f"{self.namespace}.states"
+
+    def ranks(self, to: str) -> str:
+        """Where process `to` is told the priorities of its sessions."""
+        return f"{self.namespace}.ranks.{to}"
 
     def job(self, workflow: str) -> str:
         """Where jobs of a workflow are published; `*` for all of them."""

@@ -122,16 +122,23 @@ class _Interned:
         self._free: list[int] = []
         self._opened: dict[int, None] = {}
         self._closed: list[int] = []
+        self._since: list[int] = []
 
     def find(self, name: str) -> int | None:
         """The slot of a name that is used."""
         return self._slots.get(name)
 
-    def use(self, name: str, tenant: str = "") -> int:
-        """The slot of a name, which is used once more."""
+    def name_at(self, slot: int, number: int) -> str | None:
+        """The name that has a slot, if it has had it since before report `number`."""
+        is_there = 0 <= slot < len(self._names) and self._uses[slot] > 0 and self._since[slot] < number
+        return self._names[slot] if is_there else None
+
+    def use(self, name: str, number: int, tenant: str = "") -> int:
+        """The slot of a name, which is used once more; `number` is that of the last report."""
         slot = self._slots.get(name)
         if slot is None:
             slot = self._slots[name] = self._take(name, tenant)
+            self._since[slot] = number
             self._opened[slot] = None
         self._uses[slot] += 1
         return slot
@@ -142,6 +149,7 @@ class _Interned:
             self._names[slot], self._tenants[slot] = name, tenant
             return slot
         self._uses.append(0)
+        self._since.append(0)
         self._names.append(name)
         self._tenants.append(tenant)
         return len(self._uses) - 1
@@ -298,7 +306,7 @@ class Changes:
     def hold(self, agent: str, session: str, tenant: str = "") -> None:
         """The state of the session is here."""
         if (agent, session) not in self._held:
-            self._held[agent, session] = self._newly_held[agent, session] = self._sessions.use(session, tenant)
+            self._held[agent, session] = self._newly_held[agent, session] = self._sessions.use(session, self._number, tenant)
 
     def let_go(self, agent: str, session: str) -> None:
         """It is not here any more."""
@@ -308,6 +316,10 @@ class Changes:
         if self._newly_held.pop((agent, session), None) is None:
             self._let_go.append((self._number_of((agent, "")), slot))
         self._sessions.leave(slot)
+
+    def session_at(self, slot: int, number: int) -> str | None:
+        """The session that had a slot in report `number` and still has it; None if that is not known to be so."""
+        return self._sessions.name_at(slot, number)
 
     # What is true of the process as a whole.
 
@@ -375,8 +387,8 @@ class Changes:
 
     def _row(self, future: Tracked) -> _Row:
         call = future.call
-        session = self._sessions.use(call.session, future.tenant)
-        job = self._jobs.use(call.job) if call.job else NO_JOB
+        session = self._sessions.use(call.session, self._number, future.tenant)
+        job = self._jobs.use(call.job, self._number) if call.job else NO_JOB
         row = _Row(future, self._number_of((call.actor, call.method)), session, job)
         if self._free:
             future.slot = self._free.pop()
