@@ -10,8 +10,9 @@ A value is taken as it stands where the parameter is annotated `str`; elsewhere 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, TypeAlias
 
@@ -54,6 +55,42 @@ def parameters_of(signature: str) -> Parameters:
     by_position = [*spec.posonlyargs, *spec.args]
     annotations = {arg.arg: _readable(arg.annotation) for arg in [*by_position, *spec.kwonlyargs]}
     return Parameters(annotations=annotations, positional=len(by_position), takes_any_name=spec.kwarg is not None)
+
+
+def check_fit(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Returns if a callee with that signature, as `parameters_of` reads it, takes these arguments, or nothing is known of it.
+
+    Raises:
+        TypeError: it does not; says which is missing or too many.
+    """
+    start = signature.find("(")
+    try:
+        tree = parse(f"def f{signature[start:]}: ..." if start >= 0 else "")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    if tree.body and isinstance(tree.body[0], ast.FunctionDef):
+        _signature_of(tree.body[0].args).bind(*args, **kwargs)
+
+
+def _signature_of(spec: ast.arguments) -> inspect.Signature:
+    by_position = [*spec.posonlyargs, *spec.args]
+    optional = len(by_position) - len(spec.defaults)
+    made = [
+        inspect.Parameter(
+            arg.arg,
+            inspect.Parameter.POSITIONAL_ONLY if number < len(spec.posonlyargs) else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if number < optional else None,
+        )
+        for number, arg in enumerate(by_position)
+    ]
+    if spec.vararg is not None:
+        made.append(inspect.Parameter(spec.vararg.arg, inspect.Parameter.VAR_POSITIONAL))
+    for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
+        empty = inspect.Parameter.empty if default is None else None
+        made.append(inspect.Parameter(arg.arg, inspect.Parameter.KEYWORD_ONLY, default=empty))
+    if spec.kwarg is not None:
+        made.append(inspect.Parameter(spec.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
+    return inspect.Signature(made)
 
 
 def parse_arguments(words: Sequence[str], json_text: str | None, parameters: Parameters) -> Arguments:

@@ -469,7 +469,9 @@ def submit(
     choice = _choice(broker)
     if file is None:
         wish = job_commands.JobWish(workflow=workflow, words=arguments, json_text=json, id=id)
-        made = _run(options, job_commands.submit(choice, app, wish))
+        made, remark = _run(options, job_commands.submit(choice, app, wish))
+        if remark:
+            _tell(remark)
         if not wait:
             _show(made)
             return

@@ -18,11 +18,18 @@ from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 from nalar_mq.address import Address, check_token, random_token
-from nalar_mq.arguments import parameters_of
+from nalar_mq.arguments import check_fit, parameters_of
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
-from nalar_mq.errors import ArgumentError, BrokerError, CallCancelledError, MigrationError, UnknownActorError
+from nalar_mq.errors import (
+    ArgumentError,
+    BrokerError,
+    BrokerUnreachableError,
+    CallCancelledError,
+    MigrationError,
+    UnknownActorError,
+)
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
@@ -34,6 +41,11 @@ from nalar_mq.traces import Trace, trace_of
 
 T = TypeVar("T")
 
+_ADVICE = (
+    "start one with `nalar up APP`, or name one by `connect(url)` or NATS_URL; `connect(app=...)` finds that of an app that is "
+    "up for another folder"
+)
+_UNREACHABLE = "start it, or name another one by `connect(url)` or NATS_URL"
 _REJOIN_PAUSE_S = 1.0
 _NOT_OPEN = (
     "the client is not open: use it as `async with connect() as client`, without an event loop as `with connect() as client`"
@@ -62,6 +74,7 @@ def connect(
     Raises:
         ConfigError: the URL is none, or there is none to be found.
     """
+    advice = _UNREACHABLE if settings is None else ""
     if settings is None:
         place = Path.cwd() if app is None else Path(app)
         running = read_runtime_file(place if place.is_dir() else place.parent)
@@ -69,8 +82,9 @@ def connect(
             nats=url,
             runtime=running.access if running else None,
             app_namespace=running.namespace if running and url is None else "",
+            advice=_ADVICE,
         )
-    return Client(settings, name=name, connect=connect, random=random)
+    return Client(settings, name=name, connect=connect, random=random, advice=advice)
 
 
 class Caller:
@@ -132,8 +146,10 @@ class Client(Caller):
         name: str | None = None,
         connect: Connect | None = None,
         random: Random | None = None,
+        advice: str = "",
     ) -> None:
         super().__init__(self, DEFAULT_OPTIONS)
+        self._advice = advice
         entropy = random.randbytes(6) if random is not None else None
         self.name = check_token(name, "client name") if name is not None else random_token("client", entropy)
         self._settings = settings
@@ -166,7 +182,10 @@ class Client(Caller):
         return self._process
 
     async def __aenter__(self) -> Client:
-        await self._open()
+        try:
+            await self._open()
+        except BrokerError as error:
+            raise _for_users(error, self._advice) from None
         self._enter_context()
         return self
 
@@ -178,8 +197,10 @@ class Client(Caller):
         self._thread = _LoopThread(f"nalar-{self.name}")
         try:
             self._thread.run(self._open())
-        except BaseException:
+        except BaseException as error:
             self._thread.close()
+            if isinstance(error, BrokerError):
+                raise _for_users(error, self._advice) from None
             raise
         self._enter_context()
         return self
@@ -272,14 +293,29 @@ class Client(Caller):
 
         Raises:
             AddressError: `workflow` or `job_id` is no token.
-            ArgumentError: positional and named arguments cannot be put together.
+            ArgumentError: positional and named arguments cannot be put together, or whoever serves it does not take them.
+            UnknownActorError: what is served under that name is no workflow.
             BrokerFeatureError: the broker is known to acknowledge what it has not synced to disk, and not trusted.
             BrokerError: it may have been accepted or not; to submit it again under the same `job_id` is safe.
         """
         jobs = await self.jobs(to_submit=True)
+        self._check_job(workflow, args, kwargs)
         named = kwargs if not args else self._by_name(workflow, args, kwargs) if kwargs else None
         id = await jobs.submit(workflow, write_value(list(args) if named is None else named), job_id or "")
         return JobHandle(jobs, id)
+
+    def _check_job(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Returns unless it is known already that the job would fail."""
+        info = self.process.table.info(workflow)
+        if info is None:
+            return
+        if info.kind != "workflow":
+            text = f"{workflow!r} is no workflow but {info.kind}: jobs are calls of workflows; call it with `call`"
+            raise UnknownActorError(text, actor=workflow)
+        try:
+            check_fit(info.methods.get("", ""), args, kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"{workflow}: {error}", actor=workflow) from None
 
     def _by_name(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         info = self.process.table.info(workflow)
@@ -304,7 +340,8 @@ class Client(Caller):
                 await check_durable(self.process.transport)
             self._is_durable = True
         if self._jobs is None:
-            self._jobs = await Jobs.open(self.process.transport, self.process.subjects)
+            process = self.process
+            self._jobs = await Jobs.open(process.transport, process.subjects, is_alive=process.table.is_alive)
         return self._jobs
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -365,6 +402,13 @@ class Migration(NamedTuple):
 
     frozen_s: float
     size_bytes: int
+
+
+def _for_users(error: BrokerError, advice: str) -> BrokerError:
+    """Without the way through our code, which says nothing to whoever has named a broker that is not there."""
+    if isinstance(error, BrokerUnreachableError) and advice:
+        error = BrokerUnreachableError(f"{error}: {advice}", error.url)
+    return error.with_traceback(None)
 
 
 class _LoopThread:

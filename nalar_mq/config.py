@@ -94,6 +94,11 @@ def find_local_store(given: str = "", *, environ: Mapping[str, str] | None = Non
     return Path(chosen) if chosen else Path(tempfile.gettempdir()) / f"nalar-{os.geteuid()}"
 
 
+_ADVICE = (
+    "start one with `nalar up APP`, or name one by --nats or NATS_URL, or by --app the app of one that is up for another folder"
+)
+
+
 def load_settings(
     *,
     nats: str | None = None,
@@ -104,6 +109,7 @@ def load_settings(
     node: str = "",
     trust_broker: bool = False,
     environ: Mapping[str, str] | None = None,
+    advice: str = _ADVICE,
 ) -> Settings:
     """Settings of a process that uses a broker which is already there.
 
@@ -116,6 +122,7 @@ def load_settings(
         node: name of the machine or GPU.
         trust_broker: given by hand; else `NALAR_TRUST_BROKER` counts.
         environ: stands in for the environment of the process.
+        advice: what to do if no broker is named, for whoever asks.
 
     Raises:
         ConfigError: no broker is named anywhere, or what names it cannot be understood.
@@ -123,10 +130,7 @@ def load_settings(
     env = os.environ if environ is None else environ
     access = find_broker(nats=nats, context=context, runtime=runtime, environ=env)
     if access is None:
-        raise ConfigError(
-            "no broker is known: start one with `nalar up APP`, or name one by --nats or NATS_URL, or by --app the app of one "
-            "that is up for another folder (in Python: `connect(url)`, `connect(app=...)`)"
-        )
+        raise ConfigError(f"no broker is known: {advice}")
     chosen = find_namespace(namespace, app_namespace, environ=env)
     return Settings(broker=access, namespace=chosen, node=node, trust_broker=trusts_broker(trust_broker, environ=env))
 

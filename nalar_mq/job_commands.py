@@ -37,14 +37,26 @@ class JobWish(msgspec.Struct, frozen=True, kw_only=True):
     id: str = ""
 
 
-async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> str:
-    """Makes one job; returns its id once the broker has it."""
+async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> tuple[str, str]:
+    """Makes one job; returns its id once the broker has it, and what is to be said of it, if anything.
+
+    Raises:
+        ArgumentError: whoever serves the workflow does not take these arguments.
+        UnknownActorError: what is served under that name is no workflow.
+    """
     async with _client(choice, app) as client:
         info = client.process.table.info(wish.workflow)
         parameters = parameters_of(info.methods.get("", "") if info is not None else "")
         args, kwargs = parse_arguments(wish.words, wish.json_text, parameters)
         handle = await client.submit(wish.workflow, *args, job_id=wish.id or None, **kwargs)
-        return handle.id
+        return handle.id, "" if info is not None else unserved(client, wish.workflow)
+
+
+def unserved(client: Client, workflow: str) -> str:
+    """What to know of a job of a workflow that nobody serves."""
+    table = client.process.table
+    served = ", ".join(name for name in table.known_actors() if (info := table.info(name)) and info.kind == "workflow")
+    return f"nobody serves {workflow!r} now, and the job waits until somebody does; served are: {served or 'no workflows'}"
 
 
 async def submit_lines(

@@ -36,7 +36,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from nalar_mq.address import Subjects, check_token, random_token
+from nalar_mq.address import Address, Subjects, check_token, random_token
 from nalar_mq.errors import (
     AddressError,
     BrokerAuthError,
@@ -161,6 +161,7 @@ class Jobs:
         dead: Ledger,
         running: Ledger,
         results_kept_s: float,
+        is_alive: Callable[[Address], bool],
     ) -> None:
         self._transport = transport
         self._subjects = subjects
@@ -169,6 +170,7 @@ class Jobs:
         self._results = results
         self._dead = dead
         self._kept_s = results_kept_s
+        self._is_alive = is_alive
         self._objects: ObjectStore | None = None
         self._is_closed = False
 
@@ -179,15 +181,19 @@ class Jobs:
         subjects: Subjects,
         *,
         results_kept_s: float = RESULTS_KEPT_S,
+        is_alive: Callable[[Address], bool] = lambda _: True,
     ) -> Jobs:
-        """Opens queue, ledgers and bucket, creating what does not exist; results are kept for `results_kept_s`."""
+        """Opens queue, ledgers and bucket, creating what does not exist; results are kept for `results_kept_s`.
+
+        A job whose worker is not alive, as far as `is_alive` knows, waits for another one.
+        """
         queue, results, dead, running = await asyncio.gather(
             transport.work_queue(subjects.jobs_queue, [subjects.job("*")]),
             transport.ledger(subjects.results_ledger, [subjects.result("*")], max_age_s=results_kept_s, per_subject=1),
             transport.ledger(subjects.dead_ledger, [subjects.dead("*")], per_subject=1),
             transport.ledger(subjects.running_ledger, [subjects.running("*")], per_subject=1),
         )
-        return cls(transport, subjects, queue, results, dead, running, results_kept_s)
+        return cls(transport, subjects, queue, results, dead, running, results_kept_s, is_alive)
 
     # Publishing.
 
@@ -358,7 +364,7 @@ class Jobs:
         if result is None:
             held = await self.holder(id)
             if held is not None:
-                return _status_of(id, held[0])
+                return self._status_of(id, held[0])
             waiting = await self._find_queued(id)
             result = None if waiting is not None else await self.result(id)
             if waiting is not None:
@@ -366,6 +372,10 @@ class Jobs:
         if result is None:
             raise UnknownJobError(id)
         return JobStatus(id, result.workflow, result.state, error=result.error or None)
+
+    def _status_of(self, id: str, held: Running) -> JobStatus:
+        runs = bool(held.name) and self._is_alive(Address(held.name, held.incarnation))
+        return JobStatus(id, held.workflow, "running" if runs else "queued", held.name if runs else "", held.failures)
 
     async def holder(self, id: str) -> tuple[Running, int] | None:
         """The record of a job that runs or waits for another attempt, and its revision."""
@@ -403,7 +413,7 @@ class Jobs:
     async def overview(self, limit: int = 50) -> Overview:
         """All jobs that have not ended, by counts, and the last `limit` that have."""
         counts = await self.queue.subjects()
-        running = [_status_of(id, held) for id, held, _ in await self.records()]
+        running = [self._status_of(id, held) for id, held, _ in await self.records()]
         ended: list[JobResult] = []
         async for kept in _pages(self._results.read, self._subjects.result("*")):
             ended.append(read_result(kept.data))
@@ -577,10 +587,6 @@ def _read_running(kept: Kept) -> Running:
         return decode_running(kept.data)
     except WireError:
         return Running(0, "", 0, 0, "")
-
-
-def _status_of(id: str, held: Running) -> JobStatus:
-    return JobStatus(id, held.workflow, "running" if held.name else "queued", held.name, held.failures)
 
 
 def _cause(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -185,3 +186,21 @@ async def test_a_slow_consumer_is_cut_off_by_its_broker_and_nothing_is_lost(
         finally:
             worker.kill()
             await worker.wait()
+
+
+def test_a_program_whose_broker_is_not_there_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("NATS_URL", "NALAR_NATS_URL", "NATS_CONTEXT", "NALAR_NATS_CONTEXT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(errors.ConfigError, match=r"nalar up APP.*connect\(url\).*NATS_URL") as unknown:
+        connect()
+    assert "--" not in str(unknown.value), "a program has no flags of the command line"
+    with (
+        pytest.raises(errors.BrokerUnreachableError, match=r"127\.0\.0\.1:1.*`connect\(url\)` or NATS_URL") as away,
+        connect("nats://127.0.0.1:1"),
+    ):
+        pass
+    shown = traceback.format_exception(away.value)
+    assert "nats_transport" not in "".join(shown) and "The above exception" not in "".join(shown)

@@ -20,6 +20,7 @@ from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.intake import IntakeOptions
 from nalar_mq.interchange import read_arguments, write_value
+from nalar_mq.job_commands import unserved
 from nalar_mq.jobs import JobResult, Jobs, read_result
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, Running
@@ -299,7 +300,7 @@ async def test_objects_arrive_as_the_annotations_say(bench: Bench) -> None:
     with pytest.raises(errors.ArgumentError):
         await client.submit("move", 1, point=3)
     with pytest.raises(errors.AddressError):
-        await client.submit("move", 1, job_id="no token")
+        await client.submit("move", 1, by=2, job_id="no token")
 
 
 async def test_failures_reach_the_client_by_type(bench: Bench) -> None:
@@ -546,3 +547,52 @@ def test_a_value_comes_back_from_both_forms(value: Any) -> None:
 def test_what_is_neither_form_is_malformed(data: bytes) -> None:
     with pytest.raises(errors.MalformedMessageError):
         read_arguments(data)
+
+
+async def test_a_job_whose_worker_is_gone_is_said_to_wait(bench: Bench) -> None:
+    client = await bench.client()
+    jobs = await client.jobs()
+    await jobs.hold("j1", Running(WIRE_VERSION, "dead", 5, 1, "gated"), 0)
+    [job] = (await jobs.overview()).running
+    assert (job.id, job.state, job.worker) == ("j1", "queued", "")
+    status = await (await client.job("j1")).status()
+    assert (status.state, status.worker) == ("queued", "")
+    worker = await bench.worker("one")
+    handle = await client.submit("gated", "a-0")
+    await bench.until(lambda: bool(bench.actors.RUNS))
+    assert (await handle.status()).worker == worker.name
+    bench.actors.GATES["a"].set()
+    await handle.result(timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "why"),
+    [
+        ([], {}, "missing a required argument: 'question'"),
+        ([], {"quest": "x"}, "missing a required argument"),
+        (["x"], {"quest": "x"}, "unexpected keyword argument 'quest'"),
+        (["x", "y", "z"], {}, "too many positional arguments"),
+    ],
+)
+async def test_a_job_that_would_fail_is_refused_where_its_workflow_is_known(
+    bench: Bench, args: list[str], kwargs: dict[str, str], why: str
+) -> None:
+    client = await bench.client()
+    await client.submit("answer", *args, job_id="blind", **({} if args else kwargs))
+    await bench.worker("one")
+    await client.wait_for("answer")
+    with pytest.raises(errors.ArgumentError, match=why) as refused:
+        await client.submit("answer", *args, **kwargs)
+    assert refused.value.actor == "answer"
+    with pytest.raises(errors.UnknownActorError, match="'double' is no workflow but tool"):
+        await client.submit("double", 1)
+
+
+async def test_who_submits_what_nobody_serves_is_told(bench: Bench) -> None:
+    client = await bench.client()
+    assert "no workflows" in unserved(client, "nobody")
+    await bench.worker("one")
+    await client.wait_for("answer")
+    said = unserved(client, "nobody")
+    assert "nobody serves 'nobody' now" in said and "answer" in said and "double" not in said
+    assert (await (await client.submit("nobody", 1)).status()).state == "queued"
