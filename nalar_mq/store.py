@@ -6,17 +6,18 @@ or not at all.
 
 What is in it (all numbers big-endian, so that they sort):
 
-    about      format, id, directory, owner, commits, sessions
-    sessions   actor NUL session             -> crc, header: number, and by field how many entries and the xor of their crcs
+    about      format, id, copy, directory, counts -> crc, what it is; owner: who may write
+    sessions   actor NUL session             -> crc, header: number, by field how many entries and the xor of their crcs, and
+                                                the keys of its last records
     names      hash of the same key          -> number; a session that only one of the two trees knows is damaged
     entries    number, field NUL, order      -> crc of field, order and data; data
     records    kind, commit, place in it     -> crc, record: call, session, when, result
-    calls      number, call                  -> key of its record
+    calls      number, call                  -> crc, key of its record, key of the record before it
 
-LMDB checks nothing that it reads. Therefore a folder is examined before it is opened (`examine`): its file is as long as its
-pages say, its trees are sound, and it is not older than the last commit (kept in a file beside it, since a damaged page can
-have LMDB go back by one commit and not know it). A session is checked whole when it is loaded: each entry against its
-checksum, and all together against the header.
+LMDB checks nothing that it reads. Therefore a folder is examined before it is opened (`pages`), and must not be older than the
+last commit (kept in a file beside it, since a damaged page can have LMDB go back by one commit and not know it). A session is
+checked whole when it is loaded: each entry against its checksum, all together against the header, and the chain of its
+records from the last to the last one that has expired, since a call whose record is missing would run again.
 
 Records come in the order of commits, so that they are written side by side and expire from one end.
 """
@@ -39,9 +40,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
 import lmdb
 import msgspec
-from lmdb.verify import VerifyError
-from lmdb.verify import verify as _verify_file  # pyright: ignore[reportUnknownVariableType]
 
+from nalar_mq import pages
 from nalar_mq.errors import (
     StateDamagedError,
     StoreBusyError,
@@ -71,10 +71,14 @@ DEPARTED_AT_ONCE: Final = 500
 _LOCK_FILE: Final = "owner"
 _COMMITS_FILE: Final = "commits"
 _DATA_FILE: Final = "data.mdb"
+_READERS_FILE: Final = "lock.mdb"
+_READERS_BYTES: Final = 8192
 _TREES: Final = ("about", "sessions", "names", "entries", "records", "calls")
 _CRC: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _RECORD_KEY: Final = struct.Struct(">cQI")
+_COUNTS: Final = struct.Struct(">QQ13s13s")
+_KINDS: Final = (b"c", b"j")
 
 Entries = dict[str, list[tuple[int, bytes]]]
 """By field the entries of a session, in their order."""
@@ -101,6 +105,7 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
         kinds: what each field is: `list`, `dict` or `value`.
         standing: one of `HERE`, `STAGED`, `LEAVING` and `LEFT`; only what is here is served.
         other: the store that it comes from or goes to, if it is not just here.
+        last: the keys of its last records: of a call, and of a call of a job.
     """
 
     number: int
@@ -110,6 +115,7 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
     kinds: dict[str, str] = {}
     standing: str = ""
     other: str = ""
+    last: tuple[bytes, bytes] = (b"", b"")
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True):
@@ -226,36 +232,37 @@ def key_of(actor: str, session: str) -> bytes:
 
 def names_in(key: bytes) -> tuple[str, str]:
     """Actor and session that a key stands for."""
-    actor, _, session = key.decode().partition("\0")
+    actor, _, session = key.decode("utf-8", "backslashreplace").partition("\0")
     return actor, session
 
 
-def _walked(folder: Path) -> list[str]:
-    return list(_verify_file(str(folder), subdir=True))  # type: ignore[no-untyped-call]
-
-
 def examine(folder: Path, *, whole: bool = True) -> list[str]:
-    """What is wrong with the files of a store that nobody has open; empty if nothing is found.
+    """What is wrong with the files of a store that nobody writes to; empty if nothing is found.
 
     Args:
         folder: of the store.
-        whole: walk all trees however large the file is; takes about a minute for a gigabyte.
+        whole: read all pages however large the file is.
     """
     path = folder / _DATA_FILE
     try:
-        size = path.stat().st_size
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return []
-    if size == 0:
-        return [f"{path} is empty"]
-    if whole or size <= EXAMINED_BYTES:
-        try:
-            return [f"{path}: {finding}" for finding in _walked(folder)]
-        except VerifyError as error:
-            return [f"{path}: {error}"]
-        except Exception as error:  # the examiner itself stumbled over what it was given
-            return [f"{path}: cannot be read: {error!r}"]
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror or error}"]
+    try:
+        if os.fstat(file).st_size:
+            _check_pages(file, whole=whole)
+    except (pages.PagesDamaged, pages.LayoutUnknown, OSError) as error:
+        return [f"{path}: {error}"]
+    finally:
+        os.close(file)
     return []
+
+
+def _check_pages(file: int, txn: int | None = None, *, whole: bool) -> None:
+    meta = pages.read_meta(file, txn)
+    pages.check(file, meta, whole=whole or os.fstat(file).st_size <= EXAMINED_BYTES)
 
 
 class Store:
@@ -269,13 +276,15 @@ class Store:
         directory: the directory of sessions that it belongs to; empty until `belong_to`.
         copy: of this folder; another one, made of what was shipped elsewhere, has the same id and another copy.
         commits: transactions that have changed sessions so far.
+        is_read_only: it was opened by `read`, and nothing can be written.
     """
 
-    def __init__(self, folder: Path, env: lmdb.Environment, lock: int, limit_bytes: int) -> None:
+    def __init__(self, folder: Path, env: lmdb.Environment, lock: int, limit_bytes: int, *, is_read_only: bool = False) -> None:
         self.folder = folder
         self.id = ""
         self.directory = ""
         self.copy = ""
+        self.is_read_only = is_read_only
         self._env = env
         self._lock = lock
         self._limit_bytes = limit_bytes
@@ -283,8 +292,7 @@ class Store:
         self._guard = _Guard()
         self._commits_file = -1
         self._trees: dict[str, Tree] = {}
-        self._commits = 0
-        self._next = 1
+        self._counts = _Counts(0, 1, b"", b"")
 
     @classmethod
     def open(
@@ -326,6 +334,34 @@ class Store:
             raise
         return store
 
+    @classmethod
+    def read(cls, folder: Path, *, whole: bool = False) -> Self:
+        """Opens the store in `folder` for reading only, whoever has it open; what is committed meanwhile is seen too.
+
+        Args:
+            folder: of the store.
+            whole: examine all pages first, however large the file is.
+
+        Raises:
+            StoreDamagedError: its files are not what was written.
+            StoreVersionError: another version has written it.
+            StoreError: there is no store in the folder, or it cannot be read.
+        """
+        file = _shared(folder)
+        try:
+            env = _opened_to_read(folder)
+            try:
+                _examine_open(env, file, folder, whole=whole)
+                store = cls(folder, env, file, _LARGEST_MAP, is_read_only=True)
+                store._open_trees(_read_commits(folder))
+            except BaseException:
+                env.close()
+                raise
+        except BaseException:
+            os.close(file)
+            raise
+        return store
+
     @staticmethod
     def is_free(folder: Path) -> bool:
         """True if nobody has the store in `folder` open now."""
@@ -341,57 +377,83 @@ class Store:
             os.close(lock)
         return True
 
-    def _begin(self, upgrades: Mapping[int, Upgrade], id: str) -> None:
-        commits = _read_commits(self.folder)
+    def _open_trees(self, commits_seen: int) -> None:
         try:
-            self._trees = {name: self._env.open_db(name.encode()) for name in _TREES}
+            self._trees["about"] = self._env.open_db(b"about", create=False)
+            with self._env.begin() as txn:
+                found = self._format(txn)
+            if found != FORMAT:
+                raise _other_format(self.folder, found)
+            self._trees = {name: self._env.open_db(name.encode(), create=False) for name in _TREES}
+            with self._env.begin() as txn:
+                self._read_about(txn, commits_seen)
+        except lmdb.Error as error:
+            raise _translated(error, self.folder) from error
+
+    def _begin(self, upgrades: Mapping[int, Upgrade], id: str) -> None:
+        commits_seen = _read_commits(self.folder)
+        try:
+            if self._env.stat()["entries"]:
+                self._write_once(lambda txn: self._upgrade(txn, upgrades))
+            elif commits_seen:
+                raise _damaged(self.folder, f"it is empty, and had been written {commits_seen:,} times")
+            else:
+                self._write_once(lambda txn: self._make(txn, id))
             self._env.reader_check()
-            self._write_once(lambda txn: self._take(txn, commits, upgrades, id))
+            self._write_once(lambda txn: self._take(txn, commits_seen))
             self._commits_file = os.open(self.folder / _COMMITS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except lmdb.Error as error:
             raise _translated(error, self.folder) from error
         except OSError as error:
-            raise StoreError(f"{self.folder} cannot be written: {error.strerror or error}", str(self.folder)) from error
+            raise _unusable(error, self.folder) from error
         self._note_commits()
 
-    def _take(self, txn: Txn, commits_seen: int, upgrades: Mapping[int, Upgrade], id: str) -> None:
-        about = self._trees["about"]
-        found = txn.get(b"format", db=about)
-        if found is None:
-            if commits_seen:
-                raise _damaged(self.folder, f"it is empty, and had been written {commits_seen:,} times")
-            txn.put(b"format", _U64.pack(FORMAT), db=about)
-            txn.put(b"id", (id or os.urandom(8).hex()).encode(), db=about)
-            txn.put(b"copy", os.urandom(8).hex().encode(), db=about)
-        else:
-            self._upgrade(txn, _number(found, self.folder, "format"), upgrades)
-        self.id = (txn.get(b"id", db=about) or b"").decode("ascii", "replace")
-        self.copy = (txn.get(b"copy", db=about) or b"").decode("ascii", "replace")
-        self.directory = (txn.get(b"directory", db=about) or b"").decode("ascii", "replace")
-        self._commits = _number(txn.get(b"commits", _U64.pack(0), db=about), self.folder, "commits")
-        self._next = _number(txn.get(b"sessions", _U64.pack(1), db=about), self.folder, "sessions")
-        if self._commits < commits_seen:
-            raise _damaged(self.folder, f"it has {self._commits:,} commits and had {commits_seen:,}: the last ones are gone")
-        txn.put(b"owner", self._token, db=about)
+    def _make(self, txn: Txn, id: str) -> None:
+        self._trees = {name: self._env.open_db(name.encode(), txn=txn) for name in _TREES}
+        self._put_about(txn, b"format", _U64.pack(FORMAT))
+        self._put_about(txn, b"id", (id or os.urandom(8).hex()).encode())
+        self._put_about(txn, b"copy", os.urandom(8).hex().encode())
+        self._put_about(txn, b"directory", b"")
+        self._put_about(txn, b"counts", self._counts.packed())
 
-    def _upgrade(self, txn: Txn, found: int, upgrades: Mapping[int, Upgrade]) -> None:
-        if found > FORMAT:
-            raise StoreVersionError(
-                f"{self.folder} has format {found}, and this version of nalar-mq knows formats up to {FORMAT}: "
-                f"run the version that wrote it, or a later one",
-                str(self.folder),
-            )
+    def _upgrade(self, txn: Txn, upgrades: Mapping[int, Upgrade]) -> None:
+        self._trees = {"about": self._env.open_db(b"about", txn=txn, create=False)}
+        found = self._format(txn)
+        is_old = found < FORMAT
+        if found > FORMAT or (is_old and found not in upgrades):
+            raise _other_format(self.folder, found)
+        self._trees = {name: self._env.open_db(name.encode(), txn=txn, create=is_old) for name in _TREES}
         while found < FORMAT:
-            upgrade = upgrades.get(found)
-            if upgrade is None:
-                raise StoreVersionError(
-                    f"{self.folder} has format {found}, which this version of nalar-mq cannot bring to {FORMAT}: export it "
-                    f"with the version that wrote it (nalar state export), and import that here",
-                    str(self.folder),
-                )
-            upgrade(txn, self._trees)
+            if found not in upgrades:
+                raise _other_format(self.folder, found)
+            upgrades[found](txn, self._trees)
             found += 1
-            txn.put(b"format", _U64.pack(found), db=self._trees["about"])
+            self._put_about(txn, b"format", _U64.pack(found))
+
+    def _take(self, txn: Txn, commits_seen: int) -> None:
+        self._read_about(txn, commits_seen)
+        txn.put(b"owner", self._token, db=self._trees["about"])
+
+    def _read_about(self, txn: Txn, commits_seen: int) -> None:
+        self.id = self._about(txn, b"id").decode()
+        self.copy = self._about(txn, b"copy").decode()
+        self.directory = self._about(txn, b"directory").decode()
+        self._counts = _Counts.unpacked(self._about(txn, b"counts"))
+        commits = self._counts.commits
+        if commits < commits_seen:
+            raise _damaged(self.folder, f"it has {commits:,} commits and had {commits_seen:,}: the last ones are gone")
+
+    def _format(self, txn: Txn) -> int:
+        return int(_U64.unpack(self._about(txn, b"format"))[0])
+
+    def _about(self, txn: Txn, name: bytes) -> bytes:
+        data = _checked(txn.get(name, b"", db=self._trees["about"]), name)
+        if data is None:
+            raise _damaged(self.folder, f"its {name.decode()} does not match its checksum")
+        return data
+
+    def _put_about(self, txn: Txn, name: bytes, data: bytes) -> None:
+        txn.put(name, _sum(name, data) + data, db=self._trees["about"])
 
     def belong_to(self, directory: str) -> None:
         """Says for good which directory of sessions this store belongs to.
@@ -412,18 +474,19 @@ class Store:
 
     def move_to(self, directory: str) -> None:
         """Says that the store belongs to that directory from now on, whatever it belonged to."""
-        self._write_once(lambda txn: txn.put(b"directory", directory.encode(), db=self._trees["about"]))
+        self._write_once(lambda txn: self._put_about(txn, b"directory", directory.encode()))
         self.directory = directory
 
     @property
     def commits(self) -> int:
         """Transactions that have changed sessions so far."""
-        return self._commits
+        return self._counts.commits
 
     def restamp(self, commits: int) -> None:
         """Counts on from `commits`: what is here is what another copy of this store had after so many."""
-        self._write_once(lambda txn: txn.put(b"commits", _U64.pack(commits), db=self._trees["about"]))
-        self._commits = commits
+        counts = self._counts._replace(commits=commits)
+        self._write_once(lambda txn: self._put_about(txn, b"counts", counts.packed()))
+        self._counts = counts
         self._note_commits()
 
     # Reading.
@@ -436,10 +499,15 @@ class Store:
         """
         session = Session(actor, name, None)
         with self._reading() as txn:
-            session.header = self._header(txn, session.key)
+            session.header = self.header(txn, session.key)
         return session
 
-    def _header(self, txn: Txn, key: bytes) -> Header | None:
+    def header(self, txn: Txn, key: bytes) -> Header | None:
+        """The header under a key, as a transaction sees it.
+
+        Raises:
+            StateDamagedError: it cannot be read.
+        """
         data = txn.get(key, db=self._trees["sessions"])
         number = txn.get(_digest(key), db=self._trees["names"])
         if data is None and number is None:
@@ -465,6 +533,7 @@ class Store:
         fields: Entries = {}
         sums: dict[str, tuple[int, int]] = {}
         with self._reading() as txn:
+            self._check_records(txn, session.key, header)
             for field, order, crc, data in self._entries(txn, session.key, header.number):
                 fields.setdefault(field, []).append((order, data))
                 count, sum_ = sums.get(field, (0, 0))
@@ -477,6 +546,22 @@ class Store:
         if sums:
             raise self._session_damaged(session.key, f"{', '.join(sorted(sums))}: entries that nobody has written")
         return fields
+
+    def _check_records(self, txn: Txn, key: bytes, header: Header) -> None:
+        """That all records of a session that have not expired can be found by their calls."""
+        before: dict[bytes, bytes] = {}
+        size = _RECORD_KEY.size
+        for call, value in _with_prefix(txn, self._trees["calls"], _U64.pack(header.number)):
+            data = _checked(value, call)
+            if data is None:
+                raise self._session_damaged(key, "the list of its calls does not match its checksums")
+            before[data[:size]] = data[size:]
+        counts = _Counts.unpacked(self._about(txn, b"counts"))
+        for last, expired in zip(header.last, counts.expired, strict=True):
+            while last > expired:
+                if last not in before:
+                    raise self._session_damaged(key, "what one of its calls came to is missing")
+                last = before[last]
 
     def _entries(self, txn: Txn, key: bytes, number: int, after: bytes = b"") -> Iterator[tuple[str, int, int, bytes]]:
         prefix = _U64.pack(number)
@@ -508,14 +593,21 @@ class Store:
         return found, b""
 
     def entries(self, session: Session, wanted: Iterable[tuple[str, int]]) -> list[Change]:
-        """Some entries of a session as they are now; without data those that are not there."""
+        """Some entries of a session as they are now; without data those that are not there.
+
+        Raises:
+            StateDamagedError: an entry is not what was written.
+        """
         header = session.header
         found: list[Change] = []
         with self._reading() as txn:
             for field, order in wanted:
                 key = _U64.pack(0 if header is None else header.number) + field.encode() + b"\0" + _U64.pack(order)
                 value = txn.get(key, db=self._trees["entries"])
-                found.append((field, order, None if value is None else value[4:]))
+                data = None if value is None else _checked(value, key[8:])
+                if value is not None and data is None:
+                    raise self._session_damaged(session.key, "an entry does not match its checksum")
+                found.append((field, order, data))
         return found
 
     def outcomes(self, session: Session) -> list[Outcome]:
@@ -525,7 +617,8 @@ class Store:
             return []
         found: list[Outcome] = []
         with self._reading() as txn:
-            for _, key in _with_prefix(txn, self._trees["calls"], _U64.pack(header.number)):
+            for index, value in _with_prefix(txn, self._trees["calls"], _U64.pack(header.number)):
+                key = self._record_key(session.key, index, value)
                 data = txn.get(key, db=self._trees["records"])
                 record = None if data is None else _decode(data, key, _RECORD)
                 if record is not None:
@@ -542,14 +635,22 @@ class Store:
         if header is None:
             return None
         with self._reading() as txn:
-            key = txn.get(_U64.pack(header.number) + call, db=self._trees["calls"])
-            data = None if key is None else txn.get(key, db=self._trees["records"])
-        if key is None:
-            return None
+            index = _U64.pack(header.number) + call
+            value = txn.get(index, db=self._trees["calls"])
+            if value is None:
+                return None
+            key = self._record_key(session.key, index, value)
+            data = txn.get(key, db=self._trees["records"])
         record = None if data is None else _decode(data, key, _RECORD)
         if record is None or record.call != call:
             raise self._session_damaged(session.key, f"what call {call.hex()} came to cannot be read")
         return record
+
+    def _record_key(self, key: bytes, index: bytes, value: bytes) -> bytes:
+        data = _checked(value, index)
+        if data is None:
+            raise self._session_damaged(key, "the list of its calls does not match its checksums")
+        return data[: _RECORD_KEY.size]
 
     def count(self) -> int:
         """How many sessions it keeps."""
@@ -622,112 +723,16 @@ class Store:
         return None
 
     def _write_all(self, writes: Sequence[Write], now_s: float) -> None:
-        headers: dict[Session, Header | None] = {}
-        numbers = [0, 0]
+        batch = _Batch(self, self._trees, self._counts, now_s)
 
         def apply(txn: Txn) -> None:
-            headers.clear()
-            numbers[:] = self._commits + 1, self._next
-            for place, write in enumerate(writes):
-                before = headers.get(write.session, write.session.header)
-                if isinstance(write, Removal):
-                    self._remove(txn, write.session.key, before)
-                    headers[write.session] = None
-                elif isinstance(write, Departure):
-                    headers[write.session] = self._depart(txn, write, numbers, now_s)
-                else:
-                    headers[write.session] = self._apply(txn, write, before, numbers, place, now_s)
-            self._expire(txn, now_s, _EXPIRED_AT_ONCE * len(writes))
-            txn.put(b"commits", _U64.pack(numbers[0]), db=self._trees["about"])
-            txn.put(b"sessions", _U64.pack(numbers[1]), db=self._trees["about"])
+            self._put_about(txn, b"counts", batch.apply(txn, writes).packed())
 
         self._write_once(apply)
-        self._commits, self._next = numbers
+        self._counts = batch.counts
         self._note_commits()
-        for session, header in headers.items():
+        for session, header in batch.headers():
             session.header = header
-
-    def _apply(self, txn: Txn, commit: Commit, before: Header | None, numbers: list[int], place: int, now_s: float) -> Header:
-        key = commit.session.key
-        number = before.number if before is not None else numbers[1]
-        if before is None:
-            numbers[1] += 1
-            txn.put(_digest(key), _U64.pack(number), db=self._trees["names"])
-        elif txn.get(_digest(key), db=self._trees["names"]) != _U64.pack(number):
-            raise StoreError(
-                f"session {commit.session.name!r} of {commit.session.actor!r} was removed meanwhile", str(self.folder)
-            )
-        sums = dict(before.sums) if before is not None else {}
-        self._apply_changes(txn, _U64.pack(number), commit.changes, sums)
-        header = Header(number, sums, now_s, commit.schema, dict(commit.kinds), commit.standing, commit.other)
-        _put(txn, self._trees["sessions"], key, header)
-        if commit.call:
-            self._record(txn, number, Outcome(commit.call, commit.payload, now_s, commit.is_job), numbers[0], place << 16)
-        for position, outcome in enumerate(commit.records, 1):
-            self._record(txn, number, outcome, numbers[0], place << 16 | position)
-        return header
-
-    def _record(self, txn: Txn, number: int, outcome: Outcome, commit: int, place: int) -> None:
-        key = _RECORD_KEY.pack(b"j" if outcome.is_job else b"c", commit, place)
-        _put(txn, self._trees["records"], key, Record(outcome.call, number, outcome.at_s, outcome.payload))
-        txn.put(_U64.pack(number) + outcome.call, key, db=self._trees["calls"])
-
-    def _depart(self, txn: Txn, departure: Departure, numbers: list[int], now_s: float) -> Header:
-        key = departure.session.key
-        before = self._header(txn, key)
-        if before is not None and before.standing not in (departure.standing, LEFT):
-            return before
-        number = before.number if before is not None else numbers[1]
-        if before is None:
-            numbers[1] += 1
-            txn.put(_digest(key), _U64.pack(number), db=self._trees["names"])
-        tree = self._trees["entries"]
-        for entry in [entry for entry, _ in itertools.islice(_with_prefix(txn, tree, _U64.pack(number)), DEPARTED_AT_ONCE)]:
-            txn.delete(entry, db=tree)
-        header = Header(number, {}, now_s, standing=LEFT, other=departure.other)
-        _put(txn, self._trees["sessions"], key, header)
-        return header
-
-    def _apply_changes(self, txn: Txn, prefix: bytes, changes: Iterable[Change], sums: dict[str, tuple[int, int]]) -> None:
-        tree = self._trees["entries"]
-        for field, order, data in changes:
-            key = prefix + field.encode() + b"\0" + _U64.pack(order)
-            count, sum_ = sums.get(field, (0, 0))
-            if data is None:
-                old = txn.pop(key, db=tree)
-            else:
-                crc = zlib.crc32(data, zlib.crc32(key[8:]))
-                old = txn.replace(key, _CRC.pack(crc) + data, db=tree)
-                count, sum_ = count + 1, sum_ ^ crc
-            if old is not None:
-                count, sum_ = count - 1, sum_ ^ _CRC.unpack_from(old)[0]
-            sums[field] = count, sum_
-
-    def _remove(self, txn: Txn, key: bytes, header: Header | None) -> None:
-        if header is None:
-            return
-        prefix = _U64.pack(header.number)
-        for entry in [entry for entry, _ in _with_prefix(txn, self._trees["entries"], prefix)]:
-            txn.delete(entry, db=self._trees["entries"])
-        txn.delete(_digest(key), db=self._trees["names"])
-        txn.delete(key, db=self._trees["sessions"])
-
-    def _expire(self, txn: Txn, now_s: float, limit: int) -> None:
-        records = self._trees["records"]
-        for kind, kept_s in ((b"c", RECORD_S), (b"j", JOB_RECORD_S)):
-            gone: list[tuple[bytes, Record | None]] = []
-            with txn.cursor(db=records) as cursor:
-                found = cursor.set_range(kind)
-                while found and len(gone) < limit and cursor.key()[:1] == kind:
-                    record = _decode(cursor.value(), cursor.key(), _RECORD)
-                    if record is not None and now_s - record.at_s < kept_s:
-                        break
-                    gone.append((cursor.key(), record))
-                    found = cursor.next()
-            for key, record in gone:
-                txn.delete(key, db=records)
-                if record is not None:
-                    txn.delete(_U64.pack(record.number) + record.call, db=self._trees["calls"])
 
     def _write_once(self, apply: Callable[[Txn], object]) -> None:
         """One transaction; the map grows as often as it takes."""
@@ -757,7 +762,7 @@ class Store:
 
     def _note_commits(self) -> None:
         with contextlib.suppress(OSError):
-            data = _U64.pack(self._commits)
+            data = _U64.pack(self._counts.commits)
             os.pwrite(self._commits_file, data + _CRC.pack(zlib.crc32(data)), 0)
 
     def compact(self, target: Path) -> None:
@@ -778,9 +783,206 @@ class Store:
             return
         with self._guard.alone():
             self._env.close()
-        os.close(self._commits_file)
+        if self._commits_file >= 0:
+            os.close(self._commits_file)
         os.close(self._lock)
         self._lock = -1
+
+
+class _Counts(NamedTuple):
+    """What a store counts: commits, the number of the next session, and the last records of each kind that have expired."""
+
+    commits: int
+    next: int
+    expired_call: bytes
+    expired_job: bytes
+
+    @property
+    def expired(self) -> tuple[bytes, bytes]:
+        return self.expired_call, self.expired_job
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Self:
+        return cls(*_COUNTS.unpack(data))
+
+    def packed(self) -> bytes:
+        return _COUNTS.pack(*self)
+
+
+class _Draft:
+    """The header of a session while its changes are written."""
+
+    __slots__ = ("kinds", "last", "number", "other", "prefix", "schema", "standing", "sums")
+
+    def __init__(self, number: int, header: Header | None) -> None:
+        self.number = number
+        self.prefix = _U64.pack(number)
+        self.sums = {} if header is None else dict(header.sums)
+        self.last = [b"", b""] if header is None else list(header.last)
+        self.standing = HERE if header is None else header.standing
+        self.other = "" if header is None else header.other
+        self.schema = 0
+        self.kinds: Mapping[str, str] = {}
+
+    def header(self, now_s: float) -> Header:
+        """What it has become."""
+        last = self.last[0], self.last[1]
+        return Header(self.number, self.sums, now_s, self.schema, dict(self.kinds), self.standing, self.other, last)
+
+
+class _Batch:
+    """Writes that become durable in one transaction; can be applied again where that has failed."""
+
+    def __init__(self, store: Store, trees: Mapping[str, Tree], counts: _Counts, now_s: float) -> None:
+        self.counts = counts
+        self._store = store
+        self._trees = trees
+        self._before = counts
+        self._now_s = now_s
+        self._next = counts.next
+        self._drafts: dict[bytes, _Draft | None] = {}
+        self._sessions: list[Session] = []
+        self._headers: dict[bytes, Header | None] = {}
+
+    def headers(self) -> Iterable[tuple[Session, Header | None]]:
+        """What has become of the sessions."""
+        return ((session, self._headers[session.key]) for session in self._sessions)
+
+    def apply(self, txn: Txn, writes: Sequence[Write]) -> _Counts:
+        """Writes all of them; returns what the store counts then."""
+        self._next = self._before.next
+        self._drafts.clear()
+        self._headers.clear()
+        self._sessions = [write.session for write in writes]
+        commit = self._before.commits + 1
+        for place, write in enumerate(writes):
+            if isinstance(write, Removal):
+                self._remove(txn, write.session)
+            elif isinstance(write, Departure):
+                self._depart(txn, write)
+            else:
+                self._apply(txn, write, commit, place)
+        self._put_headers(txn)
+        expired = self._expire(txn, _EXPIRED_AT_ONCE * len(writes))
+        self.counts = _Counts(commit, self._next, *expired)
+        return self.counts
+
+    def _draft(self, txn: Txn, session: Session, header: Header | None) -> _Draft:
+        draft = self._drafts.get(session.key)
+        if draft is not None:
+            return draft
+        if header is None or session.key in self._drafts:
+            draft = _Draft(self._next, None)
+            txn.put(_digest(session.key), draft.prefix, db=self._trees["names"])
+            self._next += 1
+        else:
+            draft = _Draft(header.number, header)
+            if txn.get(_digest(session.key), db=self._trees["names"]) != draft.prefix:
+                what = f"session {session.name!r} of {session.actor!r} was removed meanwhile"
+                raise StoreError(what, str(self._store.folder))
+        self._drafts[session.key] = draft
+        return draft
+
+    def _apply(self, txn: Txn, commit: Commit, number: int, place: int) -> None:
+        draft = self._draft(txn, commit.session, commit.session.header)
+        draft.schema, draft.kinds, draft.standing, draft.other = commit.schema, commit.kinds, commit.standing, commit.other
+        self._apply_changes(txn, commit.changes, draft)
+        if commit.call:
+            outcome = Outcome(commit.call, commit.payload, self._now_s, commit.is_job)
+            self._record(txn, draft, outcome, number, place << 16)
+        for position, outcome in enumerate(commit.records, 1):
+            self._record(txn, draft, outcome, number, place << 16 | position)
+
+    def _apply_changes(self, txn: Txn, changes: Iterable[Change], draft: _Draft) -> None:
+        tree, sums, prefix = self._trees["entries"], draft.sums, draft.prefix
+        for field, order, data in changes:
+            key = field.encode() + b"\0" + _U64.pack(order)
+            count, sum_ = sums.get(field, (0, 0))
+            if data is None:
+                old = txn.pop(prefix + key, tree)
+            else:
+                crc = zlib.crc32(data, zlib.crc32(key))
+                old = txn.replace(prefix + key, _CRC.pack(crc) + data, tree)
+                count, sum_ = count + 1, sum_ ^ crc
+            if old is not None:
+                count, sum_ = count - 1, sum_ ^ _CRC.unpack_from(old)[0]
+            sums[field] = count, sum_
+
+    def _record(self, txn: Txn, draft: _Draft, outcome: Outcome, commit: int, place: int) -> None:
+        """One that is there already stays as it is: what was shipped may be applied again."""
+        kind = int(outcome.is_job)
+        key = _RECORD_KEY.pack(_KINDS[kind], commit, place)
+        index, data = draft.prefix + outcome.call, key + draft.last[kind]
+        if not txn.put(index, _sum(index, data) + data, overwrite=False, db=self._trees["calls"]):
+            return
+        _put(txn, self._trees["records"], key, Record(outcome.call, draft.number, outcome.at_s, outcome.payload))
+        draft.last[kind] = key
+
+    def _depart(self, txn: Txn, departure: Departure) -> None:
+        key = departure.session.key
+        draft = self._drafts.get(key)
+        if draft is None:
+            header = None if key in self._drafts else self._store.header(txn, key)
+            if header is not None and header.standing not in (departure.standing, LEFT):
+                self._headers[key] = header
+                return
+            draft = self._draft(txn, departure.session, header)
+        elif draft.standing not in (departure.standing, LEFT):
+            return
+        tree = self._trees["entries"]
+        for entry in [entry for entry, _ in itertools.islice(_with_prefix(txn, tree, draft.prefix), DEPARTED_AT_ONCE)]:
+            txn.delete(entry, db=tree)
+        draft.sums, draft.schema, draft.kinds, draft.standing, draft.other = {}, 0, {}, LEFT, departure.other
+
+    def _put_headers(self, txn: Txn) -> None:
+        for key, draft in self._drafts.items():
+            header = None
+            if draft is not None:
+                header = draft.header(self._now_s)
+                _put(txn, self._trees["sessions"], key, header)
+            self._headers[key] = header
+
+    def _remove(self, txn: Txn, session: Session) -> None:
+        draft = self._drafts.get(session.key)
+        number = draft.number if draft is not None else session.header.number if session.header is not None else None
+        if number is not None:
+            entries = self._trees["entries"]
+            for key in [key for key, _ in _with_prefix(txn, entries, _U64.pack(number))]:
+                txn.delete(key, db=entries)
+            txn.delete(_digest(session.key), db=self._trees["names"])
+            txn.delete(session.key, db=self._trees["sessions"])
+        self._drafts[session.key] = None
+
+    def _expire(self, txn: Txn, limit: int) -> tuple[bytes, bytes]:
+        call, job = self._before.expired
+        return (
+            self._expire_kind(txn, _KINDS[0], RECORD_S, limit) or call,
+            self._expire_kind(txn, _KINDS[1], JOB_RECORD_S, limit) or job,
+        )
+
+    def _expire_kind(self, txn: Txn, kind: bytes, kept_s: float, limit: int) -> bytes:
+        """Removes the oldest records that are kept no more, and returns the key of the last of them."""
+        records, calls = self._trees["records"], self._trees["calls"]
+        last = b""
+        for key, record in self._oldest(txn, kind, kept_s, limit):
+            txn.delete(key, db=records)
+            if record is not None:
+                txn.delete(_U64.pack(record.number) + record.call, db=calls)
+            last = key
+        return last
+
+    def _oldest(self, txn: Txn, kind: bytes, kept_s: float, limit: int) -> list[tuple[bytes, Record | None]]:
+        """The oldest records, up to the last one known to be kept no more; one that cannot be read says nothing of its age."""
+        found: list[tuple[bytes, Record | None]] = []
+        expired = 0
+        for key, value in _with_prefix(txn, self._trees["records"], kind):
+            record = _decode(value, key, _RECORD)
+            if len(found) == limit or (record is not None and self._now_s - record.at_s < kept_s):
+                break
+            found.append((key, record))
+            if record is not None:
+                expired = len(found)
+        return found[:expired]
 
 
 class _Guard:
@@ -819,21 +1021,41 @@ class _Guard:
                 self._condition.notify_all()
 
 
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SIGNS_OF_DAMAGE: Final = (
+    lmdb.CorruptedError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.NotFoundError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+)
 _HEADER: Final = msgspec.msgpack.Decoder(Header)
 _RECORD: Final = msgspec.msgpack.Decoder(Record)
 
 
+def _sum(key: bytes, data: bytes) -> bytes:
+    return _CRC.pack(zlib.crc32(data, zlib.crc32(key)))
+
+
+def _checked(value: bytes, key: bytes) -> bytes | None:
+    """What was written under `key`; None if `value` is something else."""
+    data = value[4:]
+    return data if value[:4] == _sum(key, data) else None
+
+
 def _put(txn: Txn, tree: Tree, key: bytes, value: Header | Record) -> None:
     data = msgspec.msgpack.encode(value)
-    txn.put(key, _CRC.pack(zlib.crc32(data, zlib.crc32(key))) + data, db=tree)
+    txn.put(key, _sum(key, data) + data, db=tree)
 
 
-def _decode(data: bytes, key: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+def _decode(value: bytes, key: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
     """What stands under `key`; None if it is not what was written there."""
-    if len(data) < 4 or _CRC.unpack_from(data)[0] != zlib.crc32(data[4:], zlib.crc32(key)):
+    data = _checked(value, key)
+    if data is None:
         return None
     try:
-        return decoder.decode(data[4:])
+        return decoder.decode(data)
     except msgspec.MsgspecError:
         return None
 
@@ -851,12 +1073,6 @@ def _with_prefix(txn: Txn, tree: Tree, prefix: bytes, after: bytes = b"") -> Ite
                 yield key, value
 
 
-def _number(data: bytes, folder: Path, what: str) -> int:
-    if len(data) != 8:
-        raise _damaged(folder, f"{what} is not a number")
-    return int(_U64.unpack(data)[0])
-
-
 def _damaged(folder: Path, what: str) -> StoreDamagedError:
     return StoreDamagedError(
         f"{folder} is damaged: {what}; it is not opened: put a copy of it or an export in its place (nalar state import)",
@@ -864,14 +1080,31 @@ def _damaged(folder: Path, what: str) -> StoreDamagedError:
     )
 
 
+def _other_format(folder: Path, found: int) -> StoreVersionError:
+    if found > FORMAT:
+        what = f"knows formats up to {FORMAT}: run the version that wrote it, or a later one"
+    else:
+        what = (
+            f"cannot bring it to {FORMAT}: export it with the version that wrote it (nalar state export), and import that here"
+        )
+    return StoreVersionError(f"{folder} has format {found}, and this version of nalar-mq {what}", str(folder))
+
+
+def _full(folder: Path) -> StoreFullError:
+    return StoreFullError(f"{folder} is full: make room on its disk, or drop sessions (nalar state drop)", str(folder))
+
+
+def _unusable(error: OSError, folder: Path) -> StoreError:
+    if error.errno in _NO_ROOM:
+        return _full(folder)
+    return StoreError(f"the state of sessions cannot be kept in {folder}: {error.strerror or error}", str(folder))
+
+
 def _translated(error: lmdb.Error, folder: Path) -> StoreError:
-    full = f"{folder} is full: make room on its disk, or drop sessions (nalar state drop)"
-    if isinstance(error, lmdb.MapFullError):
-        return StoreFullError(full, str(folder))
-    if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError)):
+    if isinstance(error, lmdb.MapFullError) or any(os.strerror(reason) in str(error) for reason in _NO_ROOM):
+        return _full(folder)
+    if isinstance(error, _SIGNS_OF_DAMAGE):
         return _damaged(folder, str(error))
-    if any(reason in str(error) for reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
-        return StoreFullError(full, str(folder))
     return StoreError(f"{folder} cannot be used: {error}", str(folder))
 
 
@@ -881,24 +1114,41 @@ def _locked(folder: Path, owner: str) -> int:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFullError(f"{folder} is full: make room on its disk", str(folder)) from error
-        raise StoreError(f"the state of sessions cannot be kept in {folder}: {reason}", str(folder)) from error
+        raise _unusable(error, folder) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
         os.pwrite(lock, msgspec.json.encode(Owner(owner, os.getpid())), 0)
     except BlockingIOError:
-        holder = owner_of(folder)
         os.close(lock)
-        who = f"worker {holder.name!r}, process {holder.pid}" if holder is not None else "another process"
-        raise StoreBusyError(f"{folder} is open in {who}", str(folder)) from None
+        raise _busy(folder) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_ROOM:  # a lock holds without its holder's name
             os.close(lock)
-            raise StoreError(f"{folder} cannot be locked: {error.strerror or error}", str(folder)) from error
+            raise _unusable(error, folder) from error
     return lock
+
+
+def _busy(folder: Path) -> StoreBusyError:
+    holder = owner_of(folder)
+    who = f"{holder.name!r}, process {holder.pid}" if holder is not None else "another process"
+    return StoreBusyError(f"{folder} is open in {who}", str(folder))
+
+
+def _shared(folder: Path) -> int:
+    """The file of a store, which nobody puts another in the place of as long as it is open here."""
+    path = folder / _DATA_FILE
+    try:
+        while True:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+            os.close(file)
+    except FileNotFoundError:
+        raise StoreError(f"there is no store in {folder}", str(folder)) from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}", str(folder)) from error
 
 
 def owner_of(folder: Path) -> Owner | None:
@@ -913,21 +1163,64 @@ def _opened(folder: Path, limit_bytes: int) -> lmdb.Environment:
     path = folder / _DATA_FILE
     if not path.exists() and _read_commits(folder):
         raise _damaged(folder, f"{_DATA_FILE} is missing")
-    findings = examine(folder, whole=False)
-    if findings:
-        more = f", and {len(findings) - 1} more findings" if len(findings) > 1 else ""
-        raise _damaged(folder, findings[0] + more)
+    for finding in examine(folder, whole=False):
+        raise _damaged(folder, finding)
     size = path.stat().st_size if path.exists() else 0
     map_size = min(max(_FIRST_MAP, 1 << (size * 2).bit_length()), max(limit_bytes, size))
     try:
-        env = lmdb.open(str(folder), map_size=map_size, max_dbs=len(_TREES) + 2, readahead=False, meminit=False, mode=0o600)
+        _give_room(folder / _READERS_FILE)
+        return lmdb.open(str(folder), map_size=map_size, max_dbs=len(_TREES) + 2, readahead=False, meminit=False, mode=0o600)
     except lmdb.Error as error:
         raise _translated(error, folder) from error
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    if size and size < expected:
-        env.close()
-        raise _damaged(folder, f"{path} has {size:,} bytes and should have {expected:,}")
-    return env
+    except OSError as error:
+        raise _unusable(error, folder) from error
+
+
+def _give_room(path: Path) -> None:
+    """Has the file where LMDB keeps its readers stand on the disk: it is mapped, and a full disk would end the process."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(file).st_size
+        if size < _READERS_BYTES:
+            os.pwrite(file, bytes(_READERS_BYTES - size), size)
+    finally:
+        os.close(file)
+
+
+def _opened_to_read(folder: Path) -> lmdb.Environment:
+    def opened(lock: bool) -> lmdb.Environment:
+        return lmdb.open(
+            str(folder),
+            map_size=_LARGEST_MAP,
+            max_dbs=len(_TREES) + 2,
+            readonly=True,
+            create=False,
+            readahead=False,
+            lock=lock,
+        )
+
+    try:
+        try:
+            return opened(True)
+        except lmdb.Error:
+            if os.access(folder / _READERS_FILE, os.W_OK):
+                raise
+            return opened(False)  # nobody can write there
+    except lmdb.Error as error:
+        raise _translated(error, folder) from error
+
+
+def _examine_open(env: lmdb.Environment, file: int, folder: Path, *, whole: bool) -> None:
+    """Examines what is in force now, while a reader holds it and others may write."""
+    while True:
+        with env.begin() as txn:
+            try:
+                _check_pages(file, txn.id(), whole=whole)
+                return
+            except pages.TransactionGone:
+                continue  # two commits came between
+            except (pages.PagesDamaged, pages.LayoutUnknown, OSError) as error:
+                raise _damaged(folder, f"{folder / _DATA_FILE}: {error}") from None
 
 
 def _read_commits(folder: Path) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from nalar_mq.committer import Committer
 from nalar_mq.errors import StoreBusyError, StoreForeignError, StoreLostError
-from nalar_mq.store import JOB_RECORD_S, RECORD_S, Commit, Removal, Store
+from nalar_mq.store import JOB_RECORD_S, RECORD_S, Commit, Removal, Store, examine
 
 FIRST = 1 << 63
 
@@ -59,6 +59,25 @@ def test_changes_and_removals_leave_nothing_behind(store: Store) -> None:
     assert store.count() == 1
 
 
+def test_a_long_value_that_becomes_a_short_one_is_no_damage(tmp_path: Path) -> None:
+    for data in (b"long" * 5_000, b"medium" * 1_200, b"short"):
+        store = Store.open(tmp_path / "1", "w-1")
+        store.write([Commit(store.session("notes", "ann"), [("items", FIRST, data)], b"", b"")])
+        assert store.load(store.session("notes", "ann")) == {"items": [(FIRST, data)]}
+        store.close()
+    assert examine(tmp_path / "1") == []
+
+
+def test_what_a_call_came_to_is_recorded_once(store: Store) -> None:
+    session = store.session("notes", "ann")
+    commits = [Commit(session, [("items", FIRST, b"one")], id_of(number), b"r%d" % number) for number in (1, 2)]
+    for _ in range(2):  # what was shipped to another store may be applied there again
+        assert store.write(commits) == [None, None]
+    session = store.session("notes", "ann")
+    assert store.load(session) == {"items": [(FIRST, b"one")]}
+    assert [outcome.payload for outcome in store.outcomes(session)] == [b"r1", b"r2"]
+
+
 def test_several_calls_of_one_session_in_one_transaction(store: Store) -> None:
     session = store.session("notes", "ann")
     writes = [Commit(session, [("items", FIRST + n, b"%d" % n)], id_of(n), b"r%d" % n) for n in range(5)]
@@ -80,7 +99,7 @@ def test_records_expire_from_the_oldest(store: Store) -> None:
 
 
 def test_a_store_is_open_in_one_process_at_a_time(store: Store) -> None:
-    with pytest.raises(StoreBusyError, match=rf"worker 'w-1', process {os.getpid()}"):
+    with pytest.raises(StoreBusyError, match=rf"'w-1', process {os.getpid()}"):
         Store.open(store.folder, "w-2")
 
 
