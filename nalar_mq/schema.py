@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from nalar_mq.errors import DirectiveError, NalarError, StateSchemaError
 from nalar_mq.session_state import Entries
@@ -44,12 +44,16 @@ def upgrade(version: int) -> Callable[[F], F]:
         raise DirectiveError(f"@upgrade({version}): the first version of an agent's state is 1")
 
     def mark(function: F) -> F:
-        if not isinstance(function, staticmethod):
+        if not _is_static(function):
             raise DirectiveError(f"@upgrade({version}) stands above @staticmethod: an upgrade has no instance")
         setattr(function, _MARK, version)
         return function
 
     return mark
+
+
+def _is_static(found: object) -> bool:
+    return isinstance(found, staticmethod)
 
 
 def steps_of(cls: type) -> dict[int, Step]:
@@ -60,8 +64,8 @@ def steps_of(cls: type) -> dict[int, Step]:
     """
     steps: dict[int, Step] = {}
     for name in dir(cls):
-        found = inspect.getattr_static(cls, name, None)
-        version = getattr(found, _MARK, None) if isinstance(found, staticmethod) else None
+        found: object = inspect.getattr_static(cls, name, None)
+        version = getattr(found, _MARK, None) if _is_static(found) else None
         if version is None:
             continue
         if version in steps:
@@ -121,5 +125,4 @@ def upgraded(
 def _checked(state: object, where: str, step: int) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise StateSchemaError(f"{where}: @upgrade({step}) must return the fields as a dict, and returned {state!r:.60}")
-    checked: dict[str, Any] = state
-    return checked
+    return cast("dict[str, Any]", state)

@@ -808,16 +808,16 @@ def entries_from(cls: type, plain: Mapping[str, Any]) -> dict[str, list[tuple[in
     for field, content in plain.items():
         if field not in declared:
             raise StateSchemaError(f"class {cls.__qualname__} has no field {field!r}; it has: {', '.join(declared)}")
-        part: Any = declared[field].made()
+        part, entered = declared[field].made(), content
         if isinstance(part, ManagedValue):
             part.value = content
         elif isinstance(part, ManagedDict) and isinstance(content, Mapping):
-            _fill(part, content)  # pyright: ignore[reportUnknownArgumentType]
+            _fill(part, entered)
         elif isinstance(part, ManagedList) and isinstance(content, (list, tuple)):
-            part.extend(content)  # pyright: ignore[reportUnknownArgumentType]
+            part.extend(entered)
         else:
             raise StateSchemaError(f"class {cls.__qualname__}: {field!r} cannot become {content!r:.60}")
-        entries[field] = part._entries()
+        entries[field] = part._entries()  # pyright: ignore[reportPrivateUsage]
     return entries
 
 
