@@ -205,7 +205,7 @@ class ActorSpec:
             raise DirectiveError(str(error)) from None
         self.kind: Kind = kind
         self.target = target
-        fields = declare(target) if kind == "agent" and isinstance(target, type) else {}
+        fields = declare(target, directives.managed) if kind == "agent" and isinstance(target, type) else {}
         self.managed_kinds = {field: kind_name(part) for field, part in fields.items()}
         self.managed = bool(fields)
         self.upgrades: dict[int, Step] = steps_of(target) if fields and isinstance(target, type) else {}

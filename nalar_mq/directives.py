@@ -37,6 +37,8 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         durability: what a session's managed state survives: `memory` nothing, `node` the loss of its worker,
             `replicated` that of its machine, too; None for `node` with managed state.
         isolation: synchronous code runs in a thread of the worker or in a child process.
+        managed: names of fields that unmodified code annotates as `list` or `dict` in the body of its class, and that are
+            kept as managed state.
         version: of a workflow's code, which decides whether jobs that it has begun may go on; empty for a digest of the code.
     """
 
@@ -52,6 +54,7 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     priority: int = 0
     durability: Durability | None = None
     isolation: Isolation = "thread"
+    managed: list[str] = []
     version: str = ""
 
     @classmethod
@@ -156,6 +159,8 @@ def _contradictions(d: Directives, kind: Kind, managed: bool) -> Iterator[Proble
         yield Problem("batchable", f"'batchable' contradicts {keeps}: sessions run one by one; remove one of the two")
     if d.isolation == "process" and keeps:
         yield Problem("isolation", f"'isolation' \"process\" contradicts {keeps}, which lives in the worker")
+    if kind != "agent" and d.managed:
+        yield Problem("managed", f"'managed' is about the fields of an agent, and a {kind} has none")
     if managed and d.stateful is not None:
         said = "a stateful session never moves, one with managed state may" if d.stateful else "it belongs to sessions"
         yield Problem("stateful", f"'stateful' contradicts managed state: {said}; remove one of the two")
@@ -175,6 +180,7 @@ _WANTED: dict[str, tuple[Any, str]] = {
     "retries": (int, "a whole number"),
     "priority": (int, "a whole number"),
     "durability": (Durability | None, "'memory', 'node' or 'replicated'"),
+    "managed": (list[str], "a list of names of fields"),
     "isolation": (Isolation, "'thread' or 'process'"),
     "version": (str, "text"),
 }

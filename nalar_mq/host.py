@@ -1012,6 +1012,8 @@ class Host:
     def _close(self, execution: Execution, payload: bytes | None, error: BaseException | None) -> None:
         if execution.managed is not None:
             _end_changes(execution.managed, error)
+            if error is not None and execution.managed.kept is not None and not execution.managed.was_kept:
+                self._end_instances(execution.replica, [execution.session_key], even_held=True)
         try:
             if error is None:
                 assert payload is not None
@@ -1230,9 +1232,9 @@ class Host:
                     session, _, instance = key.partition("/")
                     self._calls.release_place(replica.spec.name, session, instance)
 
-    def _end_instances(self, replica: Replica, keys: list[str]) -> list[str]:
+    def _end_instances(self, replica: Replica, keys: list[str], *, even_held: bool = False) -> list[str]:
         """Ends those of them that no call holds; returns their keys."""
-        ended = [key for key in keys if key not in replica.holders]
+        ended = [key for key in keys if even_held or key not in replica.holders]
         for key in ended:
             self._threads.run(functools.partial(replica.end, replica.take_out(key)))
         return ended

@@ -15,7 +15,7 @@ from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
 from nalar_mq.schema import upgraded
 from nalar_mq.session_state import Entries, SessionState
-from nalar_mq.state import bind
+from nalar_mq.state import bind, state_of
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import settle, unsettle
 
@@ -89,7 +89,10 @@ class Replica:
                 return target(*args, **kwargs)
             found = target.__new__(target, *args, **kwargs)
             self._bind(found, key, kept)
+            state = state_of(found)
+            state.is_beginning = self.spec.transparent
             found.__init__(*args, **kwargs)
+            state.end_beginning()
             return found
         except TypeError as error:
             below = error.__traceback__ and error.__traceback__.tb_next

@@ -90,6 +90,7 @@ class SessionState:
     Attributes:
         parts: its fields by name.
         kept: where in the stores it is; None if it is in memory alone.
+        is_beginning: the `__init__` of unmodified code is running, which gives a new session what it begins with.
     """
 
     def __init__(self, where: str = "", *, is_kept: bool = False) -> None:
@@ -98,6 +99,7 @@ class SessionState:
         self.lock = threading.RLock()
         self.parts: dict[str, Any] = {}
         self.kept: Kept | None = None
+        self.is_beginning = False
         self._writer: CallContext | None = None
         self._written: dict[tuple[str, int], tuple[Any, ...] | None] = {}
         self._way_back: list[Callable[[], None]] = []
@@ -108,6 +110,8 @@ class SessionState:
 
     def check_writable(self, field: str) -> None:
         """Raises `StateWriteError` unless the running code is the call that holds the session."""
+        if self.is_beginning and not self.was_kept:
+            return
         if self.is_kept and (self._writer is None or current_context.get() is not self._writer):
             raise StateWriteError(f"{self._name(field)} {_why_not(self._writer)}")
 
@@ -159,6 +163,19 @@ class SessionState:
         return cell.value
 
     # What the host does.
+
+    @property
+    def was_kept(self) -> bool:
+        """True if something of the session was committed before."""
+        return self.kept is not None and self.kept.session.is_kept
+
+    def end_beginning(self) -> None:
+        """What the session begins with is there: the first call that succeeds commits it as well."""
+        self.is_beginning = False
+        with self.lock:
+            for _, nested in self._out:
+                nested.take_back()
+            self._way_back, self._way_end, self._out = [], {}, []
 
     def begin(self, writer: CallContext) -> None:
         """The call of that context may change the state from now on."""

@@ -649,6 +649,10 @@ def _plain_dict(value: Any) -> dict[Any, Any]:
 # Declaring fields and binding them.
 
 Managed = ManagedList[Any] | ManagedDict[Any, Any] | ManagedValue[Any]
+_PLAIN_KINDS: Final[dict[type[Any], tuple[object, ...]]] = {
+    ManagedList: (list, "list", "List", "typing.List"),
+    ManagedDict: (dict, "dict", "Dict", "typing.Dict"),
+}
 _KINDS: Final[tuple[type[Any], ...]] = (ManagedList, ManagedDict, ManagedValue)
 
 
@@ -675,9 +679,12 @@ class _Declared:
         return _parts_of(instance)[self.name]
 
     def __set__(self, instance: object, value: Any) -> None:
-        part: Any = _parts_of(instance)[self.name]
+        state = state_of(instance)
+        part: Any = state.parts[self.name]
         if value is part:
             return  # the end of `+=` and the like
+        if state.is_beginning and state.was_kept:
+            return  # what an `__init__` begins with was begun before
         if isinstance(part, ManagedList):
             part[:] = value
         elif isinstance(part, ManagedDict):
@@ -689,8 +696,12 @@ class _Declared:
         raise AttributeError(f"{self.name!r} is managed state and cannot be deleted")
 
 
-def declare(cls: type) -> dict[str, type[Any]]:
+def declare(cls: type, plain: Iterable[str] = ()) -> dict[str, type[Any]]:
     """Finds the managed fields of an agent's class by its annotations, and has them bound in its instances.
+
+    Args:
+        cls: of the agent.
+        plain: fields that are annotated as `list` or `dict` and are to be managed as well.
 
     Raises:
         DirectiveError: a field has content before there is a session, or instances cannot have attributes.
@@ -705,9 +716,34 @@ def declare(cls: type) -> dict[str, type[Any]]:
             default = vars(base).get(name)
             if not isinstance(default, _Declared):
                 setattr(base, name, _Declared(name, kind, _default_of(cls, name, kind, default)))
+    for name in plain:
+        fields[name] = _declare_plain(cls, name)
     if fields and not cls.__dictoffset__:
         raise DirectiveError(f"class {cls.__qualname__}: managed state needs instances with a `__dict__`: remove `__slots__`")
     return fields
+
+
+def _declare_plain(cls: type, name: str) -> type[Any]:
+    for base in cls.__mro__:
+        annotation = vars(base).get("__annotations__", {}).get(name)
+        if annotation is None:
+            continue
+        if isinstance(annotation, str):
+            annotation = annotation.partition("[")[0].strip()
+        origin = getattr(annotation, "__origin__", annotation)
+        kind = next((kind for kind, names in _PLAIN_KINDS.items() if origin in names), None)
+        default = vars(base).get(name)
+        if kind is None:
+            break
+        if default and not isinstance(default, _Declared):
+            raise DirectiveError(f"class {cls.__qualname__}: field {name!r} begins empty in every session: remove its content")
+        if not isinstance(default, _Declared):
+            setattr(base, name, _Declared(name, kind, None))
+        return kind
+    raise DirectiveError(
+        f"class {cls.__qualname__}: 'managed' names {name!r}, which is not annotated as list or dict in the body of the class: "
+        f"write `{name}: list[...]` there"
+    )
 
 
 def kind_name(kind: type[Any]) -> str:
