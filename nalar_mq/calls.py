@@ -858,11 +858,11 @@ class Calls:
                 self._again(entry)
 
     def _ask_crossings_again(self, lost: Address) -> None:
-        """Of what a lost process was to pass on or to answer."""
+        """Of what a lost process was to pass on or to answer, as far as can be told."""
         for key, crossing in list(self._crossing.items()):
             if crossing.source == lost:
                 self._end_crossing(key)
-            elif self._table.holder(crossing.store) is None:
+            else:
                 self.tell(crossing.source, crossing.question)
 
     async def migrate(self, actor: str, session: str, target: str) -> Migrated:
@@ -1341,7 +1341,7 @@ class Calls:
         """That incarnation is gone: its calls run elsewhere or fail, and nobody there wants ours any more."""
         self._places.forget(address)
         never_left = {message.id: message for message in unsent if type(message) is Call}
-        for entry in [entry for entry in self._entries.values() if entry.address == address]:
+        for entry in [entry for entry in self._entries.values() if self._was_at(entry, address)]:
             self._move_on(entry, never_left.get(entry.future.id))
         for in_flight in self.in_flight.values():
             if not in_flight.get(address.name):  # a successor of the same name may have calls by now
@@ -1354,6 +1354,11 @@ class Calls:
             self.host.on_owner_lost(address)
         if self.migrations is not None:
             self.migrations.on_lost(address)
+
+    def _was_at(self, entry: Entry, lost: Address) -> bool:
+        """True for a call that is there, or in an incarnation between that and the present one, of which nobody has told us."""
+        at = entry.address
+        return at is not None and at.name == lost.name and (at == lost or self._table.is_lost(at))
 
     def _move_on(self, entry: Entry, unsent: Call | None) -> None:
         lost = entry.address

@@ -374,9 +374,12 @@ class Endpoint:
     def lose(self, address: Address) -> None:
         """Holds `address`, and every earlier incarnation of that name, to be lost; `on_lost` is called before it returns."""
         channel = self._channels.get(address.name)
+        was_lost = self._lost.get(address.name, -1) >= address.incarnation
         self._remember_lost(address)
         if channel is not None and channel.incarnation <= address.incarnation:
             self._lose(channel)
+        elif not was_lost:
+            self._give_back(address, [], [])  # what others have sent there for us is lost, too
 
     async def drain(self, timeout_s: float) -> bool:
         """Waits until everything sent is acknowledged or lost; False if `timeout_s` pass first."""

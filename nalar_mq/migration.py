@@ -207,13 +207,21 @@ class Migrations:
 
     def passes_on(self, key: Key, owner: Address, message: Call | Crossing, hops: int = 0) -> bool:
         """True if the session is not here any more, and the call of `owner` has been sent to where it is."""
-        store = self._left.get(key)
+        store = self._left_to(key)
         if store is None:
             return False
         self._send_on(
             store, message if isinstance(message, Crossing) else Forward(owner.name, owner.incarnation, message, hops + 1)
         )
         return True
+
+    def _left_to(self, key: Key) -> str | None:
+        """The store that a session has left to; None if it is here, perhaps since that store has been opened here."""
+        store = self._left.get(key)
+        if store not in (*self._stores.ids, *self._stores.replicated_ids):
+            return store
+        del self._left[key]
+        return None
 
     def look(self, key: Key) -> None:
         """A call has come for a session that is not in memory: if it is not simply here, finds out where it is."""
@@ -321,7 +329,7 @@ class Migrations:
         if key in self._leaving:
             raise MigrationError(f"session {order.session!r} of {order.actor!r} is on its way elsewhere")
         kept = self._stores.session(*key)
-        if key in self._left or self._standing(key, kept) != HERE or key in self._settling:
+        if self._left_to(key) is not None or self._standing(key, kept) != HERE or key in self._settling:
             raise MigrationError(f"session {order.session!r} of {order.actor!r} is not in worker {self._me.name!r} any more")
         return _Leaving(order, None, kept, Address(order.target, member.incarnation))
 

@@ -35,10 +35,11 @@ from nalar_mq.errors import (
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, encode_record
 from nalar_mq.replication import Replication, Shipper, set_aside
-from nalar_mq.store import HERE, LEAVING, Change, Commit, Entries, Record, Removal, Session, Store
+from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Entries, Record, Removal, Session, Store
 from nalar_mq.transport import KeyValue, Transport
 
 DIRECTORY_KEY: Final = "_directory"
+_BY_LIKELIHOOD: Final = (HERE, STAGED, LEAVING, LEFT)
 _SLOTS: Final = 1_000
 _ADOPTED_AT_ONCE: Final = 256
 _log = logger(__name__)
@@ -52,6 +53,11 @@ class Kept:
     def __init__(self, committer: Committer, session: Session) -> None:
         self.committer = committer
         self.session = session
+
+    @property
+    def rank(self) -> int:
+        """Lower where the session is more likely to be served."""
+        return _BY_LIKELIHOOD.index(self.session.standing) if self.session.is_kept else len(_BY_LIKELIHOOD)
 
 
 class Stores:
@@ -213,19 +219,27 @@ class Stores:
         return [committer for committers in self._open.values() for committer in committers.values()]
 
     def session(self, actor: str, name: str) -> Kept:
-        """Where a session is; of a new one, where it will be.
+        """Where a session is; of a new one, where it will be. If several stores know it, that which is likelier to have it.
 
         Raises:
             StateDamagedError: it cannot be read.
         """
-        first: Kept | None = None
-        for committer in self._open[actor in self._replicated].values():
-            session = committer.store.session(actor, name)
-            if session.is_kept:
-                return Kept(committer, session)
-            first = first or Kept(committer, session)
-        assert first is not None
-        return first
+        committers = self._open[actor in self._replicated]
+        found: Kept | None = None
+        for committer in committers.values():
+            kept = Kept(committer, committer.store.session(actor, name))
+            if kept.rank == 0:
+                return kept
+            if found is None or kept.rank < found.rank:
+                found = kept
+        assert found is not None
+        for _ in committers:  # it may have left one of them for another
+            header = found.session.header
+            further = committers.get(header.other) if header is not None and header.standing == LEFT else None
+            if further is None:
+                break
+            found = Kept(further, further.store.session(actor, name))
+        return found
 
     def load(self, kept: Kept) -> Entries:
         """All entries of a session, checked.

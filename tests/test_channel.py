@@ -274,6 +274,20 @@ def test_a_lost_incarnation_gives_back_what_was_not_acknowledged_once():
     simulation.run(main())
 
 
+def test_who_was_never_written_to_is_lost_once():
+    async def main() -> None:
+        hub = MemoryHub()
+        a, stranger = await Process.start(hub, "a"), Address("stranger", 7)
+        a.endpoint.lose(stranger)
+        assert a.lost[stranger] == ([], [])
+        del a.lost[stranger]
+        a.endpoint.lose(stranger)
+        a.endpoint.lose(Address("stranger", 6))
+        assert not a.lost
+
+    simulation.run(main())
+
+
 def test_a_successor_ends_the_channel_of_the_life_before():
     async def main() -> None:
         hub = MemoryHub()

@@ -79,6 +79,23 @@ async def test_it_moves_back_and_forth(runtime: Runtime) -> None:
     assert await ann.call("Notebook.read") == [str(count) for count in range(6)]
 
 
+async def test_a_session_comes_back_with_the_store_that_it_left_for(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    await ann.call("Notebook.note", "a")
+    here, there = await runtime.holder("ann"), await runtime.other("ann")
+    await runtime.client.migrate("Notebook", "ann", to=there)
+    assert await ann.call("Notebook.note", "b") == 2
+    await runtime.workers[there].aclose()
+    assert await ann.call("Notebook.note", "c") == 3
+    assert await ann.call("Notebook.read") == ["a", "b", "c"]
+    async with runtime.worker("third"):
+        await runtime.client.migrate("Notebook", "ann", to="third")
+        assert await ann.call("Notebook.note", "d") == 4
+    assert await ann.call("Notebook.all") == (["a", "b", "c", "d"], {"a": 1, "b": 1, "c": 1, "d": 1}, 4)
+    assert runtime.workers[here].process.stores is not None
+    assert len(runtime.workers[here].process.stores.ids) == 3
+
+
 async def test_calls_of_several_callers_go_on_in_order_while_it_moves(runtime: Runtime) -> None:
     """Each caller's calls are applied once and in its order, whoever of them has heard of the move."""
     async with runtime.another_client() as other:
