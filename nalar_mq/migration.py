@@ -638,7 +638,8 @@ class Migrations:
         if refusal:
             raise MigrationError(refusal)
         kept = self._stores.session(*key)
-        is_here = kept.session.is_kept and self._standing(key, kept) in (HERE, LEAVING)
+        # What has left may still be marked as leaving, until its copy is deleted.
+        is_here = key not in self._left and kept.session.is_kept and self._standing(key, kept) in (HERE, LEAVING)
         if is_here or self._holder.is_loaded(key) or key in self._settling or key in self._leaving:
             raise MigrationError(f"worker {self._me.name!r} has session {piece.session!r} of {piece.actor!r} already")
         self._holder.freeze(key)
@@ -648,7 +649,7 @@ class Migrations:
     async def _receive(self, id: bytes, coming: _Coming) -> None:
         try:
             if coming.kept.session.is_kept:  # it was here before: what is left of that goes first
-                await self._empty(coming.kept, coming.store, STAGED)
+                await self._empty(coming.kept, coming.store, coming.kept.session.standing)
             while not coming.is_complete:
                 piece = await coming.work.get()
                 await self._take(id, coming, piece)
