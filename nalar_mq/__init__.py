@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nalar_mq.client import Client, connect
     from nalar_mq.effects import effect, now, random, sleep
     from nalar_mq.errors import (
+        AnswerError,
         ArgumentError,
         BrokerError,
         CallCancelledError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         NalarError,
         NotConnectedError,
         OverloadedError,
+        QuestionClosedError,
         RemoteError,
         StateLostError,
         StateMutatedError,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         UnknownCallError,
         UnknownJobError,
         UnknownMethodError,
+        UnknownQuestionError,
         ValueLostError,
         ValueNotEncodableError,
         ValueTooLargeError,
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     )
     from nalar_mq.future import Future, FutureInfo, Stream, Waited, as_completed, gather, wait
     from nalar_mq.jobs import JobHandle, JobResult, JobStatus
+    from nalar_mq.people import ask
+    from nalar_mq.questions import Question
     from nalar_mq.schema import upgrade
     from nalar_mq.state import ManagedDict, ManagedList, ManagedValue
     from nalar_mq.traces import Trace, TracedCall
@@ -69,6 +74,7 @@ _HOMES: Final = {
         "sleep",
     ),
     "errors": (
+        "AnswerError",
         "ArgumentError",
         "BrokerError",
         "CallCancelledError",
@@ -79,6 +85,7 @@ _HOMES: Final = {
         "NalarError",
         "NotConnectedError",
         "OverloadedError",
+        "QuestionClosedError",
         "RemoteError",
         "StateLostError",
         "StateMutatedError",
@@ -88,6 +95,7 @@ _HOMES: Final = {
         "UnknownCallError",
         "UnknownJobError",
         "UnknownMethodError",
+        "UnknownQuestionError",
         "ValueNotEncodableError",
         "ValueLostError",
         "ValueTooLargeError",
@@ -109,6 +117,8 @@ _HOMES: Final = {
         "JobResult",
         "JobStatus",
     ),
+    "people": ("ask",),
+    "questions": ("Question",),
     "schema": ("upgrade",),
     "state": (
         "ManagedDict",
@@ -123,6 +133,7 @@ _HOMES: Final = {
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AnswerError",
     "ArgumentError",
     "BrokerError",
     "CallCancelledError",
@@ -143,6 +154,8 @@ __all__ = [
     "NalarError",
     "NotConnectedError",
     "OverloadedError",
+    "Question",
+    "QuestionClosedError",
     "RemoteError",
     "StateLostError",
     "StateMutatedError",
@@ -155,6 +168,7 @@ __all__ = [
     "UnknownCallError",
     "UnknownJobError",
     "UnknownMethodError",
+    "UnknownQuestionError",
     "ValueLostError",
     "ValueNotEncodableError",
     "ValueTooLargeError",
@@ -164,6 +178,7 @@ __all__ = [
     "WorkflowChangedError",
     "agent",
     "as_completed",
+    "ask",
     "connect",
     "context",
     "effect",

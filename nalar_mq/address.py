@@ -16,6 +16,10 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.cancel.<job>         somebody has cancelled the job: whoever runs it may stop
     NS.call.<name>          a call with an answer and no durability, from any client: a workflow, a tool, `agent.method`
 
+    NS.question.<id>        a question that waits for its answer; kept in the ledger `NS-questions`
+    NS.answered.<id>        its answer; kept in the ledger `NS-answers` for a time
+    NS.answer.<id>          somebody answers it, with JSON, from any client
+
     NS.load.<process>       what a worker has in hand, told a few times a second while it changes; every caller listens
     NS.look.<to>.<from>     process <from> asks <to> for its queues and its calls, those that have ended included
     NS.seen.<to>.<from>     the pieces of the answer
@@ -98,6 +102,7 @@ class Subjects:
 
     __slots__ = (
         "acts_bucket",
+        "answers_ledger",
         "claims_bucket",
         "control_bucket",
         "dead_ledger",
@@ -108,6 +113,7 @@ class Subjects:
         "members_bucket",
         "namespace",
         "places_bucket",
+        "questions_ledger",
         "replicas_ledger",
         "results_bucket",
         "results_ledger",
@@ -134,6 +140,8 @@ class Subjects:
         self.results_ledger = f"{namespace}-results"
         self.results_bucket = f"{namespace}-results"
         self.dead_ledger = f"{namespace}-dead"
+        self.questions_ledger = f"{namespace}-questions"
+        self.answers_ledger = f"{namespace}-answers"
 
     def box(self, to: str, sender: str) -> str:
         """Subject of frames from process `sender` to process `to`."""
@@ -212,3 +220,15 @@ class Subjects:
     def call(self, name: str) -> str:
         """Where a workflow, a tool or `agent.method` is called; `>` for all of them."""
         return f"{self.namespace}.call.{name}"
+
+    def question(self, id: str) -> str:
+        """Where a question stands that waits for its answer; `*` for all of them."""
+        return f"{self.namespace}.question.{id}"
+
+    def answered(self, id: str) -> str:
+        """Where the answer to a question stands; `*` for all of them."""
+        return f"{self.namespace}.answered.{id}"
+
+    def answer(self, id: str) -> str:
+        """Where any client answers a question; `*` for all of them."""
+        return f"{self.namespace}.answer.{id}"

@@ -15,6 +15,7 @@ from nalar_mq.history import History
 
 if TYPE_CHECKING:
     from nalar_mq.future import Future, FutureInfo
+    from nalar_mq.questions import Answer, Question
 
 
 class Slot(Protocol):
@@ -89,19 +90,32 @@ class Caller(Protocol):
         """A wait of that number has been cut short as in a former attempt. Any thread."""
         ...
 
-    def own(self, context: CallContext, name: str, payload: bytes, begin: Callable[[Future[Any]], None]) -> Future[Any]:
+    def own(
+        self,
+        context: CallContext,
+        name: str,
+        payload: bytes,
+        begin: Callable[[Future[Any]], None],
+        *,
+        is_parked: bool = False,
+    ) -> Future[Any]:
         """A future that this very process is to end, by `end`: no call, but in a job noted like one. Any thread.
 
         Args:
             context: whose it is.
             name: what it is, for people and, in a job, for its id.
             payload: what tells it from others of the same name in the same job.
+            is_parked: it waits for people or time, for as long as that takes.
             begin: called on the loop unless a former attempt at the job saw it end, once it is durable what led to it.
         """
         ...
 
     def end(self, future: Future[Any], payload: bytes | None, error: BaseException | None = None) -> None:
         """Ends a future made by `own`, with an encoded value or an error; nothing happens if it has ended. Any thread."""
+        ...
+
+    def ask(self, future: Future[Any], question: Question, on_answer: Callable[[Answer], None]) -> None:
+        """Asks somebody outside what `future`, made by `own`, waits for; on the loop."""
         ...
 
     def read_clock(self, history: History) -> float:

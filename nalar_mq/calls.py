@@ -81,6 +81,7 @@ from nalar_mq.messages import (
     Migrate,
     Migrated,
     Observation,
+    Parked,
     Piece,
     Prioritise,
     Probe,
@@ -95,6 +96,7 @@ from nalar_mq.messages import (
 )
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
+from nalar_mq.questions import Answer, Asker, Question
 from nalar_mq.threads import LoopInbox
 
 JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
@@ -145,6 +147,10 @@ class Host(Protocol):
 
     def on_owner_lost(self, owner: Address) -> None:
         """Nobody is left who wants that process's calls."""
+        ...
+
+    def label_of(self, id: bytes) -> str:
+        """The actor, and its method, of a call that runs here; empty if it does not."""
         ...
 
     def is_waiting(self, id: bytes) -> bool:
@@ -239,6 +245,7 @@ class JobPart(msgspec.Struct, eq=False):
         is_abandoned: the attempt that made it has failed; that it was cancelled for this is nothing that its program saw.
         is_kept: its outcome is on the way into the journal.
         begin: begins what this process itself is to end; None for a call.
+        is_parked: it waits for nothing but people or time.
     """
 
     history: History | None
@@ -247,6 +254,7 @@ class JobPart(msgspec.Struct, eq=False):
     is_abandoned: bool = False
     is_kept: bool = False
     begin: Callable[[], None] | None = None
+    is_parked: bool = False
 
 
 class Entry(msgspec.Struct, eq=False):
@@ -308,6 +316,7 @@ class Calls:
 
     Attributes:
         in_flight: by actor and process name, calls that were sent there and have not ended.
+        on_parked: hears of a job whether it waits for nothing but people or time.
     """
 
     def __init__(
@@ -324,6 +333,8 @@ class Calls:
         self.host: Host | None = None
         self.resumption: Resumption | None = None
         self.journal: Journal | None = None
+        self.asker: Asker | None = None
+        self.on_parked: Callable[[bytes, bool], None] | None = None
         self._endpoint = endpoint
         self._table = table
         self._places = places
@@ -433,7 +444,15 @@ class Calls:
             self._launch_from_thread(entry)
         return future
 
-    def own(self, context: CallContext, name: str, payload: bytes, begin: Callable[[Future[Any]], None]) -> Future[Any]:
+    def own(
+        self,
+        context: CallContext,
+        name: str,
+        payload: bytes,
+        begin: Callable[[Future[Any]], None],
+        *,
+        is_parked: bool = False,
+    ) -> Future[Any]:
         """A future that this very process is to end, by `end`: no call, but in a job noted like one. Any thread."""
         history = context.history
         if history is not None:
@@ -443,7 +462,7 @@ class Calls:
         future: Future[Any] = Future(self, id, name, history)
         now, job = self.loop.time(), context.job
         entry = Entry(future, None, context.call_id, None, "", 0, name, now, context.session, job, context.priority)
-        entry.part = JobPart(history, begin=functools.partial(begin, future))
+        entry.part = JobPart(history, begin=functools.partial(begin, future), is_parked=is_parked)
         if threading.get_ident() == self._thread:
             self._launch(entry)
         else:
@@ -463,6 +482,18 @@ class Calls:
             self._keep(entry, message, entry.history)
         else:
             self._appear(entry, message)
+
+    def ask(self, future: Future[Any], question: Question, on_answer: Callable[[Answer], None]) -> None:
+        """Asks somebody outside what `future`, made by `own`, waits for; on the loop.
+
+        The question goes away when the future ends, unless a job goes on elsewhere.
+        """
+        assert self.asker is not None
+        entry = self._entries.get(future.id)
+        actor = self.host.label_of(entry.parent) if entry is not None and self.host is not None else ""
+        end = self.asker.ask(msgspec.structs.replace(question, asker=actor, process=str(self.me)), on_answer)
+        if not future.on_end(lambda: end(self._closed is None or not question.job)):
+            end(True)
 
     def _as_future(self, arguments: bytes, label: str, deps: list[values.Deferred], job: str) -> bytes:
         """What stands for arguments that are too large for a message: a future of this process, which has them."""
@@ -762,6 +793,8 @@ class Calls:
                 self.host.on_prioritise(sender, message)
             case Probe() if self.host is not None:
                 self.host.on_probe(message)
+            case Parked():
+                self._on_parked(message)
             case Settled() if self.host is not None:
                 self.host.on_settled(sender, message)
             case Locate() if self.resumption is not None:
@@ -903,6 +936,19 @@ class Calls:
     def _refuse(self, sender: Address, call: Call) -> None:
         error = UnknownActorError(f"process {self.me.name!r} serves no actors", actor=call.actor)
         self.tell(sender, Fail(call.id, *values.encode_error(error), epoch=call.epoch))
+
+    def _on_parked(self, message: Parked) -> None:
+        entry = self._entries.get(message.id)
+        if entry is None or entry.part is None:
+            return
+        entry.part.is_parked = message.is_parked
+        if entry.part.history is None and self.on_parked is not None:
+            self.on_parked(message.id, message.is_parked)
+
+    def waits_for_outside(self, parent: bytes) -> bool:
+        """True if a call waits for nothing but people or time, as far as what it has made tells."""
+        made = [self._entries[id] for id in self._children.get(parent, ())]
+        return bool(made) and all(entry.part is not None and entry.part.is_parked for entry in made)
 
     def _on_chunk(self, message: Chunk) -> None:
         entry = self._entries.get(message.id)
@@ -1330,6 +1376,10 @@ class Calls:
         address = self._unsettled.pop(future.id, None)
         if address is not None:
             self.tell(address, Settled(future.id, again))
+
+    def is_alive(self, address: Address) -> bool:
+        """False if that incarnation is gone, or was never heard of."""
+        return address == self.me or self._table.is_alive(address)
 
     def is_lost(self, address: Address) -> bool:
         """True if that incarnation has left, was lost or was replaced."""

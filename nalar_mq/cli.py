@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 
@@ -288,11 +289,12 @@ def call(
 
 
 @cli.command()
+@click.option("--waiting", is_flag=True, help="The questions that wait for somebody's answer, instead.")
 @_json_option
 @_app_option
 @_broker_options
 @_with_options
-def ps(options: _Options, /, json: bool, app: Path | None, **broker: str | None) -> None:
+def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **broker: str | None) -> None:
     """List the processes of a runtime, what they serve, and the calls they have in hand.
 
     \b
@@ -302,6 +304,9 @@ def ps(options: _Options, /, json: bool, app: Path | None, **broker: str | None)
     """
     from nalar_mq import commands
 
+    if waiting:
+        _show_questions(options, _choice(broker), app, json)
+        return
     file = commands.app_file(app) if app else None
     settings, seen = _run(options, commands.processes(_choice(broker), app=file))
     rows = [_process_row(process) for process in seen]
@@ -313,6 +318,35 @@ def ps(options: _Options, /, json: bool, app: Path | None, **broker: str | None)
     columns = ("name", "role", "node", "pid", "state", "ended", "futures")
     table = [[*("?" if row[column] is None else str(row[column]) for column in columns), _actors_of(row)] for row in rows]
     _show_table(["NAME", "ROLE", "NODE", "PID", "STATE", "CALLS", "FUTURES", "ACTORS"], table)
+
+
+def _show_questions(options: _Options, choice: BrokerChoice, app: Path | None, json: bool) -> None:
+    from nalar_mq import job_commands
+
+    found = _run(options, job_commands.questions(choice, app))
+    if json:
+        _show_json(found)
+        return
+    rows = [[q.id, q.text, q.asker, q.job or q.session, _moment(q.asked_at), _moment(q.deadline_at)] for q in found]
+    _show_table(["ID", "QUESTION", "ASKER", "JOB OR SESSION", "ASKED", "UNTIL"], rows)
+
+
+def _moment(at_s: float | None) -> str:
+    return "" if at_s is None else datetime.fromtimestamp(at_s).isoformat(" ", "seconds")
+
+
+@cli.command()
+@click.argument("id")
+@click.argument("answer")
+@_app_option
+@_broker_options
+@_with_options
+def answer(options: _Options, /, id: str, answer: str, app: Path | None, **broker: str | None) -> None:
+    """Answer the question ID, as listed by `nalar ps --waiting`, with ANSWER in JSON."""
+    from nalar_mq import job_commands
+
+    _run(options, job_commands.answer(_choice(broker), app, id, answer))
+    _tell(f"question {id} is answered")
 
 
 @cli.command()

@@ -18,6 +18,7 @@ from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 from nalar_mq.address import Address, check_token, random_token
+from nalar_mq.annotations import from_json, to_json
 from nalar_mq.arguments import check_fit, parameters_of
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
@@ -37,6 +38,7 @@ from nalar_mq.jobs import JobHandle, Jobs, check_durable
 from nalar_mq.lookout import View
 from nalar_mq.messages import Member
 from nalar_mq.process import Connect, Process
+from nalar_mq.questions import Question, Questions
 from nalar_mq.traces import Trace, trace_of
 
 T = TypeVar("T")
@@ -343,6 +345,29 @@ class Client(Caller):
             process = self.process
             self._jobs = await Jobs.open(process.transport, process.subjects, is_alive=process.table.is_alive)
         return self._jobs
+
+    async def questions(self) -> list[Question]:
+        """What programs have asked (`nalar_mq.ask`) and nobody has answered yet, the oldest first."""
+        return await (await self._open_questions()).waiting(self.process.calls.is_alive)
+
+    async def answer(self, id: str, value: Any) -> None:
+        """Answers a question; when it returns, the answer counts, and no loss of a process undoes that.
+
+        Args:
+            id: of the question, as in `questions()`.
+            value: as JSON has it, or what becomes that.
+
+        Raises:
+            UnknownQuestionError: nobody waits for an answer to that.
+            QuestionClosedError: another answer came first, or the deadline has passed.
+            AnswerError: the value does not fit the schema of the question.
+            BrokerError: it may count or not; to answer again is safe.
+        """
+        questions = await self._open_questions()
+        await questions.answer(id, from_json(to_json(value)), self.process.calls.is_alive)
+
+    async def _open_questions(self) -> Questions:
+        return await Questions.open(self.process.transport, self.process.subjects)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine of this client on its loop and returns the result, in a program without an event loop."""

@@ -11,7 +11,10 @@ A request is arguments as `interchange` describes them, the answer is the value 
     500   what was called raised an error
     503   too many calls, or the worker was lost; another attempt may succeed
 
-There is no durability: if the process that took the request dies, there is no answer. `jobs` are for that.
+`NS.answer.<id>` is an endpoint of the same service: a request with JSON answers the question `<id>` (`questions`). 404 says
+that nobody waits for an answer to that, 409 that it has one by now, 400 what is wrong with this one.
+
+There is no durability of calls: if the process that took the request dies, there is no answer. `jobs` are for that.
 """
 
 from __future__ import annotations
@@ -23,24 +26,30 @@ from typing import Any, Final
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.address import Subjects, check_token
+from nalar_mq.annotations import from_json
 from nalar_mq.call_context import CallContext, CallOptions
 from nalar_mq.calls import Calls
 from nalar_mq.claims import check_size
 from nalar_mq.errors import (
     AddressError,
+    AnswerError,
     ArgumentError,
+    BrokerError,
     CallCancelledError,
     CallError,
     CallTimeoutError,
     MalformedMessageError,
     OverloadedError,
     OwnerLostError,
+    QuestionClosedError,
     UnknownActorError,
     UnknownMethodError,
+    UnknownQuestionError,
     ValueTooLargeError,
     WorkerLostError,
 )
 from nalar_mq.interchange import Arguments, read_arguments, write_value
+from nalar_mq.questions import Questions
 from nalar_mq.transport import Service, ServiceEndpoint, ServiceFailure, ServiceRequest, Transport
 
 SESSION: Final = "Nalar-Session"
@@ -68,6 +77,7 @@ class Door:
         self._subjects = subjects
         self._prefix = len(subjects.call(""))
         self._service: Service | None = None
+        self._questions: Questions | None = None
         self._pending = 0
 
     async def start(self) -> None:
@@ -77,6 +87,7 @@ class Door:
             BrokerError: the broker does not answer.
         """
         endpoints = [self._endpoint(spec) for spec in self._specs.values() if spec.kind != "agent"]
+        endpoints.append(ServiceEndpoint("question", self._subjects.answer("*"), self._answer_question, {"kind": "question"}))
         endpoints.append(ServiceEndpoint("any", self._subjects.call(">"), self._answer, {"kind": "any other name"}))
         about = f"actors of the namespace {self._subjects.namespace}"
         name = self._subjects.namespace
@@ -107,6 +118,17 @@ class Door:
             raise ServiceFailure(_code(error, name), f"{type(error).__name__}: {error}") from None
         finally:
             self._pending -= 1
+
+    async def _answer_question(self, request: ServiceRequest) -> bytes:
+        """Answers a question of `ask` with the JSON of the request."""
+        id = request.subject.rpartition(".")[2]
+        try:
+            if self._questions is None:
+                self._questions = await Questions.open(self._transport, self._subjects)
+            answer = await self._questions.answer(id, from_json(request.data), self._calls.is_alive)
+        except Exception as error:
+            raise ServiceFailure(_answer_code(error), f"{type(error).__name__}: {error}") from None
+        return write_value({"id": answer.id, "answered": True})
 
     def _fitting(self, answer: bytes, name: str) -> bytes:
         """Other clients know of no claims: what is larger than one message is refused."""
@@ -161,6 +183,20 @@ def _code(error: Exception, name: str) -> int:
         case CallCancelledError():
             return 499
         case OverloadedError() | WorkerLostError() | OwnerLostError():
+            return 503
+        case _:
+            return 500
+
+
+def _answer_code(error: Exception) -> int:
+    match error:
+        case MalformedMessageError() | AnswerError():
+            return 400
+        case UnknownQuestionError():
+            return 404
+        case QuestionClosedError():
+            return 409
+        case BrokerError():
             return 503
         case _:
             return 500

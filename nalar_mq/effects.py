@@ -105,7 +105,7 @@ def _alarm(context: CallContext, seconds: float) -> Future[None]:
         timer = caller.loop.call_later(max(0.0, wakes_at_s - time.time()), caller.end, future, _NOTHING)
         future.on_end(timer.cancel)
 
-    return caller.own(context, "sleep", values.encode(wakes_at_s), begin)
+    return caller.own(context, "sleep", values.encode(wakes_at_s), begin, is_parked=True)
 
 
 @overload

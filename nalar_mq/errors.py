@@ -31,6 +31,9 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     ├── MigrationError               a session was not moved, and is served where it was
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
+    ├── UnknownQuestionError         nobody waits for an answer to that; `question_id`
+    ├── QuestionClosedError          it has been answered, or its deadline has passed; `question_id`, `is_late`
+    ├── AnswerError                  (also a ValueError) the answer is not what is asked for; `question_id`
     ├── WireError
     │   ├── MalformedMessageError
     │   │   └── UnknownClassError    a value of a class that this process has not loaded; `class_name`
@@ -244,6 +247,31 @@ class UnknownCallError(NalarError):
         what = f"call, session or job {wanted!r}" if wanted else "call"
         super().__init__(f"no worker remembers a {what}: each remembers its last calls only, and for as long as it lives{hint}")
         self.wanted = wanted
+
+
+class UnknownQuestionError(NalarError):
+    """Nobody waits for an answer to question `question_id`, or not any more."""
+
+    def __init__(self, question_id: str) -> None:
+        super().__init__(f"nobody waits for an answer to question {question_id!r}: `nalar ps --waiting` lists what is open")
+        self.question_id = question_id
+
+
+class QuestionClosedError(NalarError):
+    """The question has its answer: another one came first, or its deadline has passed, in which case `is_late`."""
+
+    def __init__(self, message: str, question_id: str = "", *, is_late: bool = False) -> None:
+        super().__init__(message)
+        self.question_id = question_id
+        self.is_late = is_late
+
+
+class AnswerError(NalarError, ValueError):
+    """The answer does not fit what is asked for by `question_id`; the message says where."""
+
+    def __init__(self, message: str, question_id: str = "") -> None:
+        super().__init__(message)
+        self.question_id = question_id
 
 
 class WireError(NalarError):

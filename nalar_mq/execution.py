@@ -34,6 +34,14 @@ class Pump(Protocol):
         """Starts what may run now."""
         ...
 
+    def on_wait(self, execution: Execution) -> None:
+        """A call of a job waits."""
+        ...
+
+    def on_resume(self, execution: Execution) -> None:
+        """A call of a job waits no more."""
+        ...
+
 
 def session_key_of(call: Call) -> str:
     """What the mailbox keeps apart: a session, or one instance within it."""
@@ -90,6 +98,7 @@ class Execution(msgspec.Struct, eq=False):
     changes: list[Change] | None = None
     is_committing: bool = False
     waits: int = 0
+    is_parked: bool = False
 
     @property
     def deadline(self) -> float | None:
@@ -183,8 +192,12 @@ class Execution(msgspec.Struct, eq=False):
         if self.waits == 1 and not self.ended:
             self.replica.mailbox.wait(self.call.id)
             self.host.pump(self.replica)
+            if self.call.job:
+                self.host.on_wait(self)
 
     def _resume(self) -> None:
         self.waits -= 1
         if self.waits == 0 and not self.ended:
             self.replica.mailbox.resume(self.call.id)
+            if self.call.job:
+                self.host.on_resume(self)

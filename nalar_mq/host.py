@@ -72,7 +72,7 @@ from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
-from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Prioritise, Probe, Resolve, Settled, Want
+from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Parked, Prioritise, Probe, Resolve, Settled, Want
 from nalar_mq.migration import Key, Migrations
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
@@ -151,6 +151,7 @@ class Host:
         self._kept: dict[bytes, _Kept] = {}
         self._remember = remember
         self._recalling: set[asyncio.Task[None]] = set()
+        self._waiting_in_jobs: dict[bytes, Execution] = {}
         self._is_muted = False
         self._quiet: dict[Key, asyncio.Future[None]] = {}
         self.migrations: Migrations | None = None
@@ -172,6 +173,7 @@ class Host:
             self._ask_for_values,
             self._end_unwatched,
             self._look_for_circles,
+            self._look_for_parked,
             self._end_idle_sessions,
             self._forget_kept_sessions,
             self._end_kept,
@@ -274,6 +276,7 @@ class Host:
         elif call.job:
             force_setattr(execution.call, "epoch", call.epoch)
             execution.owner = owner
+            execution.is_parked = False  # as far as that one knows
             if execution.resumed is not None:
                 execution.resumed.is_orphan = False
             self._unwatched.pop(call.id, None)
@@ -598,6 +601,30 @@ class Host:
         running = [execution.call.id for execution in orphans if not execution.is_winding_down]
         ended = [id for id, kept in self._kept.items() if kept.job in jobs and self._calls.is_lost(kept.owner)]
         return running + ended
+
+    def label_of(self, id: bytes) -> str:
+        """The actor, and its method, of a call that runs here; empty if it does not."""
+        execution = self._executions.get(id)
+        return "" if execution is None else execution.label
+
+    def on_wait(self, execution: Execution) -> None:
+        """A call of a job waits."""
+        self._waiting_in_jobs[execution.call.id] = execution
+
+    def on_resume(self, execution: Execution) -> None:
+        """A call of a job waits no more."""
+        self._waiting_in_jobs.pop(execution.call.id, None)
+        self._park(execution, False)
+
+    def _look_for_parked(self, _: float) -> None:
+        """Tells the owners of calls that wait for nothing but people or time: whoever has taken in the job has room then."""
+        for id, execution in self._waiting_in_jobs.items():
+            self._park(execution, self._calls.waits_for_outside(id))
+
+    def _park(self, execution: Execution, is_parked: bool) -> None:
+        if execution.is_parked != is_parked:
+            execution.is_parked = is_parked
+            self._calls.tell(execution.owner, Parked(execution.call.id, is_parked))
 
     def is_waiting(self, id: bytes) -> bool:
         """True if the call runs here and waits for others."""
@@ -1087,6 +1114,7 @@ class Host:
         self._ended.append(execution.record(self._loop.time()))
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         self._executions.pop(execution.call.id, None)
+        self._waiting_in_jobs.pop(execution.call.id, None)
         resumed = execution.resumed
         if execution.call.cast or (resumed is not None and resumed.is_orphan):
             self._unwatched.pop(execution.call.id, None)

@@ -98,7 +98,7 @@ _BACK_OFF_MAX_S: Final = 60.0
 class _Job:
     """One job in the hands of this worker."""
 
-    __slots__ = ("begun", "failures", "future", "id", "life", "losses", "lost", "message", "revision", "spec")
+    __slots__ = ("begun", "failures", "future", "id", "is_parked", "life", "losses", "lost", "message", "revision", "spec")
 
     def __init__(self, spec: ActorSpec, message: QueueMessage) -> None:
         self.spec = spec
@@ -111,6 +111,7 @@ class _Job:
         self.life = 0
         self.lost: tuple[str, ...] = ()
         self.future: Future[Any] | None = None
+        self.is_parked = False
 
 
 class Intake:
@@ -182,6 +183,7 @@ class Intake:
             _log.error("jobs.refused", reason=str(error))
             return
         self.jobs = await Jobs.open(self._transport, self._subjects)
+        self._calls.on_parked = self._on_call_parked
         self._subscription = await self._transport.subscribe(self._subjects.cancel("*"), self._on_cancel)
         self._pullers = [self._loop.create_task(self._pull(spec)) for spec in self._workflows]
         self._upkeep = [self._loop.create_task(work) for work in (self._keep_in_hand(), self._sweep())]
@@ -250,7 +252,13 @@ class Intake:
         finally:
             if self._running.get(job.id) is job:
                 del self._running[job.id]
-            self._in_hand[job.spec.name] -= 1
+            self._on_parked(job, True)
+
+    def _on_parked(self, job: _Job, is_parked: bool) -> None:
+        """A job that waits for nothing but people or time leaves room for others, as one that has ended."""
+        if job.is_parked != is_parked:
+            job.is_parked = is_parked
+            self._in_hand[job.spec.name] -= 1 if is_parked else -1
             self._changed.set()
 
     async def _give_back(self, job: _Job, pause_s: float = 0.0) -> None:
@@ -462,6 +470,11 @@ class Intake:
         await message.ack()
 
     # Upkeep.
+
+    def _on_call_parked(self, id: bytes, is_parked: bool) -> None:
+        for job in self._running.values():
+            if job.future is not None and job.future.id == id:
+                self._on_parked(job, is_parked)
 
     def _on_cancel(self, message: Delivered) -> None:
         job = self._running.get(message.subject.rpartition(".")[2])

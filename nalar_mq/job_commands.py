@@ -11,15 +11,17 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from nalar_mq.address import check_token
+from nalar_mq.annotations import from_json
 from nalar_mq.arguments import parameters_of, parse_arguments
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.client import Client, connect
 from nalar_mq.commands import BrokerChoice
 from nalar_mq.config import load_settings
-from nalar_mq.errors import ConfigError, UnknownJobError
+from nalar_mq.errors import ConfigError, MalformedMessageError, UnknownJobError
 from nalar_mq.exits import CallFailed
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import DeadLetter, JobResult, Jobs, JobStatus, Overview, value_of
+from nalar_mq.questions import Question
 
 T = TypeVar("T")
 
@@ -193,6 +195,27 @@ def _submissions(jobs: Jobs, workflow: str, lines: Iterable[str], prefix: str) -
         except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"line {number} is not JSON: {error}") from None
         yield jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "")
+
+
+async def questions(choice: BrokerChoice, app: Path | None) -> list[Question]:
+    """The questions that wait for an answer, oldest first."""
+    async with _client(choice, app) as client:
+        return await client.questions()
+
+
+async def answer(choice: BrokerChoice, app: Path | None, id: str, json_text: str) -> None:
+    """Answers a question.
+
+    Raises:
+        ConfigError: the answer is not JSON.
+        UnknownQuestionError, QuestionClosedError, AnswerError: it cannot be answered, or not by that.
+    """
+    try:
+        value = from_json(json_text)
+    except MalformedMessageError as error:
+        raise ConfigError(f"the answer is {error}; a text needs quotes of its own: '\"yes\"'") from None
+    async with _client(choice, app) as client:
+        await client.answer(id, value)
 
 
 async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[T]:

@@ -11,7 +11,7 @@ ones are kept elsewhere, and a claim stands in their place (see `nalar_mq.claims
 Who says what:
 
     owner -> executor       Call, Cancel, Consume, Credit, Probe, Settled, Prioritise
-    executor -> owner       Resolve, Fail, Chunk
+    executor -> owner       Resolve, Fail, Chunk, Parked
     executor -> consumer    Resolve, Fail
     consumer -> owner       Want
     who resumes -> worker   Locate, answered by Located
@@ -215,6 +215,13 @@ class Prioritise(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=13)
     priority: int
 
 
+class Parked(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=14):
+    """The call `id` of a job waits for nothing but people or time, for as long as that takes; or for something else again."""
+
+    id: bytes
+    is_parked: bool = True
+
+
 class Release(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=20):
     """The sender, who answers for the large value `name`, needs it no more; for a process that sees the folder it lies in."""
 
@@ -386,6 +393,7 @@ Message = (
     | Located
     | Settled
     | Prioritise
+    | Parked
     | Release
     | Migrate
     | Migrated

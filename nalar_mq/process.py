@@ -23,6 +23,7 @@ from nalar_mq.membership import Membership
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, Message, decode_member
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
+from nalar_mq.questions import Asker
 from nalar_mq.recall import Recall
 from nalar_mq.stores import Stores
 from nalar_mq.telemetry import Telemetry
@@ -110,6 +111,8 @@ class Process:
         self._stack.push_async_callback(journal.aclose)
         self.recall = self.calls.resumption = Recall(me, self.table, journal, self.calls.tell, self._hold_lost, self._is_gone)
         self._stack.push_async_callback(self.recall.aclose)
+        asker = self.calls.asker = Asker(transport, self.subjects)
+        self._stack.push_async_callback(asker.aclose)
         if before_joining is not None:
             await before_joining()
         await self.endpoint.start()

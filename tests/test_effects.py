@@ -66,6 +66,7 @@ async def test_who_sleeps_leaves_room_for_others(site: Site, workflow: str) -> N
     await site.ran("sleeps long")
     async with asyncio.timeout(PATIENCE_S):
         assert await site.client.call(workflow, "short", 0.01) == "short"
+        assert await (await site.submit(workflow, "job", 0.01)).result() == "job"
 
 
 @pytest.mark.parametrize("workflow", ["sleeps", "sleeps_in_thread"])

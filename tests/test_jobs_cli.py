@@ -107,6 +107,21 @@ def test_jobs_by_the_command_line(shell: Shell) -> None:
     assert "g1" in shell("jobs").stdout
 
 
+def test_questions_by_the_command_line(shell: Shell) -> None:
+    shell("submit", "may_i", "what=go", "--id", "m1")
+    while not (found := json.loads(shell("ps", "--waiting", "--json").stdout)):
+        time.sleep(0.05)
+    [question] = found
+    assert (question["text"], question["asker"], question["job"]) == ("May I go?", "may_i", "m1")
+    assert question["schema"] == {"type": "boolean"}
+    assert "boolean is wanted at $, not 3" in shell("answer", question["id"], "3", code=1).stderr
+    assert "a text needs quotes" in shell("answer", question["id"], "yes", code=2).stderr
+    assert "is answered" in shell("answer", question["id"], "true").stderr
+    assert "answered before" in shell("answer", question["id"], "false", code=1).stderr
+    assert shell("result", "m1", "--wait").stdout.strip() in ("yes", '"yes"')
+    assert "May I go?" not in shell("ps", "--waiting").stdout
+
+
 def test_a_job_of_every_line(shell: Shell) -> None:
     lines = "".join(f"[{number}]\n\n" for number in range(300))
     done = shell("submit", "three_calls", "--file", "-", "--id", "l", "--wait", "--progress", stdin=lines)

@@ -38,6 +38,7 @@ from nalar_mq.messages import (
     Outcome,
     Pack,
     Packet,
+    Parked,
     Piece,
     Place,
     Prioritise,
@@ -191,9 +192,24 @@ def test_fields_with_defaults_may_be_missing() -> None:
 def test_tags_are_never_shared() -> None:
     tags = [
         s.__struct_config__.tag
-        for s in (Call, Resolve, Fail, Cancel, Consume, Chunk, Credit, Want, Probe, Locate, Located, Settled, Prioritise)
+        for s in (
+            Call,
+            Resolve,
+            Fail,
+            Cancel,
+            Consume,
+            Chunk,
+            Credit,
+            Want,
+            Probe,
+            Locate,
+            Located,
+            Settled,
+            Prioritise,
+            Parked,
+        )
     ]
-    assert tags == list(range(1, 14))
+    assert tags == list(range(1, 15))
     packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
     assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
     assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading, Begun)] == [1, 2, 3, 4]
@@ -232,6 +248,7 @@ def _samples() -> dict[str, bytes]:
         "chunk": encode_message(Chunk(ID, 1, b"c", 2)),
         "credit": encode_message(Credit(ID, 9)),
         "want": encode_message(Want(ID)),
+        "parked": encode_message(Parked(ID, False)),
         "prioritise": encode_message(Prioritise(ID, -2)),
         "release": encode_message(Release("w.1.0a")),
         "migrate": encode_message(Migrate(ID, "a", "s", "w")),
@@ -309,6 +326,7 @@ GOLDEN = {
     "credit": "9307c410000102030405060708090a0b0c0d0e0f09",
     "release": "9214a6772e312e3061",
     "want": "9208c410000102030405060708090a0b0c0d0e0f",
+    "parked": "930ec410000102030405060708090a0b0c0d0e0fc2",
     "prioritise": "930dc410000102030405060708090a0b0c0d0e0ffe",
     "migrate": "9515c410000102030405060708090a0b0c0d0e0fa161a173a177",
     "migrated": "9516c410000102030405060708090a0b0c0d0e0fa26e6fcb3fe000000000000007",

@@ -10,6 +10,7 @@ import pytest
 import nalar_mq
 
 PUBLIC = [
+    "AnswerError",
     "ArgumentError",
     "BrokerError",
     "CallCancelledError",
@@ -31,6 +32,8 @@ PUBLIC = [
     "NalarError",
     "NotConnectedError",
     "OverloadedError",
+    "Question",
+    "QuestionClosedError",
     "RemoteError",
     "StateLostError",
     "StateMutatedError",
@@ -42,6 +45,7 @@ PUBLIC = [
     "UnknownActorError",
     "UnknownCallError",
     "UnknownMethodError",
+    "UnknownQuestionError",
     "ValueNotEncodableError",
     "ValueLostError",
     "ValueTooLargeError",
@@ -51,6 +55,7 @@ PUBLIC = [
     "WorkflowChangedError",
     "agent",
     "as_completed",
+    "ask",
     "connect",
     "context",
     "effect",

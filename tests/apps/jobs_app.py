@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nalar_mq import tool, workflow
+from nalar_mq import ask, tool, workflow
 
 GATES: dict[str, asyncio.Event] = {}
 RUNS: list[str] = []
@@ -111,3 +111,8 @@ async def steps(number: int, pause_s: float) -> int:
         number = await slowly(number, pause_s)
     note(f"end {number}")
     return number
+
+
+@workflow(timeout_s=None)
+async def may_i(what: str) -> str:
+    return "yes" if await ask(f"May I {what}?", schema=bool) else "no"

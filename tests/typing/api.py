@@ -18,6 +18,7 @@ from nalar_mq import (
     Waited,
     agent,
     as_completed,
+    ask,
     connect,
     effect,
     gather,
@@ -152,3 +153,9 @@ async def world() -> None:
     assert_type(await effect(asyncio.to_thread, len, "a"), int)
     await sleep(1)
     effect(len, 1)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+async def people() -> None:
+    assert_type(ask("Well?", schema=Report, timeout_s=5), Future[Report])
+    assert_type(await ask("Well?", schema=bool, default=False), bool)
+    await ask("Well?", schema={"type": "integer"})
