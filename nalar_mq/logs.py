@@ -5,6 +5,8 @@ What libraries log through `logging` takes the same way out.
 
 In a program of somebody else, who has configured nothing, warnings and errors go to stderr and nothing ever to stdout; one
 that has configured structlog gets our events in its own way.
+
+structlog is loaded when there is something to log: a program that only makes calls starts faster by a tenth.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import io
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
-from typing import Any, Final, Literal, TextIO, TypeAlias, cast
+from collections.abc import Generator, MutableMapping
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO, TypeAlias, cast
 
-import structlog
+if TYPE_CHECKING:
+    import structlog
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 _LEVELS: Final[dict[Level, int]] = {
@@ -29,11 +32,12 @@ _LEVELS: Final[dict[Level, int]] = {
 _SECRET_KEY = re.compile(r"(^|_)(token|password|secret|credentials?|authorization|api_key|nkey_seed)$", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _BLOT: Final = "***"
+_UNSEEN: Final = ("debug", "info")  # where nobody has configured anything
 
 
 def logger(name: str) -> structlog.typing.FilteringBoundLogger:
     """The logger of a module; how it logs is decided at each event, by whether structlog has been configured by then."""
-    return cast(structlog.typing.FilteringBoundLogger, _Logger(name))
+    return cast("structlog.typing.FilteringBoundLogger", _Logger(name))
 
 
 class _Logger:
@@ -41,8 +45,16 @@ class _Logger:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if "structlog" not in sys.modules and attribute in _UNSEEN:
+            return _ignore
+        import structlog
+
         found = structlog.get_logger(self._name) if structlog.is_configured() else _unconfigured()
         return getattr(found, attribute)
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """An event that nobody wants to see."""
 
 
 class _Sink(io.TextIOBase):
@@ -63,6 +75,8 @@ class _Sink(io.TextIOBase):
 
 
 def _unconfigured() -> Any:
+    import structlog
+
     return structlog.wrap_logger(
         structlog.PrintLogger(cast(TextIO, _Sink())),
         processors=[
@@ -83,6 +97,9 @@ def configure_logs(level: Level = "info", *, as_json: bool | None = None, stream
         as_json: one JSON object a line; None decides by whether `stream` is a terminal.
         stream: where to; stderr if not given.
     """
+    with _hidden("rich"):
+        import structlog
+
     out = cast(TextIO, _Sink(stream))
     on_terminal = (stream if stream is not None else sys.stderr).isatty()
     wants_json = not on_terminal if as_json is None else as_json
@@ -101,6 +118,19 @@ def configure_logs(level: Level = "info", *, as_json: bool | None = None, stream
     _configure_libraries(shared, _rendering(wants_json, on_terminal), out, max(_LEVELS[level], logging.WARNING))
 
 
+@contextlib.contextmanager
+def _hidden(module: str) -> Generator[None]:
+    """structlog loads rich for tracebacks that are not printed here: a tenth of what a worker does before it serves."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replaces values whose names say that they are secret, and user names and passwords in URLs."""
     for key, value in event.items():
@@ -112,6 +142,8 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
 
 
 def _rendering(as_json: bool, colors: bool) -> list[structlog.typing.Processor]:
+    import structlog
+
     if as_json:
         return [structlog.processors.JSONRenderer(default=repr)]
     return [structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24)]
@@ -120,6 +152,8 @@ def _rendering(as_json: bool, colors: bool) -> list[structlog.typing.Processor]:
 def _configure_libraries(
     shared: list[structlog.typing.Processor], rendering: list[structlog.typing.Processor], out: TextIO, level: int
 ) -> None:
+    import structlog
+
     handler = logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -27,11 +27,9 @@ import os
 import random
 import re
 import ssl
-import urllib.request
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
 from datetime import UTC, datetime
-from http.client import HTTPException
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import ParseResult
 
@@ -490,7 +488,7 @@ class NatsTransport:
             if told["server_id"] != self._client._server_info["server_id"]:
                 return None
             return bool(told["config"].get("sync_always"))
-        except (OSError, ValueError, KeyError, TypeError, HTTPException):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     async def flush(self) -> None:
@@ -1588,10 +1586,20 @@ async def _connected_client(
 
 
 def _monitoring(url: str) -> bytes:
-    """What the broker's monitoring answers; proxies are not asked."""
+    """What the broker's monitoring answers; proxies are not asked.
+
+    Raises:
+        OSError: it does not answer, or not by HTTP.
+    """
+    import urllib.request  # loads as much as a small program: only those who ask pay for it
+    from http.client import HTTPException
+
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=_MONITOR_TIMEOUT_S) as answer:
-        return bytes(answer.read(_MONITOR_BYTES))
+    try:
+        with opener.open(url, timeout=_MONITOR_TIMEOUT_S) as answer:
+            return bytes(answer.read(_MONITOR_BYTES))
+    except HTTPException as error:
+        raise OSError(f"{url}: {error!r}") from None
 
 
 def _bracketed(host: str) -> str:
