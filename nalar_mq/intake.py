@@ -282,16 +282,29 @@ class Intake:
         except WireError as error:
             await self._reject(job.message, "", error)
             return
+        if self._is_here(job):
+            return
         await self._until_current()  # who slept through its lease may hold a job that others have ended by now
         found, is_claimed = await asyncio.gather(self.jobs.patiently(lambda: self._result(job.id)), self._claim_at_once(job))
+        if found is None and not is_claimed:
+            if not await self._claim(job):
+                return
+            found = await self.jobs.patiently(lambda: self._result(job.id))  # who had it may have ended it meanwhile
         if found is not None:
             await self._leave(job, found)
-        elif is_claimed or await self._claim(job):
-            if job.losses > self._options.losses:
-                lost = WorkerLostError(f"its worker was lost {job.losses} times", actor=job.spec.name)
-                await self._fail(job, lost, ran_s=0.0)
-            else:
-                await self._run(job)
+        elif job.losses > self._options.losses:
+            lost = WorkerLostError(f"its worker was lost {job.losses} times", actor=job.spec.name)
+            await self._fail(job, lost, ran_s=0.0)
+        else:
+            await self._run(job)
+
+    def _is_here(self, job: _Job) -> bool:
+        """True if this worker has the job in hand, and was so slow with it that the queue gave the message out again."""
+        mine = self._running.setdefault(job.id, job)
+        if mine is job or mine.message.sequence != job.message.sequence:
+            return False
+        mine.message = job.message
+        return True
 
     # Who runs it.
 
@@ -339,12 +352,7 @@ class Intake:
                 return True
             await job.message.nak(self._options.look_again_s)
             return False
-        if holder == self._me:
-            mine = self._running.get(job.id)
-            if mine is not None:
-                mine.message = job.message
-                return False
-        elif record.name and not await self._has_left(job, holder):
+        if holder != self._me and record.name and not await self._has_left(job, holder):
             await job.message.nak(self._options.look_again_s)
             return False
         job.failures, job.life, job.lost = record.failures, record.life, record.lost
@@ -425,7 +433,8 @@ class Intake:
         waiting = self._record(job, "", 0, job.begun + 1)
         with contextlib.suppress(KeyConflictError):
             await self.jobs.patiently(lambda: self.jobs.hold(job.id, waiting, job.revision))
-        self._running.pop(job.id, None)
+        if self._running.get(job.id) is job:
+            del self._running[job.id]
         await job.message.nak(pause_s)
 
     async def _fail(self, job: _Job, error: Exception, ran_s: float) -> None:
@@ -486,7 +495,7 @@ class Intake:
         for number in itertools.count():
             await asyncio.sleep(self._options.ack_wait_s / _BEATS)
             looks = number % _BEATS_A_LOOK == 0
-            await asyncio.gather(*(self._beat(job, looks=looks) for job in list(self._running.values())))
+            await asyncio.gather(*(self._beat(job, looks=looks) for job in list(self._running.values()) if job.revision))
 
     async def _result(self, id: str) -> JobResult | None:
         """How a job has ended. What stands there and is no result was not written by us: it goes, and ends nothing."""

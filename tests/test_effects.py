@@ -15,6 +15,7 @@ import nalar_mq
 from nalar_mq.errors import RemoteError
 from nalar_mq.history import History
 from nalar_mq.journal import Journal
+from nalar_mq.messages import Reading
 from tests.test_resumption import PATIENCE_S, Site, lose_driver, site_of
 
 APP = Path(__file__).parent / "apps" / "effects_app.py"
@@ -74,7 +75,7 @@ async def test_another_attempt_sleeps_only_for_the_rest(site: Site, workflow: st
     await site.serve("driver", "workflow")
     job = await site.submit(workflow, "s", HOUR_S)
     await site.ran("sleeps s")
-    await site.journaled(1)
+    await site.journaled(1, Reading)
     site.hub.kill("driver")
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + HOUR_S)
     await site.serve("driver2", "workflow")
@@ -86,7 +87,7 @@ async def test_another_attempt_sleeps_only_for_the_rest(site: Site, workflow: st
 async def test_a_cancelled_job_sleeps_no_more(site: Site, workflow: str) -> None:
     driver = await site.serve("driver", "workflow")
     job = await site.submit(workflow, "s", HOUR_S)
-    await site.journaled(1)
+    await site.journaled(1, Reading)
     assert await job.cancel()
     await site.until(lambda: driver.running == 0 and driver.process.calls.pending == 0)
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import importlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from nalar_mq.errors import CallCancelledError, OwnerLostError, RemoteError
 from nalar_mq.future import Future
 from nalar_mq.history import History
 from nalar_mq.intake import IntakeOptions
-from nalar_mq.jobs import JobHandle
+from nalar_mq.jobs import JobHandle, Jobs
 from nalar_mq.memory_transport import MemoryHub
-from nalar_mq.messages import Fail
+from nalar_mq.messages import Fail, Observation, Outcome, Pack, Running, decode_journal
 from nalar_mq.values import encode_error
 from nalar_mq.worker import Worker
 
@@ -47,6 +47,7 @@ class Site:
         self.hub = hub
         self.stack = stack
         self.client: Client
+        self.workers: list[Worker] = []
 
     async def serve(self, name: str, *kinds: str) -> Worker:
         specs = {key: spec for key, spec in self.app.actors.items() if spec.kind in kinds}
@@ -58,15 +59,26 @@ class Site:
             connect=self.hub.connect,
             lease_in_thread=False,
         )
-        return await self.stack.enter_async_context(worker)
+        self.workers.append(await self.stack.enter_async_context(worker))
+        return worker
 
     async def submit(self, workflow: str, *args: object) -> JobHandle:
         return await self.client.submit(workflow, *args)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.01)
+        async def holds() -> bool:
+            return condition()
+
+        await self.until_found(holds)
+
+    async def until_found(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not await condition():
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            workers = "; ".join(map(_state_of, self.workers))
+            pytest.fail(f"waited in vain; ran: {self.actors.RUNS}; {workers}")
 
     def count(self, line: str) -> int:
         return int(self.actors.RUNS.count(line))
@@ -77,21 +89,37 @@ class Site:
     def open(self, gate: str) -> None:
         self.actors.gate(gate).set()
 
-    async def journaled(self, count: int) -> None:
-        """Returns once so many observations lie in journals."""
-        from nalar_mq.messages import Pack, decode_journal
+    def deliveries(self) -> int:
+        """How often the queue has given out the job that it has."""
+        return max((item.deliveries for queue in self.hub.queues.values() for item in queue.items.values()), default=0)
 
+    def give_out_again(self) -> None:
+        """Has the queue give out what it has, as if whoever holds it had been silent for too long."""
+        for queue in self.hub.queues.values():
+            for item in queue.items.values():
+                item.due_s = 0.0
+            queue.wake()
+
+    async def journaled(self, count: int, kind: type[Observation] = Outcome) -> None:
+        """Returns once so many observations of that kind lie in journals."""
         subjects = self.client.process.subjects
         ledger = await self.client.process.transport.ledger(subjects.journal_ledger, [subjects.journal("*", "*")])
 
-        async def found() -> int:
+        async def found() -> bool:
             messages = await ledger.read(subjects.journal("*", "*"), limit=10_000)
             packs = [decode_journal(message.data) for message in messages]
-            return sum(len(pack.observations) for pack in packs if isinstance(pack, Pack))
+            seen = (observation for pack in packs if isinstance(pack, Pack) for observation in pack.observations)
+            return sum(isinstance(observation, kind) for observation in seen) >= count
 
-        async with asyncio.timeout(PATIENCE_S):
-            while await found() < count:
-                await asyncio.sleep(0.01)
+        await self.until_found(found)
+
+
+def _state_of(worker: Worker) -> str:
+    """What to know of a worker that does not do what it should."""
+    process = worker.process
+    life = "lives" if process.is_current() else "may be held to be lost"
+    life = "was given up" if process.declared_lost.done() else life
+    return f"{worker.name} {life}, runs {worker.running}, waits for {process.calls.pending}"
 
 
 @contextlib.asynccontextmanager
@@ -509,6 +537,63 @@ async def test_a_time_out_of_asyncio_is_seen_again(site: Site, way: str) -> None
     assert await job.result(timeout=PATIENCE_S) == ["late", "y-slow"]
     assert site.actors.SEEN["y"] == ["late", "y-slow"] * 2
     assert sorted(site.actors.RUNS) == ["gated y-slow", "step 1", "step 30", "step 40", "step 41"]
+
+
+async def test_a_job_that_is_given_out_again_before_its_slow_worker_has_claimed_it_is_begun_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, hold = asyncio.Event(), Jobs.hold
+
+    async def answered_late(self: Jobs, id: str, record: Running, revision: int) -> int:
+        written = await hold(self, id, record, revision)
+        if not revision:
+            await answers.wait()
+        return written
+
+    monkeypatch.setattr(Jobs, "hold", answered_late)
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("waits_for_tool", "a")
+    await site.until(lambda: site.deliveries() > 2 or bool(site.count("gated a")))
+    assert site.count("gated a") == 0, "it was begun while its first claim was on the way"
+    answers.set()
+    await site.ran("gated a")
+    site.open("a")
+    assert await job.result(timeout=PATIENCE_S) == "a"
+    [ended] = (await (await site.client.jobs()).overview()).ended
+    assert ended.timings.attempts == site.count("waits_for_tool a") == site.count("gated a") == 1
+
+
+async def test_a_job_that_ends_while_another_worker_is_slow_to_claim_it_is_not_run_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("waits_for_tool", "a")
+    await site.ran("gated a")
+    intake = (await site.serve("driver2", "workflow"))._intake
+    assert intake is not None
+    has_looked, goes_on, claim = asyncio.Event(), asyncio.Event(), intake._claim
+
+    async def late(job: Any) -> bool:
+        has_looked.set()
+        await goes_on.wait()
+        return await claim(job)
+
+    monkeypatch.setattr(intake, "_claim", late)
+    while not has_looked.is_set():
+        site.give_out_again()
+        await asyncio.sleep(0.01)
+    site.open("a")
+    assert await job.result(timeout=PATIENCE_S) == "a"
+    jobs = await site.client.jobs()
+    async with asyncio.timeout(PATIENCE_S):
+        while await jobs.records():
+            await asyncio.sleep(0.01)
+    goes_on.set()
+    await site.until(lambda: not intake.in_hand)
+    assert await jobs.records() == []
+    assert site.count("waits_for_tool a") == site.count("gated a") == 1
 
 
 async def test_a_time_out_that_has_not_passed_is_none(site: Site) -> None:
