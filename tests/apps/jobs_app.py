@@ -18,7 +18,7 @@ def note(line: str) -> None:
     RUNS.append(line)
     if "JOBS_LOG" in os.environ:
         with Path(os.environ["JOBS_LOG"]).open("a") as log:
-            log.write(f"{line}\n")
+            log.write(f"{line} {os.getpid()}\n")
 
 
 @dataclass
