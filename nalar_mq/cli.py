@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 import click
 
 from nalar_mq.errors import ConfigError
-from nalar_mq.exits import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
+from nalar_mq.exits import EXIT_CALL_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
 
 if TYPE_CHECKING:
     from nalar_mq.commands import BrokerChoice, CallWish, Seen
     from nalar_mq.installation import Finding
+    from nalar_mq.state_commands import SessionRow
     from nalar_mq.traces import Trace
 
 _EPILOG: Final = """\b
@@ -667,6 +668,212 @@ def _progress_line(accepted: int, ended: int) -> None:
 
 def _no_progress(_accepted: int, _ended: int) -> None:
     """Nobody wants to know."""
+
+
+@cli.group()
+def state() -> None:
+    """What agents keep of their sessions, in the stores of workers on this machine.
+
+    Reading works while workers run; what writes wants their stores for itself.
+    """
+
+
+def _state_options(command: _Command) -> _Command:
+    for option in (
+        click.option(
+            "--state",
+            "folder",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Folder of the stores.  [default: NALAR_STATE, else .nalar/state beside the app or here]",
+        ),
+        _app_option,
+    ):
+        command = option(command)
+    return command
+
+
+def _state_folder(folder: Path | None, app: Path | None, *, load: bool = False) -> Path:
+    from nalar_mq import commands
+    from nalar_mq.config import find_state
+
+    file = commands.app_file(app) if app else None
+    if file is not None and load:
+        commands.load_quietly(file)
+    return find_state(str(folder) if folder else "", file.parent if file else Path.cwd())
+
+
+@state.command(name="ls")
+@click.argument("agent", required=False)
+@_json_option
+@_state_options
+@_with_options
+def ls_state(options: _Options, /, agent: str | None, json: bool, folder: Path | None, app: Path | None) -> None:
+    """List the stores, or the sessions of AGENT."""
+    from nalar_mq import state_commands
+
+    _configure_logs(options)
+    where = _state_folder(folder, app)
+    if agent is not None:
+        _show_sessions(list(state_commands.sessions(where, agent)), json)
+        return
+    rows = state_commands.stores(where)
+    if json:
+        _show_json(rows)
+        return
+    head = ["STORE", "ID", "BYTES", "SESSIONS", "OPEN IN"]
+    _show_table(
+        head, [[row.store, row.id, str(row.size_bytes), str(row.sessions), _opener(row.open_in, row.pid)] for row in rows]
+    )
+    for row in rows:
+        if row.problem:
+            _tell(row.problem)
+
+
+def _opener(name: str, pid: int | None) -> str:
+    return f"{name} ({pid})" if pid is not None else ""
+
+
+def _show_sessions(rows: Sequence[SessionRow], json: bool) -> None:
+    import datetime as dt
+
+    if json:
+        _show_json(rows)
+        return
+
+    def used(row: SessionRow) -> str:
+        return dt.datetime.fromtimestamp(row.used_s).astimezone().isoformat(" ", "seconds") if row.used_s else ""
+
+    head = ["SESSION", "STORE", "ENTRIES", "BYTES", "LAST USED", ""]
+    table = [
+        [row.session, row.store, str(row.entries), str(row.size_bytes), used(row), "damaged" if row.problem else row.standing]
+        for row in rows
+    ]
+    _show_table(head, table)
+    for row in rows:
+        if row.problem:
+            _tell(row.problem)
+
+
+@state.command(name="show")
+@click.argument("agent")
+@click.argument("session")
+@_state_options
+@_with_options
+def show_state(options: _Options, /, agent: str, session: str, folder: Path | None, app: Path | None) -> None:
+    """Print what AGENT keeps of SESSION, as JSON.
+
+    With --app the app's modules are loaded, so that values of its own classes can be read.
+    """
+    import msgspec
+
+    from nalar_mq import state_commands
+    from nalar_mq.annotations import to_json
+
+    _configure_logs(options)
+    found = state_commands.show(_state_folder(folder, app, load=True), agent, session)
+    _show(msgspec.json.format(to_json(found), indent=2).decode())
+
+
+@state.command(name="export")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--agent", "agents", multiple=True, metavar="NAME", help="Only the sessions of this agent; can be repeated.")
+@click.option("--skip-damaged", is_flag=True, help="Leave damaged sessions out, and name them.")
+@_state_options
+@_with_options
+def export_state(
+    options: _Options,
+    /,
+    file: Path,
+    agents: tuple[str, ...],
+    skip_damaged: bool,
+    folder: Path | None,
+    app: Path | None,
+) -> None:
+    """Write all sessions into FILE, each as it is at one moment."""
+    from nalar_mq import state_commands
+
+    _configure_logs(options)
+    done = state_commands.export(_state_folder(folder, app), file, agents=agents, skip_damaged=skip_damaged)
+    for problem in done.skipped:
+        _tell(problem)
+    _tell(f"{done.sessions:,} sessions exported" + (f", {len(done.skipped):,} left out" if done.skipped else ""))
+
+
+@state.command(name="import")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--replace", is_flag=True, help="Replace sessions that are there already.")
+@_state_options
+@_with_options
+def import_state(options: _Options, /, file: Path, replace: bool, folder: Path | None, app: Path | None) -> None:
+    """Put the sessions of FILE, which `export` has written, into the stores.
+
+    FILE is read whole before anything is written. A broker that belongs to the app takes the sessions over when its
+    workers start; for any other, say `nalar state adopt` then.
+    """
+    from nalar_mq import state_commands
+
+    _configure_logs(options)
+    count = state_commands.restore(_state_folder(folder, app), file, replace=replace)
+    _tell(f"{count:,} sessions imported")
+
+
+@state.command(name="verify")
+@_state_options
+@_with_options
+def verify_state(options: _Options, /, folder: Path | None, app: Path | None) -> int:
+    """Read all stores whole and check all there is; print what is not as it was written."""
+    from nalar_mq import state_commands
+
+    _configure_logs(options)
+    count = 0
+    for finding in state_commands.verify(_state_folder(folder, app)):
+        _show(finding)
+        count += 1
+    _tell(f"{count:,} findings" if count else "all is as it was written")
+    return EXIT_CALL_FAILED if count else EXIT_OK
+
+
+@state.command(name="compact")
+@_state_options
+@_with_options
+def compact_state(options: _Options, /, folder: Path | None, app: Path | None) -> None:
+    """Write the stores anew without the room that nothing uses."""
+    from nalar_mq import state_commands
+
+    _configure_logs(options)
+    for store, before, after in state_commands.compact(_state_folder(folder, app)):
+        _tell(f"store {store}: {before:,} bytes before, {after:,} now")
+
+
+@state.command(name="drop")
+@click.argument("agent")
+@click.argument("session")
+@_state_options
+@_with_options
+def drop_state(options: _Options, /, agent: str, session: str, folder: Path | None, app: Path | None) -> None:
+    """Remove what AGENT keeps of SESSION for good, damaged or not."""
+    from nalar_mq import state_commands
+
+    _configure_logs(options)
+    state_commands.drop(_state_folder(folder, app), agent, session)
+    _tell(f"session {session!r} of {agent!r} is removed")
+
+
+@state.command(name="adopt")
+@_state_options
+@_broker_options
+@_with_options
+def adopt_state(options: _Options, /, folder: Path | None, app: Path | None, **broker: str | None) -> None:
+    """Enter the sessions of the stores in the directory of a broker, so that its workers may serve them.
+
+    For stores that were written under another broker, or into which sessions were imported.
+    """
+    from nalar_mq import commands, state_commands
+
+    file = commands.app_file(app) if app else None
+    for store, count, left_out in _run(options, state_commands.adopt(_choice(broker), file, _state_folder(folder, app))):
+        _tell(f"store {store}: {count:,} sessions" + (f", {left_out:,} of them are held elsewhere" if left_out else ""))
 
 
 @cli.group()

@@ -46,7 +46,7 @@ async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> tuple
         ArgumentError: whoever serves the workflow does not take these arguments.
         UnknownActorError: what is served under that name is no workflow.
     """
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         info = client.process.table.info(wish.workflow)
         parameters = parameters_of(info.methods.get("", "") if info is not None else "")
         args, kwargs = parse_arguments(wish.words, wish.json_text, parameters)
@@ -85,7 +85,7 @@ async def submit_lines(
         take_result: gets each result.
         on_progress: hears how many jobs were accepted and how many results have been handed over.
     """
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         jobs = await client.jobs(to_submit=True)
         ids: deque[str] = deque()
         accepted = ended = 0
@@ -109,7 +109,7 @@ async def result(choice: BrokerChoice, app: Path | None, id: str, *, wait: bool)
         CallFailed: it failed or was cancelled.
         UnknownJobError: it has not ended, and nobody wants to wait; or there is none.
     """
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         jobs = await client.jobs()
         found = await jobs.wait(id) if wait else await jobs.result(id)
         if found is None:
@@ -120,31 +120,31 @@ async def result(choice: BrokerChoice, app: Path | None, id: str, *, wait: bool)
 
 async def status(choice: BrokerChoice, app: Path | None, id: str) -> JobStatus:
     """Where a job stands."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         return await (await client.jobs()).status(id)
 
 
 async def cancel(choice: BrokerChoice, app: Path | None, id: str) -> bool:
     """Ends a job; False if it had ended."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         return await (await client.jobs()).cancel(id)
 
 
 async def overview(choice: BrokerChoice, app: Path | None, limit: int) -> Overview:
     """All jobs by where they stand, and the last `limit` that have ended."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         return await (await client.jobs()).overview(limit)
 
 
 async def dead_letters(choice: BrokerChoice, app: Path | None) -> list[DeadLetter]:
     """All dead letters, oldest first."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         return [letter async for letter in (await client.jobs()).dead_letters()]
 
 
 async def retry(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> int:
     """Publishes dead letters again, all of them if none is named; returns how many."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         jobs = await client.jobs()
         letters = await _chosen(jobs, keys)
         for letter in letters:
@@ -154,7 +154,7 @@ async def retry(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -
 
 async def drop(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> int:
     """Removes dead letters, all of them if none is named; returns how many."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         jobs = await client.jobs()
         letters = await _chosen(jobs, keys)
         for letter in letters:
@@ -199,7 +199,7 @@ def _submissions(jobs: Jobs, workflow: str, lines: Iterable[str], prefix: str) -
 
 async def questions(choice: BrokerChoice, app: Path | None) -> list[Question]:
     """The questions that wait for an answer, oldest first."""
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         return await client.questions()
 
 
@@ -214,7 +214,7 @@ async def answer(choice: BrokerChoice, app: Path | None, id: str, json_text: str
         value = from_json(json_text)
     except MalformedMessageError as error:
         raise ConfigError(f"the answer is {error}; a text needs quotes of its own: '\"yes\"'") from None
-    async with _client(choice, app) as client:
+    async with client_of(choice, app) as client:
         await client.answer(id, value)
 
 
@@ -236,7 +236,8 @@ async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[T]:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _client(choice: BrokerChoice, app: Path | None) -> Client:
+def client_of(choice: BrokerChoice, app: Path | None) -> Client:
+    """A client of the runtime that is meant."""
     running = read_runtime_file(app.parent if app else Path.cwd())
     settings = load_settings(
         nats=choice.nats,

@@ -30,6 +30,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import shutil
 import struct
 import threading
 import time
@@ -205,8 +206,16 @@ class Commit(NamedTuple):
     records: Sequence[Outcome] = ()
 
 
+class Whole(NamedTuple):
+    """All of a session at one moment."""
+
+    header: Header
+    entries: Entries
+    outcomes: list[Outcome]
+
+
 class Removal(NamedTuple):
-    """A session is to be forgotten."""
+    """A session is to be forgotten, whatever is known of it."""
 
     session: Session
 
@@ -530,22 +539,82 @@ class Store:
         header = session.header
         if header is None:
             return {}
+        with self._reading() as txn:
+            return self._loaded(txn, session.key, header)
+
+    def _loaded(self, txn: Txn, key: bytes, header: Header) -> Entries:
+        self._check_records(txn, key, header)
         fields: Entries = {}
         sums: dict[str, tuple[int, int]] = {}
-        with self._reading() as txn:
-            self._check_records(txn, session.key, header)
-            for field, order, crc, data in self._entries(txn, session.key, header.number):
-                fields.setdefault(field, []).append((order, data))
-                count, sum_ = sums.get(field, (0, 0))
-                sums[field] = count + 1, sum_ ^ crc
+        for field, order, crc, data in self._entries(txn, key, header.number):
+            fields.setdefault(field, []).append((order, data))
+            count, sum_ = sums.get(field, (0, 0))
+            sums[field] = count + 1, sum_ ^ crc
         for field, (count, sum_) in header.sums.items():
             found = sums.pop(field, (0, 0))
             if found != (count, sum_):
                 what = f"{found[0]:,} entries were found and {count:,} were written"
-                raise self._session_damaged(session.key, f"{field}: {what}" + ("" if found[0] != count else ", others"))
+                raise self._session_damaged(key, f"{field}: {what}" + ("" if found[0] != count else ", others"))
         if sums:
-            raise self._session_damaged(session.key, f"{', '.join(sorted(sums))}: entries that nobody has written")
+            raise self._session_damaged(key, f"{', '.join(sorted(sums))}: entries that nobody has written")
         return fields
+
+    def whole(self, actor: str, name: str) -> Whole | None:
+        """All of a session as it is at one moment, whoever writes meanwhile; None if it is not kept.
+
+        Of one that lives in another store, that it does.
+
+        Raises:
+            StateDamagedError: something is missing or is not what was written.
+        """
+        key = key_of(actor, name)
+        with self._reading() as txn:
+            header = self.header(txn, key)
+            if header is None:
+                return None
+            if header.standing == LEFT:
+                return Whole(header, {}, [])
+            return Whole(header, self._loaded(txn, key, header), self._outcomes(txn, key, header))
+
+    def findings(self) -> Iterator[str]:
+        """Reads all there is, as it is at one moment, and tells what is not as it was written."""
+        with self._reading() as txn:
+            numbers: set[bytes] = set()
+            for key, _ in _with_prefix(txn, self._trees["sessions"], b""):
+                try:
+                    header = self.header(txn, key)
+                    if header is not None:
+                        numbers.add(_U64.pack(header.number))
+                        if header.standing != LEFT:
+                            self._loaded(txn, key, header)
+                except StateDamagedError as error:
+                    yield str(error)
+            yield from self._stray(txn, numbers)
+            yield from self._unindexed(txn)
+
+    def _stray(self, txn: Txn, numbers: set[bytes]) -> Iterator[str]:
+        for number in dict.fromkeys(number for _, number in _with_prefix(txn, self._trees["names"], b"")):
+            if number not in numbers:
+                yield f"{self.folder}: a session is known by its number alone ({number.hex()})"
+        with txn.cursor(db=self._trees["entries"]) as cursor:
+            found = cursor.first()
+            while found:
+                number = cursor.key()[:8]
+                if number not in numbers:
+                    yield f"{self.folder}: entries belong to no session that can be read ({number.hex()})"
+                found = cursor.set_range(number + b"\xff" * 8)
+
+    def _unindexed(self, txn: Txn) -> Iterator[str]:
+        calls = self._trees["calls"]
+        for key, value in _with_prefix(txn, self._trees["records"], b""):
+            record = _decode(value, key, _RECORD)
+            if record is None:
+                yield f"{self.folder}: record {key.hex()} does not match its checksum"
+                continue
+            index = _U64.pack(record.number) + record.call
+            listed = _checked(txn.get(index, b"", db=calls), index)
+            if listed is None or listed[: _RECORD_KEY.size] != key:
+                yield f"{self.folder}: record {key.hex()} cannot be found by its call {record.call.hex()}"
 
     def _check_records(self, txn: Txn, key: bytes, header: Header) -> None:
         """That all records of a session that have not expired can be found by their calls."""
@@ -611,18 +680,24 @@ class Store:
         return found
 
     def outcomes(self, session: Session) -> list[Outcome]:
-        """What the calls of a session came to that are still remembered."""
-        header = session.header
-        if header is None:
+        """What the calls of a session came to that are still remembered.
+
+        Raises:
+            StateDamagedError: it cannot be read.
+        """
+        if session.header is None:
             return []
-        found: list[Outcome] = []
         with self._reading() as txn:
-            for index, value in _with_prefix(txn, self._trees["calls"], _U64.pack(header.number)):
-                key = self._record_key(session.key, index, value)
-                data = txn.get(key, db=self._trees["records"])
-                record = None if data is None else _decode(data, key, _RECORD)
-                if record is not None:
-                    found.append(Outcome(record.call, record.payload, record.at_s, key[:1] == b"j"))
+            return self._outcomes(txn, session.key, session.header)
+
+    def _outcomes(self, txn: Txn, key: bytes, header: Header) -> list[Outcome]:
+        found: list[Outcome] = []
+        for index, value in _with_prefix(txn, self._trees["calls"], _U64.pack(header.number)):
+            record_key = self._record_key(key, index, value)
+            data = txn.get(record_key, db=self._trees["records"])
+            record = None if data is None else _decode(data, record_key, _RECORD)
+            if record is not None:
+                found.append(Outcome(record.call, record.payload, record.at_s, record_key[:1] == _KINDS[1]))
         return found
 
     def record(self, session: Session, call: bytes) -> Record | None:
@@ -713,6 +788,15 @@ class Store:
             return [error] if len(writes) == 1 else [self._write_alone(one, now_s) for one in writes]
         return [None] * len(writes)
 
+    def write_together(self, writes: Sequence[Write]) -> None:
+        """Makes all of them durable in one transaction, or none.
+
+        Raises:
+            StoreFullError: there is no room for them.
+            StoreError: they cannot be written.
+        """
+        self._write_all(writes, time.time())
+
     def _write_alone(self, write: Write, now_s: float) -> Exception | None:
         try:
             self._write_all([write], now_s)
@@ -776,6 +860,25 @@ class Store:
             self._env.copy(str(target), compact=True)
         except (OSError, lmdb.Error) as error:
             raise StoreError(f"{target} cannot be written: {error}", str(target)) from error
+
+    def compact_here(self) -> None:
+        """Puts a copy without free pages in the place of the file, at once or not at all; the store is closed then.
+
+        Raises:
+            StoreBusyError: somebody reads it.
+            StoreError: the folder cannot be written.
+        """
+        copy = self.folder / "compacted"
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            _check_unread(self.folder)
+            self.compact(copy)
+            with self._guard.alone():
+                self._env.close()
+            _put_in_place(copy / _DATA_FILE, self.folder)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+            self.close()
 
     def close(self) -> None:
         """Gives the store to whoever wants it; idempotent."""
@@ -944,13 +1047,14 @@ class _Batch:
 
     def _remove(self, txn: Txn, session: Session) -> None:
         draft = self._drafts.get(session.key)
-        number = draft.number if draft is not None else session.header.number if session.header is not None else None
-        if number is not None:
+        names = self._trees["names"]
+        prefix = draft.prefix if draft is not None else txn.get(_digest(session.key), db=names)
+        if prefix is not None:
             entries = self._trees["entries"]
-            for key in [key for key, _ in _with_prefix(txn, entries, _U64.pack(number))]:
+            for key in [key for key, _ in _with_prefix(txn, entries, prefix)]:
                 txn.delete(key, db=entries)
-            txn.delete(_digest(session.key), db=self._trees["names"])
-            txn.delete(session.key, db=self._trees["sessions"])
+            txn.delete(_digest(session.key), db=names)
+        txn.delete(session.key, db=self._trees["sessions"])
         self._drafts[session.key] = None
 
     def _expire(self, txn: Txn, limit: int) -> tuple[bytes, bytes]:
@@ -1157,6 +1261,29 @@ def owner_of(folder: Path) -> Owner | None:
         return msgspec.json.decode((folder / _LOCK_FILE).read_bytes(), type=Owner)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def _check_unread(folder: Path) -> None:
+    file = os.open(folder / _DATA_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise StoreBusyError(f"{folder} is being read by another process", str(folder)) from None
+    finally:
+        os.close(file)
+
+
+def _put_in_place(data: Path, folder: Path) -> None:
+    try:
+        for path in (data, folder):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            os.fsync(file)
+            os.close(file)
+            if path == data:
+                (folder / _READERS_FILE).unlink(missing_ok=True)  # it knows the transactions of the other file
+                data.replace(folder / _DATA_FILE)
+    except OSError as error:
+        raise _unusable(error, folder) from error
 
 
 def _opened(folder: Path, limit_bytes: int) -> lmdb.Environment:
