@@ -41,6 +41,7 @@ class Index:
     def __init__(self) -> None:
         self._table = np.full(4 * _LEAST_ROWS, _EMPTY, np.int32)
         self._places = np.full(_LEAST_ROWS, -1, np.int32)
+        self._left: list[Ints] = []
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +52,7 @@ class Index:
         """Makes room for all rows of the columns, and holds `rows`."""
         self._table = np.full(4 * len(high), _EMPTY, np.int32)
         self._places = np.full(len(high), -1, np.int32)
+        self._left = []
         self.insert(high[rows], low[rows], rows)
 
     def insert(self, high: Words, low: Words, rows: Ints) -> None:
@@ -59,22 +61,35 @@ class Index:
         places = self._first(high, low)
         while len(rows):
             free = table[places] < 0
-            wanted = places[free]
-            table[wanted] = rows[free]
+            table[places[free]] = rows[free]
             won = table[places] == rows
             self._places[rows[won]] = places[won]
             rows, places = rows[~won], (places[~won] + 1) & mask
 
-    def remove(self, rows: Ints) -> None:
-        """Takes rows out that are in it."""
-        table, mask = self._table, len(self._table) - 1
+    def holds(self, rows: Ints) -> Mask:
+        """Which of the rows are in it."""
+        held: Mask = self._places[rows] >= 0
+        return held
+
+    def leave(self, rows: Ints) -> None:
+        """Takes rows out; their places are free after `sweep`."""
         places = self._places[rows]
+        self._left.append(places[places >= 0])
+        self._places[rows] = -1
+
+    def sweep(self) -> None:
+        """Frees the places that have been left."""
+        if not self._left:
+            return
+        table, mask = self._table, len(self._table) - 1
+        places = np.concatenate(self._left)
+        self._left = []
         table[places] = _GONE
         while len(places):
             places = places[table[(places + 1) & mask] == _EMPTY]
             table[places] = _EMPTY
             places = (places - 1) & mask
-            places = np.unique(places[table[places] == _GONE])
+            places = places[table[places] == _GONE]
 
     def find(self, high: Words, low: Words, ids_high: Words, ids_low: Words) -> Ints:
         """The row of each id, -1 for those that are not there; `ids_high` and `ids_low` are the columns of all rows."""
@@ -150,6 +165,7 @@ class Futures:
         self._free: Ints = np.arange(_LEAST_ROWS - 1, -1, -1, dtype=np.int32)
         self._free_count: int = _LEAST_ROWS
         self._born = 0
+        self._added: list[Ints] = []
         self._index = Index()
 
     def __len__(self) -> int:
@@ -178,19 +194,29 @@ class Futures:
         self._born += count
         self.parent[rows] = -1
         self.depth[rows] = 0
-        self._index.insert(high, low, rows)
+        self._added.append(rows)
         return rows
 
     def remove(self, rows: Ints) -> None:
         """Frees rows that are in use."""
-        self._index.remove(rows)
+        self._index.leave(rows)
         self.state[rows] = 0
         self.birth[rows] = 0
         self._free[self._free_count : self._free_count + len(rows)] = rows
         self._free_count += len(rows)
 
+    def settle(self) -> Ints:
+        """Makes everything added since the last time findable, and returns those of it that are still there."""
+        self._index.sweep()
+        added, self._added = self._added, []
+        rows = np.unique(np.concatenate(added)) if added else np.zeros(0, np.int32)
+        rows = rows[self.state[rows] > 0]
+        fresh = rows[~self._index.holds(rows)]
+        self._index.insert(self.high[fresh], self.low[fresh], fresh)
+        return rows
+
     def find(self, high: Words, low: Words) -> Ints:
-        """The row of each id, -1 for those of no live future."""
+        """The row of each id, -1 for those of no live future that has been there at the last `settle`."""
         return self._index.find(high, low, self.high, self.low)
 
     def parents(self, rows: Ints) -> Ints:
@@ -217,6 +243,8 @@ class Names:
         self._numbers: dict[str, int] = {}
         self._names: list[str] = []
         self._free: list[int] = []
+        self._used: list[Ints] = []
+        self._closed: list[Ints] = []
         self.uses = np.zeros(_LEAST_ROWS, np.int32)
 
     def __len__(self) -> int:
@@ -254,7 +282,7 @@ class Names:
                 newly.append(number)
             found.append(number)
         rows = rows_of(found)
-        np.add.at(self.uses, rows, 1)
+        self._used.append(rows)
         return rows, newly
 
     def _take(self, name: str) -> int:
@@ -269,14 +297,25 @@ class Names:
 
     def use(self, rows: Ints) -> None:
         """Each of these numbers, which are used, is used once more."""
-        np.add.at(self.uses, rows, 1)
+        self._used.append(rows)
 
-    def close(self, rows: Ints) -> list[int]:
-        """Each is used once less; returns those that are used no more."""
-        np.subtract.at(self.uses, rows, 1)
-        gone = [int(row) for row in np.unique(rows[self.uses[rows] == 0])]
+    def close(self, rows: Ints) -> None:
+        """Each is used once less; those that are used no more are gone after `settle`."""
+        self._closed.append(rows)
+
+    def settle(self) -> None:
+        """Counts, and gives up the names that nobody uses any more."""
+        used, self._used = self._used, []
+        if used:
+            self.uses += np.bincount(np.concatenate(used), minlength=self.room).astype(np.int32)
+        closed, self._closed = self._closed, []
+        if not closed:
+            return
+        rows = np.concatenate(closed)
+        self.uses -= np.bincount(rows, minlength=self.room).astype(np.int32)
+        gone: list[int] = np.unique(rows[self.uses[rows] == 0]).tolist()
+        numbers, names = self._numbers, self._names
         for number in gone:
-            del self._numbers[self._names[number]]
-            self._names[number] = ""
+            del numbers[names[number]]
+            names[number] = ""
         self._free += gone
-        return gone

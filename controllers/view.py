@@ -65,6 +65,7 @@ _RATE: Final = 0.05
 _TRIES: Final = 3  # settlements in which a parent that was not told of yet is looked for
 _DEEPEST: Final = 1024
 _NOT_HELD: Final = -1
+_UNKNOWN: Final = 1 << 40  # more than any count: the next one begins anew
 
 _Column: TypeAlias = npt.NDArray[np.generic]
 
@@ -151,12 +152,13 @@ class _Process:
         self.is_draining = False
         self.pieces: list[Report] = []
         self.former: Ints | None = None
+        self.former_kinds = np.zeros(0, np.int32)
         self.rows = np.full(64, -1, np.int32)
         self.kinds = np.zeros(0, np.int32)
         self.sessions = np.full(64, -1, np.int32)
         self.jobs = np.full(64, -1, np.int32)
-        self.told = np.zeros((0, 4))
-        self.buckets = np.zeros((0, 512), np.uint32)
+        self.told: dict[int, tuple[int, float, float]] = {}
+        self.buckets: dict[tuple[int, int], int] = {}
         self.spent = np.zeros(64)
         self.tenants: dict[str, float] = {}
         self.held: set[tuple[int, int]] = set()
@@ -167,6 +169,7 @@ class _Process:
     def reset(self, former: Ints) -> None:
         """Nothing of it is known, except where its futures were and what it has counted."""
         self.former = former
+        self.former_kinds = self.kinds
         self.rows = np.full(len(former), -1, np.int32)
         self.kinds = np.zeros(0, np.int32)
         self.sessions = np.full(64, -1, np.int32)
@@ -174,12 +177,14 @@ class _Process:
         self.spent = np.zeros(64)
         self.held = set()
 
-    def grow_kinds(self) -> None:
-        """Room for the counts of all its kinds."""
-        more = len(self.kinds) - len(self.told)
-        if more > 0:
-            self.told = np.concatenate((self.told, np.zeros((more, 4))))
-            self.buckets = np.concatenate((self.buckets, np.zeros((more, 512), np.uint32)))
+    def name_kinds(self, numbers: Ints) -> None:
+        """Takes further kinds. If they are others than before, what was counted for those is not known any more."""
+        before = len(self.kinds)
+        self.kinds = np.concatenate((self.kinds, numbers))
+        known = self.former_kinds[before : before + len(numbers)]
+        for place in (before + np.flatnonzero(known != numbers[: len(known)])).tolist():
+            self.told[place] = (_UNKNOWN, 0.0, 0.0)
+            self.buckets |= {(place, code): _UNKNOWN for code in range(512)}
 
     def grow_sessions(self) -> None:
         """Room for the costs of all its sessions."""
@@ -253,10 +258,11 @@ class View:
         self._counted: Floats = np.zeros(0)
         self._ahead_s: Floats = np.zeros(0)
         self._histogram = np.zeros((0, 512), np.int64)
+        self._histogram_sums: list[int] = []
         self._last_kind = np.full(self.sessions.room, -1, np.int32)
-        self._rested: list[Ints] = []
+        self._came: list[Ints] = []
+        self._went: list[Ints] = []
         self._edges = _Edges()
-        self._new: list[Ints] = []
         self._orphans: list[tuple[int, Ints, Longs]] = []
         self._held: dict[tuple[int, int], str] = {}
         self._replicas: dict[str, tuple[Replica, ...]] | None = None
@@ -334,7 +340,7 @@ class View:
 
     def _replace(self, process: _Process, pieces: list[Report]) -> None:
         """Everything that is known of the process is what the pieces say; rows of futures that are still there stay."""
-        former, kinds = process.rows, process.kinds
+        former = process.rows
         sessions, jobs = process.sessions[process.sessions >= 0], process.jobs[process.jobs >= 0]
         self._forget_states(process)
         process.reset(former)
@@ -342,7 +348,6 @@ class View:
         try:
             for piece in pieces:
                 self._apply(process, piece)
-            _refuse(not np.array_equal(process.kinds[: len(kinds)], kinds), "its kinds have other numbers than before")
         except WireError:
             self._remove(process.rows[process.rows >= 0])
             process.rows[:] = -1
@@ -373,8 +378,7 @@ class View:
         )
         if report.kinds:
             numbers = rows_of(self._kind(kind) for kind in report.kinds)
-            process.kinds = np.concatenate((process.kinds, numbers))
-            process.grow_kinds()
+            process.name_kinds(numbers)
         process.sessions = self._open(process.sessions, report.sessions, self.sessions)
         if report.sessions.names:
             process.grow_sessions()
@@ -384,10 +388,11 @@ class View:
         """The names in these slots; sessions get rows of their own."""
         if not named.names:
             return slots_to_names
-        slots = np.frombuffer(named.slots, "<u4").astype(np.int64)
-        _refuse(slots.max() >= MOST_SLOTS, "a slot beyond all that there are")
-        widened = _widened(slots_to_names, int(slots.max()) + 1)
-        _refuse(len(np.unique(slots)) < len(slots) or (widened[slots] >= 0).any(), "a name for a slot that has one")
+        slots = np.frombuffer(named.slots, "<u4")
+        highest = int(slots.max())
+        _refuse(highest >= MOST_SLOTS, "a slot beyond all that there are")
+        widened = _widened(slots_to_names, highest + 1)
+        _refuse((widened[slots] >= 0).any() or not _are_distinct(widened, slots), "a name for a slot that has one")
         numbers, newly = names.open(named.names)
         widened[slots] = numbers
         if names is self.sessions:
@@ -424,6 +429,7 @@ class View:
             self.service_s, self.wait_s = np.append(self.service_s, 0.0), np.append(self.wait_s, 0.0)
             self._counted, self._ahead_s = np.append(self._counted, 0.0), np.append(self._ahead_s, 0.0)
             self._histogram = np.concatenate((self._histogram, np.zeros((1, 512), np.int64)))
+            self._histogram_sums.append(0)
         return number
 
     def _agent(self, name: str) -> int:
@@ -435,36 +441,32 @@ class View:
         if report.changed.columns:
             told = _read(report.changed, CHANGED)
             rows = self._rows(process, told["slots"])
-            states, at = told["states"].astype(np.uint8), told["at"].astype(np.float64)
+            states, at = told["states"], told["at"].astype(np.float64)
             _check_states(states)
             _check_times(report, at)
-            futures, at = self.futures, at + process.ahead_s
-            fresh = rows[(states == RUNNING) & (futures.began[rows] == 0.0)]
-            futures.state[rows] = states
-            futures.since[rows] = at
-            futures.began[fresh] = futures.since[fresh]
+            at += process.ahead_s
+            futures = self.futures
+            futures.state[rows], futures.since[rows] = states, at
+            begins = (states == RUNNING) & (futures.began[rows] == 0.0)
+            futures.began[rows[begins]] = at[begins]
         if report.moved.columns:
             told = _read(report.moved, MOVED)
-            rows = self._rows(process, told["slots"])
-            self.futures.priority[rows] = told["priorities"].astype(np.int32)
+            self.futures.priority[self._rows(process, told["slots"])] = told["priorities"]
 
     def _rows(self, process: _Process, slots: _Column) -> Ints:
-        """Rows of slots that are in use, each named once."""
-        places = slots.astype(np.int64)
-        _refuse(len(places) and places.max() >= len(process.rows), "a slot that was never used")
-        rows = process.rows[places]
-        _refuse((rows < 0).any() or len(np.unique(places)) < len(places), "a slot that is not in use, or twice the same")
-        return rows
+        """Rows of slots that are in use."""
+        return _looked_up(process.rows, slots, "future")
 
     def _begin(self, process: _Process, report: Report) -> None:
         begun = report.begun
         assert begun is not None
         told = {name: np.frombuffer(getattr(begun, name), kind) for name, kind in BEGUN.items() if "," not in kind}
         slots = told["slots"].astype(np.int64)
-        count = len(slots)
-        _refuse(slots.max() >= MOST_SLOTS, "a slot beyond all that there are")
-        process.rows = _widened(process.rows, int(slots.max()) + 1)
-        _refuse((process.rows[slots] >= 0).any() or len(np.unique(slots)) < count, "a slot that is in use, or twice the same")
+        count, highest = len(slots), int(slots.max())
+        _refuse(highest >= MOST_SLOTS, "a slot beyond all that there are")
+        process.rows = _widened(process.rows, highest + 1)
+        is_free = (process.rows[slots] < 0).all() and _are_distinct(process.rows, slots)
+        _refuse(not is_free, "a slot that is in use, or twice the same")
         kinds = _looked_up(process.kinds, told["kinds"], "kind")
         sessions = _looked_up(process.sessions, told["sessions"], "session")
         has_job = told["jobs"].astype(np.int64) != NO_JOB
@@ -510,10 +512,9 @@ class View:
         rows[is_new] = added
         futures.process[added], futures.slot[added] = process.place, slots[is_new]
         futures.kind[added], futures.session[added], futures.job[added] = kinds[is_new], sessions[is_new], jobs[is_new]
-        np.add.at(self.session_live, sessions[is_new], 1)
+        self._came.append(sessions[is_new])
         self.sessions.use(sessions[is_new])
         self.jobs.use(jobs[is_new & (jobs >= 0)])
-        self._new.append(added)
         return rows, is_new
 
     def _connect(self, rows: Ints, is_new: Mask, parents: bytes, dep_counts: Longs, deps: bytes) -> None:
@@ -558,7 +559,8 @@ class View:
         if report.ended.columns:
             slots = _read(report.ended, ENDED)["slots"]
             rows = self._rows(process, slots)
-            process.rows[slots.astype(np.int64)] = -1
+            _refuse(not _are_distinct(process.rows, slots), "a future that ends twice")
+            process.rows[slots] = -1
             self._remove(rows)
         for name, closed in (("sessions", report.sessions_closed), ("jobs", report.jobs_closed)):
             if not closed:
@@ -566,63 +568,58 @@ class View:
             slots = np.frombuffer(closed, "<u4")
             table: Ints = getattr(process, name)
             rows = _looked_up(table, slots, name)
-            _refuse(len(np.unique(slots)) < len(slots), "a slot that is closed twice")
+            _refuse(not _are_distinct(table, slots), "a slot that is closed twice")
             if name == "sessions":
-                process.spent[slots.astype(np.int64)] = 0.0
+                process.spent[slots] = 0.0
                 self.sessions.close(rows)
             else:
                 self.jobs.close(rows)
-            table[slots.astype(np.int64)] = -1
+            table[slots] = -1
 
     def _remove(self, rows: Ints) -> None:
         sessions, jobs = self.futures.session[rows], self.futures.job[rows]
         self.futures.remove(rows)
-        np.subtract.at(self.session_live, sessions, 1)
-        self._rest(sessions[self.session_live[sessions] == 0])
+        self._went.append(sessions)
         self.sessions.close(sessions)
         self.jobs.close(jobs[jobs >= 0])
 
-    def _rest(self, sessions: Ints) -> None:
-        """Nothing follows in these sessions for now: no work was ahead of what began last."""
-        resting = np.unique(sessions)
-        last = self._last_kind[resting]
-        self._last_kind[resting] = -1
-        if (last >= 0).any():
-            self._rested.append(last[last >= 0])
-
     def _take_counts(self, process: _Process, report: Report) -> None:
+        """What has been counted; few rows as a rule, so they are gone through one by one."""
         if report.tallies.columns:
-            told = _read(report.tallies, TALLIES)
-            places = told["kinds"].astype(np.int64)
-            kinds = _looked_up(process.kinds, told["kinds"], "kind")
-            sums = np.stack([told[name].astype(np.float64) for name in ("ended", "failed", "waited_s", "ran_s")], axis=1)
-            _refuse(not np.isfinite(sums).all() or len(np.unique(places)) < len(places), "sums that are none")
-            more = np.maximum(sums - process.told[places], 0.0)
-            process.told[places] = sums
-            self._average(kinds, more)
+            self._take_tallies(process, _read(report.tallies, TALLIES))
         if report.buckets.columns:
-            told = _read(report.buckets, BUCKETS)
-            places = told["kinds"].astype(np.int64)
-            kinds = _looked_up(process.kinds, told["kinds"], "kind")
-            _refuse((told["is_work"].astype(np.int64) > 1).any(), "a bucket of nothing")
-            buckets = told["is_work"].astype(np.int64) * 256 + told["buckets"].astype(np.int64)
-            counts = told["counts"].astype(np.uint32)
-            more = counts.astype(np.int64) - process.buckets[places, buckets]
-            process.buckets[places, buckets] = counts
-            np.add.at(self._histogram, (kinds, buckets), np.maximum(more, 0))
-            full = np.unique(kinds)[self._histogram[np.unique(kinds)].sum(axis=1) > 40 * _MEMORY]
-            self._histogram[full] //= 2
+            self._take_buckets(process, _read(report.buckets, BUCKETS))
         self._take_spent(process, report)
 
-    def _average(self, kinds: Ints, more: Floats) -> None:
+    def _take_tallies(self, process: _Process, told: dict[str, _Column]) -> None:
         """Mean times that follow what has come lately."""
-        rows: list[list[float]] = more.tolist()
-        for kind, (ended, _, waited_s, ran_s) in zip(kinds.tolist(), rows, strict=True):
-            if ended >= 1.0:
+        kinds: list[int] = _looked_up(process.kinds, told["kinds"], "kind").tolist()
+        rows: list[tuple[int, int, int, float, float]] = list(zip(*(column.tolist() for column in told.values()), strict=True))
+        for kind, (place, ended, _, waited_s, ran_s) in zip(kinds, rows, strict=True):
+            _refuse(not (abs(waited_s) < np.inf and abs(ran_s) < np.inf), "sums that are none")
+            former = process.told.get(place, (0, 0.0, 0.0))
+            process.told[place] = (ended, waited_s, ran_s)
+            more = ended - former[0]
+            if more > 0:
                 before = float(self._counted[kind])
-                self.service_s[kind] = (self.service_s[kind] * before + ran_s) / (before + ended)
-                self.wait_s[kind] = (self.wait_s[kind] * before + waited_s) / (before + ended)
-                self._counted[kind] = min(before + ended, float(_MEMORY))
+                self.service_s[kind] = (self.service_s[kind] * before + max(ran_s - former[2], 0.0)) / (before + more)
+                self.wait_s[kind] = (self.wait_s[kind] * before + max(waited_s - former[1], 0.0)) / (before + more)
+                self._counted[kind] = min(before + more, float(_MEMORY))
+
+    def _take_buckets(self, process: _Process, told: dict[str, _Column]) -> None:
+        kinds: list[int] = _looked_up(process.kinds, told["kinds"], "kind").tolist()
+        rows: list[tuple[int, int, int, int]] = list(zip(*(column.tolist() for column in told.values()), strict=True))
+        for kind, (place, is_work, bucket, count) in zip(kinds, rows, strict=True):
+            _refuse(is_work > 1, "a bucket of nothing")
+            code = is_work << 8 | bucket
+            more = count - process.buckets.get((place, code), 0)
+            process.buckets[place, code] = count
+            if more > 0:
+                self._histogram[kind, code] += more
+                self._histogram_sums[kind] += more
+                if self._histogram_sums[kind] > 40 * _MEMORY:
+                    self._histogram[kind] //= 2
+                    self._histogram_sums[kind] = int(self._histogram[kind].sum())
 
     def _take_spent(self, process: _Process, report: Report) -> None:
         if report.spent.columns:
@@ -688,19 +685,29 @@ class View:
         self.version += 1
         self._replicas = None
         self._live = None
-        self._learn_ends()
-        new, self._new = self._new, []
-        rows = np.unique(np.concatenate(new)) if new else np.zeros(0, np.int32)
-        rows = rows[self.futures.state[rows] > 0]
+        self._count_sessions()
+        rows = self.futures.settle()
         self._learn(rows)
         self._find_parents(rows)
         self._edges.settle(self.futures)
+        self.sessions.settle()
+        self.jobs.settle()
 
-    def _learn_ends(self) -> None:
-        rested, self._rested = self._rested, []
-        if rested:
-            kinds = np.concatenate(rested)
-            self._nudge(kinds, self.service_s[kinds])
+    def _count_sessions(self) -> None:
+        """Where nothing is left in a session, no work was ahead of what began there last."""
+        came, went, self._came, self._went = self._came, self._went, [], []
+        room = len(self.session_live)
+        if came:
+            self.session_live += np.bincount(np.concatenate(came), minlength=room).astype(np.int32)
+        if not went:
+            return
+        left = np.concatenate(went)
+        self.session_live -= np.bincount(left, minlength=room).astype(np.int32)
+        resting = np.unique(left[self.session_live[left] == 0])
+        last = self._last_kind[resting]
+        self._last_kind[resting] = -1
+        ended = last[last >= 0]
+        self._nudge(ended, self.service_s[ended])
 
     def _learn(self, rows: Ints) -> None:
         """What began in a session is what was ahead of the call that began there before it."""
@@ -952,20 +959,31 @@ class View:
 
 def _looked_up(table: Ints, numbers: _Column, what: str) -> Ints:
     """What the numbers of a process stand for."""
-    places = numbers.astype(np.int64)
-    _refuse(len(places) and places.max() >= len(table), f"a {what} that was never named")
-    found = table[places]
-    _refuse((found < 0).any(), f"a {what} that has no name")
+    if not len(numbers):
+        return table[:0]
+    _refuse(int(numbers.max()) >= len(table), f"a {what} that was never named")
+    found: Ints = table[numbers]
+    _refuse(int(found.min()) < 0, f"a {what} that has no name")
     return found
 
 
+def _are_distinct(table: Ints, places: _Column) -> bool:
+    """True if no place is named twice; the table is as before."""
+    marks = np.arange(len(places), dtype=np.int32)
+    former = table[places]
+    table[places] = marks
+    distinct = bool((table[places] == marks).all())
+    table[places] = former
+    return distinct
+
+
 def _check_states(states: _Column) -> None:
-    values = states.astype(np.int64)
-    _refuse(((values < CREATED) | (values > WAITING)).any(), "a state that is none")
+    _refuse(int(states.min()) < CREATED or int(states.max()) > WAITING, "a state that is none")
 
 
 def _check_times(report: Report, *columns: Floats) -> None:
     for column in columns:
-        _refuse(not np.isfinite(column).all(), "a time that is none")
-        if len(column) and column.max() > report.now_s + 1.0:
+        highest = column.max()
+        _refuse(not (column.min() > -np.inf and highest < np.inf), "a time that is none")
+        if highest > report.now_s + 1.0:
             raise FutureReportError(f"report {report.number} of {report.name!r} tells of what has not happened yet")

@@ -560,6 +560,7 @@ def test_damaged_reports_harm_nobody(seed: int) -> None:
     view.settle(105.0)
     assert len(view.futures) == 7
     view.forget("w")
+    view.settle(106.0)
     assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
 
 
