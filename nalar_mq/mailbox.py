@@ -26,16 +26,18 @@ Numbers: a session remembers per sender which of the last numbers it had, so tha
 goes before the higher numbers still queued. With `hold_gaps` a number that has not come holds the higher ones back until it
 comes or is skipped; every sender must then skip each number it gives up.
 
-Costs: put, take, finish and remove are O(log n) amortised; a change of a session's priority costs O(log n) for each of its
-queued calls, and the first such change one look at every queued call; a change of one call's priority costs O(log n).
+Costs: put, take, finish and remove are O(log n) amortised; a change of a session's priority costs one look at each of its
+queued calls, and O(log n) for each where they are out of order or stand for themselves, and then the first such change one look
+at every queued call; a change of one call's priority costs O(log n).
 """
 
 from __future__ import annotations
 
 import enum
 import heapq
+import math
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
@@ -98,6 +100,10 @@ class _Sorted:
 
     def __len__(self) -> int:
         return len(self._timely) + len(self._late)
+
+    def __iter__(self) -> Iterator[_Ranked]:
+        yield from self._timely
+        yield from self._late
 
     def push(self, item: _Ranked) -> None:
         timely = self._timely
@@ -249,6 +255,10 @@ class _Tangle:
         self.rank(entry, queued)
         self.offer_head(entry)
 
+    def entries(self) -> Iterable[_Entry]:
+        """All calls in it, and some that have left."""
+        return {id(entry): entry for _, _, entry in self._ranks}.values()
+
     def rank(self, entry: _Entry, queued: int) -> None:
         """Notes the entry's rank, which may have changed; `queued` calls count."""
         self._ranks.push((entry.rank, entry.serial, entry))
@@ -371,6 +381,24 @@ class _Lane:
         """Notes that the entry's rank has changed."""
         self._tangled().rank(entry, self.queued)
 
+    def rank_all(self) -> None:
+        """Notes that the ranks of all its queued calls have changed; they may still be in order."""
+        if self._tangle is not None:
+            for entry in self.entries():
+                self._tangle.rank(entry, self.queued)
+            return
+        last = -math.inf
+        for entry in self.entries():
+            if entry.rank < last:
+                self._tangled()
+                return
+            last = entry.rank
+
+    def entries(self) -> list[_Entry]:
+        """Its queued calls."""
+        held = self._tangle.entries() if self._tangle is not None else self._plain or ()
+        return [entry for entry in held if entry.state is _QUEUED]
+
     def mark_ready(self, entry: _Entry) -> None:
         self._tangled().offer_head(entry)
 
@@ -481,6 +509,17 @@ class _BySession:
     def rank(self, entry: _Entry) -> None:
         lane = self._lanes[entry.session]
         lane.rank(entry)
+        self._offer(lane)
+
+    def queued(self, session: str) -> list[_Entry]:
+        """The queued calls of a session."""
+        lane = self._lanes.get(session)
+        return lane.entries() if lane is not None and lane.queued else []
+
+    def rank_session(self, session: str) -> None:
+        """The ranks of all queued calls of a session have changed."""
+        lane = self._lanes[session]
+        lane.rank_all()
         self._offer(lane)
 
     def skip(self, session: str, sender: str, number: int) -> None:
@@ -798,6 +837,13 @@ class Mailbox:
             self._priorities.pop(session, None)
         else:
             self._priorities[session] = value
+        if isinstance(self._queue, _BySession):
+            entries = self._queue.queued(session)
+            for entry in entries:
+                self._change_rank(entry)
+            if entries:
+                self._queue.rank_session(session)
+            return
         if self._queued_of is None:
             self._queued_of = {}
             for entry in self._entries.values():
@@ -831,9 +877,14 @@ class Mailbox:
 
     def forget_session(self, session: str) -> None:
         """Drops what is remembered of a session that has no calls: its numbers and its priority."""
-        if self._queued_of is None or session not in self._queued_of:
+        if not self._has_queued(session):
             self._queue.forget(session)
             self._priorities.pop(session, None)
+
+    def _has_queued(self, session: str) -> bool:
+        if isinstance(self._queue, _BySession):
+            return bool(self._queue.queued(session))
+        return self._queued_of is not None and session in self._queued_of
 
     def _all_queued(self) -> Iterable[_Entry]:
         return (e for e in self._entries.values() if e.state is _QUEUED and not e.is_reentrant)
@@ -858,13 +909,16 @@ class Mailbox:
         return self._priorities.get(entry.session, entry.priority)
 
     def _set_rank(self, entry: _Entry) -> None:
+        self._change_rank(entry)
+        if not entry.is_reentrant:
+            self._queue.rank(entry)
+
+    def _change_rank(self, entry: _Entry) -> None:
+        """Gives an entry the rank of its present priority; the queue has to be told."""
         priority = self._priority(entry)
         entry.rank = entry.arrived_s - priority * self._aging_s
         entry.is_moved = True
-        if entry.is_reentrant:
-            return
-        self._queue.rank(entry)
-        if self._worst is not None:
+        if self._worst is not None and not entry.is_reentrant:
             self._note_worst(priority, entry)
 
     def _note_worst(self, priority: int, entry: _Entry) -> None:
