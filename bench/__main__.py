@@ -1,9 +1,12 @@
-"""`python -m bench calls futures chain startup jobs --against ray,xoscar --json results.json`."""
+"""`python -m bench calls futures chain startup jobs --against ray,xoscar --json results.json`.
+
+`python -m bench control --futures 131072 --nodes 64 --agents 128` measures the global controller, by itself."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from bench.measuring import NAMES, BenchmarkError, figures_of, run_once
 from bench.report import Runs, as_object, show
-from bench.systems import SYSTEMS, make_ready, version_of
+from bench.systems import CONTROL, SYSTEMS, make_ready, version_of
 
 
 def main() -> None:
@@ -21,6 +24,10 @@ def main() -> None:
     unknown = [name for name in against if name not in SYSTEMS]
     if unknown:
         sys.exit(f"bench: unknown system {unknown[0]!r}; known are: {', '.join(sorted(SYSTEMS))}")
+    if "control" in wanted.names:
+        if len(set(wanted.names)) > 1 or against:
+            sys.exit("bench: control is measured by itself")
+        os.environ |= {f"BENCH_CONTROL_{name.upper()}": str(vars(wanted)[name]) for name in ("futures", "nodes", "agents")}
     systems = list(dict.fromkeys(["nalar", *against]))
     failures: dict[str, str] = {}
     for name in list(systems):
@@ -49,7 +56,7 @@ def _measure(systems: list[str], names: list[str], runs: int, seed: int, failure
                 continue
             print(f"run {number + 1} of {runs}: {name}", file=sys.stderr)
             try:
-                results[name].append(run_once(SYSTEMS[name], names, seed + number))
+                results[name].append(run_once(CONTROL if "control" in names else SYSTEMS[name], names, seed + number))
             except BenchmarkError as error:
                 failures[name] = str(error)
     return results
@@ -60,6 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="+", choices=NAMES, help="what to measure")
     parser.add_argument("--against", default="", metavar="A,B", help=f"other systems beside it: {', '.join(sorted(SYSTEMS))}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    parser.add_argument("--futures", type=int, default=131_072, help="control: live futures (131072)")
+    parser.add_argument("--nodes", type=int, default=64, help="control: nodes that report (64)")
+    parser.add_argument("--agents", type=int, default=128, help="control: agents on them (128)")
     parser.add_argument("--runs", type=int, default=5, help="medians of so many runs (5)")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the systems and of nalar's choices (1)")
     return parser.parse_args()

@@ -25,6 +25,7 @@ _SECTIONS = {
     "jobs": "jobs",
     "stages": "stages",
     "large": "large",
+    "control": "control",
 }
 _FIGURES = {
     "calls": ("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "tool_rtt_p50_us", "tool_rtt_p99_us", "tool_pipe_per_s"),
@@ -37,6 +38,10 @@ _FIGURES = {
     ),
     "large": tuple(
         f"{way}_{mb}mb_ms" for mb in (1, 10, 100) for way in ("return", "take", "return_broker", "take_broker", "copy")
+    ),
+    "control": (
+        *("loop_p50_ms", "loop_p99_ms", "collect_p99_ms", "policy_p99_ms"),
+        *("schedule_us", "one_level_schedule_us", "bytes_per_future", "loop_cpu_p50_ms", "schedule_cpu_us"),
     ),
     "jobs": ("jobs_per_s", "job_p50_ms", "jobs_nosync_per_s", "job_nosync_p50_ms"),
 }

@@ -103,6 +103,7 @@ class GlobalController:
         lease_s: a leader that is gone is replaced within this time.
         bounds: what a policy may do.
         period_s: the least time from one round to the next.
+        is_driven: rounds are made only by `make_round`.
 
     Attributes:
         view: what has been reported.
@@ -124,6 +125,7 @@ class GlobalController:
         lease_s: float = LEASE_S,
         bounds: Bounds | None = None,
         period_s: float = PERIOD_S,
+        is_driven: bool = False,
     ) -> None:
         self._transport = transport
         self._subjects = subjects
@@ -131,6 +133,7 @@ class GlobalController:
         self._decider = decider
         self._lease_s = lease_s
         self._period_s = period_s
+        self._is_driven = is_driven
         self._loop = asyncio.get_running_loop()
         self._inbox: list[tuple[str, bytes, float]] = []
         self._inbox_bytes = 0
@@ -176,10 +179,9 @@ class GlobalController:
         self._acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
         self._leadership = Leadership(leader, self._me, self._lease_s, self._loop.time)
         self._subscription = await self._transport.subscribe(self._subjects.report("*"), self._on_report)
-        self._tasks = [
-            self._loop.create_task(self._stand(self._leadership), name=f"leadership-{self._me.name}"),
-            self._loop.create_task(self._go_round(), name=f"rounds-{self._me.name}"),
-        ]
+        self._tasks = [self._loop.create_task(self._stand(self._leadership), name=f"leadership-{self._me.name}")]
+        if not self._is_driven:
+            self._tasks.append(self._loop.create_task(self._go_round(), name=f"rounds-{self._me.name}"))
 
     async def aclose(self) -> None:
         """Ends, and leaves the lead to others; idempotent."""
@@ -241,18 +243,33 @@ class GlobalController:
     async def _go_round(self) -> None:
         while True:
             try:
-                self.last = await self._round()
+                await self.make_round()
             except BrokerError as error:
                 _log.warning("controller.round_failed", error=str(error))
             except Exception:
                 _log.exception("controller.round_failed")
+            await asyncio.sleep(min(max(self._period_s - self.last.whole_s, self.last.whole_s), _LONGEST_PERIOD_S))
+
+    @property
+    def waiting(self) -> int:
+        """Reports that have come since the last round."""
+        return len(self._inbox)
+
+    async def make_round(self) -> Round:
+        """Sees, decides and tells, once.
+
+        Raises:
+            BrokerError: the broker did not answer; what has been seen stays.
+        """
+        try:
+            self.last = await self._round()
+        finally:
             self.rounds += 1
             async with self._turned:
                 self._turned.notify_all()
-            await asyncio.sleep(min(max(self._period_s - self.last.whole_s, self.last.whole_s), _LONGEST_PERIOD_S))
+        return self.last
 
     async def _round(self) -> Round:
-        """Sees, decides and tells, once."""
         begun = self._loop.time()
         reports = self._collect()
         collected = self._loop.time()

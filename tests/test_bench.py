@@ -46,6 +46,27 @@ def test_all_figures_of_all_benchmarks_in_one_object(tmp_path: Path) -> None:
     assert "rtt_p50_us" in ran.stdout
 
 
+def test_the_figures_of_the_global_controller(tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    options = ["--futures", "600", "--nodes", "4", "--agents", "8", "--runs", "1", "--json", str(target)]
+    small = {"BENCH_CONTROL_ROUNDS": "3", "BENCH_CONTROL_SCHEDULED": "500"}
+    command = [sys.executable, "-m", "bench", "control", *options]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | small, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(target.read_text())["systems"]["nalar"]
+    times = {"loop_p50_ms", "loop_p99_ms", "collect_p99_ms", "policy_p99_ms", "schedule_us", "one_level_schedule_us"}
+    assert times | {"bytes_per_future"} <= figures.keys()
+    assert all(figures[name] > 0 for name in times)
+    assert figures["loop_p50_ms"] <= figures["loop_p99_ms"]
+
+
+def test_control_is_measured_by_itself() -> None:
+    command = [sys.executable, "-m", "bench", "control", "calls"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert ran.returncode != 0
+    assert "by itself" in ran.stderr
+
+
 def test_an_unknown_system_is_named() -> None:
     command = [sys.executable, "-m", "bench", "calls", "--against", "abacus"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)

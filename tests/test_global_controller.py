@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from nalar_mq import simulation
@@ -12,9 +13,10 @@ from nalar_mq.address import Address, Subjects
 from nalar_mq.changes import Changes, Tracked
 from nalar_mq.columns import DONE, RUNNING, Serves, decode_again
 from nalar_mq.config import BrokerAccess
-from nalar_mq.controllers.global_controller import GlobalController, Trusted
+from nalar_mq.controllers.global_controller import GlobalController, Reloaded, Trusted
 from nalar_mq.controllers.policies import LeastLoaded, ShortestRemaining
 from nalar_mq.controllers.policy import Action, Kill, Policy, SetPriority, Weights, kill, set_priority
+from nalar_mq.controllers.policy_file import PolicyFile
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import PolicyFailedError
 from nalar_mq.memory_transport import Faults, MemoryHub, MemoryTransport
@@ -353,6 +355,30 @@ async def test_weights_follow_the_queues(hub: MemoryHub) -> None:
     await until(
         lambda: workers[1].standing.states == (Weights("a", ("w1", "w2"), (0.25, 1.0), "by what is queued and running"),)
     )
+
+
+async def test_a_file_that_loops_or_breaks_leaves_everything_as_it_was_and_is_loaded_again(tmp_path: Path) -> None:
+    def write(body: str) -> None:
+        (tmp_path / "mine.py").write_text(
+            f"from nalar_mq.controllers.policy import set_priority\n\nclass Mine:\n    def decide(self, view):\n{body}\n"
+        )
+
+    hub = MemoryHub(1)
+    write("        return [set_priority('s', 1)]")
+    file = PolicyFile(f"{tmp_path / 'mine.py'}:Mine", deadline_s=1.0)
+    worker = await Worker("w").join(hub)
+    worker.call("s")
+    transport = await hub.connect("c1")
+    async with GlobalController(transport, SUBJECTS, Address("c1", 1), Reloaded(file), lease_s=LEASE_S) as leader:
+        await until(lambda: worker.standing.states == (SetPriority("s", 1),))
+        for body, words in (("        while True: pass", "did not answer"), ("        return [", "cannot be imported")):
+            write(body)
+            await until(lambda words=words: words in leader.governor.history[-1].error)  # type: ignore[misc]
+            assert worker.standing.states == (SetPriority("s", 1),)
+            assert leader.is_leader
+        write("        return [set_priority('s', 2)]")
+        await until(lambda: worker.standing.states == (SetPriority("s", 2),))
+    worker.task.cancel()
 
 
 def test_rubbish_is_refused() -> None:
