@@ -74,6 +74,7 @@ _COMMITS_FILE: Final = "commits"
 _DATA_FILE: Final = "data.mdb"
 _READERS_FILE: Final = "lock.mdb"
 _READERS_BYTES: Final = 8192
+_LITTLE_ROOM: Final = 1024 * 1024
 _TREES: Final = ("about", "sessions", "names", "entries", "records", "calls")
 _CRC: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
@@ -1204,9 +1205,19 @@ def _unusable(error: OSError, folder: Path) -> StoreError:
     return StoreError(f"the state of sessions cannot be kept in {folder}: {error.strerror or error}", str(folder))
 
 
+def _is_disk_full(folder: Path) -> bool:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < _LITTLE_ROOM
+
+
 def _translated(error: lmdb.Error, folder: Path) -> StoreError:
     if isinstance(error, lmdb.MapFullError) or any(os.strerror(reason) in str(error) for reason in _NO_ROOM):
         return _full(folder)
+    if os.strerror(errno.EIO) in str(error) and _is_disk_full(folder):
+        return _full(folder)  # LMDB calls a write that was cut short an error of the device
     if isinstance(error, _SIGNS_OF_DAMAGE):
         return _damaged(folder, str(error))
     return StoreError(f"{folder} cannot be used: {error}", str(folder))
