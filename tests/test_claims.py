@@ -30,7 +30,7 @@ from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "large_app.py"
 SIZE = 700_000
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 async def within(awaitable: Awaitable[Any]) -> Any:

@@ -25,7 +25,7 @@ from nalar_mq.errors import BrokerUnreachableError, ConfigError, RemoteTraceback
 from nalar_mq.exits import CallFailed, Interrupted, explain
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 
 FLOW = '''
 """A small program that knows nothing of the runtime."""

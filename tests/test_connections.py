@@ -152,6 +152,7 @@ from nalar_mq.worker import Worker
 async def main():
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
     async with Worker(load_app(Path(sys.argv[2])), settings, name="w") as worker:
+        print("ready", flush=True)
         await worker.closed
 
 asyncio.run(main())
@@ -167,8 +168,11 @@ async def test_a_slow_consumer_is_cut_off_by_its_broker_and_nothing_is_lost(
     async with plain_server(tmp_path, config) as place:
         settings = Settings(broker=BrokerAccess(urls=(f"nats://{place}",)), namespace=namespace, node="here", trust_broker=True)
         command = (sys.executable, "-c", WORKER, msgspec.json.encode(settings).decode(), str(APP))
-        worker = await asyncio.create_subprocess_exec(*command)
+        worker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         try:
+            assert worker.stdout is not None
+            async with asyncio.timeout(PATIENCE_S):
+                assert await worker.stdout.readline() == b"ready\n"
             async with connect(settings=settings) as client:
                 await client.wait_for("hog", PATIENCE_S)
                 once = client.options(retries=0)
@@ -184,7 +188,8 @@ async def test_a_slow_consumer_is_cut_off_by_its_broker_and_nothing_is_lost(
             assert "Slow Consumer" in log.read_text()
             assert witness.repeated() == {}
         finally:
-            worker.kill()
+            if worker.returncode is None:
+                worker.kill()
             await worker.wait()
 
 

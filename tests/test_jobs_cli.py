@@ -86,6 +86,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
             up.wait()
 
 
+@pytest.mark.timeout(300)
 def test_jobs_by_the_command_line(shell: Shell) -> None:
     assert json.loads(shell("submit", "answer", "question=why", "--wait").stdout) == {"answer": "WHY", "score": 2}
     assert shell("submit", "gated", "a-1", "--id", "g1").stdout == "g1\n"
