@@ -1442,13 +1442,12 @@ class _Service:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        for endpoint in self._endpoints:
-            handler = self._on_request(endpoint)
-            self._subscriptions.append(await self._transport.subscribe(endpoint.subject, handler, queue="q"))
+        subscribe = self._transport.subscribe
+        opening = [subscribe(one.subject, self._on_request(one), queue="q") for one in self._endpoints]
         for verb, describe in (("PING", self._ping), ("INFO", self._info), ("STATS", self._stats)):
-            for scope in ("", f".{self._identity['name']}", f".{self._identity['name']}.{self._identity['id']}"):
-                handler = self._on_discovery(describe)
-                self._subscriptions.append(await self._transport.subscribe(f"$SRV.{verb}{scope}", handler))
+            scopes = ("", f".{self._identity['name']}", f".{self._identity['name']}.{self._identity['id']}")
+            opening.extend(subscribe(f"$SRV.{verb}{scope}", self._on_discovery(describe)) for scope in scopes)
+        self._subscriptions.extend(await asyncio.gather(*opening))
 
     async def stop(self, patience_s: float | None = None) -> None:
         while self._subscriptions:
