@@ -1,0 +1,69 @@
+"""Rows, their index and names with numbers, against dictionaries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from random import Random
+
+import numpy as np
+import pytest
+
+from nalar_mq.controllers.tables import Futures, Names, rows_of
+
+
+def halves(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([id >> 64 for id in ids], np.uint64), np.array([id & (2**64 - 1) for id in ids], np.uint64)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bits", [128, 12])
+def test_futures_are_found_by_id_as_long_as_they_are_there(seed: int, bits: int) -> None:
+    random = Random(seed)
+    futures, expected = Futures(), dict[int, int]()
+    for _ in range(60):
+        fresh = list({id for _ in range(random.randrange(400)) if (id := random.getrandbits(bits)) not in expected})
+        high, low = halves(fresh)
+        rows = futures.add(high, low, np.ones(len(fresh), np.uint8))
+        expected |= dict(zip(fresh, rows.tolist(), strict=True))
+        gone = random.sample(sorted(expected), random.randrange(len(expected) + 1) // 2)
+        futures.remove(rows_of(expected.pop(id) for id in gone))
+        if random.random() < 0.7:
+            assert set(futures.settle().tolist()) <= set(expected.values())
+            assert len(futures) == len(expected) == len(set(expected.values()))
+            assert futures.find(*halves(list(expected))).tolist() == list(expected.values())
+            strangers = [id for id in gone if id not in expected]
+            assert (futures.find(*halves(strangers)) == -1).all()
+            assert sorted(futures.live().tolist()) == sorted(expected.values())
+
+
+def test_names_keep_their_numbers_while_somebody_uses_them() -> None:
+    random = Random(7)
+    names, uses, numbers = Names(), dict[str, int](), dict[str, int]()
+    for _ in range(300):
+        opened = [f"n{random.randrange(3000)}" for _ in range(random.randrange(30))]
+        found, newly = names.open(opened)
+        assert len(newly) == len({name for name in opened if not uses.get(name)})
+        for name, number in zip(opened, found.tolist(), strict=True):
+            assert numbers.setdefault(name, number) == number
+            uses[name] = uses.get(name, 0) + 1
+        closed = [
+            random.choice([name for name in uses if uses[name]]) for _ in range(random.randrange(20)) if any(uses.values())
+        ]
+        closed = list(dict.fromkeys(closed))
+        names.close(rows_of(numbers[name] for name in closed))
+        for name in closed:
+            uses[name] -= 1
+        names.settle()
+        for name in closed:
+            if not uses[name]:
+                del numbers[name]
+        assert len(names) == len(numbers)
+        assert all(names.number(name) == number and names.name(number) == name for name, number in numbers.items())
+        assert names.number("nobody") == -1
+        assert set(names.used().tolist()) == set(numbers.values())
+
+
+def test_a_worker_reports_and_obeys_without_numpy() -> None:
+    program = "import sys, nalar_mq.changes, nalar_mq.standing; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
