@@ -26,6 +26,8 @@ _SECTIONS = {
     "stages": "stages",
     "large": "large",
     "control": "control",
+    "state": "state",
+    "replay": "recovery",
 }
 _FIGURES = {
     "calls": ("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "tool_rtt_p50_us", "tool_rtt_p99_us", "tool_pipe_per_s"),
@@ -43,6 +45,12 @@ _FIGURES = {
         *("loop_p50_ms", "loop_p99_ms", "collect_p99_ms", "policy_p99_ms"),
         *("schedule_us", "one_level_schedule_us", "bytes_per_future", "loop_cpu_p50_ms", "schedule_cpu_us"),
     ),
+    "state": (
+        *(f"{what}_per_s_{n}" for n in (1, 16, 256) for what in ("node", "memory", "lmdb_commits")),
+        *("new_sessions_per_s", "kv_creates_per_s", "append_ratio"),
+        *("start_s_1m", "start_rss_mb_1m", "first_call_p99_ms_1m"),
+    ),
+    "replay": ("recovery_p99_s", "recovery_frozen_p99_s", "lease_s"),
     "jobs": ("jobs_per_s", "job_p50_ms", "jobs_nosync_per_s", "job_nosync_p50_ms"),
 }
 NAMES = tuple(_SECTIONS)

@@ -7,10 +7,9 @@ synced the next one gathers, so that the calls that end in one fsync share the f
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Final
 
 from nalar_mq.errors import StoreError, StoreLostError
@@ -47,36 +46,28 @@ class Committer:
         self.commits = 0
         self.written = 0
         self._on_lost = on_lost
-        self._waiting: deque[tuple[Write, Done]] = deque()
-        self._has_work = threading.Semaphore(0)
-        self._is_closing = False
+        self._waiting: SimpleQueue[tuple[Write, Done] | None] = SimpleQueue()  # None is the last
         self._lost: StoreLostError | None = None
         self._thread = threading.Thread(target=self._run, name=f"store-{store.id}", daemon=True)
         self._thread.start()
 
     def put(self, write: Write, done: Done) -> None:
         """Writes it soon; any thread."""
-        self._waiting.append((write, done))
-        self._has_work.release()
+        self._waiting.put((write, done))
 
     def _run(self) -> None:
-        while True:
-            self._has_work.acquire()
-            batch = self._batch()
-            if batch:
-                self._write(batch)
-            elif self._is_closing:
-                return
+        while (first := self._waiting.get()) is not None:
+            self._write(self._batch(first))
 
-    def _batch(self) -> list[tuple[Write, Done]]:
-        batch: list[tuple[Write, Done]] = []
-        size = 0
-        with contextlib.suppress(IndexError):
-            while size < _BYTES and len(batch) < _AT_ONCE:
-                batch.append(self._waiting.popleft())
-                size += _size_of(batch[-1][0])
-        if self._waiting:
-            self._has_work.release()
+    def _batch(self, first: tuple[Write, Done]) -> list[tuple[Write, Done]]:
+        batch, size = [first], _size_of(first[0])
+        while size < _BYTES and len(batch) < _AT_ONCE and not self._waiting.empty():
+            one = self._waiting.get()
+            if one is None:
+                self._waiting.put(None)
+                break
+            batch.append(one)
+            size += _size_of(one[0])
         return batch
 
     def _write(self, batch: list[tuple[Write, Done]]) -> None:
@@ -112,8 +103,7 @@ class Committer:
 
     def close(self) -> None:
         """Writes what has been put, and closes the store; idempotent."""
-        self._is_closing = True
-        self._has_work.release()
+        self._waiting.put(None)
         self._thread.join()
         self.store.close()
 

@@ -218,7 +218,7 @@ class Migrations:
     def _left_to(self, key: Key) -> str | None:
         """The store that a session has left to; None if it is here, perhaps since that store has been opened here."""
         store = self._left.get(key)
-        if store not in (*self._stores.ids, *self._stores.replicated_ids):
+        if store is None or store not in (*self._stores.ids, *self._stores.replicated_ids):
             return store
         del self._left[key]
         return None

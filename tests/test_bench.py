@@ -20,6 +20,9 @@ SMALL = {
     "BENCH_JOBS_ALONE": "5",
     "BENCH_LARGE_CALLS": "2",
     "BENCH_LARGE_MB": "1",
+    "BENCH_KEPT_SESSIONS": "500",
+    "BENCH_KEPT_CALLS": "20",
+    "BENCH_KEPT_KILLS": "1",
 }
 
 
@@ -65,6 +68,19 @@ def test_control_is_measured_by_itself() -> None:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert ran.returncode != 0
     assert "by itself" in ran.stderr
+
+
+def test_the_figures_of_managed_state(tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench", "state", "replay", "--runs", "1", "--json", str(target)]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | SMALL, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(target.read_text())["systems"]["nalar"]
+    rates = {f"{what}_per_s_{n}" for what in ("node", "memory", "lmdb_commits") for n in (1, 16, 256)}
+    others = {"append_ratio", "start_s_1m", "start_rss_mb_1m", "first_call_p99_ms_1m", "new_sessions_per_s", "kv_creates_per_s"}
+    assert figures.keys() == rates | others | {"recovery_p99_s", "recovery_frozen_p99_s", "lease_s"}
+    assert all(value > 0 for value in figures.values())
+    assert figures["recovery_frozen_p99_s"] > figures["lease_s"] * 2 / 3
 
 
 def test_an_unknown_system_is_named() -> None:

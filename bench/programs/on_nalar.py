@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import kept
 import large
 import nalar_app
 import nats_process
@@ -157,6 +158,11 @@ async def main() -> None:
             if work.wants("large"):
                 async with runtime(broker.access, "off", "apart"):
                     await large.through_broker(broker.access, "apart")
+            kept_sessions = kept.Bench(broker.access, Path(folder) / "kept")
+            if work.wants("state"):
+                await kept.state(kept_sessions)
+            if work.wants("recovery"):
+                await kept.recovery(kept_sessions)
         if work.wants("jobs"):
             with nats_process.running("-js", "-sd", str(Path(folder) / "unsynced")) as url:
                 async with runtime(BrokerAccess(urls=(url,)), store) as client:

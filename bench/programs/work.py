@@ -29,13 +29,16 @@ JOBS = int(os.environ.get("BENCH_JOBS", "1000"))
 JOBS_ALONE = int(os.environ.get("BENCH_JOBS_ALONE", "100"))
 LARGE_CALLS = int(os.environ.get("BENCH_LARGE_CALLS", "5"))
 LARGE_MB = [int(mb) for mb in os.environ.get("BENCH_LARGE_MB", "1,10,100").split(",")]
+KEPT_SESSIONS = int(os.environ.get("BENCH_KEPT_SESSIONS", "1000000"))
+KEPT_CALLS = int(os.environ.get("BENCH_KEPT_CALLS", "800"))
+KEPT_KILLS = int(os.environ.get("BENCH_KEPT_KILLS", "30"))
 IDLE_S = 2.0
 _WARM_UP = 100
 _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").split(","))
 
 
 def wants(section: str) -> bool:
-    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs`, `stages` or `large`."""
+    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs`, `stages`, `large`, `state` or `recovery`."""
     return section in _SECTIONS
 
 
