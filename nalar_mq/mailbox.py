@@ -340,11 +340,12 @@ class _Lane:
             numbers = self.numbers[sender] = _Numbers()
         return numbers.add(number)
 
-    def add(self, entry: _Entry) -> None:
+    def add(self, entry: _Entry) -> bool:
+        """Queues a call; False if the call to run next and the best one are what they were."""
         self.queued += 1
         if self._tangle is not None:
             self._tangle.add(entry, self.queued)
-            return
+            return True
         plain = self._plain
         if plain is None:
             plain = self._plain = deque()
@@ -353,8 +354,9 @@ class _Lane:
             plain.append(entry)
             if len(plain) > 2 * self.queued + _SLACK:
                 self._plain = deque(entry for entry in plain if entry.state is _QUEUED)
-        else:
-            self._tangled().add(entry, self.queued)
+            return self.queued == 1
+        self._tangled().add(entry, self.queued)
+        return True
 
     def _tangled(self) -> _Tangle:
         """Its queued calls as a tangle."""
@@ -467,8 +469,7 @@ class _BySession:
         lane = self._lanes.get(entry.session) or self._lane(entry.session)
         if not lane.queued:
             self._idle.pop(entry.session, None)
-        lane.add(entry)
-        if lane.busy is None:
+        if lane.add(entry) and lane.busy is None:
             self._offer(lane)
 
     def mark_ready(self, entry: _Entry) -> None:
