@@ -1,10 +1,10 @@
 """Nodes that report to a global controller as workers do, over a real broker; no calls run on them.
 
-Driven by lines on its standard input, each answered by one line: how many reports have been made.
+Driven by lines on its standard input, each answered by one line: how many reports are ready and not sent.
 
     load       every future begins; reports are ready to be sent
     change     a thirtieth of the futures each end, begin, and begin to run; reports are ready to be sent
-    publish    what is ready is sent, and the broker has it
+    publish    what is ready is sent, up to a bound of what a broker holds back for a slow reader, and the broker has it
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nalar_mq.nats_transport import NatsTransport
 _SHARE = 30
 _SESSION = 8  # futures of a session on two nodes together
 _HEAD_BYTES = 64 * 1024
+_AT_ONCE_BYTES = 16 * 1024 * 1024
 
 
 class Node:
@@ -84,14 +85,18 @@ async def main() -> None:
     try:
         while command := (await loop.run_in_executor(None, sys.stdin.readline)).strip():
             if command == "publish":
-                for subject, data in ready:
+                room = _AT_ONCE_BYTES
+                while ready and room > 0:
+                    subject, data = ready.pop()
                     transport.publish(subject, data)
+                    room -= len(data)
                 await transport.flush()
             else:
                 for node in nodes:
                     (node.load if command == "load" else node.change)(loop.time())
                 limit = transport.max_payload - _HEAD_BYTES
                 ready = [(subjects.report(n.name), data) for n in nodes for data in n.changes.reports(loop.time(), limit)]
+                ready.reverse()
             print(json.dumps({"reports": len(ready)}), flush=True)
     finally:
         await transport.aclose()

@@ -51,7 +51,7 @@ class Hosts:
         self._processes = processes
 
     async def do(self, command: str) -> int:
-        """Has all of them do it; how many reports they have made."""
+        """Has all of them do it; how many reports they have ready."""
         return sum(await asyncio.gather(*[self._one(process, command) for process in self._processes]))
 
     async def _one(self, process: asyncio.subprocess.Process, command: str) -> int:
@@ -123,7 +123,8 @@ async def rounds(access: BrokerAccess) -> None:
 async def one_round(controller: GlobalController, transport: NatsTransport, nodes: Hosts, expected: int) -> tuple[float, ...]:
     """Seconds of the whole, of collecting, of the policy, and of the processor in this process."""
     begun, used = time.perf_counter(), time.process_time()
-    await nodes.do("publish")
+    while await nodes.do("publish"):
+        await transport.flush()
     await transport.flush()
     work.expect(controller.waiting, expected)
     arrived = time.perf_counter()
