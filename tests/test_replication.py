@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from nalar_mq import replication, values
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import Call
 from nalar_mq.worker import Worker
@@ -145,3 +148,40 @@ async def test_a_worker_that_comes_back_goes_on_with_its_own_disk(machines: Mach
             await _put(client, "ann", "a")
         async with asyncio.timeout(PATIENCE_S), machines.worker("first"):
             assert await _put(client, "ann", "b") == [2]
+
+
+async def test_a_machine_burns_while_it_is_used(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
+    """Real processes and a real broker: what was acknowledged is there, once, and in order."""
+
+    def settings(node: str) -> Settings:
+        return Settings(broker=broker_access, namespace=namespace, node=node, lease_s=1.5, state=str(tmp_path / node))
+
+    async with LocalController(APP, settings("one"), workers=1) as one:
+        await one.ready()
+        async with connect(settings=settings("client")) as client:
+            await client.wait_for("Archive", PATIENCE_S)
+            sessions = [client.options(session=f"s{number}", timeout_s=PATIENCE_S) for number in range(4)]
+            is_burning = asyncio.Event()
+
+            async def put(session: Any) -> list[str]:
+                acknowledged: list[str] = []
+                for number in range(60):
+                    if number == 20:
+                        is_burning.set()
+                    await session.call("Archive.put", str(number))
+                    acknowledged.append(str(number))
+                return acknowledged
+
+            puts = [asyncio.create_task(put(session)) for session in sessions]
+            await is_burning.wait()
+            shutil.move(tmp_path / "one", tmp_path / "burnt")
+            for pid in one.pids.values():
+                os.kill(pid, signal.SIGKILL)
+            await one.aclose()
+            async with LocalController(APP, settings("two"), workers=1) as two:
+                await two.ready()
+                async with asyncio.timeout(PATIENCE_S):
+                    for session, task in zip(sessions, puts, strict=True):
+                        assert await session.call("Archive.all") is not None
+                        assert await task == [str(number) for number in range(60)]
+                        assert await session.call("Archive.all") == [str(number) for number in range(60)]
