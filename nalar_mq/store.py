@@ -63,7 +63,9 @@ LEAVING: Final = "leaving"  # all of it is in the other store, and the directory
 LEFT: Final = "left"  # the directory names the other store; what is left here says so
 RECORD_S: Final = 3600.0  # what a call came to, for whoever sends it again; calls are not sent again after half of it
 JOB_RECORD_S: Final = 7 * 24 * 3600.0
-EXAMINED_BYTES: Final = 64 * 1024 * 1024  # in half a second; of a larger file only what leads to other pages, and the free list
+# Examined whole in a tenth of a second, for which the calls of a dead worker wait; of a larger file only what leads to other
+# pages, and the free list.
+EXAMINED_BYTES: Final = 16 * 1024 * 1024
 _FIRST_MAP: Final = 64 * 1024 * 1024
 _LARGEST_MAP: Final = 1 << 40
 _EXPIRED_AT_ONCE: Final = 4  # for each record that is written
