@@ -2,14 +2,16 @@
 
 Life of a job in here, each step waiting for the broker for as long as it is away:
 
-    pulled ──▶ has it ended? ──▶ recorded in NS-running ──▶ runs ──▶ result ──▶ record removed ──▶ out of the queue
-                 │                 │                          │
-                 │                 │                          └─ failed, and may be tried again: back into the queue for a
-                 │                 │                             while, the record saying how often it has failed
-                 │                 └─ somebody alive runs it, under this message or another one: back into the queue, to be
-                 │                    looked at again; that is how a job is run by one process at a time although the queue
-                 │                    gives a message to another worker when its holder is silent
-                 └─ yes: out of the queue
+    pulled ──▶ recorded in NS-running ──▶ has it ended? ──▶ runs ──▶ result ──▶ record removed ──▶ out of the queue
+                 │                          │                 │
+                 │                          │                 └─ failed, and may be tried again: back into the queue for a
+                 │                          │                    while, the record saying how often it has failed
+                 │                          └─ yes: out of the queue
+                 └─ somebody alive runs it, under this message or another one: back into the queue, to be looked at again,
+                    unless it has ended; that is how a job is run by one process at a time although the queue gives a message
+                    to another worker when its holder is silent
+
+Whether it has ended is looked up after it is recorded: before, it may end, and its former record be removed, in between.
 
 What a worker has in hand is bounded: it pulls only what it has room for. While a job runs, its message is kept from other
 workers by heartbeats; if those fail because the worker's loop is blocked or the broker away, the record does the same, for
@@ -285,7 +287,8 @@ class Intake:
         if self._is_here(job):
             return
         await self._until_current()  # who slept through its lease may hold a job that others have ended by now
-        found, is_claimed = await asyncio.gather(self.jobs.patiently(lambda: self._result(job.id)), self._claim_at_once(job))
+        is_claimed = await self._claim_at_once(job)
+        found = await self.jobs.patiently(lambda: self._result(job.id))
         if found is None and not is_claimed:
             if not await self._claim(job):
                 return

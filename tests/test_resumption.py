@@ -25,8 +25,8 @@ from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import CallCancelledError, OwnerLostError, RemoteError
 from nalar_mq.future import Future
 from nalar_mq.history import History
-from nalar_mq.intake import IntakeOptions
-from nalar_mq.jobs import JobHandle, Jobs
+from nalar_mq.intake import Intake, IntakeOptions
+from nalar_mq.jobs import JOB_ID, JobHandle, Jobs
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import Fail, Observation, Outcome, Pack, Running, decode_journal
 from nalar_mq.values import encode_error
@@ -592,6 +592,36 @@ async def test_a_job_that_ends_while_another_worker_is_slow_to_claim_it_is_not_r
             await asyncio.sleep(0.01)
     goes_on.set()
     await site.until(lambda: not intake.in_hand)
+    assert await jobs.records() == []
+    assert site.count("waits_for_tool a") == site.count("gated a") == 1
+
+
+async def test_a_double_of_a_job_that_ends_while_it_is_being_claimed_is_not_run(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("waits_for_tool", "a")
+    await site.ran("gated a")
+    is_here, goes_on, claim = asyncio.Event(), asyncio.Event(), Intake._claim_at_once
+
+    async def late(self: Intake, job: Any) -> bool:
+        is_here.set()
+        await goes_on.wait()
+        return await claim(self, job)
+
+    monkeypatch.setattr(Intake, "_claim_at_once", late)
+    jobs = await site.client.jobs()
+    await jobs.queue.publish(site.client.process.subjects.job("waits_for_tool"), b'["a"]', headers={JOB_ID: job.id})
+    async with asyncio.timeout(PATIENCE_S):
+        await is_here.wait()
+        site.open("a")
+        assert await job.result() == "a"
+        while await jobs.records():
+            await asyncio.sleep(0.01)
+        goes_on.set()
+        while await jobs.queue.depth():
+            await asyncio.sleep(0.01)
     assert await jobs.records() == []
     assert site.count("waits_for_tool a") == site.count("gated a") == 1
 
