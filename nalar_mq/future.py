@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ RESOLVED = 1
 FAILED = 2
 
 _UNREAD: Any = object()
+_ends = itertools.count(1)
 _lock = threading.Lock()  # held for a few instructions; one for all futures keeps each of them small
 STREAM_WINDOW = 64  # chunks a producer may be ahead of its consumer
 
@@ -105,6 +107,7 @@ class Future(values.Deferred, Generic[T_co]):
     Attributes:
         id: 16 bytes, the id of the call.
         actor: `actor` or `actor.method`, for people.
+        ended_as: of one that has ended, the runtime's number for it: greater than that of any that ended before.
         facts: of one that has ended, for its owner's runtime; `info` is for people.
     """
 
@@ -119,6 +122,7 @@ class Future(values.Deferred, Generic[T_co]):
         "_value",
         "_waiters",
         "actor",
+        "ended_as",
         "facts",
         "id",
         "seen",
@@ -128,6 +132,7 @@ class Future(values.Deferred, Generic[T_co]):
         self._history = history
         self.id = id
         self.actor = actor
+        self.ended_as = 0
         self.seen = False
         self.facts = NO_FACTS
         self._caller = caller
@@ -159,6 +164,7 @@ class Future(values.Deferred, Generic[T_co]):
     def _end(self, state: int) -> None:
         with _lock:
             self._state = state
+            self.ended_as = next(_ends)
             waiters, self._waiters = self._waiters, None
         for waiter in waiters or ():
             try:
@@ -744,10 +750,17 @@ async def _gathered(futures: tuple[Awaitable[Any], ...]) -> tuple[Any, ...]:
         return tuple(await asyncio.gather(*futures))
     async with _OneWait(pending, b"gather"):
         await _all_ended_or_one_failed(pending)
-        for future in pending:
-            if future.needs_await():
-                await _Awaitable(future.arrival())
+        for future in sorted([future for future in pending if future.needs_await()], key=_failed_first):
+            await _Awaitable(future.arrival())
     return tuple([future.value() for future in pending])
+
+
+def _failed_first(future: Future[Any]) -> tuple[bool, int]:
+    return not future.has_failed(), future.ended_as
+
+
+def _by_end(future: Future[Any]) -> int:
+    return future.ended_as
 
 
 async def _all_ended_or_one_failed(futures: list[Future[Any]]) -> None:
@@ -808,6 +821,8 @@ class as_completed(Generic[T]):  # noqa: N801 - named as in asyncio and concurre
             self._loops.add(future._caller.loop)  # pyright: ignore[reportPrivateUsage]
             if not future.on_end(self._arrival(future)):
                 self._ended.append(future)
+        with _lock:
+            self._ended = deque(sorted(self._ended, key=_by_end))
 
     def _arrival(self, future: Future[T]) -> Callable[[], None]:
         def arrived() -> None:

@@ -214,6 +214,39 @@ async def test_completion_order_and_vain_looks_are_seen_again(site: Site) -> Non
     assert sorted(site.actors.RUNS) == sorted(set(site.actors.RUNS)), "something ran again"
 
 
+async def test_completion_order_is_seen_again_when_all_have_ended(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("order_at_the_end", "o")
+    await site.ran("gated o-c")
+    for position, letter in enumerate("cab"):
+        site.open(f"o-{letter}")
+        await site.journaled(position + 1)
+    await site.ran("step 201")
+    await site.journaled(4)
+    await lose_driver(site)
+    site.open("o")
+    assert await job.result(timeout=PATIENCE_S) == ["c", "a", "b"]
+    assert sorted(site.actors.RUNS) == ["gated o-a", "gated o-b", "gated o-c", "step 201"]
+
+
+async def test_the_first_error_is_seen_again_when_all_have_failed(site: Site) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("first_error", "e")
+    await site.ran("fails_at e-c")
+    for position, letter in enumerate("cab"):
+        site.open(f"e-{letter}")
+        await site.journaled(position + 1)
+    site.open("e-goes-on")
+    await site.ran(f"step {ord('c')}")
+    await site.journaled(4)
+    await lose_driver(site)
+    site.open("e")
+    assert await job.result(timeout=PATIENCE_S) == "e-c"
+    assert site.count(f"step {ord('c')}") == 1
+
+
 async def test_calls_that_an_agent_has_made_are_not_repeated_when_it_is_lost(site: Site) -> None:
     await site.serve("tools", "tool")
     await site.serve("driver", "workflow")

@@ -55,6 +55,13 @@ async def fails(x: int) -> int:
     raise ValueError(f"{x} never is")
 
 
+@tool
+async def fails_at(name: str) -> None:
+    RUNS.append(f"fails_at {name}")
+    await gate(name).wait()
+    raise ValueError(name)
+
+
 @agent
 class Clerk:
     """Makes calls of its own."""
@@ -113,6 +120,28 @@ async def order(name: str) -> list[str]:
         await step(ord(found[-1]) * 1000 + len(found))
     await gate(name).wait()
     return found
+
+
+@workflow
+async def order_at_the_end(name: str) -> list[str]:
+    """Makes nothing of the order in which its calls end before all of them have."""
+    found = [(await future)[-1] async for future in as_completed([gated(f"{name}-{letter}") for letter in "abc"])]
+    await step(int("".join(str("abc".index(letter)) for letter in found)))
+    await gate(name).wait()
+    return found
+
+
+@workflow
+async def first_error(name: str) -> str:
+    """Goes by which of its calls fails first."""
+    try:
+        await gather(*[fails_at(f"{name}-{letter}") for letter in "abc"])
+    except ValueError as error:
+        await gate(f"{name}-goes-on").wait()
+        await step(ord(str(error)[-1]))
+        await gate(name).wait()
+        return str(error)
+    return ""
 
 
 @workflow
