@@ -68,6 +68,12 @@ class Memory(NamedTuple):
     located: dict[bytes, Address]
     lost: tuple[str, ...]
 
+    @property
+    def seen(self) -> int:
+        """How many calls have come to a value that whoever made them saw."""
+        outcomes = (seen.result for observed in self.past.values() for seen in observed if type(seen) is Outcome)
+        return len({result.id for result in outcomes if type(result) is Resolve})
+
 
 class History:
     """The history of one execution. What stands below `Any thread` may be called from any, the rest on the loop.

@@ -76,7 +76,7 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
         at_once: jobs of one workflow that a worker has in hand at most; fewer if the workflow's concurrency is lower.
         ack_wait_s: a message whose holder has been silent for this long is given to another worker.
         look_again_s: pause before a message is looked at again whose job somebody else runs.
-        losses: how often the worker of a job may be lost before the job is given up.
+        losses: how often the worker of a job may be lost before the job is given up, unless it has got further meanwhile.
         unserved_s: jobs of a workflow that nobody has served for this long go to the dead letters.
         back_off_s: pause before the second attempt of a failed job; twice that before the third, and so on.
     """
@@ -100,7 +100,21 @@ _BACK_OFF_MAX_S: Final = 60.0
 class _Job:
     """One job in the hands of this worker."""
 
-    __slots__ = ("begun", "failures", "future", "id", "is_parked", "life", "losses", "lost", "message", "revision", "spec")
+    __slots__ = (
+        "begun",
+        "excused",
+        "failures",
+        "future",
+        "id",
+        "is_parked",
+        "life",
+        "losses",
+        "lost",
+        "message",
+        "revision",
+        "seen",
+        "spec",
+    )
 
     def __init__(self, spec: ActorSpec, message: QueueMessage) -> None:
         self.spec = spec
@@ -109,6 +123,8 @@ class _Job:
         self.revision = 0
         self.failures = 0
         self.losses = 0
+        self.excused = 0
+        self.seen = 0
         self.begun = 0
         self.life = 0
         self.lost: tuple[str, ...] = ()
@@ -295,7 +311,7 @@ class Intake:
             found = await self.jobs.patiently(lambda: self._result(job.id))  # who had it may have ended it meanwhile
         if found is not None:
             await self._leave(job, found)
-        elif job.losses > self._options.losses:
+        elif job.losses - job.excused > self._options.losses and not await self._has_got_further(job):
             lost = WorkerLostError(f"its worker was lost {job.losses} times", actor=job.spec.name)
             await self._fail(job, lost, ran_s=0.0)
         else:
@@ -344,8 +360,20 @@ class Intake:
             return True
 
     def _record(self, job: _Job, name: str, incarnation: int, begun: int) -> Running:
-        sequence, workflow = job.message.sequence, job.spec.name
-        return Running(WIRE_VERSION, name, incarnation, sequence, workflow, job.failures, job.losses, begun, job.life, job.lost)
+        return Running(
+            WIRE_VERSION,
+            name,
+            incarnation,
+            job.message.sequence,
+            job.spec.name,
+            job.failures,
+            job.losses,
+            begun,
+            job.life,
+            job.lost,
+            job.excused,
+            job.seen,
+        )
 
     async def _may_take_over(self, job: _Job, record: Running) -> bool:
         """Judges by the record that is there; a message that must wait is given back."""
@@ -360,6 +388,7 @@ class Intake:
             return False
         job.failures, job.life, job.lost = record.failures, record.life, record.lost
         job.losses, job.begun = record.losses, record.begun
+        job.excused, job.seen = record.excused, record.seen
         if record.name:
             job.begun += 1
             if holder != self._me:
@@ -396,6 +425,16 @@ class Intake:
         _log.info("job.done" if counts else "job.ended_elsewhere", job=job.id, workflow=name)
         await self._leave(job, None)
 
+    async def _has_got_further(self, job: _Job) -> bool:
+        """True if the job has seen more than when its losses were last excused; now they are, and that is recorded."""
+        seen = (await self._remember(job.id, job.lost)).seen
+        if seen <= job.seen:
+            return False
+        job.excused, job.seen = job.losses, seen
+        record = self._record(job, self._me.name, self._me.incarnation, job.begun)
+        job.revision = await self.jobs.patiently(lambda: self.jobs.hold(job.id, record, job.revision))
+        return True
+
     async def _root(self, job: _Job) -> Root:
         id = root_id(job.id, job.life)
         if not job.begun:
@@ -406,12 +445,12 @@ class Intake:
     async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
         if self._is_closing:
             await self._give_back(job)
-        elif isinstance(error, StateLostError) and job.losses < self._options.losses:
+        elif isinstance(error, StateLostError) and job.losses - job.excused < self._options.losses:
             job.losses += 1
             self._settle(job)
-            job.life, job.begun, job.lost = job.life + 1, -1, ()
+            job.life, job.begun, job.lost, job.seen = job.life + 1, -1, (), 0
             await self._try_again(job, self._options.back_off_s)
-        elif _is_lost(error) and job.losses < self._options.losses:
+        elif _is_lost(error) and (job.losses - job.excused < self._options.losses or await self._has_got_further(job)):
             job.losses += 1
             if isinstance(error, WorkerLostError) and error.worker:
                 job.lost = _with(job.lost, error.worker)

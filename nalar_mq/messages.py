@@ -621,6 +621,8 @@ class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
         begun: attempts that have begun before this one.
         life: how often the job has begun anew, without what it had done before.
         lost: `name/incarnation` of processes that were lost with parts of it.
+        excused: losses that do not speak against the job: after them it got further.
+        seen: values that it had seen from its calls when that was found.
     """
 
     version: int
@@ -633,6 +635,8 @@ class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
     begun: int = 0
     life: int = 0
     lost: tuple[str, ...] = ()
+    excused: int = 0
+    seen: int = 0
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=205):

@@ -145,6 +145,18 @@ async def test_gather_raises_the_first_error_and_keeps_the_order(owner: Owner) -
     assert await gather() == ()
 
 
+async def test_what_has_ended_before_keeps_the_order_of_its_ends(owner: Owner) -> None:
+    futures = [owner.future() for _ in range(4)]
+    futures[2].fail(ValueError("first"))
+    futures[0].fail(ValueError("second"))
+    futures[3].resolve(values.encode(3))
+    completed = as_completed(futures)
+    futures[1].resolve(values.encode(1))
+    assert [futures.index(future) async for future in completed] == [2, 0, 3, 1]
+    with pytest.raises(ValueError, match="first"):
+        await gather(*futures)
+
+
 async def test_as_completed_gives_each_once_in_the_order_of_their_ends(owner: Owner) -> None:
     futures = [owner.future() for _ in range(6)]
     order = [4, 0, 5, 2, 1, 3]

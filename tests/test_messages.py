@@ -295,7 +295,7 @@ def _samples() -> dict[str, bytes]:
         "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
         "bye": encode_packet(Bye(WIRE_VERSION, 2)),
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
-        "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3, 5, 6, ("w/1",))),
+        "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3, 5, 6, ("w/1",), 2, 7)),
         "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
         "look": encode_record(Look(WIRE_VERSION, 8, True)),
         "seen": encode_seen(Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}), [encode_call_record(RECORD)]),
@@ -357,7 +357,7 @@ GOLDEN = {
     "gone": "956601020103",
     "bye": "93670102",
     "lost": "93cccb0102",
-    "running": "9bcccc01a1770209a6616e737765720103050691a3772f31",
+    "running": "9dcccc01a1770209a6616e737765720103050691a3772f310207",
     "load": "95cccd01020381a161920405",
     "look": "94ccce0108c3",
     "seen": (

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from nalar_mq.app import App, load_app
@@ -321,6 +322,34 @@ async def test_one_job_is_interrupted_again_and_again(site: Site) -> None:
     assert [site.count(f"step {n}") for n in range(4)] == [1] * 4
     [ended] = (await (await site.client.jobs()).overview()).ended
     assert ended.timings.attempts == 5
+
+
+async def test_a_job_whose_workers_are_lost_is_given_up_only_if_it_gets_no_further(site: Site) -> None:
+    limit, jobs = IntakeOptions().losses, await site.client.jobs()
+
+    async def lose(name: str, losses: int) -> None:
+        """So often have workers of the job been lost; one more is."""
+        site.hub.kill(name)
+        held = await jobs.holder(job.id)
+        assert held is not None
+        await jobs.hold(job.id, msgspec.structs.replace(held[0], losses=losses), held[1])
+
+    await site.serve("tools", "tool")
+    await site.serve("driver0", "workflow")
+    job = await site.submit("chain", "a", 4)
+    await site.ran("step 2")
+    await site.journaled(3)
+    await lose("driver0", limit)
+    await site.serve("driver1", "workflow")
+    await site.ran("chain a", 2)
+    held = await jobs.holder(job.id)
+    assert held is not None
+    assert (held[0].losses, held[0].excused, held[0].seen) == (limit + 1, limit + 1, 3)
+    await lose("driver1", 2 * limit + 1)
+    await site.serve("driver2", "workflow")
+    with pytest.raises(RemoteError, match=f"its worker was lost {2 * limit + 2} times"):
+        await job.result(timeout=PATIENCE_S)
+    assert site.count("chain a") == 2
 
 
 async def test_idempotency_keys_are_the_same_in_every_attempt_and_different_for_every_call(site: Site) -> None:
