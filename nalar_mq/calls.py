@@ -32,7 +32,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ from nalar_mq.errors import (
     CallError,
     CallTimeoutError,
     MigrationError,
+    NalarError,
     OwnerLostError,
     UnknownActorError,
     ValueTooLargeError,
@@ -226,8 +227,8 @@ class Migrating(Protocol):
         """An owner wants to know when all that it has sent is where the session is."""
         ...
 
-    def on_lost(self, address: Address) -> None:
-        """That process is gone."""
+    def on_lost(self, address: Address, given_back: Iterable[Message]) -> None:
+        """That process is gone; it may not have had the messages that are given back."""
         ...
 
     def on_table_changed(self) -> None:
@@ -358,7 +359,7 @@ class Calls:
         self._next_tick = 0
         self._session_numbers = itertools.count(1)  # one count for all: a session wants them to grow, gaps do not matter
         self._crossing: dict[str, _Crossing] = {}
-        self._hops: dict[bytes, int] = {}
+        self._hops: dict[bytes, tuple[int, Address]] = {}
         self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
         self.migrations: Migrating | None = None
         self._local: list[Message] = []
@@ -863,9 +864,9 @@ class Calls:
             self._crossing[key] = _Crossing(sender, Crossing(*self.me, forwarded.actor, forwarded.session), forwarded.store)
             self.tell(sender, self._crossing[key].question)
         entry = self._entries.get(forwarded.id)
-        if entry is None or entry.address is None or self._hops.get(forwarded.id, 0) >= forwarded.hops:
+        if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= forwarded.hops:
             return
-        self._hops[forwarded.id] = forwarded.hops
+        self._hops[forwarded.id] = forwarded.hops, sender
         self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
 
     def _has_moved(self, entry: Entry, former: Address, address: Address) -> None:
@@ -891,12 +892,23 @@ class Calls:
                 self._again(entry)
 
     def _ask_crossings_again(self, lost: Address) -> None:
-        """Of what a lost process was to pass on or to answer, as far as can be told."""
+        """The lost process may have had them in its hands: to pass on, or to answer.
+
+        Calls that it was to pass on are like calls that it had. Those that are elsewhere are asked after there, if it was the
+        one to ask.
+        """
         for key, crossing in list(self._crossing.items()):
-            if crossing.source == lost:
+            sent = [entry for entry in self._entries.values() if entry.place == key and entry.address is not None]
+            for entry in sent:
+                if self._hops.get(entry.future.id, _NO_HOPS)[1] == lost:
+                    self._move_on(entry, None)
+            left = [entry.address for entry in sent if entry.address is not None]
+            if not left:
                 self._end_crossing(key)
-            else:
-                self.tell(crossing.source, crossing.question)
+                continue
+            if crossing.source == lost:
+                crossing.source = left[0]
+            self.tell(crossing.source, crossing.question)
 
     async def migrate(self, actor: str, session: str, target: str) -> Migrated:
         """Has a session moved to worker `target`; returns what became of that.
@@ -904,21 +916,14 @@ class Calls:
         Raises:
             MigrationError: nobody has the session, or whoever has it was lost meanwhile.
         """
-        key = self._places.key_in_store(actor, session)
-        place: asyncio.Future[Address | None] = self.loop.create_future()
-
-        def placed(id: bytes, address: Address | None, error: CallError | None) -> bool:
-            if not place.done():
-                if error is not None:
-                    place.set_exception(MigrationError(str(error)))
-                else:
-                    place.set_result(address)
-            return True
-
-        self._places.find(key, actor, b"", placed)
-        address = await place
+        try:
+            address = await self._places.locate(self._places.key_in_store(actor, session), actor)
+        except NalarError as error:
+            raise MigrationError(str(error)) from error
         if address is None:
             raise MigrationError(f"nobody serves {actor!r}")
+        if self._closed is not None:
+            raise MigrationError(str(self._closed))
         id = self._root + next(self._numbers).to_bytes(8, "big")
         answer: asyncio.Future[Migrated] = self.loop.create_future()
         self._migrating[id] = address, answer
@@ -1403,7 +1408,7 @@ class Calls:
         if self.host is not None:
             self.host.on_owner_lost(address)
         if self.migrations is not None:
-            self.migrations.on_lost(address)
+            self.migrations.on_lost(address, (*unsent, *unknown))
 
     def _was_at(self, entry: Entry, lost: Address) -> bool:
         """True for a call that is there, or in an incarnation between that and the present one, of which nobody has told us."""
@@ -1484,6 +1489,9 @@ class Calls:
             if entry.part is None:  # another attempt at the job may want what runs
                 self._stop_executor(entry, "its caller has closed")
             self._end_with(entry, copy.copy(error))
+        for _, answer in self._migrating.values():
+            if not answer.done():
+                answer.set_exception(MigrationError(str(error)))
         for timer in (self._ticking, *self._grace.values()):
             if timer is not None:
                 timer.cancel()
@@ -1520,6 +1528,7 @@ def _error_in(message: Fail, actor: str) -> Exception:
 
 
 _NONE: dict[str, int] = {}
+_NO_HOPS: tuple[int, Address | None] = (0, None)
 
 
 def _auto_session(id: bytes) -> str:

@@ -7,6 +7,7 @@ synced the next one gathers, so that the calls that end in one fsync share the f
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -48,7 +49,11 @@ class Committer:
         self._on_lost = on_lost
         self._waiting: SimpleQueue[tuple[Write, Done] | None] = SimpleQueue()  # None is the last
         self._lost: StoreLostError | None = None
-        self._thread = threading.Thread(target=self._run, name=f"store-{store.id}", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"store-{self.store.id}", daemon=True)
         self._thread.start()
 
     def put(self, write: Write, done: Done) -> None:
@@ -103,8 +108,38 @@ class Committer:
 
     def close(self) -> None:
         """Writes what has been put, and closes the store; idempotent."""
-        self._waiting.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join()
+        self.store.close()
+
+
+class LoopCommitter(Committer):
+    """Writes on the event loop it is made on, some time after what is put: for simulation."""
+
+    _LATER_S: Final = 0.002
+
+    def _begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_due = False
+
+    def put(self, write: Write, done: Done) -> None:
+        """Writes it soon."""
+        super().put(write, done)
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_later(self._LATER_S, self._write_waiting)
+
+    def _write_waiting(self) -> None:
+        self._is_due = False
+        while not self._waiting.empty():
+            first = self._waiting.get()
+            if first is not None:
+                self._write(self._batch(first))
+
+    def close(self) -> None:
+        """Writes what has been put, and closes the store; idempotent."""
+        self._write_waiting()
         self.store.close()
 
 

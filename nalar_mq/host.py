@@ -134,6 +134,7 @@ class Host:
         remember: Remember,
         stores: Stores | None = None,
         high_water: int = HIGH_WATER,
+        threads: Threads | None = None,
     ) -> None:
         self._stores = stores
         self._loop = asyncio.get_running_loop()
@@ -157,7 +158,7 @@ class Host:
         self.migrations: Migrations | None = None
         self._forget_at = self._loop.time() + _FORGET_EVERY_S
         self._is_closing = False
-        self._threads = Threads(f"{name}-call")
+        self._threads = threads or Threads(f"{name}-call")
         self._runner = Runner(self._loop, calls.flush)
         self._inbox = LoopInbox(self._loop)
         self._moving: set[asyncio.Task[None]] = set()
@@ -195,7 +196,7 @@ class Host:
 
     # What arrives.
 
-    def on_call(self, owner: Address, call: Call, now: float) -> None:
+    def on_call(self, owner: Address, call: Call, now: float, *, is_forwarded: bool = False) -> None:
         """A call has arrived at `now`: queues it, or refuses it with a typed error."""
         if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call):
             return
@@ -211,7 +212,8 @@ class Host:
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
             return
-        if replica.stores is not None and (call.attempt or call.job) and self._is_recorded(owner, call, replica.stores):
+        may_have_run = call.attempt or call.job or is_forwarded
+        if replica.stores is not None and may_have_run and self._is_recorded(owner, call, replica.stores):
             return
         _share_names(call, replica.spec.name, method.name)
         if self._early_priorities:
@@ -356,7 +358,7 @@ class Host:
         """A call that came to where its session was before."""
         if self._calls.is_lost(owner) and not call.job and not call.cast:
             return
-        self.on_call(owner, call, self._loop.time())
+        self.on_call(owner, call, self._loop.time(), is_forwarded=True)
 
     async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
         """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""

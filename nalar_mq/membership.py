@@ -137,6 +137,7 @@ class Lease:
         self._confirmed_at = float("-inf")
         self._revision = 0
         self._was_absent = False
+        self._writing = asyncio.Lock()
         self.is_over = False
 
     async def acquire(self) -> None:
@@ -151,6 +152,10 @@ class Lease:
 
     async def renew(self) -> None:
         """Writes it again, unless somebody else has taken the name or others have given this incarnation up."""
+        async with self._writing:
+            await self._renew()
+
+    async def _renew(self) -> None:
         if self.is_over:
             return
         began = self._clock()
@@ -508,11 +513,26 @@ class Membership:
         if self._table.members.get(entry.key) == member:
             return
         version = self._table.version
+        former_holders = self._former_holders(entry.key, member)
         former = self._table.join(entry.key, member)
         if former is not None:
             self._on_lost(former)
+        for address in former_holders:
+            self._lose(address)
         if self._table.version != version:
             self._on_change()
+
+    def _former_holders(self, name: str, member: Member) -> list[Address]:
+        """Who had stores open that this member has just opened: they have ended, since nobody opens what another one holds.
+
+        Calls that such a process had not answered go before all that are sent to its successor.
+        """
+        if self._snapshot is not None and not self._snapshot.done():
+            return []  # of those who were here before us nobody can tell who came later
+        known = self._table.members.get(name)
+        opened = set(member.stores).difference(known.stores if known is not None else ())
+        others = [(other, one) for other, one in self._table.members.items() if other not in (name, self._me.name)]
+        return [Address(other, one.incarnation) for other, one in others if not opened.isdisjoint(one.stores)]
 
     def _lose(self, address: Address) -> None:
         self._seen_at.pop(address.name, None)

@@ -21,7 +21,11 @@ source may have sent is refused from then on.
 
 Order. Who forwards a call tells its owner where to (`Forwarded`). The owner sends nothing more of that session until a
 `Crossing`, which goes the same way as its former calls, has come back as `Arrived` from where the session is: then all of
-those are there.
+those are there. If one of those who pass on is lost meanwhile, what it had in its hands counts as lost with it and is sent
+again under the same ids, and the question is asked anew.
+
+A worker with several stores can find a session in more than one of them, since it may have left one for another and that has
+been opened here later; where none of them has it now, the directory decides.
 """
 
 from __future__ import annotations
@@ -229,9 +233,10 @@ class Migrations:
             return
         kept = self._stores.session(*key)
         standing = self._standing(key, kept)
-        if standing == LEFT:
+        is_doubtful = (standing == LEFT or not kept.session.is_kept) and self._stores.is_undecided(*key)
+        if standing == LEFT and not is_doubtful:
             self._note_left(key, kept.session.header.other if kept.session.header is not None else "")
-        elif standing != HERE:
+        elif standing != HERE or is_doubtful:
             self._settling.add(key)
             self._holder.freeze(key)
             self._start(self._settle(key, kept))
@@ -243,8 +248,12 @@ class Migrations:
             leaving.changed.update(dict.fromkeys((field, order) for field, order, _ in changes))
             leaving.outcomes.append(outcome)
 
-    def on_lost(self, address: Address) -> None:
-        """That process is gone."""
+    def on_lost(self, address: Address, given_back: Iterable[Message]) -> None:
+        """That process is gone; it may not have had the messages that are given back."""
+        for message in given_back:
+            if isinstance(message, Crossing):
+                key = message.actor, message.session
+                self.passes_on(key, Address(message.name, message.incarnation), message)
         for leaving in [leaving for leaving in self._leaving.values() if leaving.target == address]:
             leaving.fail(MigrationError(f"worker {address.name!r} was lost while the session was on its way to it"))
         for id, coming in [(id, coming) for id, coming in self._coming.items() if coming.source == address]:
@@ -591,9 +600,12 @@ class Migrations:
     async def _settle_now(self, key: Key, kept: Kept) -> None:
         name, mine = self._places.key_in_store(*key), kept.committer.store.id
         header = kept.session.header
-        if header is None:
-            return
-        if header.standing == STAGED:
+        if header is None or header.standing == LEFT:
+            named = await self._named(name)
+            if not named or named in (*self._stores.ids, *self._stores.replicated_ids):
+                self._stores.assign(*key, named or mine)
+                return
+        elif header.standing == STAGED:
             named = await self._named(name)
             if named != mine:
                 named = await self._fence(name, header.other)

@@ -131,6 +131,20 @@ class Places:
             else:
                 lost = lost and not was_told
 
+    async def locate(self, key: str, actor: str) -> Address | None:
+        """Where the directory says that it is now; None if nobody serves the actor.
+
+        Calls go on to where this process knows it to be: their order is seen to by whoever forwards them.
+
+        Raises:
+            NalarError: the directory cannot be read, or nobody has the store open.
+        """
+        info = self._table.info(actor)
+        if info is None or not info.is_kept:
+            return self._table.rank(actor, key)
+        place, _ = await self._decide(key, actor)
+        return await self._holder(place, key) if isinstance(place, str) else place
+
     async def _holder(self, store: str, key: str) -> Address:
         """Who has the store open, as soon as somebody has."""
         with contextlib.suppress(TimeoutError):

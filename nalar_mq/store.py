@@ -991,6 +991,9 @@ class _Batch:
 
     def _apply(self, txn: Txn, commit: Commit, number: int, place: int) -> None:
         draft = self._draft(txn, commit.session, commit.session.header)
+        if commit.call and draft.standing == LEFT:
+            where = f"session {commit.session.name!r} of {commit.session.actor!r} is in store {draft.other}"
+            raise StoreError(f"{where}: nothing is written of it here", str(self._store.folder))
         draft.schema, draft.kinds, draft.standing, draft.other = commit.schema, commit.kinds, commit.standing, commit.other
         self._apply_changes(txn, commit.changes, draft)
         if commit.call:

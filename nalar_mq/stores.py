@@ -8,7 +8,8 @@ Agents whose state is `replicated` have stores of their own, `STATE/r1` and so o
 
 All stores of a runtime belong to one directory of sessions, the places bucket, which has an id of its own. A store of another
 directory is not opened: sessions would be served there that others know elsewhere. With `adopts`, which a broker that belongs
-to the app allows, its sessions are entered in the directory instead.
+to the app allows, its sessions are entered in the directory instead. Where several are open, a session that none of them
+knows is put where the directory says.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Entries,
 from nalar_mq.transport import KeyValue, Transport
 
 DIRECTORY_KEY: Final = "_directory"
-_BY_LIKELIHOOD: Final = (HERE, STAGED, LEAVING, LEFT)
+_UNKNOWN: Final = "unknown"
+_BY_LIKELIHOOD: Final = (HERE, STAGED, LEAVING, LEFT, _UNKNOWN)
 _SLOTS: Final = 1_000
 _ADOPTED_AT_ONCE: Final = 256
+_ASSIGNED_KEPT: Final = 10_000
 _log = logger(__name__)
 
 
@@ -54,10 +57,11 @@ class Kept:
         self.committer = committer
         self.session = session
 
-    @property
-    def rank(self) -> int:
-        """Lower where the session is more likely to be served."""
-        return _BY_LIKELIHOOD.index(self.session.standing) if self.session.is_kept else len(_BY_LIKELIHOOD)
+    def rank(self, assigned: str | None) -> int:
+        """Lower where the session is more likely to be served; a session that is nowhere is to be in the store `assigned`."""
+        standing = self.session.standing if self.session.is_kept else _UNKNOWN
+        is_elsewhere = standing in (LEFT, _UNKNOWN) and self.committer.store.id != assigned
+        return _BY_LIKELIHOOD.index(standing) + (2 if is_elsewhere else 0)
 
 
 class Stores:
@@ -68,17 +72,27 @@ class Stores:
         owner: name of the worker.
         replicated: agents whose sessions are kept by the broker as well; the others' are kept on this machine alone.
         on_lost: is told, in some thread, that a store was taken over by another process.
+        committer: makes what writes into a store.
     """
 
-    def __init__(self, folder: Path, owner: str, replicated: Collection[str], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        owner: str,
+        replicated: Collection[str],
+        on_lost: Callable[[], None],
+        committer: Callable[[Store, Callable[[], None], Ship | None], Committer] = Committer,
+    ) -> None:
         self._folder = folder
         self._owner = owner
         self._replicated = frozenset(replicated)
         self._on_lost = on_lost
+        self._committer = committer
         self._open: dict[bool, dict[str, Committer]] = {False: {}, True: {}}
         self._shippers: list[Shipper] = []
         self._replication: Replication | None = None
         self._free: set[str] = set()
+        self._assigned: dict[tuple[str, str], str] = {}
         self._looked_at: dict[tuple[str, str], str | None] = {}
 
     @property
@@ -137,7 +151,7 @@ class Stores:
             shipper = await self._replication.open(store)
             self._shippers.append(shipper)
             ship = shipper.ship
-        committer = Committer(store, self._on_lost, ship)
+        committer = self._committer(store, self._on_lost, ship)
         # Replaced, never changed: threads that look for sessions read it meanwhile.
         self._open = {**self._open, is_replicated: {**self._open[is_replicated], store.id: committer}}
 
@@ -152,11 +166,16 @@ class Stores:
         if not taken:
             self._free = free
             return False
-        bucket = await transport.key_value(subjects.places_bucket)
-        directory = await _directory_of(bucket)
-        for store in taken:
-            await self._take(store, bucket, directory, adopts=adopts)
         self._free = set()
+        try:
+            bucket = await transport.key_value(subjects.places_bucket)
+            directory = await _directory_of(bucket)
+            while taken:
+                await self._take(taken[-1], bucket, directory, adopts=adopts)
+                taken.pop()
+        finally:
+            for store in taken:  # the broker is away, or this worker ends: others may have them
+                store.close()
         return True
 
     async def _take(self, store: Store, bucket: KeyValue, directory: str, *, adopts: bool) -> None:
@@ -224,22 +243,26 @@ class Stores:
         Raises:
             StateDamagedError: it cannot be read.
         """
-        committers = self._open[actor in self._replicated]
+        assigned = self._assigned.get((actor, name))
         found: Kept | None = None
-        for committer in committers.values():
+        for committer in self._open[actor in self._replicated].values():
             kept = Kept(committer, committer.store.session(actor, name))
-            if kept.rank == 0:
+            if kept.rank(assigned) == 0:
                 return kept
-            if found is None or kept.rank < found.rank:
+            if found is None or kept.rank(assigned) < found.rank(assigned):
                 found = kept
         assert found is not None
-        for _ in committers:  # it may have left one of them for another
-            header = found.session.header
-            further = committers.get(header.other) if header is not None and header.standing == LEFT else None
-            if further is None:
-                break
-            found = Kept(further, further.store.session(actor, name))
         return found
+
+    def is_undecided(self, actor: str, name: str) -> bool:
+        """True if only the directory knows which of the open stores, or which other one, has a session that is not here."""
+        return len(self._open[actor in self._replicated]) > 1 and (actor, name) not in self._assigned
+
+    def assign(self, actor: str, name: str, store: str) -> None:
+        """Says in which of the open stores a session is to be that none of them has."""
+        self._assigned[actor, name] = store
+        if len(self._assigned) > _ASSIGNED_KEPT:
+            self._assigned.pop(next(iter(self._assigned)))
 
     def load(self, kept: Kept) -> Entries:
         """All entries of a session, checked.

@@ -63,6 +63,18 @@ class Threads:
             thread.give(None)
 
 
+class LoopThreads(Threads):
+    """Runs the functions on an event loop, each in a turn of its own: for simulation. None of them may wait for the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__("loop")
+        self._loop = loop
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Runs `function` in a later turn of the loop."""
+        self._loop.call_soon(function)
+
+
 class _Thread(threading.Thread):
     def __init__(self, threads: Threads, name: str) -> None:
         super().__init__(name=name, daemon=True)

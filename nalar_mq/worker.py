@@ -9,6 +9,7 @@ from typing import Final
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
+from nalar_mq.committer import Committer, LoopCommitter
 from nalar_mq.config import Settings, find_state
 from nalar_mq.door import Door
 from nalar_mq.errors import BrokerError, StoreError
@@ -22,6 +23,7 @@ from nalar_mq.messages import ActorInfo
 from nalar_mq.migration import Migrations
 from nalar_mq.process import Connect, Process
 from nalar_mq.stores import Stores, directory_of
+from nalar_mq.threads import LoopThreads
 
 _BACK_AFTER_LEASES: Final = 3  # for whoever had a replicated store: it is on its disk, and not on that of others
 _ANSWERS_S: Final = 0.5  # for the answers to calls that have just been ended
@@ -38,6 +40,7 @@ class Worker:
         intake: how it takes jobs in.
         high_water: calls it holds before it gives back those of the lowest priority with `OverloadedError`.
         connect, lease_in_thread, random: as for `Process`.
+        is_simulated: it has no threads: synchronous code and commits run on the loop, which may be one in virtual time.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Worker:
         connect: Connect | None = None,
         lease_in_thread: bool = True,
         random: Random | None = None,
+        is_simulated: bool = False,
     ) -> None:
         self._app = app
         self._process = Process(
@@ -59,12 +63,13 @@ class Worker:
             role="worker",
             actors={spec.name: info_of(spec) for spec in app.actors.values()},
             connect=connect,
-            lease_in_thread=lease_in_thread,
+            lease_in_thread=lease_in_thread and not is_simulated,
             random=random,
         )
         self._host: Host | None = None
         self._intake_options = intake
         self._high_water = high_water
+        self._is_simulated = is_simulated
         self._random = random or SystemRandom()
         self._intake: Intake | None = None
         self._door: Door | None = None
@@ -119,6 +124,7 @@ class Worker:
             remember=self._process.recall.memory,
             stores=stores,
             high_water=self._high_water,
+            threads=LoopThreads(asyncio.get_running_loop()) if self._is_simulated else None,
         )
         self._process.recall.finder = self._host
         if stores is not None:
@@ -152,7 +158,8 @@ class Worker:
         replicated = [spec.name for spec in self._app.actors.values() if spec.is_replicated]
         if replicated and not process.settings.trust_broker:
             await check_durable(process.transport)
-        stores = process.stores = Stores(folder, self.name, replicated, on_lost)
+        committer = LoopCommitter if self._is_simulated else Committer
+        stores = process.stores = Stores(folder, self.name, replicated, on_lost, committer)
         process.on_close(stores.aclose)
         await stores.open(process.transport, process.subjects, process.me, kept, adopts=process.settings.adopts_state)
         return stores
