@@ -1184,6 +1184,10 @@ class Host:
                     _log.exception("host.upkeep_failed")
 
     def _pump_all(self, _: float) -> None:
+        self.pump_all()
+
+    def pump_all(self) -> None:
+        """Begins what had to wait until this process may begin calls."""
         for replica in self._replicas.values():
             self.pump(replica)
 

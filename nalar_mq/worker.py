@@ -105,6 +105,8 @@ class Worker:
             BrokerError: the broker is not there, refuses us, or lacks something.
         """
         await self._process.start(self._begin_hosting)
+        if self._host is not None:
+            self._host.pump_all()  # calls may have come before the lease was confirmed
         try:
             await self._open_to_all()
         except BaseException:
