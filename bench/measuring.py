@@ -28,6 +28,7 @@ _SECTIONS = {
     "control": "control",
     "state": "state",
     "replay": "recovery",
+    "migration": "moving",
 }
 _FIGURES = {
     "calls": ("rtt_p50_us", "rtt_p99_us", "pipe_per_s", "tool_rtt_p50_us", "tool_rtt_p99_us", "tool_pipe_per_s"),
@@ -51,6 +52,10 @@ _FIGURES = {
         *("start_s_1m", "start_rss_mb_1m", "first_call_p99_ms_1m"),
     ),
     "replay": ("recovery_p99_s", "recovery_frozen_p99_s", "lease_s"),
+    "migration": (
+        *(f"pause_p{percent}_ms_{size}" for size in ("1kb", "1mb", "100mb") for percent in (50, 99)),
+        *("others_p99_ms_quiet", "others_p99_ms_meanwhile", "transfer_mb_per_s", "copy_mb_per_s"),
+    ),
     "jobs": ("jobs_per_s", "job_p50_ms", "jobs_nosync_per_s", "job_nosync_p50_ms"),
 }
 NAMES = tuple(_SECTIONS)

@@ -69,7 +69,6 @@ _MESSAGE_BYTES: Final = 512 * 1024
 _ON_THE_WAY: Final = 8
 _FEW: Final = 64  # changed entries that may wait for the freeze
 _ROUNDS: Final = 10
-_OUTCOMES_AT_ONCE: Final = 500
 _PATIENCE_S: Final = 60.0
 _RETRY_S: Final = 0.2
 _LEFT_KEPT: Final = 100_000
@@ -298,8 +297,9 @@ class Migrations:
         began = self._loop.time()
         self._leaving[leaving.key] = self._leaving_by_id[leaving.id] = leaving
         try:
-            async with asyncio.timeout(_PATIENCE_S) as patience:
-                await self._send_all(leaving)
+            async with asyncio.timeout(None) as patience:
+                await self._send_all(leaving)  # the session serves meanwhile: this may take as long as it takes
+                patience.reschedule(self._loop.time() + _PATIENCE_S)
                 frozen_s = await self._hand_over(leaving, patience)
         except TimeoutError:
             raise MigrationError(f"it took longer than {_PATIENCE_S:.0f} s: a call of the session runs that long") from None
@@ -346,8 +346,7 @@ class Migrations:
         """Pre-copy: all that is in the store, an instance there, and what was changed meanwhile until that is little."""
         store, after = leaving.kept.committer.store, b""
         session = self._stores.session(*leaving.key).session
-        for start in range(0, len(outcomes := await asyncio.to_thread(store.outcomes, session)), _OUTCOMES_AT_ONCE):
-            await self._send(leaving, [], outcomes[start : start + _OUTCOMES_AT_ONCE])
+        await self._send(leaving, [], await asyncio.to_thread(store.outcomes, session))
         while True:
             changes, after = await asyncio.to_thread(store.piece, session, after, PIECE_BYTES)
             await self._send(leaving, changes)
@@ -379,7 +378,10 @@ class Migrations:
         waits: bool = False,
         session: Session | None = None,
     ) -> None:
-        """Sends a part; an entry that is too large for a message goes in several."""
+        """Sends a part; an entry that is too large for a message goes in several, and so do the outcomes of many calls."""
+        *former, with_changes = _batches(outcomes)
+        for batch in former:
+            await self._send_piece(leaving, [], batch)
         rest = [change for change in changes if len(change[2] or b"") <= _MESSAGE_BYTES]
         for field, order, data in changes:
             if data is None or len(data) <= _MESSAGE_BYTES:
@@ -388,7 +390,7 @@ class Migrations:
             for start in starts:
                 part: list[Change] = [(field, order, data[start : start + _MESSAGE_BYTES])]
                 await self._send_piece(leaving, part, step="begun" if start != starts[-1] else "")
-        await self._send_piece(leaving, rest, outcomes, step=step, waits=waits, session=session)
+        await self._send_piece(leaving, rest, with_changes, step=step, waits=waits, session=session)
 
     async def _send_piece(
         self,
@@ -799,6 +801,19 @@ def _pieces(changes: list[Change]) -> Iterable[list[Change]]:
             piece, size = [], 0
     if piece:
         yield piece
+
+
+def _batches(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """The outcomes in parts of about `PIECE_BYTES`, at least one part, the last one small enough to go with changes."""
+    batches: list[list[Outcome]] = [[]]
+    size = 0
+    for outcome in outcomes:
+        batches[-1].append(outcome)
+        size += len(outcome.payload) + 64
+        if size >= PIECE_BYTES:
+            batches.append([])
+            size = 0
+    return batches
 
 
 def _key_of(call: Call) -> Key:

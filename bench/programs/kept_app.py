@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from nalar_mq import ManagedList, ManagedValue, agent, method
+import os
+import time
+
+from nalar_mq import ManagedDict, ManagedList, ManagedValue, agent, method
 
 
 @agent
@@ -33,3 +36,23 @@ class Held:
     async def add(self, number: int) -> int:
         self.total.value += number
         return self.total.value
+
+
+@agent
+class Carried:
+    """Moves while it is called, and says when its calls ran."""
+
+    entries: ManagedDict[int, bytes]
+
+    @method
+    async def fill(self, first: int, count: int, size: int) -> int:
+        self.entries.update({number: number.to_bytes(4, "big") * (size // 4) for number in range(first, first + count)})
+        return len(self.entries)
+
+    @method
+    async def touch(self, numbers: list[int], at: int) -> tuple[int, float, float]:
+        """The process that ran it, and when, on the clock that all processes of a machine share."""
+        begun = time.monotonic()
+        for number in numbers:
+            self.entries[number] = at.to_bytes(4, "big") * (len(self.entries[number]) // 4)
+        return os.getpid(), begun, time.monotonic()

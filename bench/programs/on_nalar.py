@@ -16,6 +16,7 @@ from typing import Any
 
 import kept
 import large
+import moving
 import nalar_app
 import nats_process
 import work
@@ -163,6 +164,8 @@ async def main() -> None:
                 await kept.state(kept_sessions)
             if work.wants("recovery"):
                 await kept.recovery(kept_sessions)
+            if work.wants("moving"):
+                await moving.measure(kept_sessions)
         if work.wants("jobs"):
             with nats_process.running("-js", "-sd", str(Path(folder) / "unsynced")) as url:
                 async with runtime(BrokerAccess(urls=(url,)), store) as client:

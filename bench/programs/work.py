@@ -32,13 +32,14 @@ LARGE_MB = [int(mb) for mb in os.environ.get("BENCH_LARGE_MB", "1,10,100").split
 KEPT_SESSIONS = int(os.environ.get("BENCH_KEPT_SESSIONS", "1000000"))
 KEPT_CALLS = int(os.environ.get("BENCH_KEPT_CALLS", "800"))
 KEPT_KILLS = int(os.environ.get("BENCH_KEPT_KILLS", "30"))
+MOVES = int(os.environ.get("BENCH_MOVES", "40"))
 IDLE_S = 2.0
 _WARM_UP = 100
 _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").split(","))
 
 
 def wants(section: str) -> bool:
-    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs`, `stages`, `large`, `state` or `recovery`."""
+    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs`, `stages`, `large`, `state`, `recovery` or `moving`."""
     return section in _SECTIONS
 
 
@@ -75,6 +76,11 @@ def expect(found: object, wanted: object) -> None:
     """Raises unless they are equal: a wrong answer is worth no measurement."""
     if found != wanted:
         raise SystemExit(f"wrong answer: {str(found)[:200]} in place of {str(wanted)[:200]}")
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The nearest one that was measured."""
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
 def _tell_round_trips(seconds: Sequence[float], prefix: str) -> None:
