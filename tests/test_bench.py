@@ -59,8 +59,8 @@ def test_the_figures_of_the_global_controller(tmp_path: Path) -> None:
     figures = json.loads(target.read_text())["systems"]["nalar"]
     times = {"loop_p50_ms", "loop_p99_ms", "collect_p99_ms", "policy_p99_ms", "schedule_us", "one_level_schedule_us"}
     assert times | {"bytes_per_future"} <= figures.keys()
-    assert all(figures[name] > 0 for name in times)
-    assert figures["loop_p50_ms"] <= figures["loop_p99_ms"]
+    assert all(figures[name] >= 0 for name in times), figures
+    assert 0 < figures["loop_p50_ms"] <= figures["loop_p99_ms"]
 
 
 def test_control_is_measured_by_itself() -> None:
