@@ -9,8 +9,7 @@ again. So no outcome of a call that belongs to a job is shown to the code that m
 
 Writing. All observations of one turn of the loop, of whatever jobs, travel in one message; while one message is on its way
 the next one gathers, so that a slow disk makes larger messages and not more of them. Every message is appended on condition
-that the last one of the subject is the writer's own. If the answer is lost, the writer reads what lies there last: its own
-message (then it was accepted), the one before (then it was not, and is sent again), or a seal.
+that the last one of the subject is the writer's own (`sole_writer`), so that a seal is noticed, and a lost answer harms nobody.
 
 Fencing. Who goes on with a job of a lost process first ends that process's journal with a `Seal`, by the same condition, and
 then reads it. From then on nothing of the former writer is accepted: should it only have stood still, it finds the seal with
@@ -32,7 +31,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from nalar_mq.address import Address, Subjects
-from nalar_mq.errors import BrokerAuthError, BrokerError, BrokerFeatureError, KeyConflictError, WireError
+from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.messages import (
@@ -44,6 +43,7 @@ from nalar_mq.messages import (
     decode_journal,
     encode_record,
 )
+from nalar_mq.sole_writer import SoleWriter
 from nalar_mq.transport import Kept, Ledger, Transport
 
 _log = logger(__name__)
@@ -51,7 +51,6 @@ _log = logger(__name__)
 KEPT_S: Final = 7 * 24 * 3600.0
 _PACK_BYTES: Final = 512 * 1024
 _ENTRY_BYTES: Final = 128  # of an observation besides its payload
-_RETRY_S: Final = 0.2
 _TRIM_EVERY_S: Final = 5.0
 _JOURNALS_KEPT: Final = 32
 _RELEASED_KEPT: Final = 10_000
@@ -85,7 +84,7 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
         self._trimmer: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
-        self._last = 0
+        self._appender = SoleWriter(self._open, self._subject)
         self._first_of: dict[bytes, int] = {}
         self._job_of: dict[bytes, str] = {}
         self._released: OrderedDict[bytes, None] = OrderedDict()
@@ -130,7 +129,7 @@ class Journal:
         while self._waiting and not self._is_over:
             batch = self._next_batch()
             observations = tuple([observation for observation, _ in batch if observation is not None])
-            if observations and not await self._append(encode_record(Pack(WIRE_VERSION, observations))):
+            if observations and not await self._appender.append(encode_record(Pack(WIRE_VERSION, observations))):
                 self._end()
                 return
             for observation in observations:
@@ -153,7 +152,7 @@ class Journal:
     def _note(self, observation: Observation) -> None:
         if observation.parent in self._released:
             return
-        self._first_of.setdefault(observation.parent, self._last)
+        self._first_of.setdefault(observation.parent, self._appender.last)
         self._job_of[observation.parent] = observation.job
         if self._trimmer is None:
             self._trimmer = self._loop.create_task(self._trim())
@@ -163,40 +162,6 @@ class Journal:
             on_durable()
         except Exception as error:  # one of them must not keep the others waiting
             self._loop.call_exception_handler({"message": "a journaled outcome could not be delivered", "exception": error})
-
-    async def _append(self, data: bytes) -> bool:
-        """Appends a message of this process, waiting for a broker that is away; False if somebody has sealed the journal."""
-        is_repeated = False
-        while True:
-            try:
-                ledger = await self._open()
-                if is_repeated:
-                    accepted = await self._has_accepted(ledger, data)
-                    if accepted is not None:
-                        return accepted
-                self._last = await ledger.append(self._subject, data, last=self._last)
-                return True
-            except KeyConflictError:
-                if is_repeated:
-                    await asyncio.sleep(_RETRY_S)
-                is_repeated = True
-            except (BrokerAuthError, BrokerFeatureError):
-                raise
-            except BrokerError as error:
-                _log.debug("journal.append_failed", reason=str(error))
-                is_repeated = True
-                await asyncio.sleep(_RETRY_S)
-
-    async def _has_accepted(self, ledger: Ledger, data: bytes) -> bool | None:
-        """Whether `data` lies there last; False if something else does, None if what was there before still does."""
-        found = await ledger.last(self._subject)
-        if found is None or found.sequence == self._last:
-            self._last = 0 if found is None else found.sequence
-            return None
-        if found.data == data:
-            self._last = found.sequence
-            return True
-        return False
 
     def _end(self) -> None:
         self._is_over = True
@@ -228,7 +193,7 @@ class Journal:
         while True:
             await asyncio.sleep(_TRIM_EVERY_S)
             await self._release_oldest_ended()
-            below = min(self._first_of.values(), default=self._last)
+            below = min(self._first_of.values(), default=self._appender.last)
             if below <= self._trimmed_below:
                 continue
             try:
@@ -317,7 +282,7 @@ class Journal:
         tasks = [task for task in (self._writer, self._trimmer) if task is not None]
         self._writer = self._trimmer = None
         await cancel_all(tasks)
-        if self._last and not is_needed and self._transport.is_connected:
+        if self._appender.last and not is_needed and self._transport.is_connected:
             with contextlib.suppress(BrokerError, TimeoutError):
                 async with asyncio.timeout(_REMOVE_S):
                     await (await self._open()).purge(self._subject)

@@ -223,7 +223,7 @@ class Flaky:
 async def test_an_answer_that_is_lost_neither_loses_nor_doubles(
     site: Site, losses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nalar_mq.journal._RETRY_S", 0.01)
+    monkeypatch.setattr("nalar_mq.sole_writer._RETRY_S", 0.01)
     journal = await site.journal()
     journal._ledger = Flaky(await site.ledger(), list(losses))  # type: ignore[assignment]
     for number in range(4):
