@@ -286,7 +286,7 @@ class CallStub(Generic[P, R_co]):
         timeout_s: float | None = -1.0,
         retries: int | None = None,
     ) -> CallStub[P, R_co]:
-        """The same stub with other options for the calls made through it.
+        """The same stub with other options for the calls made through it; those left out stay as they are.
 
         Args:
             session: the session its calls belong to, in place of the caller's.
@@ -296,7 +296,7 @@ class CallStub(Generic[P, R_co]):
         """
         if session is not None:
             check_token(session, "session")
-        options = self._options.but(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
+        options = self._options.with_given(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
         return CallStub(self.spec, self._method, options)
 
     def __repr__(self) -> str:

@@ -165,6 +165,21 @@ class CallOptions:
         fields.update(changes)
         return CallOptions(**fields)
 
+    def with_given(
+        self, *, session: str | None, priority: int | None, timeout_s: float | None, retries: int | None
+    ) -> CallOptions:
+        """The same options with those changed that are given: what was chosen in an earlier step stays.
+
+        Args:
+            session, priority, retries: not given if None.
+            timeout_s: not given if negative; None is no deadline.
+        """
+        given: dict[str, Any] = {"session": session, "priority": priority, "retries": retries}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if timeout_s is None or timeout_s >= 0:
+            changes["timeout_s"] = timeout_s
+        return self.but(**changes)
+
 
 DEFAULT_OPTIONS = CallOptions()
 

@@ -104,7 +104,7 @@ class Caller:
         timeout_s: float | None = -1.0,
         retries: int | None = None,
     ) -> Caller:
-        """The same with other options.
+        """The same with other options; those left out stay as they are.
 
         Args:
             session: the session the calls belong to; one for each call if None.
@@ -114,7 +114,7 @@ class Caller:
         """
         if session is not None:
             check_token(session, "session")
-        changed = self._options.but(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
+        changed = self._options.with_given(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
         return Caller(self._client, changed)
 
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -14,8 +14,8 @@ import pytest
 import nalar_mq
 from nalar_mq.errors import RemoteError
 from nalar_mq.history import History
-from nalar_mq.journal import Journal
 from nalar_mq.messages import Reading
+from nalar_mq.sole_writer import SoleWriter
 from tests.test_resumption import PATIENCE_S, Site, lose_driver, site_of
 
 APP = Path(__file__).parent / "apps" / "effects_app.py"
@@ -110,13 +110,13 @@ async def test_an_alarm_among_calls_rings_in_the_same_place_again(site: Site) ->
 
 
 async def test_an_effect_begins_when_what_led_to_it_is_durable(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    accepts, append = asyncio.Event(), Journal._append
+    accepts, append = asyncio.Event(), SoleWriter.append
 
-    async def late(self: Journal, data: bytes) -> bool:
+    async def late(self: SoleWriter, data: bytes) -> bool:
         await accepts.wait()
         return await append(self, data)
 
-    monkeypatch.setattr(Journal, "_append", late)
+    monkeypatch.setattr(SoleWriter, "append", late)
     await site.serve("driver", "workflow")
     job = await site.submit("decides_by_clock", "d")
     await site.ran("decides d")

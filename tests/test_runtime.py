@@ -201,6 +201,17 @@ async def test_a_call_chain_may_enter_its_own_session_again(runtime: Runtime) ->
     assert await runtime.actors.count_in_session.options(session="s")(3) == 13
 
 
+async def test_options_given_in_steps_add_up(runtime: Runtime) -> None:
+    await runtime.worker("w")
+    client = await runtime.client()
+    by_name = client.options(session="steps").options(timeout_s=9.0).options(priority=2)
+    assert await by_name.call("Counter.add", 1) == 1
+    assert await by_name.options(retries=3).call("Counter.add", 1) == 2
+    add = runtime.actors.Counter.add.options(session="steps").options(retries=3)
+    assert await add.options(timeout_s=None)(1) == 3
+    assert await add.options(session="other")(1) == 1
+
+
 async def test_two_clients_agree_on_the_place_of_a_session(runtime: Runtime) -> None:
     one, two = await runtime.client(), await runtime.client()
     futures = [c.options(session=f"s{i % 7}").call("Counter.add", 1) for i in range(70) for c in (one, two)]

@@ -79,7 +79,8 @@ class Caller:
             self.failed[number] = type(error).__name__
 
     async def read(self) -> tuple[int, list[int]]:
-        total, entries = await self._account.call("Account.read")
+        # Somebody killed a moment ago may still seem to serve.
+        total, entries = await self._account.options(retries=10).call("Account.read")
         return total, entries
 
     def check(self, total: int, entries: list[int]) -> None:
