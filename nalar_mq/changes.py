@@ -45,6 +45,7 @@ _ROW_BYTES: Final = 88
 _MOST: Final = 0xFFFF_FFFF
 _SAMPLES: Final = 200
 _IS_LITTLE: Final = sys.byteorder == "little"
+_OVER: Final = Call(b"", "", "", b"")
 _T = TypeVar("_T")
 
 
@@ -284,7 +285,9 @@ class Changes:
             self._moved[future.slot] = priority
 
     def end(self, future: Tracked, outcome: int, now: float) -> None:
-        """It is over."""
+        """It is over; of a future that was over already nothing changes."""
+        if not future.state:
+            return
         call = future.call
         kind = (call.actor, call.method)
         tally = self._kinds.get(kind) or self._tally(kind)
@@ -295,6 +298,8 @@ class Changes:
         future.state = 0
         if future.slot >= 0:
             self._ended.append((future.slot, outcome))
+        else:
+            future.call = _OVER  # it stays in `_fresh` until the next report: its arguments need not
 
     def spend(self, future: Tracked, amount: float) -> None:
         """It has cost something."""

@@ -12,6 +12,7 @@ from nalar_mq import values
 from nalar_mq.actor import MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext
+from nalar_mq.changes import Tracked
 from nalar_mq.claims import MARK
 from nalar_mq.errors import CallCancelledError
 from nalar_mq.history import Memory
@@ -35,11 +36,11 @@ class Pump(Protocol):
         ...
 
     def on_wait(self, execution: Execution) -> None:
-        """A call of a job waits."""
+        """A call waits for others."""
         ...
 
     def on_resume(self, execution: Execution) -> None:
-        """A call of a job waits no more."""
+        """A call waits no more."""
         ...
 
 
@@ -80,6 +81,7 @@ class Execution(msgspec.Struct, eq=False):
     arrived: float
     wanted_at: float
     session_key: str
+    told: Tracked
     missing: set[bytes] | None = None
     given: dict[bytes, Resolve | Fail] | None = None
     consumers: list[Address] | None = None
@@ -192,12 +194,10 @@ class Execution(msgspec.Struct, eq=False):
         if self.waits == 1 and not self.ended:
             self.replica.mailbox.wait(self.call.id)
             self.host.pump(self.replica)
-            if self.call.job:
-                self.host.on_wait(self)
+            self.host.on_wait(self)
 
     def _resume(self) -> None:
         self.waits -= 1
         if self.waits == 0 and not self.ended:
             self.replica.mailbox.resume(self.call.id)
-            if self.call.job:
-                self.host.on_resume(self)
+            self.host.on_resume(self)

@@ -49,7 +49,10 @@ from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.calls import Calls
+from nalar_mq.changes import Changes
 from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, check_size, read_claim, write_claim
+from nalar_mq.columns import CANCELLED as WAS_CANCELLED
+from nalar_mq.columns import CREATED, DONE, FAILED, QUEUED, RUNNING, WAITING
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -132,11 +135,13 @@ class Host:
         name: str,
         may_begin: Callable[[], bool],
         remember: Remember,
+        changes: Changes,
         stores: Stores | None = None,
         high_water: int = HIGH_WATER,
         threads: Threads | None = None,
     ) -> None:
         self._stores = stores
+        self._changes = changes
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._calls = calls
@@ -219,7 +224,8 @@ class Host:
         if self._early_priorities:
             force_setattr(call, "priority", self._early_priorities.pop(call.id, call.priority))
         session_key = session_key_of(call) if call.instance else call.session
-        execution = Execution(self, owner, call, replica, method, now, now, session_key)
+        told = self._changes.begin(call, now)
+        execution = Execution(self, owner, call, replica, method, now, now, session_key, told)
         self._executions[call.id] = execution
         is_ready = True
         if call.cast and call.timeout_s is not None:
@@ -230,6 +236,8 @@ class Host:
         if call.job and call.attempt:
             self._begin_recalling(execution)
             is_ready = False
+        if not is_ready:
+            told.state = CREATED
         if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
             self._outflow(execution).allow(limit)
         # An ancestor that has ended holds nothing any more: then the call queues like any other.
@@ -374,6 +382,7 @@ class Host:
         made: asyncio.Future[Any] = self._loop.create_future()
         self._threads.run(functools.partial(self._stage_in_thread, replica, key[1], kept, made))
         instance = await made
+        self._hold(replica, key[1])
         return functools.partial(take, state_of(instance))
 
     def _stage_in_thread(self, replica: Replica, key: str, kept: Kept, made: asyncio.Future[Any]) -> None:
@@ -418,8 +427,7 @@ class Host:
             return
         resumed.is_recalling = False
         if not execution.missing and not execution.ended:
-            execution.replica.mailbox.mark_ready(execution.call.id)
-            self.pump(execution.replica)
+            self._make_ready(execution)
 
     def _give_up(self, execution: Execution, error: Exception) -> None:
         """Ends a call that cannot begin."""
@@ -479,10 +487,15 @@ class Host:
                 if not missing and not execution.ended:
                     execution.missing = None
                     if not execution.is_recalling:
-                        execution.replica.mailbox.mark_ready(execution.call.id)
-                        self.pump(execution.replica)
+                        self._make_ready(execution)
         while len(self._pushed) > _PUSHED_KEPT or self._pushed_bytes > _PUSHED_BYTES:
             self._forget_oldest_push()
+
+    def _make_ready(self, execution: Execution) -> None:
+        """It has its arguments, and may begin."""
+        self._changes.change(execution.told, QUEUED, self._loop.time())
+        execution.replica.mailbox.mark_ready(execution.call.id)
+        self.pump(execution.replica)
 
     def _forget_oldest_push(self) -> None:
         self._forget_push(next(iter(self._pushed)))
@@ -564,6 +577,7 @@ class Host:
                 self._early_priorities.popitem(last=False)
         elif execution.owner == owner:
             force_setattr(execution.call, "priority", message.priority)
+            self._changes.move(execution.told, message.priority)
             execution.replica.mailbox.prioritise(message.id, message.priority)
             if execution.context is not None:
                 execution.context.priority = message.priority
@@ -610,13 +624,17 @@ class Host:
         return "" if execution is None else execution.label
 
     def on_wait(self, execution: Execution) -> None:
-        """A call of a job waits."""
-        self._waiting_in_jobs[execution.call.id] = execution
+        """A call waits for others."""
+        self._changes.change(execution.told, WAITING, self._loop.time())
+        if execution.call.job:
+            self._waiting_in_jobs[execution.call.id] = execution
 
     def on_resume(self, execution: Execution) -> None:
-        """A call of a job waits no more."""
-        self._waiting_in_jobs.pop(execution.call.id, None)
-        self._park(execution, False)
+        """A call waits no more."""
+        self._changes.change(execution.told, RUNNING, self._loop.time())
+        if execution.call.job:
+            self._waiting_in_jobs.pop(execution.call.id, None)
+            self._park(execution, False)
 
     def _look_for_parked(self, _: float) -> None:
         """Tells the owners of calls that wait for nothing but people or time: whoever has taken in the job has room then."""
@@ -788,8 +806,11 @@ class Host:
         call = execution.call
         execution.started = True
         execution.began = now
+        self._changes.change(execution.told, RUNNING, now)
         if execution.replica.spec.stateful:
             execution.replica.holders.setdefault(execution.session_key, call.id)
+            if not execution.replica.has_instance(execution.session_key):
+                self._hold(execution.replica, execution.session_key)
         if call.timeout_s is not None and now >= execution.arrived + call.timeout_s:
             self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
             return False
@@ -1103,6 +1124,8 @@ class Host:
         if replica.spec.stateful and replica.holders.get(execution.session_key) == execution.call.id:
             del replica.holders[execution.session_key]
             replica.has_used(execution.session_key)  # idle from now on, not from its beginning
+            if not replica.has_instance(execution.session_key):
+                self._let_go(replica, execution.session_key)
             if self._quiet and (waiter := self._quiet.pop((execution.call.actor, execution.session_key), None)) is not None:
                 waiter.set_result(None)
         replica.mailbox.finish(execution.call.id)
@@ -1113,7 +1136,9 @@ class Host:
 
     def _forget(self, execution: Execution) -> None:
         execution.ended = True
-        self._ended.append(execution.record(self._loop.time()))
+        now = self._loop.time()
+        self._ended.append(execution.record(now))
+        self._changes.end(execution.told, _outcome_of(execution), now)
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         self._executions.pop(execution.call.id, None)
         self._waiting_in_jobs.pop(execution.call.id, None)
@@ -1128,7 +1153,7 @@ class Host:
                     if not waiting:
                         del self._waiting[id]
         if resumed is not None and resumed.following is not None:
-            self._loop.call_soon(self.on_call, *resumed.following, self._loop.time())
+            self._loop.call_soon(self.on_call, *resumed.following, now)
         if not self._executions:
             self._idle.set()
 
@@ -1270,8 +1295,27 @@ class Host:
         """Ends those of them that no call holds; returns their keys."""
         ended = [key for key in keys if even_held or key not in replica.holders]
         for key in ended:
+            self._let_go(replica, key)
             self._threads.run(functools.partial(replica.end, replica.take_out(key)))
         return ended
+
+    def _hold(self, replica: Replica, key: str) -> None:
+        """The state of a session, or of one instance within it, is in memory here."""
+        session = key.partition("/")[0]
+        keys = replica.held.setdefault(session, set())
+        if not keys:
+            self._changes.hold(replica.spec.name, session)
+        keys.add(key)
+
+    def _let_go(self, replica: Replica, key: str) -> None:
+        session = key.partition("/")[0]
+        keys = replica.held.get(session)
+        if keys is None or key not in keys:
+            return
+        keys.discard(key)
+        if not keys:
+            del replica.held[session]
+            self._changes.let_go(replica.spec.name, session)
 
     def _forget_kept_sessions(self, now: float) -> None:
         """Of the sessions in stores that nobody named and nobody has called for long, some at a time."""
@@ -1347,6 +1391,13 @@ class Host:
             replica.stop()
         finally:
             self._inbox.put(functools.partial(settle, done))
+
+
+def _outcome_of(execution: Execution) -> int:
+    """How a call has ended, as reports tell it; one that has moved has not ended, and counts for nothing here."""
+    if not execution.failure:
+        return DONE
+    return WAS_CANCELLED if execution.failure in (CANCELLED, _MOVED) else FAILED
 
 
 def _is_forgotten(execution: Execution) -> bool:

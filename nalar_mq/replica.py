@@ -29,6 +29,7 @@ class Replica:
         spec: what it is.
         mailbox: its pending calls.
         holders: the id of the call that holds a session, of stateful actors.
+        held: sessions of stateful actors whose state is in memory, each with the keys of its instances.
         uses_loop: its async code runs on the loop.
 
     Instances of a stateful agent are kept per session and construction; an agent without state has one instance for each
@@ -40,6 +41,7 @@ class Replica:
         self.stores = stores if spec.is_kept else None
         self.mailbox = Mailbox(concurrency=spec.concurrency, per_session=spec.stateful)
         self.holders: dict[str, bytes] = {}
+        self.held: dict[str, set[str]] = {}
         self.is_pumping = False
         is_driver = spec.transparent and spec.kind == "workflow"
         self.uses_loop = not is_driver and spec.directives.isolation == "thread"

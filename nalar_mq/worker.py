@@ -9,6 +9,8 @@ from typing import Final
 
 from nalar_mq.actor import ActorSpec
 from nalar_mq.app import App
+from nalar_mq.changes import Changes
+from nalar_mq.columns import Serves
 from nalar_mq.committer import Committer, LoopCommitter
 from nalar_mq.config import Settings, find_state
 from nalar_mq.door import Door
@@ -22,6 +24,8 @@ from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo
 from nalar_mq.migration import Migrations
 from nalar_mq.process import Connect, Process
+from nalar_mq.reporting import Reporter
+from nalar_mq.resources import Machine
 from nalar_mq.stores import Stores, directory_of
 from nalar_mq.threads import LoopThreads
 
@@ -67,6 +71,7 @@ class Worker:
             random=random,
         )
         self._host: Host | None = None
+        self._changes: Changes | None = None
         self._intake_options = intake
         self._high_water = high_water
         self._is_simulated = is_simulated
@@ -117,6 +122,8 @@ class Worker:
     async def _begin_hosting(self) -> None:
         calls = self._process.calls
         stores = await self._open_stores()
+        changes = self._changes = Changes(self.name, self._process.me.incarnation, self._process.settings.node)
+        changes.set_serves({spec.name: serves_of(spec) for spec in self._app.actors.values()})
         self._host = calls.host = Host(
             self._app.actors,
             calls,
@@ -124,6 +131,7 @@ class Worker:
             name=self.name,
             may_begin=self._process.is_current,
             remember=self._process.recall.memory,
+            changes=changes,
             stores=stores,
             high_water=self._high_water,
             threads=LoopThreads(asyncio.get_running_loop()) if self._is_simulated else None,
@@ -144,6 +152,16 @@ class Worker:
             calls.migrations = self._host.migrations = migrations
             process.on_close(migrations.aclose)
         self._host.start()
+        reporter = Reporter(
+            self._process.transport,
+            self._process.subjects,
+            self._process.me,
+            changes,
+            self._host.load,
+            None if self._is_simulated else Machine().look,
+        )
+        self._process.on_close(reporter.aclose)
+        await reporter.start()
 
     async def _open_stores(self) -> Stores | None:
         """The stores of this worker, if it serves agents whose state is kept."""
@@ -214,6 +232,8 @@ class Worker:
         """Takes nothing new and finishes what it has; False if that took longer than `timeout_s`."""
         if self._host is None:
             return True
+        if self._changes is not None:
+            self._changes.set_draining()
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(
@@ -254,6 +274,19 @@ class Worker:
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
+
+
+def serves_of(spec: ActorSpec) -> Serves:
+    """What a worker tells the controllers of an actor."""
+    directives = spec.directives
+    return Serves(
+        spec.kind,
+        spec.stateful and not spec.is_kept,
+        spec.concurrency,
+        directives.min_instances,
+        directives.max_instances,
+        directives.resources,
+    )
 
 
 def info_of(spec: ActorSpec) -> ActorInfo:
