@@ -1,11 +1,11 @@
 """The controller of everything: one leader that decides, and standbys that see the same and take over.
 
-    NS.report.* ──▶ inbox ──fold──▶ View ──settle──▶ policy ──▶ guards ──▶ States, Acts, Ranks      (only the leader)
-                     again ◀── a report is missing
+    Observer ──View──▶ policy ──▶ guards ──▶ States, Acts, Ranks      (only the leader)
+                                       └──▶ AuditTrail: what is new of that, and why
 
-Reports are collected while they come and folded at the beginning of a round, so that the view stands still while a policy looks
-at it. No call waits for any of this. A round takes as long as it takes; the next one begins after a pause that is no shorter,
-so that a controller with much to see decides less often and never takes more than half of a processor.
+The view stands still while a policy looks at it. No call waits for any of this. A round takes as long as it takes; the next one
+begins after a pause that is no shorter, so that a controller with much to see decides less often and never takes more than half
+of a processor.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Final, NamedTuple, Protocol, Self
 
 from nalar_mq.actions import States, decode_decision, encode_decision
 from nalar_mq.address import Address, Subjects
-from nalar_mq.columns import Again, encode_report
 from nalar_mq.config import LEASE_S
-from nalar_mq.errors import BrokerError, KeyConflictError, PolicyError, ReportError, WireError
+from nalar_mq.errors import BrokerError, KeyConflictError, PolicyError, WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
-from nalar_mq.messages import WIRE_VERSION
-from nalar_mq.transport import Delivered, KeyValue, Subscription, Transport
+from nalar_mq.transport import Delivered, KeyValue, Ledger, Subscription, Transport
 
+from .audit import AuditTrail
 from .governing import Decision, Governor
 from .guards import Bounds
 from .leadership import LIFE, Leadership
+from .observer import Observer
+from .overview import Overview, encode_overview, overview_of
 from .policy import Action, Policy
 from .policy_file import PolicyFile
 from .view import View
@@ -36,14 +37,13 @@ PERIOD_S: Final = 0.25
 _LONGEST_PERIOD_S: Final = 5.0
 _STATES: Final = "states"
 _ACTS: Final = "acts"
-_SILENT_LEASES: Final = 2.0
-_AGAIN_S: Final = 1.0
-_INBOX_BYTES: Final = 512 * 1024 * 1024
+_KEPT: Final = 1000
+_KEPT_S: Final = 7 * 24 * 3600.0
 _log = logger(__name__)
 
 
 class Decider(Protocol):
-    """Where decisions come from."""
+    """Where decisions come from; `str` says what people call it."""
 
     async def decide(self, view: View) -> Iterable[Action]:
         """What is wanted.
@@ -57,8 +57,12 @@ class Decider(Protocol):
 class Trusted:
     """A policy that came with the runtime: it runs where it is asked."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, name: str = "") -> None:
         self._policy = policy
+        self._name = name or type(policy).__name__
+
+    def __str__(self) -> str:
+        return self._name
 
     async def decide(self, view: View) -> Iterable[Action]:
         """What the policy says."""
@@ -70,6 +74,9 @@ class Reloaded:
 
     def __init__(self, file: PolicyFile) -> None:
         self._file = file
+
+    def __str__(self) -> str:
+        return str(self._file)
 
     async def decide(self, view: View) -> Iterable[Action]:
         """What the policy says."""
@@ -106,12 +113,11 @@ class GlobalController:
         is_driven: rounds are made only by `make_round`.
 
     Attributes:
-        view: what has been reported.
-        governor: what it has decided, with its history.
+        observer: what has been reported.
+        governor: what it has decided.
+        audit: what it tells people of that.
         rounds: how many there have been.
         last: the last one.
-        dropped: reports for which there was no room.
-        unused: reports that were refused; `view.refused` counts them by reason.
         deposed: how often a write of this controller has met that of a later leader.
     """
 
@@ -135,25 +141,27 @@ class GlobalController:
         self._period_s = period_s
         self._is_driven = is_driven
         self._loop = asyncio.get_running_loop()
-        self._inbox: list[tuple[str, bytes, float]] = []
-        self._inbox_bytes = 0
-        self._asked: dict[str, float] = {}
         self._sealed = 0
         self._states_revision = 0
         self._acts_revision = 0
         self._leadership: Leadership | None = None
         self._control: KeyValue | None = None
         self._acts: KeyValue | None = None
+        self._decisions: Ledger | None = None
         self._subscription: Subscription | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._turned = asyncio.Condition()
-        self.view = View()
+        self.observer = Observer(transport, subjects, lease_s=lease_s)
         self.governor = Governor(bounds)
+        self.audit = AuditTrail(me.name, str(decider))
         self.rounds = 0
         self.last = Round(0, 0, 0.0, 0.0, 0.0)
-        self.dropped = 0
-        self.unused = 0
         self.deposed = 0
+
+    @property
+    def view(self) -> View:
+        """What has been reported."""
+        return self.observer.view
 
     @property
     def is_leader(self) -> bool:
@@ -173,15 +181,29 @@ class GlobalController:
         await self.aclose()
 
     async def start(self) -> None:
-        """Begins to listen, and to stand for leader."""
-        leader = await self._transport.key_value(self._subjects.leader_bucket, ttl_s=LIFE * self._lease_s)
-        self._control = await self._transport.key_value(self._subjects.control_bucket)
-        self._acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
+        """Begins to listen, and to stand for leader.
+
+        Raises:
+            BrokerError: the broker does not answer.
+        """
+        leader = await self._open()
         self._leadership = Leadership(leader, self._me, self._lease_s, self._loop.time)
-        self._subscription = await self._transport.subscribe(self._subjects.report("*"), self._on_report)
+        await self.observer.start()
+        self._subscription = await self._transport.subscribe(self._subjects.overview, self._on_question)
         self._tasks = [self._loop.create_task(self._stand(self._leadership), name=f"leadership-{self._me.name}")]
         if not self._is_driven:
             self._tasks.append(self._loop.create_task(self._go_round(), name=f"rounds-{self._me.name}"))
+
+    async def _open(self) -> KeyValue:
+        """Opens what it writes to, or makes it anew where the broker has lost it; returns the bucket of the leader."""
+        leader = await self._transport.key_value(self._subjects.leader_bucket, ttl_s=LIFE * self._lease_s)
+        self._control = await self._transport.key_value(self._subjects.control_bucket)
+        self._acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
+        subjects = self._subjects
+        self._decisions = await self._transport.ledger(
+            subjects.decisions_ledger, [subjects.decided], max_age_s=_KEPT_S, per_subject=_KEPT
+        )
+        return leader
 
     async def aclose(self) -> None:
         """Ends, and leaves the lead to others; idempotent."""
@@ -190,6 +212,7 @@ class GlobalController:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             await subscription.unsubscribe()
+        await self.observer.aclose()
         if self._leadership is not None:
             await self._leadership.release()
 
@@ -201,11 +224,16 @@ class GlobalController:
     # Leading.
 
     async def _stand(self, leadership: Leadership) -> None:
+        answered_at = self._loop.time()
         while True:
             try:
                 await leadership.step()
+                answered_at = self._loop.time()
             except BrokerError as error:
                 _log.debug("leadership.no_answer", error=str(error))
+                if self._transport.is_connected and self._loop.time() - answered_at > self._lease_s:
+                    with contextlib.suppress(BrokerError):
+                        await self._open()
             await asyncio.sleep(leadership.pause_s)
 
     async def _seal(self, leadership: Leadership) -> None:
@@ -224,6 +252,7 @@ class GlobalController:
         self._acts_revision = await _over(self._acts, _ACTS, encode_decision(acts), last.revision if last else 0)
         self._transport.publish(self._subjects.states, data)
         self._sealed = leadership.term
+        self.audit.note_lead(leadership.term)
         _log.info("leadership.taken", term=leadership.term, name=self._me.name)
 
     def _depose(self, leadership: Leadership) -> None:
@@ -232,13 +261,6 @@ class GlobalController:
         _log.warning("leadership.lost", name=self._me.name)
 
     # Rounds.
-
-    def _on_report(self, message: Delivered) -> None:
-        if self._inbox_bytes > _INBOX_BYTES:
-            self.dropped += 1
-            return
-        self._inbox_bytes += len(message.data)
-        self._inbox.append((message.subject.rpartition(".")[2], message.data, self._loop.time()))
 
     async def _go_round(self) -> None:
         while True:
@@ -249,11 +271,6 @@ class GlobalController:
             except Exception:
                 _log.exception("controller.round_failed")
             await asyncio.sleep(min(max(self._period_s - self.last.whole_s, self.last.whole_s), _LONGEST_PERIOD_S))
-
-    @property
-    def waiting(self) -> int:
-        """Reports that have come since the last round."""
-        return len(self._inbox)
 
     async def make_round(self) -> Round:
         """Sees, decides and tells, once.
@@ -271,65 +288,38 @@ class GlobalController:
 
     async def _round(self) -> Round:
         begun = self._loop.time()
-        reports = self._collect()
-        collected = self._loop.time()
+        reports = self.observer.collect()
+        collected = decided = self._loop.time()
         leadership = self._leadership
-        decision: Decision | None = None
         if leadership is not None and leadership.is_current:
             try:
                 if self._sealed != leadership.term:
                     await self._seal(leadership)
                 decision = await self._decide()
                 decided = self._loop.time()
-                if decision is not None and leadership.is_current:
+                if leadership.is_current:
                     await self._publish(decision)
+                    await self._tell(leadership, decision)
             except KeyConflictError:
                 self._depose(leadership)
         ended = self._loop.time()
-        if decision is None:
-            decided = ended
         return Round(reports, len(self.view.futures), collected - begun, decided - collected, ended - decided)
 
-    def _collect(self) -> int:
-        inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
-        for sender, data, at in inbox:
-            try:
-                self.view.fold(sender, data, at)
-            except WireError as error:
-                self.unused += 1
-                if not isinstance(error, ReportError) or self.unused % 1000 == 1:
-                    _log.debug("report.refused", process=sender, reason=str(error))
-        now = self._loop.time()
-        for address in self.view.silent(now - _SILENT_LEASES * self._lease_s):
-            self.view.forget(address.name)
-        for address in self.view.stale():
-            self._ask_again(address, now)
-        self.view.settle(now)
-        return len(inbox)
-
-    def _ask_again(self, address: Address, now: float) -> None:
-        if now - self._asked.get(address.name, -_AGAIN_S) >= _AGAIN_S:
-            self._asked[address.name] = now
-            self._transport.publish(self._subjects.again(address.name), encode_report(Again(WIRE_VERSION, address.incarnation)))
-
-    async def _decide(self) -> Decision | None:
-        """What the policy says, checked; None if it says nothing, and then all stays as it is."""
+    async def _decide(self) -> Decision:
+        """What the policy says, checked; with its error if it says nothing, and then all stays as it is."""
         try:
             actions = await self._decider.decide(self.view)
             return self.governor.decide(self.view, actions, self._loop.time())
         except PolicyError as error:
-            self._complain(str(error))
+            return self.governor.fail(str(error), self._loop.time())
         except Exception as error:
-            self._complain(f"{type(error).__name__}: {error}")
-        return None
-
-    def _complain(self, error: str) -> None:
-        self.governor.fail(error, self._loop.time())
-        _log.warning("policy.failed", error=error)
+            return self.governor.fail(f"{type(error).__name__}: {error}", self._loop.time())
 
     async def _publish(self, decision: Decision) -> None:
         assert self._control is not None
         assert self._acts is not None
+        if decision.error:
+            return
         for name, ranks in self.governor.changed_ranks(self.view):
             self._transport.publish(self._subjects.ranks(name), encode_decision(ranks))
         states = self.governor.changed_states(decision)
@@ -349,6 +339,29 @@ class GlobalController:
             if await bucket.get(_ACTS) is not None:
                 raise
             return await bucket.create(_ACTS, data)
+
+    # Telling people.
+
+    async def _tell(self, leadership: Leadership, decision: Decision) -> None:
+        assert self._decisions is not None
+        self.audit.note(leadership.term, decision, self.observer.complaints(), self._loop.time())
+        await self.audit.write(self._decisions, self._subjects.decided)
+
+    def _on_question(self, message: Delivered) -> None:
+        if message.reply and self.is_leader:
+            self._transport.publish(message.reply, encode_overview(self.overview()))
+
+    def overview(self) -> Overview:
+        """What it sees and does, for people."""
+        return overview_of(
+            self.view,
+            controller=self._me.name,
+            policy=str(self._decider),
+            term=self._leadership.term if self._leadership is not None else 0,
+            rounds=self.rounds,
+            round_s=self.last.whole_s,
+            decisions=self.audit.recent,
+        )
 
 
 async def _over(bucket: KeyValue, key: str, data: bytes, revision: int) -> int:

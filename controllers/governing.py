@@ -18,7 +18,7 @@ from nalar_mq.actions import Act, Acts, Order, Ranks, State, States, state_bytes
 from nalar_mq.messages import WIRE_VERSION
 
 from .guards import Bounds, Guards, Refusal
-from .policy import Action, Kill, Migrate, SetPriorities
+from .policy import Action, Kill, Migrate, SetPriorities, key_of
 from .tables import Ints
 from .view import View
 
@@ -38,6 +38,7 @@ class Decision(NamedTuple):
         number: from 1.
         at_s: when, on the clock of the view.
         states: what holds from then on, apart from priorities of many.
+        began, ended: those of them that did not hold before, or differently; those that held before and do no more.
         ranked: sessions that were given priorities at once, and why.
         acts: what is to happen.
         refusals: what was not admitted, and why.
@@ -51,6 +52,8 @@ class Decision(NamedTuple):
     acts: tuple[Act, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     error: str = ""
+    began: tuple[State, ...] = ()
+    ended: tuple[State, ...] = ()
 
 
 class Governor:
@@ -92,16 +95,20 @@ class Governor:
         self.wanted = ranks[-1] if ranks else None
         self._decided += 1
         ranked = (len(self.wanted.sessions), self.wanted.reason) if self.wanted is not None else (0, "")
-        decision = Decision(self._decided, now, states, ranked, verdict.acts, (*verdict.refusals, *refusals))
+        began, ended = _difference(self.states, states)
+        refused = (*verdict.refusals, *refusals)
+        decision = Decision(self._decided, now, states, ranked, verdict.acts, refused, began=began, ended=ended)
         if states != self.states or verdict.acts or decision.refusals:
             self.history.append(decision)
         return decision
 
-    def fail(self, error: str, now: float) -> None:
+    def fail(self, error: str, now: float) -> Decision:
         """Notes that there was no answer."""
         self._decided += 1
+        decision = Decision(self._decided, now, self.states, error=error)
         if not self.history or self.history[-1].error != error:
-            self.history.append(Decision(self._decided, now, self.states, error=error))
+            self.history.append(decision)
+        return decision
 
     def changed_states(self, decision: Decision) -> States | None:
         """What to publish if other states hold now."""
@@ -133,6 +140,15 @@ class Governor:
     def changed_ranks(self, view: View) -> Iterator[tuple[str, Ranks]]:
         """What to send to which process."""
         return self._ranks.changes(view, self.wanted, self._term)
+
+
+def _difference(former: tuple[State, ...], states: tuple[State, ...]) -> tuple[tuple[State, ...], tuple[State, ...]]:
+    """What holds and did not, or differently; and what held and does no more."""
+    if former == states:
+        return (), ()
+    before, after = ({key_of(state): state for state in each} for each in (former, states))
+    began = tuple(state for key, state in after.items() if before.get(key) != state)
+    return began, tuple(state for key, state in before.items() if key not in after)
 
 
 def _fitting(states: Iterable[State]) -> tuple[tuple[State, ...], list[Refusal]]:

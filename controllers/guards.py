@@ -128,7 +128,7 @@ class Guards:
         bounds = self._bounds
         since_s = now - self._last.get(key_of(act), -math.inf)
         if since_s < bounds.cooldown_s:
-            return f"the same {since_s:.1f} s ago: not again within {bounds.cooldown_s:g} s"
+            return f"the same was admitted before: not again within {bounds.cooldown_s:g} s"
         most = {Kill: bounds.kills, Provision: bounds.provisions, Migrate: bounds.migrations}[type(act)]
         lately = sum(type(other) is type(act) and at > now - bounds.window_s for at, other in self._admitted)
         if lately >= most:

@@ -31,10 +31,11 @@ class LeastLoaded:
     """Calls go to where less is waiting."""
 
     def decide(self, view: View) -> Iterable[Action]:
-        """Weights for every agent with more than one instance."""
+        """Weights for agents of which an instance has more than it can run at once, and another one less of it."""
         for agent in view.agents:
             serving = view.serving(agent)
-            if len(serving) > 1:
+            loads = {replica.load for replica in serving}
+            if len(loads) > 1 and max(loads) > 1:
                 weights = [round(1 / (1 + replica.load), 3) for replica in serving]
                 yield route(agent, [replica.worker for replica in serving], weights, reason="by what is queued and running")
 
@@ -59,17 +60,20 @@ class HeadOfLine:
 
 
 class Reallocation:
-    """An instance of an agent that idles makes room for one of an agent that cannot follow."""
+    """An instance of an agent that idles gives the resources that it reserves to one of an agent that cannot follow."""
 
     def __init__(self, busy: float = 2.0, idle: float = 0.2) -> None:
         self.busy = busy
         self.idle = idle
 
     def decide(self, view: View) -> Iterable[Action]:
-        """From the idlest agent with instances to spare to the busiest one."""
-        loads = {agent: view.load(agent) for agent in view.agents if view.serving(agent)}
-        givers = [agent for agent in loads if len(view.serving(agent)) > view.agents[agent].min_instances]
+        """From the idlest agent with instances to spare to the busiest one, of those that reserve the same resources."""
+        agents = view.agents
+        loads = {agent: view.load(agent) for agent in agents if agents[agent].resources and view.serving(agent)}
         taker = max(loads, key=lambda agent: loads[agent], default="")
+        wanted = agents[taker].resources.keys() if taker else set[str]()
+        spare_ones = (agent for agent in loads if len(view.serving(agent)) > agents[agent].min_instances)
+        givers = [agent for agent in spare_ones if wanted <= agents[agent].resources.keys()]
         giver = min(givers, key=lambda agent: loads[agent], default="")
         if giver and loads[taker] >= self.busy and loads[giver] <= self.idle:
             spare = min(view.serving(giver), key=lambda replica: replica.load)

@@ -780,6 +780,11 @@ class View:
         return {name: serves for process in self._processes.values() for name, serves in process.serves.items()}
 
     @property
+    def processes(self) -> Mapping[str, Address]:
+        """All processes that report, by name."""
+        return {process.name: process.address for process in self._processes.values()}
+
+    @property
     def workers(self) -> Mapping[str, Address]:
         """The processes that serve something, by name."""
         return {process.name: process.address for process in self._processes.values() if process.serves}
@@ -869,6 +874,11 @@ class View:
         latest = dict(zip(futures.session[rows].tolist(), futures.process[rows].tolist(), strict=True))
         for session, place in latest.items():
             yield self.sessions.name(session), self.worker_at(place)
+
+    def id_of(self, row: int) -> bytes:
+        """The id of a live future."""
+        high, low = int(self.futures.high[row]), int(self.futures.low[row])
+        return high.to_bytes(8, "little") + low.to_bytes(8, "little")
 
     def find(self, id: bytes) -> int:
         """The row of a live future, -1 if there is none."""

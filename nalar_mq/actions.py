@@ -3,6 +3,7 @@
     leader ──States──▶ NS.states, and NS-control/states     what holds: routes, priorities, limits, permissions; all of it
     leader ──Acts────▶ NS-acts/acts                         what is to happen once; there for one lease
     leader ──Ranks───▶ NS.ranks.<process>                   priorities of many sessions, as columns; changes, now and then all
+    leader ──Decided─▶ NS.decided, kept in NS-decisions     what was decided and refused, and why: for people, as JSON
 
 Each record bears the *term* of the leader that wrote it: the revision of the key by which it became one, so that of two leaders
 the later one has the higher term. Records in key-value buckets are written by compare-and-set against what the leader has
@@ -97,6 +98,59 @@ Act: TypeAlias = Migrate | Kill | Provision
 ACTS: Final = (Migrate, Kill, Provision)
 
 
+class Refused(msgspec.Struct, frozen=True):
+    """An action that did not take effect, in words, and why."""
+
+    action: str
+    reason: str
+
+
+class Unused(msgspec.Struct, frozen=True):
+    """Reports of a process that could not be used: the type of the error, the last reason, and how many there were."""
+
+    process: str
+    error: str
+    reason: str
+    count: int
+
+
+class Decided(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a leader has to tell of one round; nothing is told of a round in which nothing is new.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        controller: its name.
+        policy: what it asks.
+        term, number: of the lead, and of the round within the life of the controller.
+        at_s: seconds since 1970.
+        took_lead: it leads from now on.
+        began: states that hold from now on, and did not, or differently.
+        ended: states that hold no more.
+        ranked: sessions that are given priorities at once, and why; told when the reason changes.
+        acts: what is to happen.
+        refused: actions that were not admitted; the same refusal is told once a minute.
+        reports: reports that were not used, of each process and sort once a minute.
+        error: why the policy gave no answer; then all stays as it was.
+        left_out: how many of all these are not named, for want of room.
+    """
+
+    version: int
+    controller: str
+    policy: str = ""
+    term: int = 0
+    number: int = 0
+    at_s: float = 0.0
+    took_lead: bool = False
+    began: tuple[State, ...] = ()
+    ended: tuple[State, ...] = ()
+    ranked: tuple[int, str] = (0, "")
+    acts: tuple[Act, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    reports: tuple[Unused, ...] = ()
+    error: str = ""
+    left_out: int = 0
+
+
 class Leader(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=232):
     """Value of the leader's key: who leads, while it is there."""
 
@@ -181,3 +235,49 @@ def decode_decision(data: bytes, kind: type[_T]) -> _T:
     if isinstance(record, Ranks) and (len(record.sessions) % 4 or len(record.sessions) != 2 * len(record.values)):
         raise MalformedMessageError("as many priorities as sessions are needed")
     return record
+
+
+def encode_decided(decided: Decided) -> bytes:
+    """JSON of what a leader tells."""
+    return msgspec.json.encode(decided)
+
+
+def decode_decided(data: bytes) -> Decided:
+    """Reads it.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: it is none.
+    """
+    try:
+        decided = msgspec.json.decode(data, type=Decided)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessageError(str(error)) from None
+    if decided.version != WIRE_VERSION:
+        raise UnsupportedVersionError(decided.version)
+    return decided
+
+
+def describe(action: State | Act) -> str:
+    """An action in words, without its reason."""
+    match action:
+        case Route():
+            return f"session {action.session} of {action.agent} goes to {action.instance}"
+        case Weights():
+            shares = ", ".join(f"{name} {weight:g}" for name, weight in zip(action.instances, action.weights, strict=False))
+            return f"calls to {action.agent} go to {shares}"
+        case SetPriority():
+            return f"session {action.session} has priority {action.value}" + (f" at {action.agent}" if action.agent else "")
+        case Limit():
+            whose = (
+                f" of session {action.session}" if action.session else f" of tenant {action.tenant}" if action.tenant else ""
+            )
+            return f"at most {action.running} calls{whose} run at once at each instance of {action.agent}"
+        case Allow():
+            known = [*action.callers, *(f"tenant {tenant}" for tenant in action.tenants)]
+            return f"{action.agent} may be called by {', '.join(known) or 'nobody'}"
+        case Migrate():
+            return f"session {action.session} of {action.agent} moves from {action.source} to {action.target}"
+        case Kill():
+            return f"{action.agent or 'all'} of {action.instance} stops"
+        case Provision():
+            return f"another {action.agent} starts on {action.node}"

@@ -27,6 +27,9 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.again.<process>      asks the process to tell everything anew
     NS.states               the routes, priorities, limits and permissions that hold from now on
     NS.ranks.<process>      priorities of the sessions of one process
+    NS.decided              what the global controller has decided and refused, and why, as JSON; kept in the ledger
+                            `NS-decisions` for a time
+    NS.overview             asks the global controller what it sees; the answer is JSON
 
 Key-value buckets (their names are the namespace, a dash and the word):
 
@@ -106,12 +109,15 @@ class Subjects:
         "claims_bucket",
         "control_bucket",
         "dead_ledger",
+        "decided",
+        "decisions_ledger",
         "jobs_queue",
         "journal_ledger",
         "leader_bucket",
         "lost_bucket",
         "members_bucket",
         "namespace",
+        "overview",
         "places_bucket",
         "questions_ledger",
         "replicas_ledger",
@@ -130,6 +136,9 @@ class Subjects:
         self.leader_bucket = f"{namespace}-leader"
         self.control_bucket = f"{namespace}-control"
         self.acts_bucket = f"{namespace}-acts"
+        self.decisions_ledger = f"{namespace}-decisions"
+        self.decided = f"{namespace}.decided"
+        self.overview = f"{namespace}.overview"
         self.journal_ledger = f"{namespace}-journal"
         self.claims_bucket = f"{namespace}-claims"
         self.replicas_ledger = f"{namespace}-replicas"

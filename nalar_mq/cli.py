@@ -97,13 +97,13 @@ _with_options = click.make_pass_decorator(_Options)
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    help="What is logged on stderr.  [default: info for up and worker, else warning]",
+    help="What is logged on stderr.  [default: info for up, worker and controller, else warning]",
 )
 @click.pass_context
 def cli(context: click.Context, debug: bool, log_level: str | None) -> None:
     """Serve LLM agent workflows written in plain Python over NATS."""
     options = cast(_Options, context.obj)
-    serves = context.invoked_subcommand in ("up", "worker")
+    serves = context.invoked_subcommand in ("up", "worker", "controller")
     options.debug = debug
     options.log_level = log_level or ("debug" if debug else "info" if serves else "warning")
 
@@ -143,6 +143,9 @@ _trust_option = click.option(
 _workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Worker processes of a node.  [default: as the manifest says, else 2]"
 )
+_policy_option = click.option(
+    "--policy", metavar="FILE.py:NAME", help="Policy of the global controller, loaded again when the file changes."
+)
 _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
@@ -151,19 +154,34 @@ _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Take this machine for so many nodes.")
 @_workers_option
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker.  [default: 4222 if free, else any]")
+@_policy_option
+@click.option("--no-controller", is_flag=True, help="Run no global controller.")
 @_trust_option
 @_broker_options
 @_with_options
-def up(options: _Options, /, app: Path, nodes: int, workers: int | None, port: int | None, **broker: Any) -> None:
-    """Run APP on this machine: broker, workers and their controller.
+def up(
+    options: _Options,
+    /,
+    app: Path,
+    nodes: int,
+    workers: int | None,
+    port: int | None,
+    policy: str | None,
+    no_controller: bool,
+    **broker: Any,
+) -> None:
+    """Run APP on this machine: broker, workers and controllers.
 
     APP is a nalar.toml, a folder that holds one, or a Python file with decorated actors. The URL of the broker is printed
     on stdout. Ctrl-C or SIGTERM lets the workers finish what has begun; a second one ends them at once.
 
-    With --nodes each node has workers and a controller of its own, as if it were a machine; they stop together.
+    With --nodes each node has workers and a local controller of its own, as if it were a machine; they stop together. There
+    is one global controller, which decides by its policy; it stands by if that of another command leads already.
     """
     from nalar_mq import commands
 
+    if policy is not None and no_controller:
+        raise ConfigError("--policy is for the global controller, and --no-controller says that there is none: leave out one")
     _run(
         options,
         commands.up(
@@ -172,6 +190,8 @@ def up(options: _Options, /, app: Path, nodes: int, workers: int | None, port: i
             nodes=nodes,
             workers=workers,
             port=port,
+            policy=policy,
+            controls=not no_controller,
             log_level=options.log_level,
             show=_show,
             tell=_tell,
@@ -202,6 +222,23 @@ def worker(options: _Options, /, app: Path, workers: int | None, node: str | Non
             tell=_tell,
         ),
     )
+
+
+@cli.command()
+@_policy_option
+@_app_option
+@_broker_options
+@_with_options
+def controller(options: _Options, /, policy: str | None, app: Path | None, **broker: str | None) -> None:
+    """Run a global controller of a runtime whose broker is there already.
+
+    It sees all calls and decides by its policy. If another one leads, it stands by, and takes over when that is gone. Calls
+    go on without any of them, by what was decided last.
+    """
+    from nalar_mq import commands
+
+    file = commands.app_file(app) if app else None
+    _run(options, commands.controller(_choice(broker), app=file, policy=policy, tell=_tell))
 
 
 @cli.command()

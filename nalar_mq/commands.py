@@ -1,6 +1,6 @@
 """What the commands of `nalar` do, without the command line: `cli` reads the options, this carries them out.
 
-up, worker    a node, or several, that serves until it is told to stop
+up, worker    a node, or several, that serves until it is told to stop; `up` with a global controller
 run           a node for the time of one call, or the node that `up` started beside the app
 call, ps, trace
               a client of what runs already
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import signal
 import socket
@@ -18,11 +19,11 @@ import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import msgspec
 
-from nalar_mq.address import check_token, random_token
+from nalar_mq.address import Address, Subjects, check_token, random_token
 from nalar_mq.app import App, load_app
 from nalar_mq.arguments import Arguments, Parameters, parameters_of, parse_arguments
 from nalar_mq.broker import (
@@ -54,17 +55,23 @@ from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
 from nalar_mq.installation import Finding
+from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Member
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.traces import Trace
 
+if TYPE_CHECKING:
+    from nalar_mq.controllers.global_controller import Decider, GlobalController
+
 T = TypeVar("T")
 
 DEFAULT_WORKERS: Final = 2
 _SERVED_WITHIN_S: Final = 3.0
 _RUN_DRAIN_S: Final = 2.0
+_GOVERN_AGAIN_S: Final = 1.0
+_log = logger(__name__)
 
 
 class BrokerChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,16 +140,29 @@ async def up(
     nodes: int,
     workers: int | None,
     port: int | None,
+    policy: str | None,
+    controls: bool,
     log_level: str,
     show: Show,
     tell: Show,
 ) -> None:
-    """Broker, `nodes` controllers and the workers of each on this machine, until SIGINT or SIGTERM."""
+    """Broker, controllers and the workers of `nodes` on this machine, until SIGINT or SIGTERM.
+
+    Args:
+        app, choice: what runs, and where.
+        nodes, workers: how many nodes, and workers of each.
+        port: of the broker.
+        policy: of the global controller, as `FILE.py:Name`; None for the default one.
+        controls: there is a global controller.
+        log_level: of the workers.
+        show, tell: take the URL of the broker, and what people want to know.
+    """
     running = read_runtime_file(app.parent)
     if running is not None:
         raise ConfigError(f"this app is up already at {running.url} (process {running.pid}): `nalar call` uses it")
     load_quietly(app)  # what is wrong with it is said once, and before anything starts
     entry = _runtime_entry(app)
+    decider = await decider_of(policy) if policy is not None else None
     async with AsyncExitStack() as stack:
         broker: EmbeddedBroker | None = None
         access = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
@@ -164,7 +184,7 @@ async def up(
         _announce(app.parent, settings)
         show(access.urls[0])
         controllers = [_controller(app, node, entry, workers, log_level) for node in _nodes(settings, nodes)]
-        await _serve(controllers, broker, tell)
+        await _serve(controllers, broker, tell, functools.partial(govern, settings, decider, tell) if controls else None)
 
 
 async def worker(
@@ -178,6 +198,20 @@ async def worker(
     controller = _controller(app, settings, entry, workers, log_level)
     show(settings.broker.urls[0])
     await _serve([controller], None, tell)
+
+
+async def controller(choice: BrokerChoice, *, app: Path | None, policy: str | None, tell: Show) -> None:
+    """A global controller of a runtime whose broker is there, until SIGINT or SIGTERM; a standby while another one leads.
+
+    Raises:
+        PolicyLoadError: there is no such policy.
+    """
+    settings = settings_of(choice, app)
+    decider = await decider_of(policy)
+    await _reach(settings)
+    stop = asyncio.Event()
+    with _on_signals(stop.set):
+        await _first(stop.wait(), govern(settings, decider, tell))
 
 
 async def run(
@@ -224,7 +258,7 @@ async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream
     """Calls an actor of a runtime that is there and hands the result, or each piece of it, to `take`."""
     if app is not None:
         load_quietly(app)
-    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    settings = settings_of(choice, app)
     async with connect(settings=settings) as client:
         await client.wait_for(wish.name, _SERVED_WITHIN_S)
         parameters = _parameters_among(await client.members(), wish.name)
@@ -242,7 +276,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 async def processes(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Seen]]:
     """The processes of a runtime that is there, and how it was reached."""
-    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    settings = settings_of(choice, app)
     async with connect(settings=settings) as client:
         glances = {view.name: view.glance for view in await client.look()}
         others = [(name, member) for name, member in await client.members() if name != client.process.name]
@@ -251,7 +285,7 @@ async def processes(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings
 
 async def trace(choice: BrokerChoice, wanted: str, *, app: Path | None) -> Trace:
     """The run that a call, a session or a job belongs to, of a runtime that is there."""
-    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    settings = settings_of(choice, app)
     async with connect(settings=settings) as client:
         return await client.trace(wanted)
 
@@ -263,7 +297,7 @@ async def migrate(choice: BrokerChoice, agent: str, session: str, target: str, *
         MigrationError: it is where it was.
         UnknownActorError: nobody serves the agent.
     """
-    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    settings = settings_of(choice, app)
     async with connect(settings=settings) as client:
         await client.wait_for(agent, _SERVED_WITHIN_S)
         return await client.migrate(agent, session, to=target, instance=instance)
@@ -295,11 +329,62 @@ def _nodes(settings: Settings, count: int) -> list[Settings]:
     return [msgspec.structs.replace(settings, node=f"{settings.node}-{number}") for number in range(1, count + 1)]
 
 
-async def _serve(controllers: Sequence[LocalController], broker: EmbeddedBroker | None, tell: Show) -> None:
+async def decider_of(policy: str | None) -> Decider:
+    """The policy that `FILE.py:Name` names, or the default one.
+
+    Raises:
+        PolicyLoadError: there is no such policy.
+    """
+    from nalar_mq.controllers import policies
+    from nalar_mq.controllers.global_controller import Reloaded, Trusted
+    from nalar_mq.controllers.policy_file import PolicyFile
+
+    if policy is None:
+        return Trusted(policies.default(), "default")
+    file = PolicyFile(policy)
+    await file.load()
+    return Reloaded(file)
+
+
+async def govern(settings: Settings, decider: Decider | None, tell: Show) -> None:
+    """Runs a global controller for as long as it is let, through losses of the broker; tells when the lead changes."""
+    from nalar_mq.controllers.global_controller import GlobalController
+
+    decider = decider or await decider_of(None)
+    name = random_token(f"{settings.node[:96]}-controller")
+    while True:
+        try:
+            async with AsyncExitStack() as stack:
+                transport = await NatsTransport.connect(settings.broker, name=name)
+                stack.push_async_callback(transport.aclose)
+                me = Address(name, 1)
+                made = GlobalController(transport, Subjects(settings.namespace), me, decider, lease_s=settings.lease_s)
+                controller = await stack.enter_async_context(made)
+                await _tell_lead(controller, name, tell)
+        except BrokerError as error:
+            _log.warning("controller.no_broker", error=str(error))
+            await asyncio.sleep(_GOVERN_AGAIN_S)
+
+
+async def _tell_lead(controller: GlobalController, name: str, tell: Show) -> NoReturn:
+    told = ""
+    while True:
+        await controller.until_round(controller.rounds + 1)
+        if controller.leader and controller.leader != told:
+            told = controller.leader
+            tell(f"controller {name} " + ("leads" if told == name else f"stands by: {told} leads"))
+
+
+async def _serve(
+    controllers: Sequence[LocalController],
+    broker: EmbeddedBroker | None,
+    tell: Show,
+    governing: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     with _on_signals(lambda: (hurry if stop.is_set() else stop).set()):
         async with _started(controllers):
-            await _first(stop.wait(), _watch(controllers, tell), *_guards(broker))
+            await _first(stop.wait(), _watch(controllers, tell, governing), *_guards(broker))
             if stop.is_set():
                 tell("draining: what has begun is finished; a second signal ends it at once")
                 await _first(hurry.wait(), _all(controller.drain() for controller in controllers))
@@ -315,11 +400,14 @@ async def _started(controllers: Sequence[LocalController]) -> AsyncGenerator[Non
         await _all(controller.aclose() for controller in controllers)
 
 
-async def _watch(controllers: Sequence[LocalController], tell: Show) -> None:
+async def _watch(
+    controllers: Sequence[LocalController], tell: Show, governing: Callable[[], Coroutine[Any, Any, None]] | None
+) -> None:
     await _all(controller.ready() for controller in controllers)
     workers = sum(len(controller.names) for controller in controllers)
     tell(f"{workers} workers are ready" + (f" on {len(controllers)} nodes" if len(controllers) > 1 else ""))
-    await _all(controller.failed() for controller in controllers)
+    guards = _all(controller.failed() for controller in controllers)
+    await (guards if governing is None else _first(guards, governing()))
 
 
 def _guards(broker: EmbeddedBroker | None) -> list[Coroutine[Any, Any, None]]:
@@ -428,6 +516,15 @@ def _port(port: int | None) -> int | None:
 
 def _namespace(choice: BrokerChoice, entry: RuntimeEntry) -> str:
     return find_namespace(choice.namespace, entry.namespace)
+
+
+def settings_of(choice: BrokerChoice, app: Path | None) -> Settings:
+    """Of a client of the runtime that is named, or runs beside the app, or in this folder.
+
+    Raises:
+        ConfigError: no broker is named anywhere.
+    """
+    return _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
 
 
 def _settings(folder: Path, choice: BrokerChoice, entry: RuntimeEntry, *, node: str) -> Settings:

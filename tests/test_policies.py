@@ -66,7 +66,7 @@ def two_workers(**serves: Serves | None) -> World:
 
 @pytest.mark.parametrize(
     ("queues", "weights"),
-    [(((0, 0), (0, 0)), (1.0, 1.0)), (((0, 1), (2, 1)), (0.5, 0.25)), (((9, 0), (0, 0)), (0.1, 1.0))],
+    [(((0, 1), (2, 1)), (0.5, 0.25)), (((9, 0), (0, 0)), (0.1, 1.0))],
 )
 def test_least_loaded(queues: tuple[tuple[int, int], tuple[int, int]], weights: tuple[float, float]) -> None:
     world = two_workers(a=None)
@@ -77,9 +77,18 @@ def test_least_loaded(queues: tuple[tuple[int, int], tuple[int, int]], weights: 
     assert (action.instances, action.weights) == (("w1", "w2"), weights)
 
 
+@pytest.mark.parametrize("queues", [((0, 0), (0, 0)), ((0, 1), (0, 0)), ((3, 1), (3, 1))])
+def test_least_loaded_says_nothing_while_all_can_follow_or_none_can(queues: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    world = two_workers(a=None)
+    world.queue("w1", a=queues[0])
+    world.queue("w2", a=queues[1])
+    assert decided(LeastLoaded(), world.tick()) == []
+
+
 def test_least_loaded_leaves_out_who_drains() -> None:
     world = two_workers(a=None)
     world.worker("w3", "n2", a=None)
+    world.queue("w1", a=(3, 1))
     world.changes["w2"].set_draining()
     (action,) = decided(LeastLoaded(), world.tick())
     assert isinstance(action, Weights)
@@ -114,9 +123,14 @@ def test_nothing_moves_without_need_or_room() -> None:
     assert decided(HeadOfLine(), world.tick()) == []
 
 
+ON_GPU = Serves("agent", resources={"gpu": 1.0})
+
+
 def test_an_idle_agent_gives_an_instance_to_a_busy_one() -> None:
-    world = two_workers(idle=None)
-    world.worker("w3", "n1", busy=None)
+    world = World()
+    world.worker("w1", "n1", {"gpu": (3.0, 4.0)}, idle=ON_GPU)
+    world.worker("w2", "n2", idle=ON_GPU)
+    world.worker("w3", "n1", busy=ON_GPU)
     world.queue("w3", busy=(5, 1))
     stop, start = decided(Reallocation(), world.tick())
     assert isinstance(stop, Kill)
@@ -126,18 +140,26 @@ def test_an_idle_agent_gives_an_instance_to_a_busy_one() -> None:
 
 @pytest.mark.parametrize(("busy", "idle"), [((0, 1), (0, 0)), ((9, 1), (1, 0))])
 def test_no_instance_changes_hands_while_all_can_follow_or_none_idles(busy: tuple[int, int], idle: tuple[int, int]) -> None:
-    world = two_workers(idle=None)
-    world.worker("w3", "n1", busy=None)
+    world = two_workers(idle=ON_GPU)
+    world.worker("w3", "n1", busy=ON_GPU)
     world.queue("w3", busy=busy)
     world.queue("w1", idle=idle)
     world.queue("w2", idle=idle)
     assert decided(Reallocation(), world.tick()) == []
 
 
+@pytest.mark.parametrize("idle", [Serves("agent"), Serves("agent", resources={"cpu": 8.0})])
+def test_no_instance_changes_hands_for_resources_that_it_does_not_have(idle: Serves) -> None:
+    world = two_workers(idle=idle)
+    world.worker("w3", "n1", busy=ON_GPU)
+    world.queue("w3", busy=(9, 1))
+    assert decided(Reallocation(), world.tick()) == []
+
+
 def test_the_last_instance_stays() -> None:
     world = World()
-    world.worker("w1", "n1", idle=None)
-    world.worker("w2", "n1", busy=None)
+    world.worker("w1", "n1", idle=ON_GPU)
+    world.worker("w2", "n1", busy=ON_GPU)
     world.queue("w2", busy=(9, 1))
     assert decided(Reallocation(), world.tick()) == []
 

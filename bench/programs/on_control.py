@@ -111,7 +111,7 @@ async def rounds(access: BrokerAccess) -> None:
                 found.append(await one_round(controller, transport, nodes, expected))
                 ranked = controller.governor.wanted
                 work.expect(ranked is not None and len(ranked.sessions) == len(controller.view.sessions), True)
-            work.expect((len(controller.view.futures), controller.view.stale(), controller.dropped), (wanted, [], 0))
+            work.expect((len(controller.view.futures), controller.view.stale(), controller.observer.dropped), (wanted, [], 0))
             gc.collect()
             work.figure("bytes_per_future", round((psutil.Process().memory_info().rss - before) / wanted, 1))
             tell(found[_WARM_UP:])
@@ -126,7 +126,7 @@ async def one_round(controller: GlobalController, transport: NatsTransport, node
     while await nodes.do("publish"):
         await transport.flush()
     await transport.flush()
-    work.expect(controller.waiting, expected)
+    work.expect(controller.observer.waiting, expected)
     arrived = time.perf_counter()
     last = await controller.make_round()
     await transport.flush()
