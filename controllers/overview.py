@@ -2,7 +2,7 @@
 
     asker ──▶ NS.overview ──▶ the leader ──Overview, as JSON──▶ asker
 
-Rows are cut where there are too many, the most loaded and the longest waiting ones first, so that the answer fits into a message.
+Rows are cut where there are too many, the most loaded and the longest waiting ones first: the answer fits into a message.
 """
 
 from __future__ import annotations

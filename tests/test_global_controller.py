@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from nalar_mq import simulation
-from nalar_mq.actions import Acts, Ranks, States, decode_decision, encode_decision
+from nalar_mq.actions import (
+    Acts,
+    Decided,
+    Ranks,
+    Refused,
+    States,
+    Unused,
+    decode_decided,
+    decode_decision,
+    encode_decision,
+)
 from nalar_mq.address import Address, Subjects
 from nalar_mq.changes import Changes, Tracked
 from nalar_mq.columns import DONE, RUNNING, Serves, decode_again
 from nalar_mq.config import BrokerAccess
 from nalar_mq.controllers.global_controller import GlobalController, Reloaded, Trusted
+from nalar_mq.controllers.overview import decode_overview
 from nalar_mq.controllers.policies import LeastLoaded, ShortestRemaining
 from nalar_mq.controllers.policy import Action, Kill, Policy, SetPriority, Weights, kill, set_priority
 from nalar_mq.controllers.policy_file import PolicyFile
@@ -355,6 +366,101 @@ async def test_weights_follow_the_queues(hub: MemoryHub) -> None:
     await until(
         lambda: workers[1].standing.states == (Weights("a", ("w1", "w2"), (0.25, 1.0), "by what is queued and running"),)
     )
+
+
+async def entries(hub: MemoryHub) -> list[Decided]:
+    """The history, as anybody can read it."""
+    reader = await hub.connect("historian")
+    ledger = await reader.ledger(SUBJECTS.decisions_ledger, [SUBJECTS.decided])
+    return [decode_decided(kept.data) for kept in await ledger.read(SUBJECTS.decided, limit=10_000)]
+
+
+@simulated
+async def test_the_history_tells_what_is_new_and_why_and_repeats_no_refusal(hub: MemoryHub) -> None:
+    mind = Mind()
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", mind)
+    worker.call("s")
+    await until(lambda: "s" in leader.view.sessions)
+    mind.wanted = (set_priority("s", 1, reason="why"),)
+    await until(lambda: worker.standing.states)
+    mind.wanted = (kill("w", reason="it idles"), set_priority("nobody", 1))
+    await leader.until_round(leader.rounds + 40)
+    mind.error = ZeroDivisionError("by zero")
+    await leader.until_round(leader.rounds + 40)
+    found = await entries(hub)
+    assert [(entry.controller, entry.policy, entry.term > 0) for entry in found] == [("c1", "Mind", True)] * len(found)
+    assert found[0].took_lead
+    assert [entry.began for entry in found if entry.began] == [(SetPriority("s", 1, "", "why"),)]
+    assert [entry.ended for entry in found if entry.ended] == [(SetPriority("s", 1, "", "why"),)]
+    refused = [refusal for entry in found for refusal in entry.refused]
+    assert refused == [
+        Refused("all of w stops", "'a' would have fewer than 1 instances"),
+        Refused("session nobody has priority 1", "there is no session 'nobody'"),
+    ]
+    assert [entry.error for entry in found if entry.error] == ["ZeroDivisionError: by zero"]
+    assert len(found) == 4
+
+
+@simulated
+async def test_the_history_tells_of_reports_that_could_not_be_used(hub: MemoryHub) -> None:
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", LeastLoaded())
+    await until(lambda: leader.view.workers and leader.is_leader)
+    liar = await hub.connect("liar")
+    for data in (b"nonsense", Changes("w", 7, "elsewhere").reports(worker.now, 4_000)[0]):
+        for _ in range(5):
+            liar.publish(SUBJECTS.report("liar"), data)
+    liar.publish(SUBJECTS.report("w"), Changes("w", 7, "elsewhere").reports(worker.now, 4_000)[0])
+    liar.publish(SUBJECTS.report("w"), Changes("w", 7, "node-w").reports(worker.now, 4_000)[0])
+    await leader.until_round(leader.rounds + 10)
+    told = {(unused.process, unused.error): unused for entry in await entries(hub) for unused in entry.reports}
+    assert told["liar", "MalformedReportError"].count == 5
+    assert told["liar", "ForgedReportError"] == Unused("liar", "ForgedReportError", "'liar' reports as 'w'", 5)
+    assert told["w", "LateReportError"].count == 2
+    assert worker.standing.states == ()
+
+
+@simulated
+async def test_what_the_broker_does_not_keep_now_is_told_later(hub: MemoryHub) -> None:
+    mind = Mind()
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", mind)
+    worker.call("s")
+    await until(lambda: leader.is_leader and "s" in leader.view.sessions)
+    hub.cut("c1")
+    await until(lambda: not leader.is_leader)
+    hub.restore("c1")
+    mind.wanted = (set_priority("s", 3, reason="back"),)
+    await until(lambda: worker.standing.states)
+    await leader.until_round(leader.rounds + 2)
+    found = await entries(hub)
+    assert [entry.term for entry in found if entry.took_lead] == sorted({entry.term for entry in found})
+    assert found[-1].began == (SetPriority("s", 3, "", "back"),)
+
+
+@simulated
+async def test_the_leader_answers_what_it_sees(hub: MemoryHub) -> None:
+    worker = await Worker("w").join(hub)
+    asker = await hub.connect("asker")
+    first, second = await controller(hub, "c1", LeastLoaded()), await controller(hub, "c2", LeastLoaded())
+    for number in range(30):
+        worker.call(f"s{number}")
+        await asyncio.sleep(0.01)
+    worker.changes.set_queues({"a": (30, 0)})
+    leader = await until_one_leads(first, second)
+    await until(lambda: len(leader.view.futures) == 30)
+    answer = await asker.request(SUBJECTS.overview, b"", timeout_s=5.0)
+    seen = decode_overview(answer.data)
+    assert (seen.controller, seen.futures, seen.sessions) == (leader.leader, 30, 30)
+    assert [(row.name, row.instances, row.queued) for row in seen.agents] == [("a", 1, 30)]
+    assert [(row.name, row.workers) for row in seen.nodes] == [("node-w", ("w",))]
+    assert [row.session for row in seen.waits] == [f"s{number}" for number in range(20)]
+    assert {row.call for row in seen.waits} == {"a.run"}
+    assert bytes.fromhex(seen.waits[0].future).startswith(b"w-1")
+    assert any(entry.took_lead for entry in seen.decisions)
+
+
+async def until_one_leads(*controllers: GlobalController) -> GlobalController:
+    await until(lambda: any(each.is_leader for each in controllers))
+    return next(each for each in controllers if each.is_leader)
 
 
 async def test_a_file_that_loops_or_breaks_leaves_everything_as_it_was_and_is_loaded_again(tmp_path: Path) -> None:
