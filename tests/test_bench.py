@@ -63,8 +63,20 @@ def test_the_figures_of_the_global_controller(tmp_path: Path) -> None:
     assert 0 < figures["loop_p50_ms"] <= figures["loop_p99_ms"]
 
 
-def test_control_is_measured_by_itself() -> None:
-    command = [sys.executable, "-m", "bench", "control", "calls"]
+def test_the_figures_of_policies(tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench", "policies", "--runs", "1", "--json", str(target)]
+    small = {"BENCH_HEAD_SECONDS": "2", "BENCH_ALIVE_FUTURES": "3000"}
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | small, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(target.read_text())["systems"]["nalar"]
+    assert {"without_short_p99_ms", "default_short_p99_ms", "default_moves", "alive_loop_p50_ms"} <= figures.keys()
+    assert figures["alive_seen"] >= 3000
+
+
+@pytest.mark.parametrize("name", ["control", "policies"])
+def test_some_are_measured_by_themselves(name: str) -> None:
+    command = [sys.executable, "-m", "bench", name, "calls"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert ran.returncode != 0
     assert "by itself" in ran.stderr

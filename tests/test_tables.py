@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from nalar_mq.controllers.tables import Futures, Names, rows_of
+from nalar_mq.controllers.tables import Futures, Index, Names, rows_of
 
 
 def halves(ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +35,23 @@ def test_futures_are_found_by_id_as_long_as_they_are_there(seed: int, bits: int)
             strangers = [id for id in gone if id not in expected]
             assert (futures.find(*halves(strangers)) == -1).all()
             assert sorted(futures.live().tolist()) == sorted(expected.values())
+
+
+@pytest.mark.parametrize("places", [[7], [15], [6, 7], [13, 14, 15], [0, 1], [8, 9, 10], [3, 12], [5, 9]])
+def test_ids_that_differ_in_a_few_bytes_are_found_as_fast_as_any(places: list[int]) -> None:
+    """As those of one process do: a random half, and a counter."""
+    count = min(20_000, 256 ** len(places))
+    counters = np.arange(count, dtype=np.uint64)
+    ids = np.frombuffer(Random(3).randbytes(16) * count, np.uint8).reshape(count, 16).copy()
+    for place, byte in enumerate(reversed(places)):
+        ids[:, byte] = (counters >> np.uint64(8 * place)) & np.uint64(255)
+    words = ids.view(np.uint64)
+    high, low, rows = words[:, 0], words[:, 1], np.arange(count, dtype=np.int32)
+    index = Index()
+    index.rebuild(np.resize(high, 32_768), np.resize(low, 32_768), rows)
+    farthest = (index._places[rows] - index._first(high, low)) & (4 * 32_768 - 1)
+    assert farthest.max() < 48
+    assert (index.find(high, low, high, low) == rows).all()
 
 
 def test_names_keep_their_numbers_while_somebody_uses_them() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -17,10 +16,9 @@ from statistics import median
 import alive_app
 import work
 
-from nalar_mq import connect, event_loop, gather
+from nalar_mq import connect, gather
 from nalar_mq.address import Address, Subjects
-from nalar_mq.broker import EmbeddedBroker
-from nalar_mq.config import Settings
+from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers import policies
 from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.local_controller import LocalController
@@ -45,36 +43,33 @@ async def watched(above: GlobalController, wanted: int) -> tuple[int, list[float
     return most, seconds
 
 
-async def main() -> None:
+async def measure(access: BrokerAccess, folder: Path, seed: int) -> None:
     """Fans out, waits until all are seen, lets them end."""
-    seed = int(os.environ.get("BENCH_SEED", "1"))
-    with tempfile.TemporaryDirectory(prefix="nalar-bench-", ignore_cleanup_errors=True) as folder:
-        async with EmbeddedBroker(Path(folder) / "broker") as broker:
-            gate = Path(folder) / "gate"
-            settings = Settings(broker=broker.access, namespace="alive", node="bench")
-            transport = await NatsTransport.connect(broker.access, name="controller")
-            decider = Trusted(policies.default())
-            async with (
-                LocalController(Path(alive_app.__file__), settings, workers=WORKERS, variables={"BENCH_ALIVE_GATE": str(gate)}, log_level="warning") as controller,
-                connect(settings=settings, random=random.Random(seed)) as client,
-                GlobalController(transport, Subjects("alive"), Address("controller", 1), decider) as above,
-            ):
-                await asyncio.gather(controller.ready(), client.wait_for("hold"))
-                work.phase("alive")
-                begun = time.perf_counter()
-                held = alive_app.hold()
-                futures = [alive_app.add.options(timeout_s=600.0)(held.later, number) for number in range(FUTURES)]
-                most, seconds = await watched(above, FUTURES)
-                gate.touch()
-                work.expect(list(await gather(*futures)), [number + 1 for number in range(FUTURES)])
-                work.figure("alive_s", round(time.perf_counter() - begun, 2))
-                work.figure("alive_seen", most)
-                work.figure("alive_loop_p50_ms", round(median(seconds) * 1e3, 1))
-                work.figure("alive_loop_max_ms", round(max(seconds) * 1e3, 1))
-                work.expect(above.dropped, 0)
-            await transport.aclose()
-    work.done()
-
-
-if __name__ == "__main__":
-    event_loop.run(main())
+    gate = folder / "gate"
+    settings = Settings(broker=access, namespace="alive", node="bench")
+    variables = {"BENCH_ALIVE_GATE": str(gate)}
+    transport = await NatsTransport.connect(access, name="controller")
+    decider = Trusted(policies.default())
+    try:
+        async with (
+            LocalController(
+                Path(alive_app.__file__), settings, workers=WORKERS, variables=variables, log_level="warning"
+            ) as controller,
+            connect(settings=settings, random=random.Random(seed)) as client,
+            GlobalController(transport, Subjects("alive"), Address("controller", 1), decider) as above,
+        ):
+            await asyncio.gather(controller.ready(), client.wait_for("hold"))
+            work.phase("alive")
+            begun = time.perf_counter()
+            held = alive_app.hold()
+            futures = [alive_app.add.options(timeout_s=600.0)(held.later, number) for number in range(FUTURES)]
+            most, seconds = await watched(above, FUTURES)
+            gate.touch()
+            work.expect(list(await gather(*futures)), [number + 1 for number in range(FUTURES)])
+            work.expect(above.observer.dropped, 0)
+            work.figure("alive_s", round(time.perf_counter() - begun, 2))
+            work.figure("alive_seen", most)
+            work.figure("alive_loop_p50_ms", round(median(seconds) * 1e3, 1))
+            work.figure("alive_loop_max_ms", round(max(seconds) * 1e3, 1))
+    finally:
+        await transport.aclose()

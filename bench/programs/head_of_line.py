@@ -1,8 +1,8 @@
 """Short calls behind long ones: what the policies that come with the runtime make of it, beside none.
 
-Eight instances run one call at a time, at 70 % of what they can do. Sessions come at random, as open-loop load does; each sends a
-few bursts of calls, and waits for one before it sends the next. Most calls are short; now and then the last call of a burst is
-long, so that no call waits behind a long one of its own session. Both halves get the same sessions at the same times.
+Eight instances run one call at a time, at 70 % of what they can do. Sessions come at random, as open-loop load does; each
+sends a few bursts of calls, and waits for one before it sends the next. Most calls are short; now and then the last call of a
+burst is long, so that no call waits behind a long one of its own session. Both halves get the same sessions at the same times.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +18,8 @@ import policies_app
 import work
 
 from nalar_mq import Client, connect
+from nalar_mq.actions import Migrate
 from nalar_mq.address import Address, Subjects
-from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers import policies
 from nalar_mq.controllers.global_controller import GlobalController, Trusted
@@ -89,12 +88,11 @@ async def half(client: Client, prefix: str, seed: int) -> None:
             under_way.create_task(follow(client, session, begun, waited))
     work.figure(f"{prefix}_short_p50_ms", round(work.percentile(waited, 50) * 1e3, 1))
     work.figure(f"{prefix}_short_p99_ms", round(work.percentile(waited, 99) * 1e3, 1))
-    work.figure(f"{prefix}_calls_per_s", round(len(waited) / (time.perf_counter() - begun), 1))
 
 
 async def measure(access: BrokerAccess, folder: Path, seed: int) -> None:
     """Without a controller, then with one and the policies it has by default."""
-    for prefix in ("fixed", "policies"):
+    for prefix in ("without", "default"):
         settings = Settings(broker=access, namespace=prefix, node="bench", state=str(folder / prefix))
         app = Path(policies_app.__file__)
         async with (
@@ -102,7 +100,7 @@ async def measure(access: BrokerAccess, folder: Path, seed: int) -> None:
             connect(settings=settings, random=random.Random(seed)) as client,
         ):
             await asyncio.gather(controller.ready(), client.wait_for("Desk"))
-            if prefix == "fixed":
+            if prefix == "without":
                 await half(client, prefix, seed)
                 continue
             transport = await NatsTransport.connect(access, name="controller")
@@ -110,22 +108,7 @@ async def measure(access: BrokerAccess, folder: Path, seed: int) -> None:
                 decider = Trusted(policies.default())
                 async with GlobalController(transport, Subjects(prefix), Address("controller", 1), decider) as above:
                     await half(client, prefix, seed)
-                    acts = [act for decision in above.governor.history for act in decision.acts]
-                    work.figure("policies_moves", len(acts))
+                    moves = [act for one in above.governor.history for act in one.acts if isinstance(act, Migrate)]
+                    work.figure("default_moves", len(moves))
             finally:
                 await transport.aclose()
-
-
-async def main() -> None:
-    """Both halves, on one broker."""
-    seed = int(os.environ.get("BENCH_SEED", "1"))
-    with tempfile.TemporaryDirectory(prefix="nalar-bench-", ignore_cleanup_errors=True) as name:
-        async with EmbeddedBroker(Path(name) / "broker") as broker:
-            await measure(broker.access, Path(name), seed)
-
-
-if __name__ == "__main__":
-    from nalar_mq import event_loop
-
-    event_loop.run(main())
-    work.done()

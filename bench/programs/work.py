@@ -39,7 +39,7 @@ _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").spl
 
 
 def wants(section: str) -> bool:
-    """True if this run measures `rtt`, `pipe`, `fan`, `chain`, `jobs`, `stages`, `large`, `state`, `recovery` or `moving`."""
+    """True if this run measures that: `rtt`, `pipe`, `fan` and so on; `bench.measuring` says which there are."""
     return section in _SECTIONS
 
 
