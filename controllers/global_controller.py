@@ -155,6 +155,7 @@ class GlobalController:
         self.governor = Governor(bounds)
         self.audit = AuditTrail(me.name, str(decider))
         self.rounds = 0
+        self._is_in_round = False
         self.last = Round(0, 0, 0.0, 0.0, 0.0)
         self.deposed = 0
 
@@ -281,12 +282,15 @@ class GlobalController:
         try:
             self.last = await self._round()
         finally:
+            self._is_in_round = False
+            self.observer.release()
             self.rounds += 1
             async with self._turned:
                 self._turned.notify_all()
         return self.last
 
     async def _round(self) -> Round:
+        self._is_in_round = True
         begun = self._loop.time()
         reports = self.observer.collect()
         collected = decided = self._loop.time()
@@ -353,7 +357,9 @@ class GlobalController:
 
     def overview(self) -> Overview:
         """What it sees and does, for people."""
-        return overview_of(
+        if not self._is_in_round:
+            self.observer.collect()
+        overview = overview_of(
             self.view,
             controller=self._me.name,
             policy=str(self._decider),
@@ -362,6 +368,9 @@ class GlobalController:
             round_s=self.last.whole_s,
             decisions=self.audit.recent,
         )
+        if not self._is_in_round:
+            self.observer.release()
+        return overview
 
 
 async def _over(bucket: KeyValue, key: str, data: bytes, revision: int) -> int:

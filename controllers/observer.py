@@ -1,10 +1,16 @@
 """Listens to all reports and folds them into a view, a round at a time; asks again for those that are missing.
 
-    NS.report.* ──▶ inbox ──collect──▶ View
+    NS.report.* ──▶ inbox ──▶ View
     NS.again.<process> ◀── a report is missing
 
-Reports are kept while they come and folded by `collect`, so that the view stands still in between. Whoever wants to see what
-the controllers see has one of these: it changes nothing, apart from what a process tells anew when it is asked again.
+              collect
+    moving ────────────▶ still      moving: reports are folded as they come, and the view is of use to nobody
+       ▲                   │        still: they are kept, and the view is as of `collect`
+       └───── release ─────┘
+
+Folding takes most of the time of a round, so whoever releases the view when he has seen it has it sooner the next time. It
+stands still from the beginning. Whoever wants to see what the controllers see has one of these: it changes nothing, apart from
+what a process tells anew when it is asked again.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ Tap = Callable[[str, bytes, float], None]
 
 
 class Observer:
-    """What has been reported, as of the last `collect`; an async context manager.
+    """What has been reported, as of the last `collect` until `release`; an async context manager.
 
     Args:
         transport, subjects: where reports come from.
@@ -45,6 +51,7 @@ class Observer:
         view: the picture.
         dropped: reports for which there was no room.
         unused: reports that were refused; `view.refused` counts them by reason.
+        waiting: reports that have come since the last `collect`.
     """
 
     def __init__(self, transport: Transport, subjects: Subjects, *, lease_s: float = LEASE_S, tap: Tap | None = None) -> None:
@@ -55,12 +62,14 @@ class Observer:
         self._loop = asyncio.get_running_loop()
         self._inbox: list[tuple[str, bytes, float]] = []
         self._inbox_bytes = 0
+        self._is_still = True
         self._asked: dict[str, float] = {}
         self._complaints: dict[tuple[str, str], Unused] = {}
         self._subscription: Subscription | None = None
         self.view = View()
         self.dropped = 0
         self.unused = 0
+        self.waiting = 0
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -79,29 +88,38 @@ class Observer:
         if subscription is not None:
             await subscription.unsubscribe()
 
-    @property
-    def waiting(self) -> int:
-        """Reports that have come since the last `collect`."""
-        return len(self._inbox)
-
     def _on_report(self, message: Delivered) -> None:
         if self._inbox_bytes > _INBOX_BYTES:
             self.dropped += 1
             return
         sender, now = message.subject.rpartition(".")[2], self._loop.time()
-        self._inbox_bytes += len(message.data)
-        self._inbox.append((sender, message.data, now))
+        self.waiting += 1
+        if self._is_still:
+            self._inbox_bytes += len(message.data)
+            self._inbox.append((sender, message.data, now))
+        else:
+            self._fold(sender, message.data, now)
         if self._tap is not None:
             self._tap(sender, message.data, now)
 
-    def collect(self) -> int:
-        """Folds what has come; returns how many reports that were."""
+    def _fold(self, sender: str, data: bytes, at: float) -> None:
+        try:
+            self.view.fold(sender, data, at)
+        except WireError as error:
+            self._note(sender, error)
+
+    def release(self) -> None:
+        """Lets the view move until the next `collect`; idempotent."""
         inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
-        for sender, data, at in inbox:
-            try:
-                self.view.fold(sender, data, at)
-            except WireError as error:
-                self._note(sender, error)
+        self._is_still = False
+        for report in inbox:
+            self._fold(*report)
+
+    def collect(self) -> int:
+        """Folds what has come, and has the view stand still from now on; returns how many reports have come."""
+        self.release()
+        self._is_still = True
+        waiting, self.waiting = self.waiting, 0
         now = self._loop.time()
         for address in self.view.silent(now - _SILENT_LEASES * self._lease_s):
             self.view.forget(address.name)
@@ -112,7 +130,7 @@ class Observer:
                 again = encode_report(Again(WIRE_VERSION, address.incarnation))
                 self._transport.publish(self._subjects.again(address.name), again)
         self.view.settle(now)
-        return len(inbox)
+        return waiting
 
     def _note(self, sender: str, error: WireError) -> None:
         self.unused += 1

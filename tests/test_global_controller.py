@@ -24,6 +24,7 @@ from nalar_mq.changes import Changes, Tracked
 from nalar_mq.columns import DONE, RUNNING, Serves, decode_again
 from nalar_mq.config import BrokerAccess
 from nalar_mq.controllers.global_controller import GlobalController, Reloaded, Trusted
+from nalar_mq.controllers.observer import Observer
 from nalar_mq.controllers.overview import decode_overview
 from nalar_mq.controllers.policies import LeastLoaded, ShortestRemaining
 from nalar_mq.controllers.policy import Action, Kill, Policy, SetPriority, Weights, kill, set_priority
@@ -164,6 +165,26 @@ async def test_states_are_told_and_kept_and_change_when_the_policy_changes_its_m
     await asyncio.sleep(5)
     assert (await states_kept(hub)).number == number
     assert [decision.states for decision in leader.governor.history if decision.states][-1] == worker.standing.states
+
+
+@simulated
+async def test_the_view_follows_reports_when_nobody_looks_at_it_and_stands_still_otherwise(hub: MemoryHub) -> None:
+    worker = await Worker("w").join(hub)
+    worker.call("s")
+    async with Observer(await hub.connect("o"), SUBJECTS, lease_s=LEASE_S) as observer:
+        await until(lambda: observer.waiting)
+        assert not len(observer.view.futures)
+        assert observer.collect() == 1
+        assert len(observer.view.futures) == 1
+        worker.call("s")
+        await until(lambda: observer.waiting)
+        assert len(observer.view.futures) == len(observer.view.live) == 1
+        observer.release()
+        assert len(observer.view.futures) == 2
+        worker.call("s")
+        await until(lambda: len(observer.view.futures) == 3)
+        assert observer.collect() == 2
+        assert len(observer.view.live) == 3
 
 
 @simulated
