@@ -25,6 +25,8 @@ from .governing import Decision
 from .guards import Refusal
 from .policy import SetPriorities
 
+DECISIONS_KEPT: Final = 1000
+DECISIONS_KEPT_S: Final = 7 * 24 * 3600.0
 AGAIN_S: Final = 60.0
 RECENT: Final = 32
 _UNWRITTEN: Final = 256

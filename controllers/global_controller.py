@@ -23,7 +23,7 @@ from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.transport import Delivered, KeyValue, Ledger, Subscription, Transport
 
-from .audit import AuditTrail
+from .audit import DECISIONS_KEPT, DECISIONS_KEPT_S, AuditTrail
 from .governing import Decision, Governor
 from .guards import Bounds
 from .leadership import LIFE, Leadership
@@ -37,8 +37,6 @@ PERIOD_S: Final = 0.25
 _LONGEST_PERIOD_S: Final = 5.0
 _STATES: Final = "states"
 _ACTS: Final = "acts"
-_KEPT: Final = 1000
-_KEPT_S: Final = 7 * 24 * 3600.0
 _log = logger(__name__)
 
 
@@ -202,7 +200,7 @@ class GlobalController:
         self._acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
         subjects = self._subjects
         self._decisions = await self._transport.ledger(
-            subjects.decisions_ledger, [subjects.decided], max_age_s=_KEPT_S, per_subject=_KEPT
+            subjects.decisions_ledger, [subjects.decided], max_age_s=DECISIONS_KEPT_S, per_subject=DECISIONS_KEPT
         )
         return leader
 
@@ -352,7 +350,7 @@ class GlobalController:
         await self.audit.write(self._decisions, self._subjects.decided)
 
     def _on_question(self, message: Delivered) -> None:
-        if message.reply and self.is_leader:
+        if message.reply.startswith((self._subjects.inbox(""), "_INBOX.")) and self.is_leader:  # not where it would be a frame
             self._transport.publish(message.reply, encode_overview(self.overview()))
 
     def overview(self) -> Overview:

@@ -26,7 +26,7 @@ from nalar_mq.config import LEASE_S
 from nalar_mq.errors import MissedReportError, WireError
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION
-from nalar_mq.transport import Delivered, Subscription, Transport
+from nalar_mq.transport import Delivered, Subscription, Transport, is_direct
 
 from .view import View
 
@@ -49,7 +49,7 @@ class Observer:
 
     Attributes:
         view: the picture.
-        dropped: reports for which there was no room.
+        dropped: reports for which there was no room, or that the process has not sent itself.
         unused: reports that were refused; `view.refused` counts them by reason.
         waiting: reports that have come since the last `collect`.
     """
@@ -89,7 +89,7 @@ class Observer:
             await subscription.unsubscribe()
 
     def _on_report(self, message: Delivered) -> None:
-        if self._inbox_bytes > _INBOX_BYTES:
+        if self._inbox_bytes > _INBOX_BYTES or not is_direct(message, self._subjects.report("")):
             self.dropped += 1
             return
         sender, now = message.subject.rpartition(".")[2], self._loop.time()

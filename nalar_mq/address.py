@@ -20,6 +20,7 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
     NS.answered.<id>        its answer; kept in the ledger `NS-answers` for a time
     NS.answer.<id>          somebody answers it, with JSON, from any client
 
+    NS.inbox.<me>.>         where the broker answers process <me>, and whom else it asks
     NS.load.<process>       what a worker has in hand, told a few times a second while it changes; every caller listens
     NS.look.<to>.<from>     process <from> asks <to> for its queues and its calls, those that have ended included
     NS.seen.<to>.<from>     the pieces of the answer
@@ -56,6 +57,7 @@ from typing import NamedTuple
 from nalar_mq.errors import AddressError
 
 DEFAULT_NAMESPACE = "nalar"
+CLIENT_PREFIX = "client-"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -79,6 +81,11 @@ def check_token(name: str, what: str = "name") -> str:
 def random_token(prefix: str, entropy: bytes | None = None) -> str:
     """A fresh token `prefix-xxxxxxxx`; `entropy` replaces the operating system's randomness."""
     return f"{prefix}-{(entropy or os.urandom(6)).hex()}"
+
+
+def is_client_name(name: str) -> bool:
+    """True for the names of clients: whoever has one serves nothing, whatever it says of itself."""
+    return name.startswith(CLIENT_PREFIX)
 
 
 class Address(NamedTuple):
@@ -163,6 +170,10 @@ class Subjects:
     def box_sender(self, subject: str) -> str:
         """The sender's name in a subject that `box` made."""
         return subject.rpartition(".")[2]
+
+    def inbox(self, me: str) -> str:
+        """What the subjects begin with on which process `me` is answered; `>` for those of all processes."""
+        return f"{self.namespace}.inbox.{me}"
 
     def load(self, sender: str) -> str:
         """Where process `sender` tells its load; `*` for all of them."""

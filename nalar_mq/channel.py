@@ -31,7 +31,8 @@ Window
     and acknowledgements need no window, two processes that flood each other through windows of one go on.
 
 Incarnations
-    The sender's name is the last token of the subject, which the broker guards; its incarnation stands in the frame.
+    The sender's name is the last token of the subject, which the broker guards; its incarnation stands in the frame. What the
+    broker passes on for somebody else, and so without a look at the sender, is dropped (`transport.is_direct`).
 
     from a higher incarnation than the channel's    the old channel is lost, another begins with this frame
     from a lower one, or from one held to be lost   answered with `Gone(source=mine, target=mine, answered=theirs)`
@@ -80,7 +81,7 @@ from nalar_mq.messages import (
     encode_packet,
     salvage_frame,
 )
-from nalar_mq.transport import Delivered, Subscription, Transport
+from nalar_mq.transport import Delivered, Subscription, Transport, is_direct
 
 _log = logger(__name__)
 
@@ -112,6 +113,7 @@ class ChannelStats(msgspec.Struct):
         duplicates: frames that had been received before.
         early: frames that came before their turn and were kept.
         overflowed: frames that came before their turn and were dropped.
+        indirect: packets that JetStream passed on for somebody: their sender is not who the subject says.
         malformed: packets that made no sense, and unreadable messages in frames that otherwise did.
         unsupported: packets of another wire version.
         stray: packets that were not for this incarnation or for no open channel.
@@ -128,6 +130,7 @@ class ChannelStats(msgspec.Struct):
     duplicates: int = 0
     early: int = 0
     overflowed: int = 0
+    indirect: int = 0
     malformed: int = 0
     unsupported: int = 0
     stray: int = 0
@@ -288,6 +291,7 @@ class Endpoint:
         self.stats = ChannelStats()
         self._transport = transport
         self._subjects = subjects
+        self._box = subjects.box(me.name, "")
         self._on_messages = on_messages
         self._on_lost = on_lost
         self._window_calls = window_calls
@@ -604,6 +608,9 @@ class Endpoint:
 
     def _on_delivered(self, delivered: Delivered) -> None:
         if self._is_closed:
+            return
+        if not is_direct(delivered, self._box):
+            self.stats.indirect += 1
             return
         try:
             packet = decode_packet(delivered.data)

@@ -967,6 +967,41 @@ def doctor(options: _Options, /, json: bool, app: Path | None, **broker: str | N
 
 
 @cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option(
+    "--role", type=click.Choice(["worker", "client", "controller", "visitor"]), default="worker", help="[default: worker]"
+)
+@click.option("--namespace", metavar="NAME", help="First word of all subjects.  [default: nalar]")
+def permissions(names: tuple[str, ...], role: str, namespace: str | None) -> None:
+    """Print what processes may do at a broker of yours, as a block for their user in its configuration.
+
+    NAME is that of a process: the workers of `nalar worker --node N` are N-1, N-2 and so on, the name of a client begins with
+    client-. A visitor is any other NATS client, whose name does not matter. With these permissions nobody can speak in the name
+    of somebody else. They create no streams: `nalar prepare` does, with credentials that may do all.
+    """
+    from nalar_mq.address import Subjects
+    from nalar_mq.config import find_namespace
+    from nalar_mq.permissions import Role, as_configuration, permissions_of
+
+    subjects = Subjects(find_namespace(namespace))
+    click.echo(as_configuration(permissions_of(subjects, name, Role(role)) for name in names), nl=False)
+
+
+@cli.command()
+@_app_option
+@_broker_options
+@_with_options
+def prepare(options: _Options, /, app: Path | None, **broker: str | None) -> None:
+    """Create the streams and buckets of a runtime at a broker, for processes that may not.
+
+    What exists stays as it is.
+    """
+    from nalar_mq import commands
+
+    _run(options, commands.prepare(_choice(broker), app=commands.app_file(app) if app else None))
+
+
+@cli.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed

@@ -60,6 +60,7 @@ from nalar_mq.lookout import Glance
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Member
 from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.streams import lay_out
 from nalar_mq.traces import Trace
 
 if TYPE_CHECKING:
@@ -264,6 +265,13 @@ async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream
         parameters = _parameters_among(await client.members(), wish.name)
         arguments = parse_arguments(wish.words, wish.json_text, parameters)
         await _call(client, wish, arguments, stream, take)
+
+
+async def prepare(choice: BrokerChoice, *, app: Path | None) -> None:
+    """Creates the streams and buckets of a runtime that do not exist yet."""
+    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    async with await NatsTransport.connect(settings.broker, name=settings.node) as transport:
+        await lay_out(transport, Subjects(settings.namespace), settings.lease_s)
 
 
 class Seen(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ from nalar_mq.messages import (
     encode_record,
     encode_seen,
 )
-from nalar_mq.transport import Delivered, Subscription, Transport
+from nalar_mq.transport import Delivered, Subscription, Transport, is_direct
 
 ASKERS: Final = 64
 PATIENCE_S: Final = 3.0
@@ -89,7 +89,7 @@ class Lookout:
         source: what it tells of itself.
 
     Attributes:
-        unreadable: questions and answers that made no sense.
+        unreadable: questions and answers that made no sense, or were passed on by the broker for somebody else.
         refused: questions beyond those of `ASKERS` processes that wait already.
     """
 
@@ -129,6 +129,9 @@ class Lookout:
 
     def _on_look(self, message: Delivered) -> None:
         asker = message.subject.rpartition(".")[2]
+        if not is_direct(message, self._subjects.look(self._me.name, "")):
+            self.unreadable += 1
+            return
         try:
             look = decode_look(message.data)
         except WireError as error:
@@ -210,6 +213,9 @@ class Lookout:
 
     def _on_seen(self, message: Delivered) -> None:
         sender = message.subject.rpartition(".")[2]
+        if not is_direct(message, self._subjects.seen(self._me.name, "")):
+            self.unreadable += 1
+            return
         try:
             seen = decode_seen(message.data)
         except WireError as error:

@@ -25,7 +25,8 @@ Standing still
 Replacement
     A process that finds a higher incarnation under its own name has been replaced and is told so once (`on_replaced`).
 
-Records that cannot be understood are counted and change nothing.
+Records that cannot be understood are counted and change nothing. So are those of clients that claim to serve something: by its
+name, which the broker guards, everybody knows a client.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from typing import Protocol
 
 import msgspec
 
-from nalar_mq.address import Address, Subjects, check_token
+from nalar_mq.address import Address, Subjects, check_token, is_client_name
 from nalar_mq.config import LEASE_S
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.event_loop import cancel_all
@@ -48,7 +49,7 @@ from nalar_mq.messages import WIRE_VERSION, Lost, Member, decode_lost, decode_me
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
-_LOST_KEPT_S = 7 * 24 * 3600.0  # a process that stood still for longer has lost its connection, too
+LOST_KEPT_S = 7 * 24 * 3600.0  # a process that stood still for longer has lost its connection, too
 _log = logger(__name__)
 
 ConnectTransport = Callable[[], Awaitable[Transport]]
@@ -64,7 +65,7 @@ class Register:
 
     async def _open(self) -> KeyValue:
         if self._bucket is None:
-            self._bucket = await self._transport.key_value(self._name, ttl_s=_LOST_KEPT_S)
+            self._bucket = await self._transport.key_value(self._name, ttl_s=LOST_KEPT_S)
         return self._bucket
 
     async def declare(self, address: Address) -> None:
@@ -502,6 +503,8 @@ class Membership:
         try:
             member = decode_member(entry.value)
             check_token(entry.key, "member name")
+            if is_client_name(entry.key) and (member.actors or member.stores or member.replicated):
+                raise WireError("clients serve nothing")
         except WireError as error:
             self.unreadable += 1
             _log.debug("membership.record_unreadable", member=entry.key, error=str(error))

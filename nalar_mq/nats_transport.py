@@ -181,6 +181,7 @@ class _Client(Client):
         self.fails_fast = True
         self.needs_tls = False
         self.denied: set[str] = set()
+        self.refused = (float("-inf"), "")  # when, and the subject that we might not publish to
         self._chance = chance
         self._loop = asyncio.get_running_loop()
         self._handlers: dict[bytes, Handler] = {}
@@ -304,6 +305,8 @@ class _Client(Client):
         if any(harmless in err_msg for harmless in _HARMLESS_ERRORS):
             _log.warning("transport.refused", reason=err_msg.strip("'"))
             self.denied.update(re.findall(r'subscription to "([^"]*)"', err_msg))
+            for subject in re.findall(r'publish to "([^"]*)"', err_msg):
+                self.refused = (self._loop.time(), subject)
             return
         await self._process_op_err(nats.errors.Error(err_msg.strip("'")))
 
@@ -384,6 +387,7 @@ class NatsTransport:
         access: BrokerAccess,
         *,
         name: str,
+        inbox: str = "",
         request_timeout_s: float = 5.0,
         ping_interval_s: float = _PING_INTERVAL_S,
         chance: random.Random | None = None,
@@ -395,6 +399,7 @@ class NatsTransport:
         Args:
             access: URLs and credentials.
             name: how the broker's operator sees this connection.
+            inbox: what the subjects begin with on which it is answered; those of all NATS clients if empty.
             request_timeout_s: bound of every operation that waits for an answer.
             ping_interval_s: pause between two questions whether the broker is there.
             chance: spreads reconnects of many processes over time.
@@ -407,9 +412,12 @@ class NatsTransport:
             raise BrokerUnreachableError("no broker URL is given")
         failure: BrokerError | None = None
         deadline_s = asyncio.get_running_loop().time() + _CONNECT_TIMEOUT_S
+        options: dict[str, Any] = {"name": name, "ping_interval": ping_interval_s}  # it sleeps for that long
+        if inbox:
+            options["inbox_prefix"] = inbox
         for url in access.urls:
             try:
-                client = await _connected_client(access, url, name, deadline_s, ping_interval_s, chance or random.Random())
+                client = await _connected_client(access, url, options, deadline_s, chance or random.Random())
             except BrokerError as error:
                 # A refusal says more than a silence.
                 failure = error if failure is None or isinstance(error, BrokerAuthError) else failure
@@ -671,12 +679,17 @@ class NatsTransport:
         """
         self._check_open()
         limit_s = self._request_timeout_s if timeout_s is None else timeout_s
+        began_s = asyncio.get_running_loop().time()
         try:
             async with _time_of_a_broker(limit_s):
                 await self._client.connected.wait()
                 self._check_open()
                 return await operation()
         except TimeoutError:
+            refused_s, subject = self._client.refused
+            if refused_s >= began_s:
+                advice = "`nalar permissions` prints what a process needs"
+                raise BrokerAuthError(f"{doing}: the broker does not allow us to publish to {subject!r}; {advice}") from None
             raise BrokerError(f"{doing}: the broker at {self._url} did not answer within {limit_s:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise _named(doing, error) from error
@@ -1437,6 +1450,7 @@ class _Service:
         }
         self._description = description
         self._endpoints = [_Endpoint(endpoint) for endpoint in endpoints]
+        self._roots = {endpoint.subject.partition(".")[0] for endpoint in endpoints}
         self._started = datetime.now(UTC)
         self._subscriptions: list[Subscription] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -1472,7 +1486,7 @@ class _Service:
         begun_s = loop.time()
         data, headers = await endpoint.handle(message)
         endpoint.busy_s += loop.time() - begun_s
-        if not message.reply:
+        if not self._may_answer(message.reply):
             return
         try:
             self._transport.publish(message.reply, data, headers=headers)
@@ -1481,10 +1495,14 @@ class _Service:
 
     def _on_discovery(self, describe: Callable[[], dict[str, Any]]) -> Handler:
         def answer(message: Delivered) -> None:
-            if message.reply:
+            if self._may_answer(message.reply):
                 self._transport.publish(message.reply, json.dumps(describe()).encode())
 
         return answer
+
+    def _may_answer(self, reply: str) -> bool:
+        """An answer leaves under our name: it goes to no subject that means something to the broker or to our own kind."""
+        return bool(reply) and not reply.startswith("$") and reply.partition(".")[0] not in self._roots
 
     def _ping(self) -> dict[str, Any]:
         return {"type": "io.nats.micro.v1.ping_response", **self._identity}
@@ -1554,20 +1572,18 @@ class _Endpoint:
 
 
 async def _connected_client(
-    access: BrokerAccess, url: str, name: str, deadline_s: float, ping_interval_s: float, chance: random.Random
+    access: BrokerAccess, url: str, wanted: Mapping[str, Any], deadline_s: float, chance: random.Random
 ) -> _Client:
     client = _Client(chance)
-    options = _credentials(access)
+    options = {**_credentials(access), **wanted}
     client.needs_tls = "tls" in options or url.startswith(("tls://", "wss://"))
     try:
         async with asyncio.timeout_at(deadline_s):
             await client.connect(
                 [url],
-                name=name,
                 error_cb=_ignore_error,
                 allow_reconnect=False,
                 connect_timeout=_ATTEMPT_TIMEOUT_S,
-                ping_interval=cast("int", ping_interval_s),  # it sleeps for that long
                 max_outstanding_pings=_PINGS_OUTSTANDING,
                 max_reconnect_attempts=-1,
                 dont_randomize=True,
@@ -1751,7 +1767,13 @@ def _encoded_headers(headers: Mapping[str, str]) -> bytes:
 
 
 def _value_of(data: bytes, headers: Mapping[str, str] | None) -> bytes | None:
-    """The value of a bucket's message, or None if it marks that there is none."""
+    """The value of a bucket's message, or None if it marks that there is none.
+
+    A copy from another stream has been put there by the broker, for somebody who may not have the right to: it has no value
+    that anybody could read, and whoever has that right writes over it.
+    """
+    if headers and "Nats-Subject" in headers:
+        return b""
     if headers and ("KV-Operation" in headers or "Nats-Marker-Reason" in headers):
         return None
     return data

@@ -76,7 +76,7 @@ class Process:
     async def _connect_nats(self, name: str) -> Transport:
         from nalar_mq.nats_transport import NatsTransport
 
-        return await NatsTransport.connect(self.settings.broker, name=name)
+        return await NatsTransport.connect(self.settings.broker, name=name, inbox=self.subjects.inbox(self.name))
 
     async def start(self, before_joining: Callable[[], Awaitable[None]] | None = None) -> None:
         """Connects and joins. When it returns, calls can be made, and everybody who was there is in the table.

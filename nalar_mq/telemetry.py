@@ -16,7 +16,7 @@ from nalar_mq.errors import WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Load, decode_load, encode_record
-from nalar_mq.transport import Delivered, Subscription, Transport
+from nalar_mq.transport import Delivered, Subscription, Transport, is_direct
 
 PERIOD_S: Final = 0.25
 _REPEAT_S: Final = 5.0
@@ -36,7 +36,7 @@ class Telemetry:
         sent: reports of this process.
         heard: reports that were used.
         unused: reports that came too late, or from nobody who is known.
-        unreadable: what came and was no report.
+        unreadable: what came and was no report, or not told by the process itself.
     """
 
     def __init__(self, transport: Transport, subjects: Subjects, me: Address, on_load: Callable[[str, Load], bool]) -> None:
@@ -86,6 +86,9 @@ class Telemetry:
         self._transport.publish(self._subjects.load(self._me.name), encode_record(report))
 
     def _on_report(self, message: Delivered) -> None:
+        if not is_direct(message, self._subjects.load("")):
+            self.unreadable += 1
+            return
         try:
             load = decode_load(message.data)
         except WireError as error:

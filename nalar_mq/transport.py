@@ -32,6 +32,16 @@ class Delivered(msgspec.Struct, frozen=True):
     headers: Mapping[str, str] | None = None
 
 
+def is_direct(message: Delivered, prefix: str) -> bool:
+    """True if whoever published `message` may publish to the subject that it bears, which begins with `prefix`.
+
+    JetStream also publishes on behalf of others, with its own right to publish anywhere: what a consumer delivers bears the
+    subject it had in the stream, and a reply subject; a copy of what a stream holds bears headers. The messages that processes
+    tell each other have neither.
+    """
+    return not message.reply and message.headers is None and message.subject.startswith(prefix)
+
+
 Handler = Callable[[Delivered], None]
 
 
