@@ -8,25 +8,27 @@ says the same nonsense four times a second does not fill the history. What the b
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Final
 
 import msgspec
 
-from nalar_mq.actions import Decided, Refused, Unused, describe, encode_decided
-from nalar_mq.errors import BrokerError
+from nalar_mq.actions import Decided, Ranking, Refused, Unused, decode_decided, describe, encode_decided
+from nalar_mq.address import Subjects
+from nalar_mq.errors import BrokerError, WireError
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION
-from nalar_mq.transport import Ledger
+from nalar_mq.transport import Ledger, Transport
 
 from .governing import Decision
 from .guards import Refusal
 from .policy import SetPriorities
 
-DECISIONS_KEPT: Final = 1000
-DECISIONS_KEPT_S: Final = 7 * 24 * 3600.0
+KEPT: Final = 1000
+KEPT_S: Final = 7 * 24 * 3600.0
 AGAIN_S: Final = 60.0
 RECENT: Final = 32
 _UNWRITTEN: Final = 256
@@ -35,29 +37,49 @@ _KEYS: Final = 4096
 _log = logger(__name__)
 
 
+async def open_history(transport: Transport, subjects: Subjects) -> Ledger:
+    """Where decisions are kept: the last `KEPT` entries, for a week."""
+    return await transport.ledger(subjects.decisions_ledger, [subjects.decided], max_age_s=KEPT_S, per_subject=KEPT)
+
+
+async def read_history(ledger: Ledger, subjects: Subjects) -> list[Decided]:
+    """All entries that are kept, the oldest first; those of other versions are left out."""
+    found: list[Decided] = []
+    after = 0
+    while entries := await ledger.read(subjects.decided, after=after):
+        after = entries[-1].sequence
+        for entry in entries:
+            with contextlib.suppress(WireError):
+                found.append(decode_decided(entry.data))
+    return found
+
+
 class AuditTrail:
     """The history of one controller.
 
     Args:
         controller: its name.
         policy: what it asks.
+        clock: seconds since 1970, or since whatever else.
 
     Attributes:
         recent: the last entries that were written, or are to be.
     """
 
-    def __init__(self, controller: str, policy: str) -> None:
+    def __init__(self, controller: str, policy: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._controller = controller
         self._policy = policy
         self._unwritten: deque[Decided] = deque(maxlen=_UNWRITTEN)
         self._told_at: dict[Hashable, float] = {}
         self._unused: dict[tuple[str, str], Unused] = {}
-        self._ranked = ""
+        self._is_ranked = False
+        self._reason = ""
         self.recent: deque[Decided] = deque(maxlen=RECENT)
 
     def note_lead(self, term: int) -> None:
         """It leads from now on."""
-        self._ranked = ""
+        self._is_ranked = False
         self._add(Decided(version=WIRE_VERSION, controller=self._controller, policy=self._policy, term=term, took_lead=True))
 
     def note(self, term: int, decision: Decision, complaints: Iterable[Unused], now: float) -> None:
@@ -74,10 +96,8 @@ class AuditTrail:
         error = decision.error if decision.error and self._is_news(decision.error, now) else ""
         if error:
             _log.warning("policy.failed", error=error)
-        reason = decision.ranked[1] if decision.ranked[0] else self._ranked
-        ranked = decision.ranked if reason != self._ranked else (0, "")
-        self._ranked = reason
-        if not (decision.began or decision.ended or decision.acts or refusals or reports or error or ranked[0]):
+        ranked = self._new_ranking(decision)
+        if not (decision.began or decision.ended or decision.acts or refusals or reports or error or ranked):
             return
         everything = (decision.began, decision.ended, decision.acts, refusals, reports)
         self._add(
@@ -98,8 +118,16 @@ class AuditTrail:
             )
         )
 
+    def _new_ranking(self, decision: Decision) -> Ranking | None:
+        """The priorities of many, if they are given for another reason than before."""
+        ranking = Ranking(*decision.ranked)
+        if decision.error or (bool(ranking.sessions) == self._is_ranked and ranking.reason in ("", self._reason)):
+            return None
+        self._is_ranked, self._reason = bool(ranking.sessions), ranking.reason
+        return ranking
+
     def _add(self, entry: Decided) -> None:
-        entry = msgspec.structs.replace(entry, at_s=round(time.time(), 3))
+        entry = msgspec.structs.replace(entry, at_s=round(self._clock(), 3))
         self._unwritten.append(entry)
         self.recent.append(entry)
 
@@ -122,6 +150,12 @@ class AuditTrail:
                 self._unused[key] = msgspec.structs.replace(unused, count=before + unused.count)
         due = [key for key in self._unused if self._is_news(key, now)]
         return [self._unused.pop(key) for key in due]
+
+    def take(self) -> list[Decided]:
+        """What has not been written yet, for whoever does not write it."""
+        entries = list(self._unwritten)
+        self._unwritten.clear()
+        return entries
 
     async def write(self, ledger: Ledger, subject: str) -> None:
         """Appends what has not been written yet; what the broker does not take now stays for the next time."""

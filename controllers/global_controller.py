@@ -5,83 +5,37 @@
 
 The view stands still while a policy looks at it. No call waits for any of this. A round takes as long as it takes; the next one
 begins after a pause that is no shorter, so that a controller with much to see decides less often and never takes more than half
-of a processor.
+of a processor. One that has just begun to listen decides nothing before it knows who is there: what held, holds on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
-from typing import Final, NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Self
 
 from nalar_mq.actions import States, decode_decision, encode_decision
 from nalar_mq.address import Address, Subjects
 from nalar_mq.config import LEASE_S
-from nalar_mq.errors import BrokerError, KeyConflictError, PolicyError, WireError
+from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.transport import Delivered, KeyValue, Ledger, Subscription, Transport
 
-from .audit import DECISIONS_KEPT, DECISIONS_KEPT_S, AuditTrail
+from .audit import AuditTrail, open_history
+from .deciding import PERIOD_S, Decider, Reloaded, Trusted, decision_of
 from .governing import Decision, Governor
 from .guards import Bounds
-from .leadership import LIFE, Leadership
+from .leadership import Leadership, open_lead
 from .observer import Observer
 from .overview import Overview, encode_overview, overview_of
-from .policy import Action, Policy
-from .policy_file import PolicyFile
 from .view import View
 
-PERIOD_S: Final = 0.25
+__all__ = ["Decider", "GlobalController", "Reloaded", "Round", "Trusted"]
 _LONGEST_PERIOD_S: Final = 5.0
 _STATES: Final = "states"
 _ACTS: Final = "acts"
 _log = logger(__name__)
-
-
-class Decider(Protocol):
-    """Where decisions come from; `str` says what people call it."""
-
-    async def decide(self, view: View) -> Iterable[Action]:
-        """What is wanted.
-
-        Raises:
-            PolicyError: there is no answer.
-        """
-        ...
-
-
-class Trusted:
-    """A policy that came with the runtime: it runs where it is asked."""
-
-    def __init__(self, policy: Policy, name: str = "") -> None:
-        self._policy = policy
-        self._name = name or type(policy).__name__
-
-    def __str__(self) -> str:
-        return self._name
-
-    async def decide(self, view: View) -> Iterable[Action]:
-        """What the policy says."""
-        return self._policy.decide(view)
-
-
-class Reloaded:
-    """The policy in a file, as the file is now; the former one where it cannot be loaded."""
-
-    def __init__(self, file: PolicyFile) -> None:
-        self._file = file
-
-    def __str__(self) -> str:
-        return str(self._file)
-
-    async def decide(self, view: View) -> Iterable[Action]:
-        """What the policy says."""
-        if self._file.has_changed():
-            await self._file.load()
-            _log.info("policy.loaded", file=str(self._file))
-        return await self._file.decide(view)
 
 
 class Round(NamedTuple):
@@ -195,13 +149,10 @@ class GlobalController:
 
     async def _open(self) -> KeyValue:
         """Opens what it writes to, or makes it anew where the broker has lost it; returns the bucket of the leader."""
-        leader = await self._transport.key_value(self._subjects.leader_bucket, ttl_s=LIFE * self._lease_s)
+        leader = await open_lead(self._transport, self._subjects, self._lease_s)
         self._control = await self._transport.key_value(self._subjects.control_bucket)
         self._acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
-        subjects = self._subjects
-        self._decisions = await self._transport.ledger(
-            subjects.decisions_ledger, [subjects.decided], max_age_s=DECISIONS_KEPT_S, per_subject=DECISIONS_KEPT
-        )
+        self._decisions = await open_history(self._transport, self._subjects)
         return leader
 
     async def aclose(self) -> None:
@@ -293,11 +244,12 @@ class GlobalController:
         reports = self.observer.collect()
         collected = decided = self._loop.time()
         leadership = self._leadership
-        if leadership is not None and leadership.is_current:
+        knows = self._is_driven or self.observer.is_informed
+        if leadership is not None and leadership.is_current and knows:
             try:
                 if self._sealed != leadership.term:
                     await self._seal(leadership)
-                decision = await self._decide()
+                decision = await decision_of(self._decider, self.governor, self.view, self._loop.time())
                 decided = self._loop.time()
                 if leadership.is_current:
                     await self._publish(decision)
@@ -306,16 +258,6 @@ class GlobalController:
                 self._depose(leadership)
         ended = self._loop.time()
         return Round(reports, len(self.view.futures), collected - begun, decided - collected, ended - decided)
-
-    async def _decide(self) -> Decision:
-        """What the policy says, checked; with its error if it says nothing, and then all stays as it is."""
-        try:
-            actions = await self._decider.decide(self.view)
-            return self.governor.decide(self.view, actions, self._loop.time())
-        except PolicyError as error:
-            return self.governor.fail(str(error), self._loop.time())
-        except Exception as error:
-            return self.governor.fail(f"{type(error).__name__}: {error}", self._loop.time())
 
     async def _publish(self, decision: Decision) -> None:
         assert self._control is not None

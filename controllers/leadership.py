@@ -15,15 +15,30 @@ from collections.abc import Callable
 from typing import Final
 
 from nalar_mq.actions import Leader, decode_decision, encode_decision
-from nalar_mq.address import Address
+from nalar_mq.address import Address, Subjects
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.messages import WIRE_VERSION
-from nalar_mq.transport import KeyValue
+from nalar_mq.transport import KeyValue, Transport
 
 KEY: Final = "leader"
 LIFE: Final = 0.6  # of a lease: a standby that looks every tenth of one leads before a lease is over
 RENEWAL: Final = 0.2
 LOOK: Final = 0.1
+
+
+async def open_lead(transport: Transport, subjects: Subjects, lease_s: float) -> KeyValue:
+    """The bucket of the leader's key."""
+    return await transport.key_value(subjects.leader_bucket, ttl_s=LIFE * lease_s)
+
+
+async def leader_in(bucket: KeyValue) -> str:
+    """The name of the controller that leads; empty for nobody.
+
+    Raises:
+        BrokerError: the broker does not answer.
+    """
+    entry = await bucket.get(KEY)
+    return _name_in(entry.value) if entry is not None else ""
 
 
 class Leadership:

@@ -16,6 +16,7 @@ what a process tells anew when it is asked again.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Final, Self
 
@@ -30,6 +31,7 @@ from nalar_mq.transport import Delivered, Subscription, Transport, is_direct
 
 from .view import View
 
+FIRST_SIGHT_S: Final = 0.8  # whoever is there has reported three times by then
 _SILENT_LEASES: Final = 2.0
 _AGAIN_S: Final = 1.0
 _INBOX_BYTES: Final = 512 * 1024 * 1024
@@ -37,6 +39,50 @@ _UNUSED_SORTS: Final = 64
 _log = logger(__name__)
 
 Tap = Callable[[str, bytes, float], None]
+
+
+class Folding:
+    """Folds reports into a view and notes which could not be used.
+
+    Attributes:
+        view: the picture.
+        unused: reports that were refused; `view.refused` counts them by reason.
+    """
+
+    def __init__(self, view: View, lease_s: float = LEASE_S) -> None:
+        self.view = view
+        self.unused = 0
+        self._lease_s = lease_s
+        self._complaints: dict[tuple[str, str], Unused] = {}
+
+    def take(self, sender: str, data: bytes, at: float) -> None:
+        """A report has come."""
+        try:
+            self.view.fold(sender, data, at)
+        except MissedReportError:
+            self.unused += 1  # messages get lost: it is asked again
+        except WireError as error:
+            self.unused += 1
+            self._note(sender, error)
+
+    def _note(self, sender: str, error: WireError) -> None:
+        key = sender, type(error).__name__
+        former = self._complaints.get(key)
+        if former is None:
+            _log.debug("report.refused", process=sender, reason=str(error))
+        if former is not None or len(self._complaints) < _UNUSED_SORTS:
+            self._complaints[key] = Unused(*key, str(error), former.count + 1 if former is not None else 1)
+
+    def settle(self, now: float) -> None:
+        """Makes the view that of now; processes that have been silent for long are forgotten."""
+        for address in self.view.silent(now - _SILENT_LEASES * self._lease_s):
+            self.view.forget(address.name)
+        self.view.settle(now)
+
+    def complaints(self) -> list[Unused]:
+        """The reports that could not be used since the last time, by process and sort."""
+        complaints, self._complaints = self._complaints, {}
+        return list(complaints.values())
 
 
 class Observer:
@@ -48,9 +94,9 @@ class Observer:
         tap: is handed every report as it comes: its sender, its bytes, and the time on the loop's clock.
 
     Attributes:
-        view: the picture.
+        is_informed: it has listened for long enough to know everybody, and has been told all that it had missed; or it has
+            waited for that for a lease. What is not in the view before is perhaps only not known yet.
         dropped: reports for which there was no room, or that the process has not sent itself.
-        unused: reports that were refused; `view.refused` counts them by reason.
         waiting: reports that have come since the last `collect`.
     """
 
@@ -64,11 +110,11 @@ class Observer:
         self._inbox_bytes = 0
         self._is_still = True
         self._asked: dict[str, float] = {}
-        self._complaints: dict[tuple[str, str], Unused] = {}
+        self._folding = Folding(View(), lease_s)
         self._subscription: Subscription | None = None
-        self.view = View()
+        self._listens_since = math.inf
+        self.is_informed = False
         self.dropped = 0
-        self.unused = 0
         self.waiting = 0
 
     async def __aenter__(self) -> Self:
@@ -80,6 +126,7 @@ class Observer:
 
     async def start(self) -> None:
         """Begins to listen."""
+        self._listens_since = self._loop.time()
         self._subscription = await self._transport.subscribe(self._subjects.report("*"), self._on_report)
 
     async def aclose(self) -> None:
@@ -87,6 +134,16 @@ class Observer:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             await subscription.unsubscribe()
+
+    @property
+    def view(self) -> View:
+        """The picture."""
+        return self._folding.view
+
+    @property
+    def unused(self) -> int:
+        """Reports that were refused; `view.refused` counts them by reason."""
+        return self._folding.unused
 
     def _on_report(self, message: Delivered) -> None:
         if self._inbox_bytes > _INBOX_BYTES or not is_direct(message, self._subjects.report("")):
@@ -98,22 +155,16 @@ class Observer:
             self._inbox_bytes += len(message.data)
             self._inbox.append((sender, message.data, now))
         else:
-            self._fold(sender, message.data, now)
+            self._folding.take(sender, message.data, now)
         if self._tap is not None:
             self._tap(sender, message.data, now)
-
-    def _fold(self, sender: str, data: bytes, at: float) -> None:
-        try:
-            self.view.fold(sender, data, at)
-        except WireError as error:
-            self._note(sender, error)
 
     def release(self) -> None:
         """Lets the view move until the next `collect`; idempotent."""
         inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
         self._is_still = False
         for report in inbox:
-            self._fold(*report)
+            self._folding.take(*report)
 
     def collect(self) -> int:
         """Folds what has come, and has the view stand still from now on; returns how many reports have come."""
@@ -121,29 +172,18 @@ class Observer:
         self._is_still = True
         waiting, self.waiting = self.waiting, 0
         now = self._loop.time()
-        for address in self.view.silent(now - _SILENT_LEASES * self._lease_s):
-            self.view.forget(address.name)
-            self._asked.pop(address.name, None)
-        for address in self.view.stale():
-            if now - self._asked.get(address.name, -_AGAIN_S) >= _AGAIN_S:
+        stale = self.view.stale()
+        self._asked = {address.name: self._asked.get(address.name, -math.inf) for address in stale}
+        for address in stale:
+            if now - self._asked[address.name] >= _AGAIN_S:
                 self._asked[address.name] = now
                 again = encode_report(Again(WIRE_VERSION, address.incarnation))
                 self._transport.publish(self._subjects.again(address.name), again)
-        self.view.settle(now)
+        self._folding.settle(now)
+        listened_s = now - self._listens_since
+        self.is_informed = self.is_informed or listened_s >= (self._lease_s if stale else FIRST_SIGHT_S)
         return waiting
-
-    def _note(self, sender: str, error: WireError) -> None:
-        self.unused += 1
-        if isinstance(error, MissedReportError):
-            return  # messages get lost: it is asked again
-        key = sender, type(error).__name__
-        former = self._complaints.get(key)
-        if former is None:
-            _log.debug("report.refused", process=sender, reason=str(error))
-        if former is not None or len(self._complaints) < _UNUSED_SORTS:
-            self._complaints[key] = Unused(*key, str(error), former.count + 1 if former is not None else 1)
 
     def complaints(self) -> list[Unused]:
         """The reports that could not be used since the last time, by process and sort."""
-        complaints, self._complaints = self._complaints, {}
-        return list(complaints.values())
+        return self._folding.complaints()

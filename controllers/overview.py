@@ -15,7 +15,7 @@ import numpy as np
 
 from nalar_mq.actions import Decided
 from nalar_mq.columns import CREATED, QUEUED, STATES
-from nalar_mq.errors import MalformedMessageError
+from nalar_mq.errors import MalformedMessageError, MissedReportError
 
 from .view import View
 
@@ -71,7 +71,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
         rounds: it has made.
         round_s: how long the last one took.
         processes, futures, sessions: of which it knows.
-        unused: reports that were refused, by the reason.
+        unused: reports that were refused, by the reason; not those after a gap, which are told anew.
         nodes, agents, waits: rows.
         decisions: the last ones, the newest last.
     """
@@ -104,7 +104,7 @@ def overview_of(
         processes=len(view.processes),
         futures=len(view.futures),
         sessions=len(view.sessions),
-        unused=dict(view.refused),
+        unused={error: count for error, count in view.refused.items() if error != MissedReportError.__name__},
         nodes=node_rows(view),
         agents=agent_rows(view),
         waits=wait_rows(view),

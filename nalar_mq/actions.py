@@ -105,6 +105,13 @@ class Refused(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Ranking(msgspec.Struct, frozen=True):
+    """Priorities of many sessions: of how many, and why."""
+
+    sessions: int
+    reason: str
+
+
 class Unused(msgspec.Struct, frozen=True):
     """Reports of a process that could not be used: the type of the error, the last reason, and how many there were."""
 
@@ -126,7 +133,7 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         took_lead: it leads from now on.
         began: states that hold from now on, and did not, or differently.
         ended: states that hold no more.
-        ranked: sessions that are given priorities at once, and why; told when the reason changes.
+        ranked: sessions that are given priorities at once; told when the reason changes, or when there are none any more.
         acts: what is to happen.
         refused: actions that were not admitted; the same refusal is told once a minute.
         reports: reports that were not used, of each process and sort once a minute.
@@ -143,7 +150,7 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     took_lead: bool = False
     began: tuple[State, ...] = ()
     ended: tuple[State, ...] = ()
-    ranked: tuple[int, str] = (0, "")
+    ranked: Ranking | None = None
     acts: tuple[Act, ...] = ()
     refused: tuple[Refused, ...] = ()
     reports: tuple[Unused, ...] = ()

@@ -7,10 +7,11 @@ a traceback. The runtime is imported inside the commands, so that `nalar --help`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
@@ -18,10 +19,16 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 import click
 
 from nalar_mq.errors import ConfigError
-from nalar_mq.exits import EXIT_CALL_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
+from nalar_mq.exits import EXIT_BROKER, EXIT_CALL_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from nalar_mq.actions import Decided
     from nalar_mq.commands import BrokerChoice, CallWish, Seen
+    from nalar_mq.control_commands import Trial
+    from nalar_mq.controllers.overview import Overview
     from nalar_mq.installation import Finding
     from nalar_mq.state_commands import SessionRow
     from nalar_mq.traces import Trace
@@ -913,6 +920,270 @@ def adopt_state(options: _Options, /, folder: Path | None, app: Path | None, **b
         _tell(f"store {store}: {count:,} sessions" + (f", {left_out:,} of them are held elsewhere" if left_out else ""))
 
 
+@cli.command()
+@click.option("--once", is_flag=True, help="Show it once, not again and again.")
+@click.option("--every", type=click.FloatRange(min=0.1), default=1.0, show_default=True, metavar="SECONDS", help="How often.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def top(options: _Options, /, once: bool, every: float, json: bool, app: Path | None, **broker: str | None) -> int | None:
+    """Show what the global controller sees: nodes, agents, queues, the longest waits, the last decisions and why.
+
+    \b
+    LOAD     calls in hand for each that can run at once
+    SKEW     the most loaded instance as a multiple of their mean
+    WORK     mean seconds that a call runs; WAIT: that it waits before
+    """
+    from nalar_mq import commands, control_commands
+
+    file = commands.app_file(app) if app else None
+    take = _show_json if json else _show_overview if once else None
+    seen = control_commands.overviews(_choice(broker), app=file, every_s=every)
+    return cast("int | None", _run(options, _shown_once(seen, take) if take and once else _shown_live(seen, take)))
+
+
+async def _shown_once(seen: AsyncGenerator[Overview | None], take: Callable[[Any], None]) -> int:
+    async with contextlib.aclosing(seen) as overviews:
+        found = await anext(overviews)
+    if found is None:
+        _tell(_NOBODY_LEADS)
+        return EXIT_BROKER
+    take(found)
+    return EXIT_OK
+
+
+async def _shown_live(seen: AsyncGenerator[Overview | None], take: Callable[[Any], None] | None) -> None:
+    """Shows again and again, in place on a terminal, until somebody interrupts."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    async with contextlib.aclosing(seen) as overviews:
+        if take is not None or not sys.stdout.isatty():
+            async for found in overviews:
+                if found is None:
+                    _tell(_NOBODY_LEADS)
+                else:
+                    (take or _show_overview)(found)
+            return
+        with Live(screen=True, auto_refresh=False) as live:
+            async for found in overviews:
+                shown = Text(_NOBODY_LEADS) if found is None else Group(*_overview_parts(found))
+                live.update(shown, refresh=True)
+
+
+_NOBODY_LEADS: Final = "no global controller answers: start one with `nalar controller`"
+
+
+def _show_overview(overview: Overview) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
+    for part in _overview_parts(overview):
+        console.print(part)
+
+
+def _overview_parts(overview: Overview) -> list[RenderableType]:
+    from rich.text import Text
+
+    unused = sum(overview.unused.values())
+    head = (
+        f"{overview.controller} leads, policy {overview.policy}, round {overview.rounds} took {overview.round_s * 1e3:.1f} ms\n"
+        f"{overview.processes} processes, {overview.futures} calls in hand, {overview.sessions} sessions"
+        + (f", {unused} reports that could not be used" if unused else "")
+    )
+    nodes = [
+        [row.name, str(row.count), str(row.queued), str(row.running), _resources_of(row.resources)] for row in overview.nodes
+    ]
+    agents = [
+        [
+            row.name,
+            row.kind,
+            str(row.instances),
+            str(row.queued),
+            str(row.running),
+            f"{row.load:.2f}",
+            f"{row.imbalance:.2f}",
+            f"{row.work_s:.3f}",
+            f"{row.wait_s:.3f}",
+        ]
+        for row in overview.agents
+    ]
+    waits = [
+        [row.future, row.call, row.session, row.worker, row.state, f"{row.waited_s:.1f}", str(row.priority)]
+        for row in overview.waits
+    ]
+    parts: list[RenderableType] = [Text(head)]
+    for columns, rows in (
+        (["NODE", "WORKERS", "QUEUED", "RUNNING", "RESOURCES"], nodes),
+        (["AGENT", "KIND", "INSTANCES", "QUEUED", "RUNNING", "LOAD", "SKEW", "WORK", "WAIT"], agents),
+        (["WAITING CALL", "OF", "SESSION", "AT", "STATE", "SECONDS", "PRIORITY"], waits),
+    ):
+        if rows:
+            parts += [Text(), _table(columns, rows)]
+    lines = [line for entry in overview.decisions for line in _decided_lines(entry)]
+    return [*parts, Text("\n" + "\n".join(lines[-20:]))] if lines else parts
+
+
+def _resources_of(resources: Mapping[str, tuple[float, float]]) -> str:
+    return ", ".join(f"{name} {used:g}/{whole:g}" for name, (used, whole) in resources.items())
+
+
+@cli.group()
+def policy() -> None:
+    """What the global controller decides, and why."""
+
+
+@policy.command(name="show")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def show_policy(options: _Options, /, json: bool, app: Path | None, **broker: str | None) -> None:
+    """Show what holds now: routes, priorities, limits, permissions; who decides, and by which policy.
+
+    What was decided last holds on when nobody leads.
+    """
+    from nalar_mq import commands, control_commands
+    from nalar_mq.actions import describe
+
+    file = commands.app_file(app) if app else None
+    found = _run(options, control_commands.in_force(_choice(broker), app=file))
+    if json:
+        _show_json(found)
+        return
+    _tell(f"{found.leader} leads" if found.leader else "nobody leads, and what was decided last holds on")
+    _tell(
+        f"policy {found.policy or 'unknown'}, record {found.number} of term {found.term}"
+        if found.term
+        else "nothing is decided"
+    )
+    for state in found.states:
+        _show(_with_reason(describe(state), state.reason))
+    if found.ranked and found.ranked.sessions:
+        _show(_with_reason(f"{found.ranked.sessions} sessions have priorities", found.ranked.reason))
+
+
+@policy.command(name="history")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many entries, the last ones.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def policy_history(options: _Options, /, limit: int, json: bool, app: Path | None, **broker: str | None) -> None:
+    """Show what was decided, what was refused, and why; the broker keeps the last 1,000 entries for a week.
+
+    Reports of processes that could not be used are among what was refused.
+    """
+    from nalar_mq import commands, control_commands
+
+    file = commands.app_file(app) if app else None
+    found = _run(options, control_commands.history(_choice(broker), app=file, limit=limit))
+    if json:
+        _show_json(found)
+        return
+    for entry in found:
+        for line in _decided_lines(entry):
+            _show(line)
+
+
+@policy.command(name="test")
+@click.argument("policy", metavar="FILE.py:NAME")
+@click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="For how long it is asked.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def try_policy(options: _Options, /, policy: str, seconds: float, json: bool, app: Path | None, **broker: str | None) -> int:
+    """Ask a policy about what is there now, and show what it would decide and what would be refused. Nothing takes effect.
+
+    The exit code is 1 if it gave no answer.
+    """
+    from nalar_mq import commands, control_commands
+
+    file = commands.app_file(app) if app else None
+    take = _trial_printer(json)
+    trial = _run(options, control_commands.test(_choice(broker), app=file, policy=policy, seconds=seconds, take=take))
+    return _tell_trial(trial)
+
+
+@policy.command()
+@click.argument("trace", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--seconds", type=click.FloatRange(min=0), help="For how long.  [default: until Ctrl-C]")
+@_app_option
+@_broker_options
+@_with_options
+def record(options: _Options, /, trace: Path, seconds: float | None, app: Path | None, **broker: str | None) -> None:
+    """Write what all processes report into the file TRACE, for `nalar policy replay`."""
+    from nalar_mq import commands, control_commands
+
+    file = commands.app_file(app) if app else None
+    done = _run(options, control_commands.record(_choice(broker), app=file, file=trace, seconds=seconds))
+    _tell(f"{done.reports:,} reports, {done.size_bytes:,} bytes")
+
+
+@policy.command()
+@click.argument("policy", metavar="FILE.py:NAME")
+@click.argument("trace", type=click.Path(dir_okay=False, path_type=Path))
+@_json_option
+@_with_options
+def replay(options: _Options, /, policy: str, trace: Path, json: bool) -> int:
+    """Ask a policy about what was recorded in TRACE, and show what it would have decided; times are those of the recording.
+
+    The exit code is 1 if it gave no answer.
+    """
+    from nalar_mq import control_commands
+
+    return _tell_trial(_run(options, control_commands.replay(trace, policy, _trial_printer(json))))
+
+
+def _trial_printer(json: bool) -> Callable[[Decided], None]:
+    def show(entry: Decided) -> None:
+        if json:
+            _show_line(entry)
+            return
+        for line in _decided_lines(entry, clock=f"{entry.at_s:8.2f} s"):
+            _show(line)
+
+    return show
+
+
+def _tell_trial(trial: Trial) -> int:
+    _tell(
+        f"asked {trial.rounds} times, {trial.failures} times without an answer; {trial.refused} actions refused; "
+        f"{trial.processes} processes and {trial.futures} calls in hand in the end"
+    )
+    if not trial.processes:
+        _tell("no process has reported anything: is this the runtime that is meant?")
+    return EXIT_CALL_FAILED if trial.failures else EXIT_OK
+
+
+def _decided_lines(entry: Decided, clock: str = "") -> list[str]:
+    """An entry of the history, a line for each thing."""
+    from nalar_mq.actions import describe
+
+    clock = clock or _moment(entry.at_s)
+    lines = [f"{clock}  {entry.controller} leads, term {entry.term}, policy {entry.policy}"] if entry.took_lead else []
+    lines += [f"{clock}  {_with_reason(describe(state), state.reason)}" for state in entry.began]
+    lines += [f"{clock}  no more: {describe(state)}" for state in entry.ended]
+    if entry.ranked:
+        lines.append(f"{clock}  {_with_reason(f'{entry.ranked.sessions} sessions get priorities', entry.ranked.reason)}")
+    lines += [f"{clock}  {_with_reason(describe(act), act.reason)}" for act in entry.acts]
+    lines += [f"{clock}  refused: {_with_reason(refused.action, refused.reason)}" for refused in entry.refused]
+    lines += [
+        f"{clock}  {unused.count} reports of {unused.process} not used: {unused.error}: {unused.reason}"
+        for unused in entry.reports
+    ]
+    lines += [f"{clock}  no answer, all stays as it was: {entry.error}"] if entry.error else []
+    lines += [f"{clock}  and {entry.left_out} more"] if entry.left_out else []
+    return lines
+
+
+def _with_reason(what: str, reason: str) -> str:
+    return ": ".join(filter(None, (what, reason)))
+
+
 @cli.group()
 def model() -> None:
     """The embedded model, for laptops and demonstrations."""
@@ -1076,16 +1347,22 @@ def _show_findings(findings: Sequence[Finding]) -> None:
 
 
 def _show_table(head: list[str], rows: list[list[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False).print(_table(head, rows))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     on_terminal = sys.stdout.isatty()
     table = Table(*head, box=SIMPLE_HEAD if on_terminal else None, padding=(0, 1, 0, 0), pad_edge=False)
     table.columns[0].no_wrap = True  # the others give way where the terminal is narrow
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if on_terminal else 1000, highlight=False, markup=False).print(table)
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _process_row(process: Seen) -> dict[str, Any]:

@@ -64,7 +64,8 @@ from nalar_mq.streams import lay_out
 from nalar_mq.traces import Trace
 
 if TYPE_CHECKING:
-    from nalar_mq.controllers.global_controller import Decider, GlobalController
+    from nalar_mq.controllers.deciding import Decider
+    from nalar_mq.controllers.global_controller import GlobalController
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ async def interruptible(command: Coroutine[Any, Any, T]) -> T:
         Interrupted: it was unwound.
     """
     stop = asyncio.Event()
-    with _on_signals(stop.set):
+    with on_signals(stop.set):
         task = asyncio.ensure_future(command)
         await _first(task, stop.wait())
     if task.cancelled():
@@ -163,7 +164,7 @@ async def up(
         raise ConfigError(f"this app is up already at {running.url} (process {running.pid}): `nalar call` uses it")
     load_quietly(app)  # what is wrong with it is said once, and before anything starts
     entry = _runtime_entry(app)
-    decider = await decider_of(policy) if policy is not None else None
+    decider = await _decider(policy) if policy is not None else None
     async with AsyncExitStack() as stack:
         broker: EmbeddedBroker | None = None
         access = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
@@ -208,10 +209,10 @@ async def controller(choice: BrokerChoice, *, app: Path | None, policy: str | No
         PolicyLoadError: there is no such policy.
     """
     settings = settings_of(choice, app)
-    decider = await decider_of(policy)
+    decider = await _decider(policy)
     await _reach(settings)
     stop = asyncio.Event()
-    with _on_signals(stop.set):
+    with on_signals(stop.set):
         await _first(stop.wait(), govern(settings, decider, tell))
 
 
@@ -337,28 +338,17 @@ def _nodes(settings: Settings, count: int) -> list[Settings]:
     return [msgspec.structs.replace(settings, node=f"{settings.node}-{number}") for number in range(1, count + 1)]
 
 
-async def decider_of(policy: str | None) -> Decider:
-    """The policy that `FILE.py:Name` names, or the default one.
+async def _decider(policy: str | None) -> Decider:
+    from nalar_mq.controllers.deciding import decider_of
 
-    Raises:
-        PolicyLoadError: there is no such policy.
-    """
-    from nalar_mq.controllers import policies
-    from nalar_mq.controllers.global_controller import Reloaded, Trusted
-    from nalar_mq.controllers.policy_file import PolicyFile
-
-    if policy is None:
-        return Trusted(policies.default(), "default")
-    file = PolicyFile(policy)
-    await file.load()
-    return Reloaded(file)
+    return await decider_of(policy)
 
 
 async def govern(settings: Settings, decider: Decider | None, tell: Show) -> None:
     """Runs a global controller for as long as it is let, through losses of the broker; tells when the lead changes."""
     from nalar_mq.controllers.global_controller import GlobalController
 
-    decider = decider or await decider_of(None)
+    decider = decider or await _decider(None)
     name = random_token(f"{settings.node[:96]}-controller")
     while True:
         try:
@@ -380,7 +370,9 @@ async def _tell_lead(controller: GlobalController, name: str, tell: Show) -> NoR
         await controller.until_round(controller.rounds + 1)
         if controller.leader and controller.leader != told:
             told = controller.leader
-            tell(f"controller {name} " + ("leads" if told == name else f"stands by: {told} leads"))
+            tell(
+                f"controller {name} " + ("leads" if told == name else f"stands by: {told} leads, and decides by its own policy")
+            )
 
 
 async def _serve(
@@ -390,7 +382,7 @@ async def _serve(
     governing: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
-    with _on_signals(lambda: (hurry if stop.is_set() else stop).set()):
+    with on_signals(lambda: (hurry if stop.is_set() else stop).set()):
         async with _started(controllers):
             await _first(stop.wait(), _watch(controllers, tell, governing), *_guards(broker))
             if stop.is_set():
@@ -429,7 +421,8 @@ async def _broker_failed(broker: EmbeddedBroker) -> None:
 
 
 @contextlib.contextmanager
-def _on_signals(handler: Callable[[], object]) -> Generator[None]:
+def on_signals(handler: Callable[[], object]) -> Generator[None]:
+    """Calls `handler` for SIGINT and SIGTERM, on the event loop, in place of what they did before."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, handler)

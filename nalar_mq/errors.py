@@ -8,6 +8,9 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── ManifestError            nalar.toml, with file and line
     │   ├── AppError                 the user's module cannot be loaded
     │   ├── DirectiveError           a directive is unknown, wrong or contradicts another
+    │   ├── RecordingError           a file of recorded telemetry is none, or cannot be written
+    │   │   ├── RecordingDamagedError    its bytes are not those that were written
+    │   │   └── RecordingVersionError    it was written in another version of the format
     │   └── EngineError              a model server or its model is missing or does not start
     │       ├── EngineUnreachableError   nobody answers there, or the connection broke off
     │       └── EngineRequestError       it refuses a request; `status`, `retry_after_s`
@@ -28,6 +31,10 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── StoreFullError           there is no room for what it is to keep
     │   ├── StoreLostError           another process has taken it over
     │   └── StoreVersionError        another version of nalar-mq has written it
+    ├── PolicyError                  what was decided before stays in force
+    │   ├── PolicyLoadError          (also a ConfigError) there is no policy where one was named
+    │   ├── PolicyFailedError        it raised
+    │   └── PolicyTimeoutError       it had not answered when its time was over
     ├── MigrationError               a session was not moved, and is served where it was
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
@@ -96,6 +103,18 @@ class DirectiveError(ConfigError):
 
 class EngineError(ConfigError):
     """A model server or its model is missing or does not start; the message names the command that installs it."""
+
+
+class RecordingError(ConfigError):
+    """A file of recorded telemetry cannot be written, or is none."""
+
+
+class RecordingDamagedError(RecordingError):
+    """Its bytes are not those that were written."""
+
+
+class RecordingVersionError(RecordingError):
+    """It was written in another version of the format."""
 
 
 class WorkerStartError(NalarError):

@@ -10,8 +10,8 @@ import asyncio
 
 from nalar_mq import journal, local_store
 from nalar_mq.address import Address, Subjects
-from nalar_mq.controllers.audit import DECISIONS_KEPT, DECISIONS_KEPT_S
-from nalar_mq.controllers.leadership import LIFE
+from nalar_mq.controllers.audit import open_history
+from nalar_mq.controllers.leadership import open_lead
 from nalar_mq.jobs import RESULTS_KEPT_S, Jobs
 from nalar_mq.membership import LOST_KEPT_S
 from nalar_mq.questions import Questions
@@ -35,11 +35,11 @@ async def lay_out(transport: Transport, subjects: Subjects, lease_s: float) -> N
         transport.key_value(subjects.members_bucket, ttl_s=lease_s),
         transport.key_value(subjects.lost_bucket, ttl_s=LOST_KEPT_S),
         transport.key_value(subjects.places_bucket),
-        transport.key_value(subjects.leader_bucket, ttl_s=LIFE * lease_s),
+        open_lead(transport, subjects, lease_s),
         transport.key_value(subjects.control_bucket),
         transport.key_value(subjects.acts_bucket, ttl_s=lease_s),
         transport.ledger(subjects.journal_ledger, [subjects.journal("*", "*")], max_age_s=journal.KEPT_S),
-        transport.ledger(subjects.decisions_ledger, [subjects.decided], max_age_s=DECISIONS_KEPT_S, per_subject=DECISIONS_KEPT),
+        open_history(transport, subjects),
         transport.object_store(subjects.claims_bucket, max_age_s=local_store.KEPT_S),
         transport.object_store(subjects.results_bucket, max_age_s=RESULTS_KEPT_S),
         replication.ledger(),

@@ -23,11 +23,12 @@ from nalar_mq.address import Address, Subjects
 from nalar_mq.changes import Changes, Tracked
 from nalar_mq.columns import DONE, RUNNING, Serves, decode_again
 from nalar_mq.config import BrokerAccess
-from nalar_mq.controllers.global_controller import GlobalController, Reloaded, Trusted
+from nalar_mq.controllers.deciding import Reloaded, Trusted
+from nalar_mq.controllers.global_controller import GlobalController
 from nalar_mq.controllers.observer import Observer
 from nalar_mq.controllers.overview import decode_overview
 from nalar_mq.controllers.policies import LeastLoaded, ShortestRemaining
-from nalar_mq.controllers.policy import Action, Kill, Policy, SetPriority, Weights, kill, set_priority
+from nalar_mq.controllers.policy import Action, Kill, Policy, SetPriority, Weights, allow, kill, set_priority
 from nalar_mq.controllers.policy_file import PolicyFile
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import PolicyFailedError
@@ -469,7 +470,7 @@ async def test_the_leader_answers_what_it_sees(hub: MemoryHub) -> None:
         await asyncio.sleep(0.01)
     worker.changes.set_queues({"a": (30, 0)})
     leader = await until_one_leads(first, second)
-    await until(lambda: len(leader.view.futures) == 30)
+    await until(lambda: len(leader.view.futures) == 30 and leader.audit.recent)
     answer = await asker.request(SUBJECTS.overview, b"", timeout_s=5.0)
     seen = decode_overview(answer.data)
     assert (seen.controller, seen.futures, seen.sessions) == (leader.leader, 30, 30)
@@ -479,6 +480,26 @@ async def test_the_leader_answers_what_it_sees(hub: MemoryHub) -> None:
     assert {row.call for row in seen.waits} == {"a.run"}
     assert bytes.fromhex(seen.waits[0].future).startswith(b"w-1")
     assert any(entry.took_lead for entry in seen.decisions)
+
+
+@simulated
+async def test_a_new_leader_takes_nothing_back_before_it_knows_who_is_there(hub: MemoryHub) -> None:
+    workers = [await Worker(f"w{number}").join(hub) for number in range(3)]
+    rule = allow("a", callers=("b",))
+    first = await controller(hub, "c1", Mind(rule))
+    await until(lambda: all(worker.standing.states == (rule,) for worker in workers))
+    heard: list[States] = []
+    listener = await hub.connect("listener")
+    await listener.subscribe(SUBJECTS.states, lambda m: heard.append(decode_decision(m.data, States)))
+    hub.kill("c1")
+    hub.faults = Faults(drop=0.3)
+    second = await controller(hub, "c2", Mind(rule))
+    await until(lambda: second.is_leader and second.observer.is_informed)
+    await second.until_round(second.rounds + 10)
+    assert first.leader == "c1"
+    assert (await states_kept(hub)).states == (rule,)
+    assert {record.states for record in heard} <= {(rule,)}
+    assert not [refusal for decision in second.governor.history for refusal in decision.refusals]
 
 
 async def until_one_leads(*controllers: GlobalController) -> GlobalController:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,52 +10,73 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
+from nalar_mq.cli import run_command
 from nalar_mq.config import BrokerAccess
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 90.0
 
 POLICY = '''
-from nalar_mq.controllers.policy import kill, set_priority
+from nalar_mq.controllers.policy import allow, kill
 
 
 class Mine:
-    """Raises one session, and wants what cannot be."""
+    """Closes an agent, and wants what cannot be."""
 
     def decide(self, view):
-        if "ann" in view.sessions:
-            yield set_priority("ann", 5, reason="she pays")
-        yield kill("nobody")
+        yield allow("wait", callers=["chat"], tenants=["acme"], reason="it is dear")
+        yield kill("nobody", reason="it idles")
 '''
+APP = """
+import asyncio
+from pathlib import Path
+
+from nalar_mq import tool, workflow
+
+
+@tool(concurrency=1)
+async def wait(path: str) -> str:
+    while not Path(path).exists():
+        await asyncio.sleep(0.02)
+    return path
+
+
+@workflow
+async def chat(path: str) -> str:
+    return await wait(path)
+"""
+
+
+class Done(NamedTuple):
+    """What a command has printed."""
+
+    stdout: str
+    stderr: str
 
 
 class Site:
     """A broker and a namespace, and a shell that knows them."""
 
-    def __init__(self, access: BrokerAccess, namespace: str, folder: Path) -> None:
-        self.access = access
-        self.namespace = namespace
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
         self.running: list[subprocess.Popen[str]] = []
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-        self.environment = kept | {
-            "HOME": str(folder),
-            "NATS_URL": access.urls[0],
-            "NATS_TOKEN": access.token,
-            "NALAR_NAMESPACE": namespace,
-        }
+        self._capsys = capsys
 
-    def __call__(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Runs the command to its end; no traceback reaches the user."""
-        done = subprocess.run(
-            [NALAR, *words], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_S
-        )
-        assert done.returncode == code, done.stdout + done.stderr
+    def __call__(self, *words: str, code: int = 0) -> Done:
+        """Runs the command to its end, in this process; no traceback reaches the user."""
+        ended = run_command(words)
+        done = Done(*self._capsys.readouterr())
+        assert ended == code, done
         assert "Traceback" not in done.stderr
         return done
+
+    def json(self, *words: str) -> Any:
+        """What a command prints as JSON."""
+        return json.loads(self(*words, "--json").stdout)
 
     def start(self, *words: str) -> Running:
         return Running(self, *words)
@@ -67,7 +89,7 @@ class Running:
         self.errors = site.folder / f"stderr-{len(site.running)}"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [NALAR, *words], cwd=site.folder, env=site.environment, stdout=subprocess.DEVNULL, stderr=errors, text=True
+                [NALAR, *words], cwd=site.folder, stdout=subprocess.DEVNULL, stderr=errors, text=True
             )
         site.running.append(self.process)
 
@@ -93,8 +115,20 @@ def eventually(condition: Callable[[], object], what: str) -> None:
 
 
 @pytest.fixture
-def site(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> Iterator[Site]:
-    site = Site(broker_access, namespace, tmp_path)
+def site(
+    broker_access: BrokerAccess,
+    namespace: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Site]:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("NALAR_", "NATS_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    known = {"HOME": str(tmp_path), "NATS_URL": broker_access.urls[0], "NATS_TOKEN": broker_access.token}
+    for name, value in {**known, "NALAR_NAMESPACE": namespace}.items():
+        monkeypatch.setenv(name, value)
+    site = Site(tmp_path, capsys)
     yield site
     for process in site.running:
         if process.poll() is None:
@@ -133,3 +167,67 @@ def test_a_policy_that_cannot_be_loaded_is_a_mistake_of_the_command_line(site: S
 def test_no_policy_without_a_controller(site: Site) -> None:
     (site.folder / "mine.py").write_text(POLICY)
     assert "leave out one" in site("up", "mine.py", "--policy", "mine.py:Mine", "--no-controller", code=2).stderr
+
+
+def test_what_is_decided_refused_and_seen_is_told(site: Site) -> None:
+    (site.folder / "mine.py").write_text(POLICY)
+    (site.folder / "flow.py").write_text(APP)
+    gate = site.folder / "gate"
+    controller = site.start("controller", "--policy", "mine.py:Mine")
+    worker = site.start("worker", "flow.py", "--workers", "1", "--node", "n1")
+    worker.says("workers are ready")
+    jobs = [site("submit", "chat", str(gate)).stdout.strip() for _ in range(3)]
+
+    eventually(lambda: site.json("policy", "show")["states"], "nothing is in force")
+    shown = site.json("policy", "show")
+    assert shown["leader"] in controller.said
+    assert (shown["policy"], shown["term"] > 0) == ("mine.py:Mine", True)
+    assert [(state["type"], state["agent"], state["callers"]) for state in shown["states"]] == [("allow", "wait", ["chat"])]
+    assert "wait may be called by chat, tenant acme: it is dear" in site("policy", "show").stdout
+    refused = "refused: all of nobody stops: there is no worker 'nobody'"
+    assert refused in site("policy", "history").stdout
+
+    eventually(lambda: site.json("top", "--once")["futures"] == 6, "calls are not seen")
+    seen = site.json("top", "--once")
+    assert [(row["name"], row["count"], row["workers"]) for row in seen["nodes"]] == [("n1", 1, ["n1-1"])]
+    (tool,) = (row for row in seen["agents"] if row["name"] == "wait")
+    assert (tool["kind"], tool["instances"], tool["queued"], tool["running"]) == ("tool", 1, 2, 1)
+    assert {wait["call"] for wait in seen["waits"]} == {"wait"}
+    assert len(seen["waits"]) == 2
+    for words in ("policy mine.py:Mine", "WAITING CALL", "n1-1", refused):
+        assert words in site("top", "--once").stdout
+
+    (site.folder / "mine.py").write_text(POLICY.replace("acme", "globex") + "        raise ValueError(view.now < 0)\n")
+    eventually(lambda: "no answer, all stays as it was" in site("policy", "history").stdout, "its error is not told")
+    assert "ValueError: False (line 11)" in site("policy", "history").stdout
+    assert site.json("policy", "show")["states"] == shown["states"]
+
+    gate.touch()
+    assert [site("result", job, "--wait").stdout for job in jobs] == [f"{gate}\n"] * 3
+    assert controller.end() == worker.end() == 0
+    assert "nobody leads" in site("policy", "show").stderr
+    assert site.json("policy", "show")["states"] == shown["states"]
+    assert "start one with `nalar controller`" in site("top", "--once", code=3).stderr
+
+
+def test_a_policy_is_tried_on_what_is_there_and_on_what_was_recorded(site: Site) -> None:
+    (site.folder / "mine.py").write_text(POLICY)
+    (site.folder / "broken.py").write_text("class Mine:\n    def decide(self, view):\n        while True:\n            pass\n")
+    (site.folder / "flow.py").write_text(APP)
+    site.start("worker", "flow.py", "--workers", "1", "--node", "n1").says("workers are ready")
+    says = ["wait may be called by chat, tenant acme: it is dear", "refused: all of nobody stops: there is no worker 'nobody'"]
+
+    tried = site("policy", "test", "mine.py:Mine", "--seconds", "0.5")
+    assert [line.partition(" s  ")[2] for line in tried.stdout.splitlines()] == says
+    assert "1 processes and 0 calls in hand" in tried.stderr
+    assert site.json("policy", "show")["states"] == []
+    assert "did not answer within" in site("policy", "test", "broken.py:Mine", "--seconds", "0", code=1).stdout
+
+    site("policy", "record", "trace", "--seconds", "1.5")
+    assert "cannot be written: File exists" in site("policy", "record", "trace", "--seconds", "0", code=2).stderr
+    replayed = site("policy", "replay", "mine.py:Mine", "trace")
+    assert [line.partition(" s  ")[2] for line in replayed.stdout.splitlines()] == says
+    assert site("policy", "replay", "mine.py:Mine", "trace").stdout == replayed.stdout
+    entries = [json.loads(line) for line in site("policy", "replay", "mine.py:Mine", "trace", "--json").stdout.splitlines()]
+    assert [entry["refused"][0]["reason"] for entry in entries] == ["there is no worker 'nobody'"]
+    assert "is no recording" in site("policy", "replay", "mine.py:Mine", "flow.py", code=2).stderr

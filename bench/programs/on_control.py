@@ -27,7 +27,8 @@ from nalar_mq.address import Address, Subjects
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.changes import Changes
 from nalar_mq.config import BrokerAccess
-from nalar_mq.controllers.global_controller import GlobalController, Trusted
+from nalar_mq.controllers.deciding import Trusted
+from nalar_mq.controllers.global_controller import GlobalController
 from nalar_mq.controllers.policies import ShortestRemaining
 from nalar_mq.mailbox import Mailbox
 from nalar_mq.messages import Call

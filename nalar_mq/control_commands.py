@@ -1,0 +1,192 @@
+"""What the commands about policies do, without the command line: `cli` reads the options, this carries them out.
+
+show, history     read what is kept at the broker; no controller is needed
+top               asks the controller that leads
+test, record      listen to the reports of all processes, as a controller does, and publish nothing
+replay            reads a file
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from nalar_mq.actions import Decided, Ranking, State, States, decode_decision
+from nalar_mq.address import Subjects, random_token
+from nalar_mq.commands import BrokerChoice, on_signals, settings_of
+from nalar_mq.config import Settings
+from nalar_mq.controllers.audit import open_history, read_history
+from nalar_mq.controllers.deciding import PERIOD_S, decider_of
+from nalar_mq.controllers.leadership import leader_in, open_lead
+from nalar_mq.controllers.observer import Observer
+from nalar_mq.controllers.overview import Overview, decode_overview
+from nalar_mq.controllers.recording import Recorded, Recording, read_recording
+from nalar_mq.controllers.rehearsal import Rehearsal
+from nalar_mq.controllers.rehearsal import replay as replay_on
+from nalar_mq.controllers.view import View
+from nalar_mq.errors import BrokerError, WireError
+from nalar_mq.nats_transport import NatsTransport
+
+_ANSWERED_WITHIN_S: Final = 3.0
+_STATES: Final = "states"
+
+Take = Callable[[Decided], None]
+
+
+class InForce(msgspec.Struct, frozen=True, kw_only=True):
+    """What holds now.
+
+    Attributes:
+        leader: the controller that decides; empty for none, and then what was decided last holds on.
+        policy: what it asks, as far as that is known.
+        term, number: which record of which lead this is; 0 and 0 if nothing has ever been decided.
+        states: routes, priorities of single sessions, limits and permissions.
+        ranked: sessions that were given priorities at once, and why, as told last; None if none were.
+    """
+
+    leader: str
+    policy: str
+    term: int
+    number: int
+    states: tuple[State, ...]
+    ranked: Ranking | None
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """What a policy was tried on, and how that went.
+
+    Attributes:
+        rounds: how often it was asked.
+        failures: how often it gave no answer.
+        refused: actions that were not admitted, each time they were said.
+        processes, futures: that it had to look at in the end.
+    """
+
+    rounds: int
+    failures: int
+    refused: int
+    processes: int
+    futures: int
+
+
+@contextlib.asynccontextmanager
+async def _connected(settings: Settings) -> AsyncGenerator[tuple[NatsTransport, Subjects]]:
+    async with await NatsTransport.connect(settings.broker, name=random_token("policy")) as transport:
+        yield transport, Subjects(settings.namespace)
+
+
+async def in_force(choice: BrokerChoice, *, app: Path | None) -> InForce:
+    """What holds now, and who decides."""
+    settings = settings_of(choice, app)
+    async with _connected(settings) as (transport, subjects):
+        leader = await leader_in(await open_lead(transport, subjects, settings.lease_s))
+        entries = await read_history(await open_history(transport, subjects), subjects)
+        kept = await (await transport.key_value(subjects.control_bucket)).get(_STATES)
+        record = States(0, 0, 0)
+        if kept is not None and kept.value is not None:
+            record = decode_decision(kept.value, States)
+        of_term = [entry for entry in entries if entry.term == record.term]
+        ranked = next((entry.ranked for entry in reversed(of_term) if entry.ranked), None)
+        policy = of_term[-1].policy if of_term else ""
+        return InForce(
+            leader=leader, policy=policy, term=record.term, number=record.number, states=record.states, ranked=ranked
+        )
+
+
+async def history(choice: BrokerChoice, *, app: Path | None, limit: int) -> list[Decided]:
+    """The last `limit` entries of the history, the oldest first."""
+    async with _connected(settings_of(choice, app)) as (transport, subjects):
+        entries = await read_history(await open_history(transport, subjects), subjects)
+        return entries[len(entries) - min(limit, len(entries)) :]
+
+
+async def overviews(choice: BrokerChoice, *, app: Path | None, every_s: float) -> AsyncGenerator[Overview | None]:
+    """What the controller that leads sees, again and again; None while none answers."""
+    async with _connected(settings_of(choice, app)) as (transport, subjects):
+        while True:
+            try:
+                answer = await transport.request(subjects.overview, b"", timeout_s=_ANSWERED_WITHIN_S)
+                yield decode_overview(answer.data)
+            except (BrokerError, WireError):
+                yield None
+            await asyncio.sleep(every_s)
+
+
+async def test(choice: BrokerChoice, *, app: Path | None, policy: str, seconds: float, take: Take) -> Trial:
+    """Asks a policy about what is there now, for so many seconds; nothing of what it says takes effect.
+
+    Raises:
+        PolicyLoadError: there is no such policy.
+    """
+    rehearsal = Rehearsal(await decider_of(policy))
+    settings = settings_of(choice, app)
+    loop = asyncio.get_running_loop()
+    async with _connected(settings) as (transport, subjects), Observer(transport, subjects, lease_s=settings.lease_s) as seen:
+        while not seen.is_informed:
+            await asyncio.sleep(PERIOD_S)
+            seen.collect()
+        began = loop.time()
+        while True:
+            seen.collect()
+            now = loop.time()
+            for entry in await rehearsal.step(seen.view, now, seen.complaints(), at_s=now - began):
+                take(entry)
+            if loop.time() - began >= seconds:
+                break
+            await asyncio.sleep(PERIOD_S)
+        return _trial(rehearsal, seen.view)
+
+
+async def record(choice: BrokerChoice, *, app: Path | None, file: Path, seconds: float | None) -> Recording:
+    """Writes what is reported into a file, for so many seconds or until SIGINT or SIGTERM; returns what was written.
+
+    Raises:
+        RecordingError: the file is there already, or cannot be written.
+    """
+    settings = settings_of(choice, app)
+    loop = asyncio.get_running_loop()
+    came: list[Recorded] = []
+    stop = asyncio.Event()
+    with Recording(file) as recording, on_signals(stop.set):
+        began = loop.time()
+
+        def keep(sender: str, data: bytes, at: float) -> None:
+            came.append(Recorded(at - began, sender, data))
+
+        async with _connected(settings) as (transport, subjects), Observer(transport, subjects, tap=keep) as seen:
+            while not stop.is_set() and (seconds is None or loop.time() - began < seconds):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), PERIOD_S)
+                seen.collect()
+                for report in came:
+                    recording.add(report)
+                came.clear()
+        return recording
+
+
+async def replay(file: Path, policy: str, take: Take) -> Trial:
+    """Asks a policy about what was recorded.
+
+    Raises:
+        PolicyLoadError: there is no such policy.
+        RecordingError: the file is no recording, or damaged.
+    """
+    rehearsal, view = Rehearsal(await decider_of(policy)), View()
+    async for entry in replay_on(rehearsal, read_recording(file), view):
+        take(entry)
+    return _trial(rehearsal, view)
+
+
+def _trial(rehearsal: Rehearsal, view: View) -> Trial:
+    return Trial(
+        rounds=rehearsal.rounds,
+        failures=rehearsal.failures,
+        refused=rehearsal.refused,
+        processes=len(view.processes),
+        futures=len(view.futures),
+    )
