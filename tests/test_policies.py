@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from views import World
 
 from nalar_mq.columns import RUNNING, Serves
 from nalar_mq.controllers import policies
+from nalar_mq.controllers import policy as actions
 from nalar_mq.controllers.guards import Guards
 from nalar_mq.controllers.policies import (
     BudgetLimits,
@@ -36,6 +39,7 @@ from nalar_mq.controllers.policy import (
     SetPriority,
     Weights,
 )
+from nalar_mq.controllers.policy_file import PolicyFile
 from nalar_mq.controllers.view import View
 
 
@@ -251,6 +255,35 @@ def test_who_has_spent_the_budget_begins_nothing_more() -> None:
     world.changes["w2"].spend(rich, 4.0)
     limits = decided(BudgetLimits(per_session=5.0), world.tick())
     assert {(one.agent, one.session) for one in limits if isinstance(one, Limit)} == {("a", "s2"), ("b", "s2")}
+
+
+async def test_the_policy_in_the_readme_does_what_it_says(tmp_path: Path) -> None:
+    code = next(block for block in readme_blocks("python") if "class PaidFirst" in block)
+    (tmp_path / "mine.py").write_text(code)
+    file = PolicyFile(f"{tmp_path / 'mine.py'}:Mine")
+    await file.load()
+    world = two_workers(report=Serves("workflow", concurrency=2))
+    world.call("w1", "report", "paid-ann")
+    world.call("w1", "report", "bob")
+    assert await file.decide(world.tick()) == [SetPriority("paid-ann", 10, "", "it is paid for")]
+    world.queue("w1", report=(20, 2))
+    world.queue("w2", report=(20, 2))
+    assert Limit("report", 4, "", "", "the others have to get on, too") in await file.decide(world.tick())
+
+
+def readme_blocks(language: str) -> list[str]:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_on_policies_names_what_there_is() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    shipped = [
+        name for name, found in vars(policies).items() if inspect.isclass(found) and found.__module__ == policies.__name__
+    ]
+    words = [*shipped, *(name for name in actions.__all__ if name.islower() and name != "by_rank")]
+    assert len(words) > 15
+    assert [word for word in words if f"`{word}" not in page] == []
 
 
 def test_each_policy_can_be_read_at_one_look() -> None:
