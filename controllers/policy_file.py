@@ -38,11 +38,17 @@ class _OverdueError(BaseException):
 
 
 class _Run:
-    """One call in a thread of its own."""
+    """One call in a thread of its own.
+
+    Attributes:
+        done: the outcome.
+        is_over: it has come back, whether anybody waits for that or not.
+    """
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[object] = self._loop.create_future()
+        self.is_over = False
         self._thread = threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
         self._thread.start()
 
@@ -51,6 +57,7 @@ class _Run:
             result, error = work(), None
         except BaseException as caught:
             result, error = None, caught
+        self.is_over = True  # the thread lives on for a moment, with nothing of the user's to do
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
             self._loop.call_soon_threadsafe(self._settle, result, error)
 
@@ -61,11 +68,6 @@ class _Run:
             self.done.set_result(result)
         else:
             self.done.set_exception(PolicyFailedError(_told(error)))
-
-    @property
-    def is_over(self) -> bool:
-        """True if the thread has ended."""
-        return not self._thread.is_alive()
 
     def interrupt(self) -> None:
         """Raises an exception in it, at its next step in Python."""
