@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -62,6 +63,7 @@ def connect(
     name: str | None = None,
     connect: Connect | None = None,
     random: Random | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> Client:
     """A client of a running runtime; use it with `async with`, or with `with` in a program without an event loop.
 
@@ -71,7 +73,7 @@ def connect(
         settings: everything at once, in place of `url`.
         app: the app's folder, manifest or file; the working directory if None.
         name: how others see this client; a fresh name if None.
-        connect, random: as for `Process`.
+        connect, random, clock: as for `Process`.
 
     Raises:
         ConfigError: the URL is none, or there is none to be found.
@@ -86,7 +88,7 @@ def connect(
             app_namespace=running.namespace if running and url is None else "",
             advice=_ADVICE,
         )
-    return Client(settings, name=name, connect=connect, random=random, advice=advice)
+    return Client(settings, name=name, connect=connect, random=random, clock=clock, advice=advice)
 
 
 class Caller:
@@ -148,6 +150,7 @@ class Client(Caller):
         name: str | None = None,
         connect: Connect | None = None,
         random: Random | None = None,
+        clock: Callable[[], float] = time.time,
         advice: str = "",
     ) -> None:
         super().__init__(self, DEFAULT_OPTIONS)
@@ -157,6 +160,7 @@ class Client(Caller):
         self._settings = settings
         self._connect = connect
         self._random = random
+        self._clock = clock
         self._process: Process | None = None
         self._context: CallContext | None = None
         self._outer: CallContext | None = None
@@ -235,6 +239,7 @@ class Client(Caller):
             connect=self._connect,
             lease_in_thread=self._connect is None,
             random=self._random,
+            clock=self._clock,
         )
         await process.start()
         process.declared_lost.add_done_callback(self._begin_rejoining)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
@@ -35,14 +36,18 @@ class Committer:
         store: is written by nobody else, and closed by `close`.
         on_lost: is told, in the thread, that another process has taken the store over; nothing is written after that.
         ship: takes what has been written, before anybody is told.
+        clock: seconds since 1970, by which records of calls expire.
 
     Attributes:
         commits: transactions so far.
         written: writes in them.
     """
 
-    def __init__(self, store: Store, on_lost: Callable[[], None], ship: Ship | None = None) -> None:
+    def __init__(
+        self, store: Store, on_lost: Callable[[], None], ship: Ship | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
         self.store = store
+        self._clock = clock
         self._ship = ship
         self.commits = 0
         self.written = 0
@@ -95,7 +100,7 @@ class Committer:
         if self._lost is not None:
             return [self._lost] * len(writes)
         try:
-            return self.store.write(writes)
+            return self.store.write(writes, self._clock())
         except StoreLostError as error:
             self._lost = error
             _log.error("store.lost", store=self.store.id, folder=str(self.store.folder))

@@ -82,6 +82,7 @@ class Execution(msgspec.Struct, eq=False):
     wanted_at: float
     session_key: str
     told: Tracked
+    hops: int = 0
     missing: set[bytes] | None = None
     given: dict[bytes, Resolve | Fail] | None = None
     consumers: list[Address] | None = None

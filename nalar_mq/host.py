@@ -75,7 +75,21 @@ from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
 from nalar_mq.logs import logger
-from nalar_mq.messages import Call, CallRecord, Cancel, Consume, Credit, Fail, Parked, Prioritise, Probe, Resolve, Settled, Want
+from nalar_mq.messages import (
+    Call,
+    CallRecord,
+    Cancel,
+    Consume,
+    Credit,
+    Fail,
+    Forward,
+    Parked,
+    Prioritise,
+    Probe,
+    Resolve,
+    Settled,
+    Want,
+)
 from nalar_mq.migration import Key, Migrations
 from nalar_mq.outflow import Outflow, settle
 from nalar_mq.replica import Replica
@@ -137,11 +151,13 @@ class Host:
         remember: Remember,
         changes: Changes,
         stores: Stores | None = None,
+        clock: Callable[[], float] = time.time,
         high_water: int = HIGH_WATER,
         threads: Threads | None = None,
     ) -> None:
         self._stores = stores
         self._changes = changes
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._calls = calls
@@ -201,11 +217,11 @@ class Host:
 
     # What arrives.
 
-    def on_call(self, owner: Address, call: Call, now: float, *, is_forwarded: bool = False) -> None:
-        """A call has arrived at `now`: queues it, or refuses it with a typed error."""
+    def on_call(self, owner: Address, call: Call, now: float, *, hops: int = 0) -> None:
+        """A call has arrived at `now`, forwarded `hops` times: queues it, or refuses it with a typed error."""
         if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call):
             return
-        if self.migrations is not None and self._is_elsewhere(owner, call, self.migrations):
+        if self.migrations is not None and self._is_elsewhere(owner, call, hops, self.migrations):
             return
         replica = self._replicas.get(call.actor)
         if replica is None:
@@ -217,7 +233,7 @@ class Host:
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
             return
-        may_have_run = call.attempt or call.job or is_forwarded
+        may_have_run = call.attempt or call.job or hops
         if replica.stores is not None and may_have_run and self._is_recorded(owner, call, replica.stores):
             return
         _share_names(call, replica.spec.name, method.name)
@@ -225,7 +241,7 @@ class Host:
             force_setattr(call, "priority", self._early_priorities.pop(call.id, call.priority))
         session_key = session_key_of(call) if call.instance else call.session
         told = self._changes.begin(call, now)
-        execution = Execution(self, owner, call, replica, method, now, now, session_key, told)
+        execution = Execution(self, owner, call, replica, method, now, now, session_key, told, hops)
         self._executions[call.id] = execution
         is_ready = True
         if call.cast and call.timeout_s is not None:
@@ -292,7 +308,7 @@ class Host:
             self._unwatched.pop(call.id, None)
         return True
 
-    def _is_elsewhere(self, owner: Address, call: Call, migrations: Migrations) -> bool:
+    def _is_elsewhere(self, owner: Address, call: Call, hops: int, migrations: Migrations) -> bool:
         """True if the session of the call has moved, and the call has been sent after it."""
         replica = self._replicas.get(call.actor)
         if replica is None or replica.stores is None:
@@ -304,7 +320,7 @@ class Host:
             except (CallError, StoreError) as error:
                 self._refuse(owner, call, error if isinstance(error, CallError) else StateDamagedError(str(error)))
                 return True
-        return migrations.passes_on(key, owner, call)
+        return migrations.passes_on(key, owner, call, hops)
 
     # Sessions that move (`migration.Holder`).
 
@@ -341,14 +357,14 @@ class Host:
         replica.mailbox.thaw(key[1])
         self.pump(replica)
 
-    def release(self, key: Key) -> list[tuple[Address, Call]]:
+    def release(self, key: Key) -> list[Forward]:
         """Lets the session go, thawed: its instance, and the calls that have not begun, which are returned."""
         replica = self._replicas[key[0]]
-        waiting: list[tuple[Address, Call]] = []
+        waiting: list[Forward] = []
         for execution in list(self._executions.values()):
             if execution.started or execution.replica is not replica or execution.session_key != key[1]:
                 continue
-            waiting.append((execution.owner, self._with_time_left(execution)))
+            waiting.append(Forward(*execution.owner, self._with_time_left(execution), execution.hops + 1))
             replica.mailbox.remove(execution.call.id)
             execution.failure = _MOVED
             self._forget(execution)
@@ -362,11 +378,12 @@ class Host:
             return execution.call
         return msgspec.structs.replace(execution.call, timeout_s=max(0.0, execution.deadline - self._loop.time()))
 
-    def take_forwarded(self, owner: Address, call: Call) -> None:
+    def take_forwarded(self, forward: Forward) -> None:
         """A call that came to where its session was before."""
+        owner, call = Address(forward.name, forward.incarnation), forward.call
         if self._calls.is_lost(owner) and not call.job and not call.cast:
             return
-        self.on_call(owner, call, self._loop.time(), is_forwarded=True)
+        self.on_call(owner, call, self._loop.time(), hops=forward.hops)
 
     async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
         """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
@@ -1053,7 +1070,7 @@ class Host:
         error = None if cause is None else StateNotKeptError(f"what {execution.label} has changed was not kept: {cause}")
         if error is None and self.migrations is not None and execution.changes is not None:
             call = execution.call
-            outcome = Outcome(call.id, payload, time.time(), bool(call.job))
+            outcome = Outcome(call.id, payload, self._clock(), bool(call.job))
             self.migrations.on_commit((call.actor, execution.session_key), execution.changes, outcome)
         self._close(execution, payload, error)
         if error is not None:  # the next call reads what is in the store
@@ -1323,7 +1340,7 @@ class Host:
             return
         self._forget_at = now + _FORGET_EVERY_S
         actors = [name for name, replica in self._replicas.items() if replica.stores is not None]
-        before_s = time.time() - _SESSION_IDLE_S
+        before_s = self._clock() - _SESSION_IDLE_S
         self._threads.run(functools.partial(self._forget_in_thread, self._stores, actors, before_s))
 
     def _forget_in_thread(self, stores: Stores, actors: list[str], before_s: float) -> None:

@@ -101,11 +101,11 @@ class Holder(Protocol):
         """Calls of the session begin."""
         ...
 
-    def release(self, key: Key) -> list[tuple[Address, Call]]:
+    def release(self, key: Key) -> list[Forward]:
         """Lets the session go, thawed: its instance, and the calls that have not begun, which are returned."""
         ...
 
-    def take_forwarded(self, owner: Address, call: Call) -> None:
+    def take_forwarded(self, forward: Forward) -> None:
         """A call that came to where its session was before."""
         ...
 
@@ -192,7 +192,7 @@ class Migrations:
         self._leaving: dict[Key, _Leaving] = {}
         self._leaving_by_id: dict[bytes, _Leaving] = {}
         self._coming: dict[bytes, _Coming] = {}
-        self._settling: set[Key] = set()
+        self._settling: dict[Key, asyncio.Task[None]] = {}
         self._served: dict[Key, int] = {}
         self._left: OrderedDict[Key, str] = OrderedDict()
         self._parked: dict[str, list[Forward | Crossing]] = {}
@@ -221,10 +221,20 @@ class Migrations:
     def _left_to(self, key: Key) -> str | None:
         """The store that a session has left to; None if it is here, perhaps since that store has been opened here."""
         store = self._left.get(key)
-        if store is None or store not in (*self._stores.ids, *self._stores.replicated_ids):
+        if store is None or not self._is_mine(store):
             return store
         del self._left[key]
         return None
+
+    def _is_mine(self, store: str) -> bool:
+        return store in self._stores.ids or store in self._stores.replicated_ids
+
+    def on_stores_opened(self) -> None:
+        """This worker has opened further stores: sessions that have left it may have come to one of those since.
+
+        Where they are now, the marks in all its stores say; what was noted of them before would send their calls in a circle.
+        """
+        self._left.clear()
 
     def look(self, key: Key) -> None:
         """A call has come for a session that is not in memory: if it is not simply here, finds out where it is."""
@@ -232,13 +242,14 @@ class Migrations:
             return
         kept = self._stores.session(*key)
         standing = self._standing(key, kept)
-        is_doubtful = (standing == LEFT or not kept.session.is_kept) and self._stores.is_undecided(*key)
+        other = kept.session.header.other if kept.session.header is not None else ""
+        is_undecided = self._stores.is_undecided(*key) or self._is_mine(other)
+        is_doubtful = (standing == LEFT or not kept.session.is_kept) and is_undecided
         if standing == LEFT and not is_doubtful:
-            self._note_left(key, kept.session.header.other if kept.session.header is not None else "")
+            self._note_left(key, other)
         elif standing != HERE or is_doubtful:
-            self._settling.add(key)
             self._holder.freeze(key)
-            self._start(self._settle(key, kept))
+            self._settling[key] = self._start(self._settle(key, kept))
 
     def on_commit(self, key: Key, changes: Iterable[Change], outcome: Outcome) -> None:
         """A call of a session has been committed."""
@@ -259,8 +270,7 @@ class Migrations:
             del self._coming[id]
             if coming.task is not None:
                 coming.task.cancel()
-            self._settling.add(coming.key)
-            self._start(self._settle(coming.key, coming.kept))
+            self._settling[coming.key] = self._start(self._settle(coming.key, coming.kept))
 
     def on_table_changed(self) -> None:
         """Perhaps somebody has opened a store that is waited for."""
@@ -475,8 +485,7 @@ class Migrations:
     def _let_go(self, leaving: _Leaving) -> None:
         key, store = leaving.key, leaving.store
         self._note_left(key, store)
-        for owner, call in self._holder.release(key):
-            self._send_on(store, Forward(owner.name, owner.incarnation, call))
+        self._send_all_on(key, store)
         if self._table.holder(store) == leaving.target:
             self._tell(leaving.target, Thaw(leaving.id))
         self._start(self._delete(key, leaving.kept, store))
@@ -532,6 +541,11 @@ class Migrations:
             key = _key_of(call)
             self._tell(owner, Forwarded(call.id, holder.name, holder.incarnation, message.hops, *key, store))
 
+    def _send_all_on(self, key: Key, store: str) -> None:
+        """The session is in another worker's store: so are its calls that have not begun, from now on."""
+        for forward in self._holder.release(key):
+            self._send_on(store, forward)
+
     # The directory.
 
     async def _directory(self) -> KeyValue:
@@ -543,7 +557,7 @@ class Migrations:
         """Of the entry of a session that is in a store of this worker."""
         bucket = await self._directory()
         entry = await bucket.get(self._places.key_in_store(*key))
-        if entry is None or _store_in(entry.value) not in (*self._stores.ids, *self._stores.replicated_ids):
+        if entry is None or not self._is_mine(_store_in(entry.value)):
             raise MigrationError("the directory does not say that the session is here: call it once before it moves")
         return entry.revision
 
@@ -596,7 +610,7 @@ class Migrations:
         except NalarError as error:
             _log.error("session.not_settled", actor=key[0], session=key[1], error=str(error))
         finally:
-            self._settling.discard(key)
+            del self._settling[key]
             self._holder.thaw(key)
 
     async def _settle_now(self, key: Key, kept: Kept) -> None:
@@ -604,7 +618,7 @@ class Migrations:
         header = kept.session.header
         if header is None or header.standing == LEFT:
             named = await self._named(name)
-            if not named or named in (*self._stores.ids, *self._stores.replicated_ids):
+            if not named or self._is_mine(named):
                 self._stores.assign(*key, named or mine)
                 return
         elif header.standing == STAGED:
@@ -626,8 +640,7 @@ class Migrations:
             return
         if named:
             self._note_left(key, named)
-            for owner, call in self._holder.release(key):
-                self._send_on(named, Forward(owner.name, owner.incarnation, call))
+            self._send_all_on(key, named)
 
     # Coming.
 
@@ -720,8 +733,7 @@ class Migrations:
         if self._coming.pop(id, None) is None:
             return
         self._note_left(coming.key, coming.store)
-        for owner, call in self._holder.release(coming.key):
-            self._send_on(coming.store, Forward(owner.name, owner.incarnation, call))
+        self._send_all_on(coming.key, coming.store)
         with contextlib.suppress(NalarError):
             await self._empty(coming.kept, coming.store, STAGED)
 
@@ -767,11 +779,22 @@ class Migrations:
         """A call that came to where its session was before."""
         owner, call = Address(forward.name, forward.incarnation), forward.call
         if not self.passes_on(_key_of(call), owner, call, forward.hops):
-            self._holder.take_forwarded(owner, call)
+            self._holder.take_forwarded(forward)
 
     def on_crossing(self, crossing: Crossing) -> None:
         """An owner wants to know when all that it has sent is where the session is."""
-        owner, key = Address(crossing.name, crossing.incarnation), (crossing.actor, crossing.session)
+        key = crossing.actor, crossing.session
+        if key not in self._left and not self._holder.is_loaded(key):
+            with contextlib.suppress(NalarError):  # of a session that cannot be read, its calls hear
+                self.look(key)
+        settling = self._settling.get(key)
+        if settling is None:
+            self._cross(key, crossing)
+        else:
+            settling.add_done_callback(lambda _: None if settling.cancelled() else self._cross(key, crossing))
+
+    def _cross(self, key: Key, crossing: Crossing) -> None:
+        owner = Address(crossing.name, crossing.incarnation)
         if not self.passes_on(key, owner, crossing):
             self._tell(owner, Arrived(*key, self._stores.session(*key).committer.store.id))
 

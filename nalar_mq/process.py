@@ -45,6 +45,7 @@ class Process:
         lease_in_thread: renew the lease from a thread with a connection of its own, so that code which blocks the loop
             does not cost the process its life.
         random: source of ids and choices; the operating system's if None.
+        clock: seconds since 1970.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Process:
         connect: Connect | None = None,
         lease_in_thread: bool = True,
         random: Random | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
         self.name = check_token(name, "process name")
@@ -70,6 +72,7 @@ class Process:
         self._lease_in_thread = lease_in_thread
         self._lease_s = settings.lease_s
         self._random = random or SystemRandom()
+        self._clock = clock
         self._table_changed = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
 
@@ -159,7 +162,7 @@ class Process:
         """Higher than that of every process that had this name before, whatever the clocks say."""
         bucket = await transport.key_value(self.subjects.members_bucket, ttl_s=self._lease_s)
         entry = await bucket.get(self.name)
-        now = time.time_ns() // 1000
+        now = int(self._clock() * 1e6)
         with contextlib.suppress(WireError):
             if entry is not None and entry.value is not None:
                 return max(now, decode_member(entry.value).incarnation + 1)

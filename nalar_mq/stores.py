@@ -21,6 +21,7 @@ import re
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from random import Random, SystemRandom
 from typing import Final
 
 from nalar_mq.address import Address, Subjects
@@ -73,6 +74,7 @@ class Stores:
         replicated: agents whose sessions are kept by the broker as well; the others' are kept on this machine alone.
         on_lost: is told, in some thread, that a store was taken over by another process.
         committer: makes what writes into a store.
+        random: source of the ids of those that are made.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class Stores:
         replicated: Collection[str],
         on_lost: Callable[[], None],
         committer: Callable[[Store, Callable[[], None], Ship | None], Committer] = Committer,
+        random: Random | None = None,
     ) -> None:
         self._folder = folder
         self._owner = owner
         self._replicated = frozenset(replicated)
         self._on_lost = on_lost
         self._committer = committer
+        self._random = random or SystemRandom()
         self._open: dict[bool, dict[str, Committer]] = {False: {}, True: {}}
         self._shippers: list[Shipper] = []
         self._replication: Replication | None = None
@@ -115,7 +119,7 @@ class Stores:
         """
         self._replication = Replication(transport, subjects, me, self._on_lost)
         bucket = await transport.key_value(subjects.places_bucket)
-        directory = await _directory_of(bucket)
+        directory = await _directory_of(bucket, self._random)
         for is_replicated in sorted({actor in self._replicated for actor in actors}):
             while True:
                 store = await asyncio.to_thread(self._first_free, is_replicated)
@@ -133,7 +137,7 @@ class Stores:
         for slot in range(1, _SLOTS):
             folder = self._folder / (f"r{slot}" if is_replicated else str(slot))
             try:
-                return Store.open(folder, self._owner)
+                return Store.open(folder, self._owner, id=self._random.randbytes(8).hex())
             except StoreBusyError:
                 continue
             except StoreDamagedError as error:
@@ -169,7 +173,7 @@ class Stores:
         self._free = set()
         try:
             bucket = await transport.key_value(subjects.places_bucket)
-            directory = await _directory_of(bucket)
+            directory = await _directory_of(bucket, self._random)
             while taken:
                 await self._take(taken[-1], bucket, directory, adopts=adopts)
                 taken.pop()
@@ -374,16 +378,16 @@ async def _enter(store: str, bucket: KeyValue, session: Session) -> bool:
 
 async def directory_of(transport: Transport, subjects: Subjects) -> str:
     """The id of the directory of sessions of a broker and namespace."""
-    return await _directory_of(await transport.key_value(subjects.places_bucket))
+    return await _directory_of(await transport.key_value(subjects.places_bucket), SystemRandom())
 
 
-async def _directory_of(bucket: KeyValue) -> str:
+async def _directory_of(bucket: KeyValue, random: Random) -> str:
     """The id of a directory, which gets one if it has none."""
     while True:
         entry = await bucket.get(DIRECTORY_KEY)
         if entry is not None and entry.value is not None:
             return entry.value.decode("ascii", "replace")
-        made = os.urandom(8).hex()
+        made = random.randbytes(8).hex()
         with contextlib.suppress(KeyConflictError):
             await bucket.create(DIRECTORY_KEY, made.encode())
             return made

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import time
+from collections.abc import Callable
 from random import Random, SystemRandom
 from typing import Final
 
@@ -43,7 +46,7 @@ class Worker:
         name: a token, unique in the namespace; the process that had it before is replaced.
         intake: how it takes jobs in.
         high_water: calls it holds before it gives back those of the lowest priority with `OverloadedError`.
-        connect, lease_in_thread, random: as for `Process`.
+        connect, lease_in_thread, random, clock: as for `Process`.
         is_simulated: it has no threads: synchronous code and commits run on the loop, which may be one in virtual time.
     """
 
@@ -58,6 +61,7 @@ class Worker:
         connect: Connect | None = None,
         lease_in_thread: bool = True,
         random: Random | None = None,
+        clock: Callable[[], float] = time.time,
         is_simulated: bool = False,
     ) -> None:
         self._app = app
@@ -69,6 +73,7 @@ class Worker:
             connect=connect,
             lease_in_thread=lease_in_thread and not is_simulated,
             random=random,
+            clock=clock,
         )
         self._host: Host | None = None
         self._changes: Changes | None = None
@@ -76,6 +81,7 @@ class Worker:
         self._high_water = high_water
         self._is_simulated = is_simulated
         self._random = random or SystemRandom()
+        self._clock = clock
         self._intake: Intake | None = None
         self._door: Door | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -133,6 +139,7 @@ class Worker:
             remember=self._process.recall.memory,
             changes=changes,
             stores=stores,
+            clock=self._clock,
             high_water=self._high_water,
             threads=LoopThreads(asyncio.get_running_loop()) if self._is_simulated else None,
         )
@@ -178,8 +185,8 @@ class Worker:
         replicated = [spec.name for spec in self._app.actors.values() if spec.is_replicated]
         if replicated and not process.settings.trust_broker:
             await check_durable(process.transport)
-        committer = LoopCommitter if self._is_simulated else Committer
-        stores = process.stores = Stores(folder, self.name, replicated, on_lost, committer)
+        committer = functools.partial(LoopCommitter if self._is_simulated else Committer, clock=self._clock)
+        stores = process.stores = Stores(folder, self.name, replicated, on_lost, committer, self._random)
         process.on_close(stores.aclose)
         await stores.open(process.transport, process.subjects, process.me, kept, adopts=process.settings.adopts_state)
         return stores
@@ -201,6 +208,8 @@ class Worker:
                         await directory_of(process.transport, process.subjects),
                     )
                 if has_more:
+                    if self._host is not None and self._host.migrations is not None:
+                        self._host.migrations.on_stores_opened()
                     await process.membership.hold(stores.ids, stores.replicated_ids)
             except (BrokerError, StoreError) as error:
                 _log.warning("store.look_failed", error=str(error))

@@ -272,6 +272,32 @@ def test_a_deadlock_is_an_error_that_names_who_waits() -> None:
     assert "the one that waits" in caught.value.waiting
 
 
+def test_a_livelock_is_an_error() -> None:
+    """Who does the same again and again without a pause is told apart from who does it with one."""
+    pauses_s = [0.002] * 500 + [0.0] * 500
+
+    async def main() -> None:
+        while pauses_s:
+            await asyncio.sleep(pauses_s.pop(0))
+
+    with pytest.raises(simulation.LivelockError, match=r"livelock at 1\.000000 s: the loop has turned \d+ times"):
+        simulation.run(main(), turns_at_once=200)
+    assert 250 < len(pauses_s) < 400
+
+
+def test_no_two_readings_of_the_simulated_wall_clock_are_the_same() -> None:
+    async def main() -> list[float]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, simulation.SimulatedLoop)
+        readings = [loop.wall_time() for _ in range(1000)]
+        await asyncio.sleep(60)
+        return [*readings, loop.wall_time()]
+
+    readings = simulation.run(main())
+    assert len({int(reading * 1e6) for reading in readings}) == len(readings)
+    assert readings[-1] - readings[0] == pytest.approx(60)
+
+
 def test_the_randomness_of_the_loop_is_the_seed() -> None:
     async def main() -> float:
         loop = asyncio.get_running_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import MigrationError
+from nalar_mq.errors import MigrationError, WorkerLostError
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.worker import Worker
 
@@ -94,6 +95,49 @@ async def test_a_session_comes_back_with_the_store_that_it_left_for(runtime: Run
     assert await ann.call("Notebook.all") == (["a", "b", "c", "d"], {"a": 1, "b": 1, "c": 1, "d": 1}, 4)
     assert runtime.workers[here].process.stores is not None
     assert len(runtime.workers[here].process.stores.ids) == 3
+
+
+async def test_calls_go_in_no_circle_when_a_session_comes_back_with_a_store_that_it_went_to_in_two_steps(
+    runtime: Runtime,
+) -> None:
+    """Whoever opens the third worker's store has noted for one of the two sessions that the other worker has it."""
+    sessions = {"ann": ["first", "second", "third"], "bob": ["second", "first", "third"]}
+    third = runtime.worker("third")
+    async with third:
+        for session, path in sessions.items():
+            for place in path:
+                await runtime.client.migrate("Notebook", session, to=place)
+                await runtime.client.options(session=session).call("Notebook.note", place)
+    for session, path in sessions.items():
+        caller = runtime.client.options(session=session, timeout_s=30.0)
+        assert await caller.call("Notebook.note", "back") == 4
+        assert await caller.call("Notebook.read") == [*path, "back"]
+
+
+async def test_the_owner_hears_of_every_step_of_a_call_that_is_sent_after_its_session(runtime: Runtime) -> None:
+    """Else it would wait for a call that was lost with the last of the workers that had it."""
+    ann, begun = runtime.client.options(session="ann"), asyncio.Event()
+    importlib.import_module("state_app").BEGUN["ann"] = begun
+    third = runtime.worker("third")
+    async with third, runtime.another_client() as late:
+        await runtime.client.migrate("Notebook", "ann", to="first")
+        await late.options(session="ann").call("Notebook.read")
+        await runtime.client.migrate("Notebook", "ann", to="second")
+        before = ann.call("Notebook.note_for_ever", "it holds the session there")
+        await begun.wait()
+        begun.clear()
+        future = late.options(session="ann", timeout_s=30.0).call("Notebook.note_for_ever", "it is sent on twice")
+        while runtime.workers["second"].running < 2:
+            await asyncio.sleep(0.01)
+        moving = asyncio.create_task(runtime.client.migrate("Notebook", "ann", to="third"))
+        await asyncio.sleep(0.1)
+        before.cancel()
+        await moving
+        await begun.wait()
+        assert third.running == 1
+        runtime.hub.kill("third")
+        with pytest.raises(WorkerLostError):
+            await future
 
 
 async def test_calls_of_several_callers_go_on_in_order_while_it_moves(runtime: Runtime) -> None:
