@@ -6,6 +6,12 @@ What happens to each of them is decided in `supervision`; here it is carried out
     controller -> worker     one line of JSON, the `Order`; the end of the stream means that the controller is gone
     worker -> controller     one line of JSON for each `Report`; an empty line, several times a lease, from one that serves
 
+A worker that loses its controller goes on for a while where it is told to: a node that keeps a `NodeFolder` has a successor
+that finds its workers there, and they find it. Each connects and says who it is; the successor takes it over without a restart.
+
+    worker -> successor      one line of JSON, `Rejoin`
+    successor -> worker      an empty line: it is taken over. From then on both go on as above.
+
 The settings go through that socket, not through the command line, since they hold secrets. Each child leads a session of
 its own, so that an interrupt at the terminal reaches this process alone, and what a child started ends with it.
 
@@ -33,6 +39,8 @@ from nalar_mq.config import Settings
 from nalar_mq.errors import ConfigError, WorkerStartError
 from nalar_mq.logs import logger
 
+from .adoption import AdoptedProcess, Link, peer_of
+from .node_folder import NodeFolder, NodeRecord, Running, start_of
 from .supervision import Action, Event, Exited, Heard, Limits, Phase, Ready, Slot, Stop, Tick, decide
 
 WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "nalar_mq.controllers.worker_process")
@@ -47,6 +55,14 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     parent_pid: int
     drain_timeout_s: float
     log_level: str = "info"
+    node_folder: str = ""
+    orphan_s: float = 0.0
+
+
+class Rejoin(msgspec.Struct, frozen=True):
+    """What a worker says to the successor of its controller."""
+
+    name: str
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -54,20 +70,24 @@ class Report(msgspec.Struct, frozen=True):
 
     Attributes:
         failure: why it cannot serve; empty for "I serve".
+        code: with which it ends then.
         keeps_state: sessions are kept in a store of its own.
     """
 
     failure: str = ""
+    code: int = 0
     keeps_state: bool = False
 
 
 class _Child:
-    """A process, from its start to its last exit; the spare is in no slot yet."""
+    """A process, from its start to its last exit; the spare is in no slot yet. What is adopted has no link before it rejoins."""
 
-    def __init__(self, process: asyncio.subprocess.Process, link: socket.socket) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | AdoptedProcess, link: socket.socket | None) -> None:
         self.process = process
         self.link = link
+        self.rejoined: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
         self.failure = ""
+        self.code = 0
 
     @property
     def is_alive(self) -> bool:
@@ -89,6 +109,7 @@ class LocalController:
         command: what is started; the number of the socket is added.
         variables: added to the environment of the workers.
         log_level: of the workers.
+        folder: where its workers outlive it for `limits.orphan_s`; None if they end with it.
     """
 
     def __init__(
@@ -102,6 +123,7 @@ class LocalController:
         command: Sequence[str] = WORKER_COMMAND,
         variables: Mapping[str, str] | None = None,
         log_level: str = "info",
+        folder: NodeFolder | None = None,
     ) -> None:
         names = [f"{settings.node}-{number}" for number in range(1, workers + 1)]
         self._app = app
@@ -111,6 +133,7 @@ class LocalController:
         self._command = tuple(command)
         self._variables = dict(variables or {})
         self._log_level = log_level
+        self._folder = folder
         self._log = logger(__name__).bind(node=settings.node)
         self._slots = {name: Slot(name=name) for name in names}
         self._children: dict[str, _Child] = {}
@@ -182,8 +205,13 @@ class LocalController:
                     await self._running
 
     async def _supervise(self) -> None:
+        door: asyncio.Server | None = None
         try:
             async with asyncio.TaskGroup() as watchers:
+                if self._folder is not None:
+                    await self._adopt(self._folder, watchers)
+                    door = await asyncio.start_unix_server(self._on_rejoin, sock=self._folder.listen())
+                    self._keep_record()
                 while not all(slot.is_over for slot in self._slots.values()) or self._children:
                     name, event = await self._next_event()
                     for slot_name in (name,) if name else tuple(self._slots):
@@ -195,8 +223,70 @@ class LocalController:
             for child in self._children.values():
                 _kill_group(child.process.pid)
             await self._drop_spare()
+            if door is not None:
+                door.close()
+            if self._folder is not None:
+                self._folder.remove()
             async with self._changed:
                 self._changed.notify_all()
+
+    # Workers of a former controller of the node.
+
+    async def _adopt(self, folder: NodeFolder, watchers: asyncio.TaskGroup) -> None:
+        """Takes what lives and can stay for its own; ends what cannot before it starts anything under the same names."""
+        found, record = folder.found, self._record()
+        strangers: list[AdoptedProcess] = []
+        for name, running in found.workers.items() if found is not None else ():
+            process = AdoptedProcess.find(running)
+            if process is None:
+                continue
+            if found is None or not found.serves_like(record) or name not in self._slots:
+                strangers.append(process)
+                continue
+            due = asyncio.get_running_loop().time() + self._limits.rejoin_s
+            self._slots[name] = Slot(name=name, phase=Phase.STARTING, due=due, has_served=True)
+            child = self._children[name] = _Child(process, None)
+            watchers.create_task(self._watch(name, child), name=f"watch-{name}")
+        await asyncio.gather(*(self._end(process) for process in strangers))
+
+    async def _end(self, stranger: AdoptedProcess) -> None:
+        self._log.info("worker.left_over", pid=stranger.pid)
+        stranger.send_signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stranger.wait(), self._limits.drain_timeout_s)
+        _kill_group(stranger.pid)
+        await stranger.wait()
+
+    async def _on_rejoin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(self._limits.rejoin_s):
+                rejoin = msgspec.json.decode(await reader.readline(), type=Rejoin)
+        except (OSError, ValueError, TimeoutError):
+            writer.close()
+            return
+        child = self._children.get(rejoin.name)
+        if child is None or child.link is not None or child.rejoined.done() or child.process.pid != peer_of(writer):
+            writer.close()
+            return
+        child.rejoined.set_result((reader, writer))
+        self._log.info("worker.adopted", worker=rejoin.name, pid=child.process.pid)
+
+    def _record(self) -> NodeRecord:
+        settings = self._settings
+        started = {name: (child.process.pid, start_of(child.process.pid)) for name, child in self._children.items()}
+        return NodeRecord(
+            app=str(self._app),
+            urls=settings.broker.urls,
+            namespace=settings.namespace,
+            workers={name: Running(pid, start) for name, (pid, start) in started.items() if start is not None},
+        )
+
+    def _keep_record(self) -> None:
+        if self._folder is not None:
+            try:
+                self._folder.write(self._record())
+            except OSError as error:
+                self._log.warning("node.record_not_kept", error=str(error))
 
     async def _next_event(self) -> tuple[str, Event]:
         due = min((slot.due for slot in self._slots.values()), default=float("inf"))
@@ -227,6 +317,7 @@ class LocalController:
             self._events.put_nowait((name, Exited(1, f"it cannot be started: {error}", self._rng.random())))
             return
         self._children[name] = child
+        self._keep_record()
         self._log.info("worker.launched", worker=name, pid=child.process.pid)
         watchers.create_task(self._watch(name, child), name=f"watch-{name}")
 
@@ -264,7 +355,8 @@ class LocalController:
     async def _drop_spare(self) -> None:
         spare, self._spare = self._spare, None
         if spare is not None:
-            spare.link.close()
+            if spare.link is not None:
+                spare.link.close()
             if spare.is_alive:
                 _kill_group(spare.process.pid)
             await spare.process.wait()
@@ -276,18 +368,22 @@ class LocalController:
             code = await child.process.wait()
             _kill_group(child.process.pid)
             del self._children[name]
-        self._events.put_nowait((name, Exited(code, child.failure, self._rng.random())))
+            self._keep_record()
+        self._events.put_nowait((name, Exited(child.code or code, child.failure, self._rng.random())))
 
     async def _talk(self, name: str, child: _Child) -> None:
-        reader, writer = await asyncio.open_connection(sock=child.link)
+        link = await self._linked(child)
+        if link is None:
+            return
+        reader, writer = link
         try:
-            writer.write(msgspec.json.encode(self._order(name)) + b"\n")
+            writer.write(b"\n" if child.link is None else msgspec.json.encode(self._order(name)) + b"\n")
             while line := await reader.readline():
                 self._events.put_nowait((name, Heard()))
                 if line == b"\n":
                     continue
                 report = msgspec.json.decode(line, type=Report)
-                child.failure = report.failure
+                child.failure, child.code = report.failure, report.code
                 self._wants_spare |= report.keeps_state
                 if not report.failure:
                     self._events.put_nowait((name, Ready()))
@@ -297,6 +393,17 @@ class LocalController:
         finally:
             writer.close()
 
+    async def _linked(self, child: _Child) -> Link | None:
+        """The connection to a process; None if it has ended before there was one."""
+        if child.link is not None:
+            return await asyncio.open_connection(sock=child.link)
+        ended = asyncio.ensure_future(child.process.wait())
+        try:
+            await asyncio.wait((ended, child.rejoined), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        return child.rejoined.result() if child.rejoined.done() else None
+
     def _order(self, name: str) -> Order:
         return Order(
             app=str(self._app),
@@ -305,6 +412,8 @@ class LocalController:
             parent_pid=os.getpid(),
             drain_timeout_s=self._limits.drain_timeout_s,
             log_level=self._log_level,
+            node_folder=str(self._folder.path) if self._folder is not None else "",
+            orphan_s=self._limits.orphan_s,
         )
 
     def _tell(self, before: Slot, after: Slot, event: Event) -> None:

@@ -48,7 +48,10 @@ class Phase(Enum):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How patient the supervision is; after `silence_s` without a word, a process that serves stands still."""
+    """How patient the supervision is; after `silence_s` without a word, a process that serves stands still.
+
+    Where workers outlive their controller, they wait for its successor for `orphan_s`, and it for each of them for `rejoin_s`.
+    """
 
     start_timeout_s: float = 180.0
     drain_timeout_s: float = 30.0
@@ -57,6 +60,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     longest_pause_s: float = 10.0
     max_failures: int = 5
     silence_s: float = math.inf
+    rejoin_s: float = 15.0
+    orphan_s: float = 60.0
 
     @property
     def period_s(self) -> float:

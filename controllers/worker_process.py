@@ -2,7 +2,8 @@
 
 Started as `python -m nalar_mq.controllers.worker_process FD`, where FD is its end of the socket pair that
 `local_controller` describes. SIGTERM drains. When the controller is gone the process ends at once: on Linux the kernel
-sees to it, elsewhere the end of the stream does.
+sees to it, elsewhere the end of the stream does. Where the node has a folder it goes on, and looks there for a successor of the
+controller; if none has come within `orphan_s`, it drains.
 
 All that it needs in any case is imported before it takes its order, which a spare waits for. That it lives is told by a
 thread of its own: code that blocks the event loop, for however long, does not stand still.
@@ -30,15 +31,18 @@ from nalar_mq import event_loop
 from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError, StoreError
 from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_LOST, EXIT_REPLACED
-from nalar_mq.logs import Level, configure_logs
+from nalar_mq.logs import Level, configure_logs, logger
 from nalar_mq.worker import Worker
 
-from .local_controller import Order, Report
+from .local_controller import Order, Rejoin, Report
+from .node_folder import connect_to
 
 _PR_SET_PDEATHSIG: Final = 1
 _MAX_ORDER_BYTES: Final = 1 << 20
 _BEATS_OF_A_LEASE: Final = 6
+_LOOK_EVERY_S: Final = 0.2
 _IMPORTED_LATER: Final = ("nalar_mq.nats_transport",)  # by what serves, when it is first needed
+_log = logger(__name__)
 
 
 def main() -> None:
@@ -48,23 +52,25 @@ def main() -> None:
     for module in _IMPORTED_LATER:
         import_module(module)
     order = _read_order(link)
-    _die_with(order.parent_pid)
+    if not order.node_folder:
+        _die_with(order.parent_pid)
     configure_logs(cast(Level, order.log_level))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what users print is seen at once, and not lost with the process
     try:
         event_loop.run(_serve(order, link))
     except (ConfigError, StoreError) as error:
-        _report(link, Report(failure=str(error)))
+        _report(link, Report(str(error), EXIT_CONFIG))
         sys.exit(EXIT_CONFIG)
     except BrokerError as error:
-        _report(link, Report(failure=str(error)))
+        _report(link, Report(str(error), EXIT_BROKER))
         sys.exit(EXIT_BROKER)
     except _Replaced:
-        _report(link, Report(failure=f"another process serves as {order.name!r}: give each node a name of its own by --node"))
+        reason = f"another process serves as {order.name!r}: give each node a name of its own by --node"
+        _report(link, Report(reason, EXIT_REPLACED))
         sys.exit(EXIT_REPLACED)
     except _DeclaredLost:
-        _report(link, Report(failure="it stood still for longer than its lease, and the others have given it up"))
+        _report(link, Report("it stood still for longer than its lease, and the others have given it up", EXIT_LOST))
         sys.exit(EXIT_LOST)
 
 
@@ -85,17 +91,20 @@ async def _serve(order: Order, link: socket.socket) -> None:
     worker = Worker(load_app(Path(order.app)), order.settings, name=order.name)
     try:
         await worker.start()
-        threading.Thread(target=_beat, args=(link, order.settings.lease_s / _BEATS_OF_A_LEASE), daemon=True).start()
+        period_s = order.settings.lease_s / _BEATS_OF_A_LEASE
+        beats = {"goes_on": bool(order.node_folder)}
+        threading.Thread(target=_beat, args=(link, period_s), kwargs=beats, daemon=True).start()
         _report(link, Report(keeps_state=worker.process.stores is not None))
         ends = {
-            asyncio.ensure_future(loop.sock_recv(link, 1)): "orphaned",
+            asyncio.ensure_future(_orphaned(order, link, Report(keeps_state=worker.process.stores is not None))): "orphaned",
             asyncio.ensure_future(stopping.wait()): "stopped",
             asyncio.ensure_future(_closed(worker)): "closed",
         }
         done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        if "stopped" in {ends[task] for task in done}:
+        reasons = {ends[task] for task in done}
+        if "stopped" in reasons or ("orphaned" in reasons and order.node_folder):
             await worker.drain(order.drain_timeout_s)
         elif worker.process.replaced.done():
             raise _Replaced
@@ -103,6 +112,38 @@ async def _serve(order: Order, link: socket.socket) -> None:
             raise _DeclaredLost
     finally:
         await worker.aclose()
+
+
+async def _orphaned(order: Order, link: socket.socket, report: Report) -> None:
+    """Returns when the controller is gone, and so is every successor that has come in time."""
+    loop = asyncio.get_running_loop()
+    while True:
+        with contextlib.suppress(OSError):
+            while await loop.sock_recv(link, 64):
+                pass
+        if not order.node_folder:
+            return
+        _log.warning("worker.orphaned", worker=order.name, for_s=order.orphan_s)
+        try:
+            async with asyncio.timeout(order.orphan_s):
+                await _rejoin(order, link)
+        except TimeoutError:
+            return
+        _log.info("worker.rejoined", worker=order.name)
+        _report(link, report)
+
+
+async def _rejoin(order: Order, link: socket.socket) -> None:
+    """Looks for a successor of the controller until one takes this worker over; `link` leads to it then."""
+    loop = asyncio.get_running_loop()
+    words = msgspec.json.encode(Rejoin(order.name)) + b"\n"
+    while True:
+        with contextlib.suppress(OSError), connect_to(Path(order.node_folder)) as found:
+            await loop.sock_sendall(found, words)
+            if await loop.sock_recv(found, 1):
+                os.dup2(found.fileno(), link.fileno(), inheritable=False)
+                return
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 async def _closed(worker: Worker) -> None:
@@ -124,12 +165,16 @@ def _report(link: socket.socket, report: Report) -> None:
         link.send(msgspec.json.encode(report) + b"\n")
 
 
-def _beat(link: socket.socket, period_s: float) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            time.sleep(period_s)
-            with contextlib.suppress(BlockingIOError):  # nobody has read for long: the controller stands still
-                link.send(b"\n")
+def _beat(link: socket.socket, period_s: float, *, goes_on: bool) -> None:
+    while True:
+        time.sleep(period_s)
+        try:
+            link.send(b"\n")
+        except BlockingIOError:
+            pass  # nobody has read for long: the controller stands still
+        except OSError:
+            if not goes_on:
+                return
 
 
 def _die_with(parent_pid: int) -> None:

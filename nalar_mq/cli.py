@@ -210,11 +210,23 @@ def up(
 @_app_argument
 @_workers_option
 @click.option("--node", metavar="NAME", help="Name of this node.  [default: the host's, with a random end]")
+@click.option(
+    "--outlive",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long workers outlive this process if it is killed; 0: they end with it.",
+)
 @_trust_option
 @_broker_options
 @_with_options
-def worker(options: _Options, /, app: Path, workers: int | None, node: str | None, **broker: Any) -> None:
-    """Serve APP as a node of a runtime whose broker is there already."""
+def worker(options: _Options, /, app: Path, workers: int | None, node: str | None, outlive: float, **broker: Any) -> None:
+    """Serve APP as a node of a runtime whose broker is there already.
+
+    If this process is killed, its workers go on. The next `nalar worker` of the same APP takes them over, without a restart;
+    if none comes in time, they finish what they have begun and end. Ctrl-C and SIGTERM end them in any case.
+    """
     from nalar_mq import commands
 
     _run(
@@ -224,6 +236,7 @@ def worker(options: _Options, /, app: Path, workers: int | None, node: str | Non
             _choice(broker),
             workers=workers,
             node=node,
+            orphan_s=outlive,
             log_level=options.log_level,
             show=_show,
             tell=_tell,

@@ -27,6 +27,7 @@ from nalar_mq.address import Address, Subjects, check_token, random_token
 from nalar_mq.app import App, load_app
 from nalar_mq.arguments import Arguments, Parameters, parameters_of, parse_arguments
 from nalar_mq.broker import (
+    RUNTIME_FOLDER,
     EmbeddedBroker,
     RuntimeFile,
     port_is_free,
@@ -48,6 +49,8 @@ from nalar_mq.config import (
     trusts_broker,
 )
 from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
+from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
 from nalar_mq.doctor import examine
 from nalar_mq.errors import BrokerError, ConfigError, UnknownCallError
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_WORKERS: Final = 2
+_NODES: Final = "nodes"
 _SERVED_WITHIN_S: Final = 3.0
 _RUN_DRAIN_S: Final = 2.0
 _GOVERN_AGAIN_S: Final = 1.0
@@ -190,14 +194,38 @@ async def up(
 
 
 async def worker(
-    app: Path, choice: BrokerChoice, *, workers: int | None, node: str | None, log_level: str, show: Show, tell: Show
+    app: Path,
+    choice: BrokerChoice,
+    *,
+    workers: int | None,
+    node: str | None,
+    orphan_s: float,
+    log_level: str,
+    show: Show,
+    tell: Show,
 ) -> None:
-    """One node of a runtime whose broker is there already, until SIGINT or SIGTERM."""
+    """One node of a runtime whose broker is there already, until SIGINT or SIGTERM.
+
+    Args:
+        app, choice: what it serves, and where.
+        workers: how many.
+        node: its name; if None, that of a node of this app whose controller was killed, else a fresh one.
+        orphan_s: how long its workers outlive this process if it is killed, for its successor to take them over.
+        log_level: of the workers.
+        show, tell: take the URL of the broker, and what people want to know.
+    """
     load_quietly(app)
     entry = _runtime_entry(app)
-    settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else _node_name())
-    await _reach(settings)
-    controller = _controller(app, settings, entry, workers, log_level)
+    settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else "")
+    folder = _node_folder(app, settings) if orphan_s > 0 else None
+    settings = msgspec.structs.replace(settings, node=settings.node or (folder.name if folder is not None else _node_name()))
+    try:
+        await _reach(settings)
+    except BaseException:
+        if folder is not None:
+            folder.leave()
+        raise
+    controller = _controller(app, settings, entry, workers, log_level, folder, orphan_s)
     show(settings.broker.urls[0])
     await _serve([controller], None, tell)
 
@@ -329,6 +357,15 @@ async def _reach(settings: Settings) -> None:
     """Raises at once what every worker would fail with, again and again."""
     transport = await NatsTransport.connect(settings.broker, name=settings.node)
     await transport.aclose()
+
+
+def _node_folder(app: Path, settings: Settings) -> NodeFolder | None:
+    """The folder of the node that is named, else of one that a killed controller has left, else of a fresh one."""
+    nodes = app.parent / RUNTIME_FOLDER / _NODES
+    if settings.node:
+        return NodeFolder.claim(nodes / settings.node)
+    wanted = NodeRecord(app=str(app), urls=settings.broker.urls, namespace=settings.namespace)
+    return NodeFolder.left_behind(nodes, wanted) or NodeFolder.claim(nodes / _node_name())
 
 
 def _nodes(settings: Settings, count: int) -> list[Settings]:
@@ -499,13 +536,23 @@ def _runtime_entry(app: Path) -> RuntimeEntry:
     return load_manifest(app).runtime if app.suffix == ".toml" else RuntimeEntry()
 
 
-def _controller(app: Path, settings: Settings, entry: RuntimeEntry, workers: int | None, log_level: str) -> LocalController:
+def _controller(
+    app: Path,
+    settings: Settings,
+    entry: RuntimeEntry,
+    workers: int | None,
+    log_level: str,
+    folder: NodeFolder | None = None,
+    orphan_s: float = 0.0,
+) -> LocalController:
     return LocalController(
         app,
         settings,
         workers=workers or entry.workers or DEFAULT_WORKERS,
         variables=engine_variables(entry.engine_url, entry.engine_model),
         log_level=log_level,
+        limits=Limits(silence_s=settings.lease_s, orphan_s=orphan_s),
+        folder=folder,
     )
 
 
