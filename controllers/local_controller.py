@@ -80,7 +80,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class _Child:
-    """A process, from its start to its last exit; the spare is in no slot yet. What is adopted has no link before it rejoins."""
+    """A process, from its start to its last exit; the spare is in no slot yet. An adopted one has no link before it rejoins."""
 
     def __init__(self, process: asyncio.subprocess.Process | AdoptedProcess, link: socket.socket | None) -> None:
         self.process = process

@@ -1,0 +1,228 @@
+"""Workers whose controller is killed go on, and the next controller of the node takes them over."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nalar_mq.client import connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord, Running, connect_to, start_of
+
+NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
+PATIENCE_S = 90.0
+APP = """
+import os
+import time
+
+from nalar_mq import tool
+
+
+@tool
+def pid(pause_s: float = 0.0) -> int:
+    time.sleep(pause_s)
+    return os.getpid()
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is no child cannot be waited for there")
+
+
+class Node:
+    """A `nalar worker`."""
+
+    def __init__(self, folder: Path, access: BrokerAccess, namespace: str, *options: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
+        known = {"HOME": str(folder), "NATS_URL": access.urls[0], "NATS_TOKEN": access.token, "NALAR_NAMESPACE": namespace}
+        self.errors = folder / f"stderr-{time.monotonic_ns()}"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [NALAR, "worker", "flow.py", *options],
+                cwd=folder,
+                env={**kept, **known},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def says(self, text: str) -> None:
+        eventually(lambda: text in self.said or self.process.poll() is not None, f"never said {text!r}")
+        assert text in self.said, self.said
+
+    def workers(self) -> list[psutil.Process]:
+        return [each for each in psutil.Process(self.process.pid).children() if "worker_process" in " ".join(each.cmdline())]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def start(tmp_path: Path, broker_access: BrokerAccess, namespace: str) -> Iterator[Callable[..., Node]]:
+    (tmp_path / "flow.py").write_text(APP)
+    nodes: list[Node] = []
+    workers: list[psutil.Process] = []
+
+    def start(*options: str) -> Node:
+        node = Node(tmp_path, broker_access, namespace, *options)
+        nodes.append(node)
+        node.says("workers are ready")
+        workers.extend(node.workers())
+        return node
+
+    yield start
+    for node in nodes:
+        if node.process.poll() is None:
+            node.end()
+    for worker in workers:
+        if not is_gone(worker):
+            worker.kill()
+
+
+async def test_calls_go_on_when_a_controller_is_killed_and_its_successor_starts_nothing_twice(
+    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    first = await asyncio.to_thread(start, "--workers", "2")
+    workers = first.workers()
+    assert len(workers) == 2
+    seen: set[int] = set()
+    is_over = asyncio.Event()
+
+    async def load() -> int:
+        calls = 0
+        while not is_over.is_set():
+            seen.add(await client.call("pid", 0.01))
+            calls += 1
+        return calls
+
+    async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
+        async with asyncio.TaskGroup() as group:
+            loads = [group.create_task(load()) for _ in range(8)]
+            await asyncio.to_thread(first.end, signal.SIGKILL)
+            second = await asyncio.to_thread(start)
+            await asyncio.to_thread(eventually, lambda: second.said.count("worker.adopted") == 2, "they are not adopted")
+            before = client.process.me
+            is_over.set()
+        assert sum(task.result() for task in loads) > 8
+        assert client.process.me == before
+    assert not any(is_gone(worker) for worker in workers)
+    assert seen == {worker.pid for worker in workers}
+    assert "worker.launched" not in second.said
+
+    workers[0].kill()
+    await asyncio.to_thread(eventually, lambda: second.said.count("worker.ready") == 3, "it has no successor")
+    assert await asyncio.to_thread(second.end) == 0
+    assert all(is_gone(worker) for worker in workers)
+    assert not (tmp_path / ".nalar" / "nodes").exists()
+
+
+def test_without_a_successor_workers_finish_and_end(start: Callable[..., Node]) -> None:
+    node = start("--workers", "1", "--outlive", "1")
+    (worker,) = node.workers()
+    node.end(signal.SIGKILL)
+    eventually(lambda: is_gone(worker), "it is left for ever")
+    assert "worker.orphaned" in node.said
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_controller_if_they_are_to(start: Callable[..., Node]) -> None:
+    node = start("--workers", "1", "--outlive", "0")
+    (worker,) = node.workers()
+    node.end(signal.SIGKILL)
+    eventually(lambda: is_gone(worker), "it goes on")
+    assert "worker.orphaned" not in node.said
+
+
+@pytest.mark.slow
+def test_workers_of_another_app_and_those_that_are_too_many_are_ended_first(start: Callable[..., Node], tmp_path: Path) -> None:
+    first = start("--workers", "2", "--node", "n1")
+    workers = first.workers()
+    first.end(signal.SIGKILL)
+    second = start("--workers", "1", "--node", "n1")
+    assert second.said.count("worker.adopted") == 1
+    assert [is_gone(worker) for worker in workers].count(True) == 1
+    second.end(signal.SIGKILL)
+    record = tmp_path / ".nalar" / "nodes" / "n1" / "node.json"
+    record.write_text(record.read_text().replace("flow.py", "other.py"))
+    third = start("--workers", "1", "--node", "n1")
+    assert "worker.adopted" not in third.said
+    assert all(is_gone(worker) for worker in workers)
+
+
+RECORD = NodeRecord(app="/a.py", urls=("nats://b:1",), namespace="nalar")
+
+
+def test_a_node_is_claimed_once_and_found_by_what_it_serves(tmp_path: Path) -> None:
+    me = start_of(os.getpid())
+    assert me is not None
+    folder = NodeFolder.claim(tmp_path / "nodes" / "n1")
+    assert folder is not None
+    assert folder.found is None
+    assert NodeFolder.claim(tmp_path / "nodes" / "n1") is None
+    lives = NodeRecord(app="/a.py", urls=("nats://b:1",), namespace="nalar", workers={"n1-1": Running(os.getpid(), me)})
+    folder.write(lives)
+    assert NodeFolder.left_behind(tmp_path / "nodes", RECORD) is None
+    folder.leave()
+    other = NodeRecord(app="/b.py", urls=("nats://b:1",), namespace="nalar")
+    assert NodeFolder.left_behind(tmp_path / "nodes", other) is None
+    found = NodeFolder.left_behind(tmp_path / "nodes", RECORD)
+    assert found is not None
+    assert (found.name, found.found) == ("n1", lives)
+    found.remove()
+    assert not (tmp_path / "nodes").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b'{"app": 1}', b"\xff\xfe"])
+def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "n1").mkdir()
+    (tmp_path / "n1" / "node.json").write_bytes(content)
+    folder = NodeFolder.claim(tmp_path / "n1")
+    assert folder is not None
+    assert folder.found is None
+    folder.leave()
+
+
+def test_another_process_with_the_same_id_is_not_taken_for_it() -> None:
+    me = start_of(os.getpid())
+    assert me is not None
+    assert Running(os.getpid(), me).is_alive
+    assert not Running(os.getpid(), me - 1).is_alive
+    assert start_of(0) is None
+
+
+def test_a_folder_that_cannot_be_made_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert NodeFolder.claim(tmp_path / "file" / "n1") is None
+
+
+def test_the_path_of_the_socket_may_be_long(tmp_path: Path) -> None:
+    folder = NodeFolder.claim(tmp_path / ("x" * 120) / "n1")
+    assert folder is not None
+    with folder.listen(), connect_to(folder.path):
+        pass
+    folder.remove()
+    with pytest.raises(OSError, match="No such file"):
+        connect_to(folder.path)
