@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nalar_mq.actions import Act, Acts, Order, Ranks, State, States, state_bytes
+from nalar_mq.actions import NO_RANK, Act, Acts, Order, Ranks, State, States, state_bytes
 from nalar_mq.messages import WIRE_VERSION
 
 from .guards import Bounds, Guards, Refusal
@@ -23,7 +23,6 @@ from .tables import Ints
 from .view import View
 
 HISTORY: Final = 256
-NO_RANK: Final = -32768
 _STATES_BYTES: Final = 512 * 1024
 _RANKS_AT_ONCE: Final = 100_000
 _WHOLE_EVERY: Final = 32

@@ -96,6 +96,7 @@ class Provision(msgspec.Struct, frozen=True, tag="provision"):
 State: TypeAlias = Route | Weights | SetPriority | Limit | Allow
 Act: TypeAlias = Migrate | Kill | Provision
 ACTS: Final = (Migrate, Kill, Provision)
+NO_RANK: Final = -32768
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -199,7 +200,7 @@ class Ranks(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=235):
         number: from 1 for each process; one that does not follow the last is used all the same.
         is_whole: sessions that are not named have none.
         sessions: slots, `<u4`.
-        values: priorities, `<i2`.
+        values: priorities, `<i2`; `NO_RANK` for none.
     """
 
     version: int

@@ -136,7 +136,7 @@ class Root(NamedTuple):
 class CallOptions:
     """How one call is made; None means: as the context or the actor's directives say."""
 
-    __slots__ = ("cast", "init", "instance", "priority", "retries", "root", "session", "timeout_s")
+    __slots__ = ("cast", "init", "instance", "priority", "retries", "root", "session", "tenant", "timeout_s")
 
     def __init__(
         self,
@@ -149,6 +149,7 @@ class CallOptions:
         init: bytes = b"",
         cast: bool = False,
         root: Root | None = None,
+        tenant: str | None = None,
     ) -> None:
         self.session = session
         self.priority = priority
@@ -158,6 +159,7 @@ class CallOptions:
         self.init = init
         self.cast = cast
         self.root = root
+        self.tenant = tenant
 
     def but(self, **changes: Any) -> CallOptions:
         """The same options with some of them changed."""
@@ -202,6 +204,8 @@ class CallContext(msgspec.Struct, eq=False):
         cancelled: why it must stop, or empty while it may go on.
         constructed: how many agent instances its driver has made so far.
         history: what it has made and seen, if it belongs to a job.
+        actor: the agent, tool or workflow that runs; empty in a program outside.
+        tenant: on whose behalf; inherited by children.
     """
 
     caller: Caller
@@ -218,6 +222,8 @@ class CallContext(msgspec.Struct, eq=False):
     cancelled: str = ""
     constructed: int = 0
     history: History | None = None
+    actor: str = ""
+    tenant: str = ""
 
     def check_cancelled(self) -> None:
         """Raises `CallCancelledError` if this call must stop."""

@@ -56,6 +56,7 @@ from nalar_mq.errors import (
     WorkerLostError,
     path_of,
 )
+from nalar_mq.explanations import Explanations
 from nalar_mq.future import Facts, Future, FutureInfo, waiting
 from nalar_mq.history import History
 from nalar_mq.journal import Journal
@@ -72,6 +73,7 @@ from nalar_mq.messages import (
     Consume,
     Credit,
     Crossing,
+    Explanation,
     Fail,
     Forward,
     Forwarded,
@@ -156,6 +158,14 @@ class Host(Protocol):
 
     def is_waiting(self, id: bytes) -> bool:
         """True if the call runs here and waits for others."""
+        ...
+
+    def take_forwarded(self, forward: Forward) -> None:
+        """A call that another worker had before."""
+        ...
+
+    def explain(self, id: bytes) -> list[Explanation]:
+        """What was decided here about a call."""
         ...
 
     def on_standstill(self, history: History) -> None:
@@ -318,6 +328,7 @@ class Calls:
     Attributes:
         in_flight: by actor and process name, calls that were sent there and have not ended.
         on_parked: hears of a job whether it waits for nothing but people or time.
+        explanations: what was decided about calls in this process.
     """
 
     def __init__(
@@ -352,6 +363,7 @@ class Calls:
         self._children: dict[bytes, dict[bytes, None]] = {}
         self._lent: dict[bytes, tuple[Future[Any], int]] = {}
         self.in_flight: dict[str, dict[str, int]] = {}
+        self.explanations = Explanations()
         self._unrouted: dict[str, list[Entry]] = {}
         self._grace: dict[str, asyncio.TimerHandle] = {}
         self._wheel: dict[int, dict[bytes, None]] = {}
@@ -425,6 +437,8 @@ class Calls:
             context.trace,
             context.budget,
             epoch=next(self._epochs) if context.job else 0,
+            caller=context.actor,
+            tenant=context.tenant if options.tenant is None else options.tenant,
         )
         if root is not None or (history is not None and history.memory is not None):
             call = _tried_again(call, root, history)
@@ -617,9 +631,19 @@ class Calls:
         elif info.stateful:
             self._route_to_session(entry, call)
         else:
-            address = self._table.choose(call.actor, self.in_flight.get(call.actor, _NONE))
+            address = self._ordered(call) if self._table.is_governed else None
+            address = address or self._table.choose(call.actor, self.in_flight.get(call.actor, _NONE))
             assert address is not None
             self._send(entry, call, address)
+
+    def _ordered(self, call: Call) -> Address | None:
+        """Where the global controller wants the call; None if that is not decided."""
+        ordered = self._table.ordered(call.actor, call.session)
+        if ordered is None:
+            return None
+        address, reason = ordered
+        self.explanations.note(self.loop.time(), f"sent to {address.name}", reason, id=call.id)
+        return address
 
     def _hold_unrouted(self, entry: Entry, actor: str) -> None:
         waiting = self._unrouted.get(actor)
@@ -674,6 +698,8 @@ class Calls:
 
     def _send(self, entry: Entry, call: Call, address: Address) -> None:
         entry.address = address
+        if self._hops and not entry.place:
+            self._hops.pop(entry.future.id, None)  # it is sent anew, and has been passed on by nobody
         name, in_flight = address.name, self.in_flight.get(entry.actor)
         if in_flight is None:
             in_flight = self.in_flight[entry.actor] = {}
@@ -833,6 +859,9 @@ class Calls:
                 self._on_migrated(message)
             case Migrate() if moves is None:
                 self.tell(sender, Migrated(message.id, f"process {self.me.name!r} keeps no sessions"))
+            case Forward() if not self._is_stateful(message.call.actor):
+                if self.host is not None:
+                    self.host.take_forwarded(message)
             case Piece() if moves is None:
                 self.tell(sender, Taken(message.id, message.number, f"process {self.me.name!r} keeps no sessions"))
             case _ if moves is None:
@@ -868,6 +897,10 @@ class Calls:
             return
         self._hops[forwarded.id] = forwarded.hops, sender
         self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
+
+    def _is_stateful(self, actor: str) -> bool:
+        info = self._table.info(actor)
+        return info is not None and info.stateful
 
     def _has_moved(self, entry: Entry, former: Address, address: Address) -> None:
         in_flight = self.in_flight[entry.actor]
@@ -924,7 +957,7 @@ class Calls:
             raise MigrationError(f"nobody serves {actor!r}")
         if self._closed is not None:
             raise MigrationError(str(self._closed))
-        id = self._root + next(self._numbers).to_bytes(8, "big")
+        id = self.fresh_id()
         answer: asyncio.Future[Migrated] = self.loop.create_future()
         self._migrating[id] = address, answer
         try:
@@ -932,6 +965,10 @@ class Calls:
             return await answer
         finally:
             del self._migrating[id]
+
+    def fresh_id(self) -> bytes:
+        """16 bytes that nothing else is named by."""
+        return self._root + next(self._numbers).to_bytes(8, "big")
 
     def _on_migrated(self, migrated: Migrated) -> None:
         found = self._migrating.get(migrated.id)
@@ -1044,6 +1081,13 @@ class Calls:
         if host is None:
             return Glance(len(self._entries))
         return Glance(len(self._entries), host.completed, host.load())
+
+    def explain(self, id: bytes) -> list[Explanation]:
+        """What was decided here about a call, in the order of time."""
+        found = self.explanations.of_call(id)
+        if self.host is not None:
+            found += self.host.explain(id)
+        return sorted(found, key=lambda explanation: explanation.at_s)
 
     def records(self) -> list[CallRecord]:
         """The calls that run here or have run here lately."""
@@ -1407,8 +1451,24 @@ class Calls:
                 answer.set_exception(MigrationError(f"worker {address.name!r} was lost while it moved the session"))
         if self.host is not None:
             self.host.on_owner_lost(address)
+            self._take_back(address, unsent, unknown)
         if self.migrations is not None:
             self.migrations.on_lost(address, (*unsent, *unknown))
+
+    def _take_back(self, lost: Address, unsent: list[Message], unknown: list[Message]) -> None:
+        """Calls without state that were sent on to a process which is gone.
+
+        Those that never left are here again. Of the others their owners are told where they were, and know what to do then; who
+        has heard of that from there already has done it.
+        """
+        assert self.host is not None
+        for message in unsent:
+            if isinstance(message, Forward) and not self._is_stateful(message.call.actor):
+                self.host.take_forwarded(message)
+        for message in unknown:
+            if isinstance(message, Forward) and not self._is_stateful(message.call.actor):
+                owner, call = Address(message.name, message.incarnation), message.call
+                self.tell(owner, Forwarded(call.id, lost.name, lost.incarnation, message.hops, call.actor, call.session, ""))
 
     def _was_at(self, entry: Entry, lost: Address) -> bool:
         """True for a call that is there, or in an incarnation between that and the present one, of which nobody has told us."""

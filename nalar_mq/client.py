@@ -61,6 +61,7 @@ def connect(
     settings: Settings | None = None,
     app: Path | str | None = None,
     name: str | None = None,
+    tenant: str = "",
     connect: Connect | None = None,
     random: Random | None = None,
     clock: Callable[[], float] = time.time,
@@ -73,9 +74,11 @@ def connect(
         settings: everything at once, in place of `url`.
         app: the app's folder, manifest or file; the working directory if None.
         name: how others see this client; a fresh name if None.
+        tenant: on whose behalf it calls, for rules and limits; a token.
         connect, random, clock: as for `Process`.
 
     Raises:
+        AddressError: the name or the tenant is no token.
         ConfigError: the URL is none, or there is none to be found.
     """
     advice = _UNREACHABLE if settings is None else ""
@@ -88,7 +91,7 @@ def connect(
             app_namespace=running.namespace if running and url is None else "",
             advice=_ADVICE,
         )
-    return Client(settings, name=name, connect=connect, random=random, clock=clock, advice=advice)
+    return Client(settings, name=name, tenant=tenant, connect=connect, random=random, clock=clock, advice=advice)
 
 
 class Caller:
@@ -105,6 +108,7 @@ class Caller:
         priority: int | None = None,
         timeout_s: float | None = -1.0,
         retries: int | None = None,
+        tenant: str | None = None,
     ) -> Caller:
         """The same with other options; those left out stay as they are.
 
@@ -113,11 +117,14 @@ class Caller:
             priority: higher runs earlier.
             timeout_s: seconds until the deadline; None for no deadline; what the actor's directives say if left out.
             retries: how often a call may be sent again after its worker was lost.
+            tenant: on whose behalf the calls are made, in place of the client's; what they call inherits it.
         """
         if session is not None:
             check_token(session, "session")
+        if tenant:
+            check_token(tenant, "tenant")
         changed = self._options.with_given(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
-        return Caller(self._client, changed)
+        return Caller(self._client, changed if tenant is None else changed.but(tenant=tenant))
 
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Calls a workflow, a tool or `agent.method`; the future is there at once. Any thread.
@@ -148,6 +155,7 @@ class Client(Caller):
         settings: Settings,
         *,
         name: str | None = None,
+        tenant: str = "",
         connect: Connect | None = None,
         random: Random | None = None,
         clock: Callable[[], float] = time.time,
@@ -157,6 +165,7 @@ class Client(Caller):
         self._advice = advice
         entropy = random.randbytes(6) if random is not None else None
         self.name = check_token(name, "client name") if name is not None else random_token("client", entropy)
+        self._tenant = check_token(tenant, "tenant") if tenant else ""
         self._settings = settings
         self._connect = connect
         self._random = random
@@ -229,7 +238,7 @@ class Client(Caller):
 
     async def _open(self) -> None:
         self._process = await self._join()
-        self._context = CallContext(self._process.calls)
+        self._context = CallContext(self._process.calls, tenant=self._tenant)
 
     async def _join(self) -> Process:
         process = Process(

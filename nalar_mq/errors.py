@@ -59,6 +59,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── WorkerLostError          its worker died or became unreachable
         ├── OwnerLostError           whoever wanted the result is gone
         ├── CallExpiredError         too old, or a duplicate; never run
+        ├── NotAllowedError          a rule names who may call the actor, and the caller is not among them; `reason`
         ├── OverloadedError          shed; `retry_after_s`
         ├── WaitCycleError           calls wait for each other; `cycle`
         ├── StateLostError           the memory of a session went with its worker
@@ -474,6 +475,18 @@ class OwnerLostError(CallError):
 
 class CallExpiredError(CallError):
     """The call is older than what its session remembers, or a duplicate of one that ran; it was not run."""
+
+
+class NotAllowedError(CallError):
+    """A rule of the global controller names who may call the actor, and whoever made this call is not among them.
+
+    Attributes:
+        reason: of the rule; empty if it has none.
+    """
+
+    def __init__(self, message: str, *, call_id: str = "", actor: str = "", reason: str = "") -> None:
+        super().__init__(message, call_id=call_id, actor=actor)
+        self.reason = reason
 
 
 class OverloadedError(CallError):

@@ -44,7 +44,7 @@ from typing import Any, cast
 import msgspec
 from msgspec.structs import force_setattr
 
-from nalar_mq import origins, values
+from nalar_mq import actions, origins, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import Address
 from nalar_mq.call_context import CallContext, current_context
@@ -59,6 +59,8 @@ from nalar_mq.errors import (
     CallExpiredError,
     CallTimeoutError,
     MigrationError,
+    NalarError,
+    NotAllowedError,
     OverloadedError,
     StateDamagedError,
     StateNotKeptError,
@@ -74,6 +76,7 @@ from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of
 from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
+from nalar_mq.limits import Group
 from nalar_mq.logs import logger
 from nalar_mq.messages import (
     Call,
@@ -81,8 +84,11 @@ from nalar_mq.messages import (
     Cancel,
     Consume,
     Credit,
+    Explanation,
     Fail,
     Forward,
+    Forwarded,
+    Migrate,
     Parked,
     Prioritise,
     Probe,
@@ -92,7 +98,9 @@ from nalar_mq.messages import (
 )
 from nalar_mq.migration import Key, Migrations
 from nalar_mq.outflow import Outflow, settle
+from nalar_mq.placement import RoutingTable
 from nalar_mq.replica import Replica
+from nalar_mq.rules import Admission, Priorities
 from nalar_mq.runner import Runner
 from nalar_mq.session_state import SessionState
 from nalar_mq.state import state_of, take
@@ -121,6 +129,7 @@ HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB 
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _NOTHING = values.encode(None)
 _MOVED = "it moved with its session"
+_ALL: Group = ("", "")
 _log = logger(__name__)
 
 
@@ -149,6 +158,7 @@ class Host:
         name: str,
         may_begin: Callable[[], bool],
         remember: Remember,
+        table: RoutingTable,
         changes: Changes,
         stores: Stores | None = None,
         clock: Callable[[], float] = time.time,
@@ -158,6 +168,10 @@ class Host:
         self._stores = stores
         self._changes = changes
         self._clock = clock
+        self._table = table
+        self._admission = Admission()
+        self._priorities: Priorities | None = None
+        self._limits: dict[str, dict[Group, actions.Limit]] = {}
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._calls = calls
@@ -233,6 +247,12 @@ class Host:
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
             self._refuse(owner, call, UnknownMethodError(f"{call.actor!r} {wrong}; it has: {known}"))
             return
+        if self._admission.has_rules and (forbidden := self._forbidden(owner, call)) is not None:
+            self._refuse(owner, call, forbidden)
+            return
+        if self._table.is_governed and not hops and (ordered := self._ordered_elsewhere(replica, call)) is not None:
+            self._pass_on(owner, call, *ordered)
+            return
         may_have_run = call.attempt or call.job or hops
         if replica.stores is not None and may_have_run and self._is_recorded(owner, call, replica.stores):
             return
@@ -240,7 +260,7 @@ class Host:
         if self._early_priorities:
             force_setattr(call, "priority", self._early_priorities.pop(call.id, call.priority))
         session_key = session_key_of(call) if call.instance else call.session
-        told = self._changes.begin(call, now)
+        told = self._changes.begin(call, now, tenant=call.tenant)
         execution = Execution(self, owner, call, replica, method, now, now, session_key, told, hops)
         self._executions[call.id] = execution
         is_ready = True
@@ -268,6 +288,7 @@ class Host:
             ready=is_ready,
             reentrant=reentrant,
             batch=_batch_key(call) if replica.spec.directives.batchable else "",
+            tenant=call.tenant,
         )
         if not is_new:
             self._answer_error(execution, CallExpiredError(f"session {call.session!r} has had this call already"))
@@ -365,9 +386,7 @@ class Host:
             if execution.started or execution.replica is not replica or execution.session_key != key[1]:
                 continue
             waiting.append(Forward(*execution.owner, self._with_time_left(execution), execution.hops + 1))
-            replica.mailbox.remove(execution.call.id)
-            execution.failure = _MOVED
-            self._forget(execution)
+            self._send_away(execution)
         self._end_instances(replica, [key[1]])
         replica.mailbox.thaw(key[1])
         replica.mailbox.forget_session(key[1])  # what comes back may have numbers that were here before
@@ -378,12 +397,170 @@ class Host:
             return execution.call
         return msgspec.structs.replace(execution.call, timeout_s=max(0.0, execution.deadline - self._loop.time()))
 
+    def _send_away(self, execution: Execution) -> None:
+        """A call that has not begun is queued here no more; it will be elsewhere."""
+        execution.replica.mailbox.remove(execution.call.id)
+        execution.failure = _MOVED
+        self._forget(execution)
+
     def take_forwarded(self, forward: Forward) -> None:
-        """A call that came to where its session was before."""
+        """A call that came to where its session was before, or that another worker has passed on.
+
+        Of the latter its owner is told by who has got it, so that it cannot be lost between two who know nothing of it.
+        """
         owner, call = Address(forward.name, forward.incarnation), forward.call
         if self._calls.is_lost(owner) and not call.job and not call.cast:
             return
+        replica = self._replicas.get(call.actor)
+        if replica is None or not replica.spec.stateful:
+            self._calls.tell(owner, Forwarded(call.id, *self._calls.me, forward.hops, call.actor, call.session, ""))
         self.on_call(owner, call, self._loop.time(), hops=forward.hops)
+
+    # What the global controller decides (`enforcement.Enforcer`).
+
+    def obey(self, states: Iterable[actions.State]) -> None:
+        """These hold from now on, and no others: also for what is queued."""
+        states = tuple(states)
+        changed = self._admission.take_states(states)
+        if changed:
+            self._end_forbidden(changed)
+        self._set_limits(states)
+        self._move_queued(states)
+
+    def _forbidden(self, owner: Address, call: Call) -> NotAllowedError | None:
+        """Why the call may not be made."""
+        member = self._table.members.get(owner.name)
+        is_known = owner == self._calls.me or (member is not None and call.caller in member.actors)
+        caller = call.caller if call.caller and is_known else owner.name
+        rule = self._admission.rule_against(call.actor, caller, call.tenant)
+        if rule is None:
+            return None
+        whose = f"{caller!r} of tenant {call.tenant!r}" if call.tenant else f"{caller!r}"
+        _log.warning(
+            "call.not_allowed", actor=call.actor, caller=caller, process=owner.name, tenant=call.tenant, reason=rule.reason
+        )
+        self._note("refused", rule.reason or f"{caller} may not call {call.actor}", id=call.id)
+        why = f": {rule.reason}" if rule.reason else ""
+        return NotAllowedError(f"{whose} may not call {call.actor!r}{why}", reason=rule.reason)
+
+    def _end_forbidden(self, actors: set[str]) -> None:
+        for execution in list(self._executions.values()):
+            if execution.started or execution.ended or execution.call.actor not in actors:
+                continue
+            forbidden = self._forbidden(execution.owner, execution.call)
+            if forbidden is not None:
+                self._give_up(execution, forbidden)
+
+    def _set_limits(self, states: tuple[actions.State, ...]) -> None:
+        former, limits = self._limits, dict[str, dict[Group, actions.Limit]]()
+        for state in states:
+            if isinstance(state, actions.Limit):
+                limits.setdefault(state.agent, {})[state.session, state.tenant] = state
+        self._limits = limits
+        for actor in former.keys() | limits.keys():
+            replica, now = self._replicas.get(actor), limits.get(actor, {})
+            if replica is None or now == former.get(actor, {}):
+                continue
+            groups = {group: limit.running for group, limit in now.items()}
+            replica.mailbox.limit(groups.pop(_ALL, None), groups)
+            for group, limit in now.items():
+                whose = f" of tenant {group[1]}" if group[1] else ""
+                self._note(f"at most {limit.running}{whose} at once", limit.reason, session=group[0], actor=actor)
+            self.pump(replica)
+
+    def _move_queued(self, states: tuple[actions.State, ...]) -> None:
+        """Passes on what is queued here, has no state, and is to be elsewhere."""
+        actors = {state.agent for state in states if isinstance(state, actions.Route)}
+        actors |= {actor for actor in self._replicas if self._table.is_shut(actor, self._calls.me.name)}
+        if not actors & self._replicas.keys():
+            return
+        for execution in list(self._executions.values()):
+            if execution.started or execution.resumed is not None or execution.call.actor not in actors:
+                continue
+            call = execution.call
+            ordered = self._ordered_elsewhere(execution.replica, call, is_shut=True)
+            if ordered is not None:
+                self._pass_on_queued(execution, *ordered)
+
+    def _ordered_elsewhere(self, replica: Replica, call: Call, *, is_shut: bool = False) -> tuple[Address, str] | None:
+        """Where a call without state is to be if not here, and why; with `is_shut` also if this instance is to have none."""
+        if replica.spec.stateful:
+            return None
+        me = self._calls.me
+        ordered = self._table.route_of(call.actor, call.session)
+        if ordered is None and is_shut and self._table.is_shut(call.actor, me.name):
+            ordered = self._table.ordered(call.actor, call.session)
+        return ordered if ordered is not None and ordered[0] != me else None
+
+    def _pass_on_queued(self, execution: Execution, target: Address, reason: str) -> None:
+        owner, call, hops = execution.owner, self._with_time_left(execution), execution.hops + 1
+        self._send_away(execution)
+        self._pass_on(owner, call, target, reason, hops)
+
+    def _pass_on(self, owner: Address, call: Call, target: Address, reason: str, hops: int = 1) -> None:
+        self._note(f"passed on to {target.name}", reason, id=call.id)
+        self._calls.tell(target, Forward(owner.name, owner.incarnation, call, hops))
+
+    def set_session_priorities(self, sessions: Iterable[str], priorities: Priorities) -> None:
+        """The calls of the sessions, queued and to come, have these priorities from now on."""
+        self._priorities = priorities
+        sessions = tuple(sessions)
+        for actor, replica in self._replicas.items():
+            for session in sessions:
+                replica.mailbox.set_priority(session, priorities.of(session, actor))
+
+    async def act(self, act: actions.Act) -> None:
+        """Moves a session that is to move, if it is here."""
+        if isinstance(act, actions.Migrate) and act.source == self._calls.me.name:
+            await self._migrate(act)
+
+    async def _migrate(self, act: actions.Migrate) -> None:
+        replica, member = self._replicas.get(act.agent), self._table.members.get(act.target)
+        if replica is None or member is None:
+            _log.warning("session.not_migrated", actor=act.agent, session=act.session, to=act.target, error="it is not there")
+            return
+        if not replica.spec.stateful:
+            target = Address(act.target, member.incarnation)
+            for execution in list(self._executions.values()):
+                if execution.replica is replica and execution.call.session == act.session and not execution.started:
+                    self._pass_on_queued(execution, target, act.reason)
+            return
+        for key in sorted(replica.held.get(act.session, ())) or [act.session]:
+            await self._migrate_one(key, act)
+
+    async def _migrate_one(self, key: str, act: actions.Migrate) -> None:
+        session, _, _ = key.partition("/")
+        try:
+            refusal = self.refusal(act.agent)
+            if refusal or self.migrations is None:
+                raise MigrationError(refusal)
+            await self.migrations.move(Migrate(self._calls.fresh_id(), act.agent, key, act.target))
+        except NalarError as error:
+            _log.warning("session.not_migrated", actor=act.agent, session=key, to=act.target, error=str(error))
+            self._note(f"not moved to {act.target}: {error}", act.reason, session=session, actor=act.agent)
+        else:
+            self._note(f"moved to {act.target}", act.reason, session=session, actor=act.agent)
+
+    def _note(self, what: str, reason: str, *, id: bytes = b"", session: str = "", actor: str = "") -> None:
+        self._calls.explanations.note(self._loop.time(), what, reason, id=id, session=session, actor=actor)
+
+    def explain(self, id: bytes) -> list[Explanation]:
+        """What was decided here about the session and the actor of a call that runs here or has, and how it stands now."""
+        execution = self._executions.get(id)
+        record = execution.record(0.0) if execution is not None else _last_of(self._ended, id)
+        if record is None:
+            return []
+        now = self._loop.time()
+        until_s = now if record.error == _MOVED else record.ended_s or now
+        found = self._calls.explanations.of_session(record.session, record.actor, until_s)
+        if execution is None:
+            return found
+        rank = None if self._priorities is None else self._priorities.rank_of(record.session)
+        if rank is not None and not execution.started:
+            found.append(Explanation(now, f"rank {rank} of its session", "the ranks of all sessions"))
+        if execution.replica.mailbox.is_held(id):
+            found.append(Explanation(now, "held back by a limit", ""))
+        return found
 
     async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
         """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
@@ -827,7 +1004,7 @@ class Host:
         if execution.replica.spec.stateful:
             execution.replica.holders.setdefault(execution.session_key, call.id)
             if not execution.replica.has_instance(execution.session_key):
-                self._hold(execution.replica, execution.session_key)
+                self._hold(execution.replica, execution.session_key, call.tenant)
         if call.timeout_s is not None and now >= execution.arrived + call.timeout_s:
             self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
             return False
@@ -852,6 +1029,8 @@ class Host:
             call.budget,
             execution,
             history=_history_of(execution) if call.job else None,
+            actor=call.actor,
+            tenant=call.tenant,
         )
 
     def _variables(self, execution: Execution) -> contextvars.Context:
@@ -1316,12 +1495,12 @@ class Host:
             self._threads.run(functools.partial(replica.end, replica.take_out(key)))
         return ended
 
-    def _hold(self, replica: Replica, key: str) -> None:
+    def _hold(self, replica: Replica, key: str, tenant: str = "") -> None:
         """The state of a session, or of one instance within it, is in memory here."""
         session = key.partition("/")[0]
         keys = replica.held.setdefault(session, set())
         if not keys:
-            self._changes.hold(replica.spec.name, session)
+            self._changes.hold(replica.spec.name, session, tenant)
         keys.add(key)
 
     def _let_go(self, replica: Replica, key: str) -> None:
@@ -1415,6 +1594,10 @@ def _outcome_of(execution: Execution) -> int:
     if not execution.failure:
         return DONE
     return WAS_CANCELLED if execution.failure in (CANCELLED, _MOVED) else FAILED
+
+
+def _last_of(records: deque[CallRecord], id: bytes) -> CallRecord | None:
+    return next((record for record in reversed(records) if record.id == id), None)
 
 
 def _is_forgotten(execution: Execution) -> bool:

@@ -25,6 +25,7 @@ from nalar_mq.logs import logger
 from nalar_mq.messages import (
     WIRE_VERSION,
     CallRecord,
+    Explanation,
     Look,
     Seen,
     decode_look,
@@ -40,6 +41,7 @@ PATIENCE_S: Final = 3.0
 _PIECE_BYTES: Final = 256 * 1024
 _HEAD_BYTES: Final = 64 * 1024  # of a piece, for all that is not records
 _CLOCK_STEP_S: Final = 0.05
+_EXPLANATIONS: Final = 200  # about one call: the last ones
 _log = logger(__name__)
 
 
@@ -62,6 +64,10 @@ class Source(Protocol):
         """The calls that it runs, or has run lately."""
         ...
 
+    def explain(self, id: bytes) -> list[Explanation]:
+        """What was decided here about a call, in the order of time."""
+        ...
+
 
 class View(msgspec.Struct, frozen=True):
     """What one process has answered.
@@ -72,6 +78,7 @@ class View(msgspec.Struct, frozen=True):
         now_s: when it answered, on the clock of the records.
         ahead_s: what to add to a time of that clock for seconds since the epoch.
         records: of its calls; empty if they were not asked for.
+        explanations: what was decided there about the call that was asked for.
     """
 
     name: str
@@ -79,6 +86,7 @@ class View(msgspec.Struct, frozen=True):
     now_s: float = 0.0
     ahead_s: float = 0.0
     records: tuple[CallRecord, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
 
 
 class Lookout:
@@ -170,6 +178,7 @@ class Lookout:
             glance.futures,
             glance.ended,
             glance.actors,
+            explanations=tuple(self._source.explain(look.explain)[-_EXPLANATIONS:]) if look.explain else (),
         )
         limit = min(_PIECE_BYTES, self._transport.max_payload - _HEAD_BYTES)
         parts: list[bytes] = []
@@ -180,7 +189,7 @@ class Lookout:
                 continue
             if size + len(part) > limit:
                 yield encode_seen(head, parts)
-                head = msgspec.structs.replace(head, piece=head.piece + 1)
+                head = msgspec.structs.replace(head, piece=head.piece + 1, explanations=())
                 parts, size = [], 0
             parts.append(part)
             size += len(part)
@@ -195,12 +204,26 @@ class Lookout:
 
     # Asking.
 
-    async def ask(self, processes: Iterable[Address], *, records: bool = False, timeout_s: float = PATIENCE_S) -> list[View]:
-        """What each of the processes answers; those that have not within `timeout_s` are left out. Sorted by name."""
+    async def ask(
+        self,
+        processes: Iterable[Address],
+        *,
+        records: bool = False,
+        explain: bytes = b"",
+        timeout_s: float = PATIENCE_S,
+    ) -> list[View]:
+        """What each of the processes answers; those that have not within `timeout_s` are left out. Sorted by name.
+
+        Args:
+            processes: whom to ask.
+            records: ask for their calls.
+            explain: id of a call of which they are to tell what was decided about it.
+            timeout_s: how long to wait.
+        """
         number = next(self._numbers)
         answers = self._asking[number] = _Answers(processes)
         try:
-            question = encode_record(Look(WIRE_VERSION, number, records))
+            question = encode_record(Look(WIRE_VERSION, number, records, explain))
             for name in list(answers.missing):
                 self._transport.publish(self._subjects.look(name, self._me.name), question)
             async with asyncio.timeout(timeout_s):
@@ -247,7 +270,9 @@ class _Answers:
         if seen.is_last:
             records = tuple(itertools.chain.from_iterable(piece.records for piece in pieces))
             glance = Glance(seen.futures, seen.ended, seen.actors)
-            self.views[sender] = View(sender, glance, seen.now_s, round(seen.wall_s - seen.now_s, 6), records)
+            ahead_s = round(seen.wall_s - seen.now_s, 6)
+            explanations = tuple(itertools.chain.from_iterable(piece.explanations for piece in pieces))
+            self.views[sender] = View(sender, glance, seen.now_s, ahead_s, records, explanations)
             del self.missing[sender], self._pieces[sender]
             self._check()
 

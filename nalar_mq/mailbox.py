@@ -21,6 +21,8 @@ Which call is next:
   ranks as its best call. Since all age alike, the rank `arrival - priority * aging_s` never changes while a call waits.
 * A session that is frozen, since it moves to another worker, begins no call; those that run go on.
 * A re-entrant call (its own ancestor holds the session) runs at once, beside its ancestor and outside all limits.
+* Where the calls of a session or a tenant are limited (`limits`), one whose turn comes while there is no room is held back, and
+  others pass it; when there is room, the best of those that are held back competes again.
 
 Numbers: a session remembers per sender which of the last numbers it had, so that a duplicate is told from a latecomer, which
 goes before the higher numbers still queued. With `hold_gaps` a number that has not come holds the higher ones back until it
@@ -37,10 +39,12 @@ import enum
 import heapq
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
+
+from nalar_mq.limits import Group, Limits
 
 DEFAULT_AGING_S = 5.0
 _REMEMBERED_NUMBERS = 256
@@ -68,6 +72,8 @@ class _Entry(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         is_moved: its rank has changed since it was queued.
+        is_held: its turn came while one of its groups had no room.
+        groups: limited groups that it counts in while it runs.
     """
 
     key: bytes
@@ -84,9 +90,14 @@ class _Entry(msgspec.Struct, eq=False, gc=False):
     has_slot: bool = False
     is_moved: bool = False
     state: _State = _QUEUED
+    tenant: str = ""
+    is_held: bool = False
+    groups: tuple[Group, ...] = ()
 
 
 _Ranked = tuple[float, int, _Entry]
+_Admits = Callable[[_Entry], bool]
+"""False for an entry that may not run now; it is held back then."""
 
 
 class _Sorted:
@@ -155,16 +166,16 @@ class _ByRank:
         else:
             timely.append(entry)
         if len(timely) + len(self._late) > 2 * wanted + _SLACK:
-            self._timely = deque(entry for entry in timely if entry.state is _QUEUED and not entry.is_moved)
-            self._late = [item for item in self._late if _is_current(item)]
+            self._timely = deque(entry for entry in timely if entry.is_ready and not entry.is_moved and entry.state is _QUEUED)
+            self._late = [item for item in self._late if item[2].is_ready and _is_current(item)]
             heapq.heapify(self._late)
 
     def pop(self) -> _Entry | None:
-        """Takes the first queued entry."""
+        """Takes the first queued entry; one that is held back comes again when it is not any more."""
         timely, late = self._timely, self._late
-        while late and not _is_current(late[0]):
+        while late and not (late[0][2].is_ready and _is_current(late[0])):
             heapq.heappop(late)
-        while timely and (timely[0].state is not _QUEUED or timely[0].is_moved):
+        while timely and (timely[0].state is not _QUEUED or timely[0].is_moved or not timely[0].is_ready):
             timely.popleft()
         if late and (not timely or late[0][:2] < (timely[0].rank, timely[0].serial)):
             return heapq.heappop(late)[2]
@@ -321,13 +332,14 @@ class _Lane:
     Where numbers hold back higher ones it is always a tangle, which remembers them.
     """
 
-    __slots__ = ("_plain", "_tangle", "busy", "hold_gaps", "is_frozen", "numbers", "offered", "queued")
+    __slots__ = ("_plain", "_tangle", "busy", "hold_gaps", "is_frozen", "is_held", "numbers", "offered", "queued")
 
     def __init__(self, hold_gaps: bool) -> None:
         self.hold_gaps = hold_gaps
         self.numbers: dict[str, _Numbers] = {}
         self.busy: _Entry | None = None
         self.is_frozen = False
+        self.is_held = False
         self.offered: tuple[float, int] | None = None
         self.queued = 0
         self._plain: deque[_Entry] | None = None
@@ -409,6 +421,12 @@ class _Lane:
         if self._tangle is not None:
             self._tangle.skip(sender, number)
 
+    def first(self) -> _Entry | None:
+        """The call that `take` would give."""
+        if self._tangle is not None:
+            return self._tangle.next()
+        return next((entry for entry in self._plain or () if entry.state is _QUEUED), None)
+
     def take(self) -> _Entry | None:
         """The call to run now that the session's turn has come; it is no longer queued."""
         if self._tangle is not None:
@@ -452,6 +470,7 @@ class _BySession:
     def __init__(self, hold_gaps: bool) -> None:
         self._hold_gaps = hold_gaps
         self._lanes: dict[str, _Lane] = {}
+        self._instances: dict[str, set[str]] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._heap: list[tuple[float, int, _Lane]] = []
 
@@ -470,31 +489,43 @@ class _BySession:
         if not lane.queued:
             self._idle.pop(entry.session, None)
         if lane.add(entry) and lane.busy is None:
+            lane.is_held = False  # another call may be its first one now
             self._offer(lane)
 
     def mark_ready(self, entry: _Entry) -> None:
         lane = self._lanes[entry.session]
         lane.mark_ready(entry)
+        lane.is_held = False
         self._offer(lane)
 
-    def pop(self) -> _Entry | None:
+    def unhold(self, entry: _Entry) -> None:
+        """`entry`, which was held back, competes again."""
+        lane = self._lanes[entry.session]
+        lane.is_held = False
+        self._offer(lane)
+
+    def pop(self, admits: _Admits | None) -> _Entry | None:
         while self._heap:
             rank, serial, lane = heapq.heappop(self._heap)
             if lane.offered != (rank, serial):
                 continue
             lane.offered = None
+            if admits is not None and (first := lane.first()) is not None and not admits(first):
+                lane.is_held = True
+                continue
             lane.busy = lane.take()
             if lane.busy is not None:
                 return lane.busy
         return None
 
-    def pop_of(self, batch: str) -> _Entry | None:
+    def pop_of(self, batch: str, admits: _Admits | None) -> _Entry | None:
         return None
 
     def leave(self, entry: _Entry) -> None:
         """`entry` is no longer queued."""
         lane = self._lanes[entry.session]
         lane.leave(entry)
+        lane.is_held = False
         self._offer(lane)
         self._rest(entry.session, lane)
 
@@ -513,12 +544,17 @@ class _BySession:
         self._offer(lane)
 
     def queued(self, session: str) -> list[_Entry]:
-        """The queued calls of a session."""
+        """The queued calls of a session, or of one instance within it."""
         lane = self._lanes.get(session)
         return lane.entries() if lane is not None and lane.queued else []
 
+    def parts(self, session: str) -> list[str]:
+        """A session and the instances within it, as far as there are any."""
+        here = [session] if session in self._lanes else []
+        return [*here, *self._instances.get(session, ())]
+
     def rank_session(self, session: str) -> None:
-        """The ranks of all queued calls of a session have changed."""
+        """The ranks of all queued calls of a session, or of one instance within it, have changed."""
         lane = self._lanes[session]
         lane.rank_all()
         self._offer(lane)
@@ -538,18 +574,28 @@ class _BySession:
     def forget(self, session: str) -> None:
         if session in self._idle:
             del self._idle[session]
-            del self._lanes[session]
+            self._drop(session)
 
     def _lane(self, session: str) -> _Lane:
         lane = self._lanes.get(session)
         if lane is None:
             lane = self._lanes[session] = _Lane(self._hold_gaps)
+            if (whole := _whole(session)) != session:
+                self._instances.setdefault(whole, set()).add(session)
             self._rest(session, lane)
         return lane
 
+    def _drop(self, session: str) -> None:
+        del self._lanes[session]
+        if (whole := _whole(session)) != session:
+            instances = self._instances[whole]
+            instances.discard(session)
+            if not instances:
+                del self._instances[whole]
+
     def _offer(self, lane: _Lane) -> None:
         """Gives the session its present place among those that could run a call."""
-        best = lane.offer() if lane.busy is None and not lane.is_frozen else None
+        best = lane.offer() if lane.busy is None and not lane.is_frozen and not lane.is_held else None
         if best == lane.offered:
             return
         lane.offered = best
@@ -564,7 +610,7 @@ class _BySession:
         if lane.queued == 0 and lane.busy is None and not lane.is_frozen:
             self._idle[session] = None
             if len(self._idle) > _REMEMBERED_SESSIONS:
-                del self._lanes[self._idle.popitem(last=False)[0]]
+                self._drop(self._idle.popitem(last=False)[0])
 
 
 class _ByCall:
@@ -590,19 +636,26 @@ class _ByCall:
         self._ready += 1
         self._push(entry)
 
-    def pop(self) -> _Entry | None:
-        return self._pop(self._all)
+    def unhold(self, entry: _Entry) -> None:
+        """`entry`, which was held back, competes again."""
+        entry.is_ready = True
+        self.mark_ready(entry)
 
-    def pop_of(self, batch: str) -> _Entry | None:
+    def pop(self, admits: _Admits | None) -> _Entry | None:
+        return self._pop(self._all, admits)
+
+    def pop_of(self, batch: str, admits: _Admits | None) -> _Entry | None:
         found = self._batches.get(batch)
-        return None if found is None else self._pop(found)
+        return None if found is None else self._pop(found, admits)
 
-    def _pop(self, ranked: _ByRank) -> _Entry | None:
-        entry = ranked.pop()
-        if entry is not None:
-            entry.state = _RUNNING
+    def _pop(self, ranked: _ByRank, admits: _Admits | None) -> _Entry | None:
+        while (entry := ranked.pop()) is not None:
             self._ready -= 1
-        return entry
+            if admits is None or admits(entry):
+                entry.state = _RUNNING
+                return entry
+            entry.is_ready = False
+        return None
 
     def leave(self, entry: _Entry) -> None:
         self._ready -= entry.is_ready
@@ -629,10 +682,16 @@ class _ByCall:
             batch.push(entry, self._ready)
 
 
+def _whole(session: str) -> str:
+    """The session of which it is, or is one instance."""
+    return session.partition("/")[0]
+
+
 class Mailbox:
     """The pending calls of a replica, and which of them runs next.
 
-    Call keys are opaque and unique among the calls that are not gone. Times are seconds of one clock, and do not go back.
+    Call keys are opaque and unique among the calls that are not gone. Times are seconds of one clock, and do not go back. A
+    session `a/b` is the instance `b` within the session `a`: it has a line of its own, and the priority and limits of `a`.
 
     Args:
         concurrency: calls that may run at once; one that waits does not count.
@@ -656,6 +715,10 @@ class Mailbox:
         if aging_s <= 0:
             raise ValueError(f"aging_s is {aging_s}: without aging a low priority would wait for ever")
         self.concurrency = concurrency
+        self._own_concurrency = concurrency
+        self._limits: Limits | None = None
+        self._admits: _Admits | None = None
+        self._held: dict[Group, list[_Ranked]] = {}
         self.high_water = high_water
         self.last_wait_s = 0.0
         self._aging_s = aging_s
@@ -695,6 +758,7 @@ class Mailbox:
         ready: bool = True,
         reentrant: bool = False,
         batch: str = "",
+        tenant: str = "",
     ) -> bool:
         """Queues a call; False, and nothing is changed, if it is a duplicate by its key or number.
 
@@ -708,18 +772,21 @@ class Mailbox:
             ready: False if it waits for arguments, until `mark_ready`.
             reentrant: an ancestor of the call holds the session.
             batch: what it may share a batch with, if not empty; without `per_session` only.
+            tenant: on whose behalf it is made, for limits.
         """
         if call_key in self._entries or (number and not self._queue.note(session, sender, number)):
             return False
         self._serial = serial = self._serial + 1
-        effective = self._priorities.get(session, priority) if self._priorities else priority
+        effective = self._priorities.get(_whole(session), priority) if self._priorities else priority
         rank = now - effective * self._aging_s if effective else now
         entry = self._entries[call_key] = _Entry(
             call_key, session, sender, number, priority, now, rank, serial, batch, ready, reentrant
         )
         self._queued += 1
+        if tenant:
+            entry.tenant = tenant
         if self._queued_of is not None:
-            self._queued_of.setdefault(session, {})[call_key] = entry
+            self._queued_of.setdefault(_whole(session), {})[call_key] = entry
         if self._worst is not None and not reentrant:
             self._note_worst(effective, entry)
         if not reentrant:
@@ -734,7 +801,7 @@ class Mailbox:
     def mark_ready(self, call_key: bytes) -> None:
         """The arguments of a queued call are there."""
         entry = self._entries.get(call_key)
-        if entry is None or entry.is_ready or entry.state is not _QUEUED:
+        if entry is None or entry.is_ready or entry.is_held or entry.state is not _QUEUED:
             return
         entry.is_ready = True
         if entry.is_reentrant:
@@ -752,7 +819,7 @@ class Mailbox:
         if entry is None:
             if self._slots_used >= self.concurrency:
                 return None
-            entry = self._queue.pop()
+            entry = self._queue.pop(self._admits)
             if entry is None:
                 return None
             entry.has_slot = True
@@ -774,7 +841,7 @@ class Mailbox:
             return []
         keys = [first]
         batch = self._entries[first].batch
-        while batch and len(keys) < limit and (entry := self._queue.pop_of(batch)) is not None:
+        while batch and len(keys) < limit and (entry := self._queue.pop_of(batch, self._admits)) is not None:
             self._unqueue(entry)
             keys.append(entry.key)
         return keys
@@ -785,6 +852,8 @@ class Mailbox:
         if entry is not None and entry.state is _RUNNING:
             entry.state = _WAITING
             self._slots_used -= entry.has_slot
+            if entry.groups:
+                self._leave_groups(entry)
 
     def resume(self, call_key: bytes) -> None:
         """A waiting call goes on, at once."""
@@ -792,6 +861,8 @@ class Mailbox:
         if entry is not None and entry.state is _WAITING:
             entry.state = _RUNNING
             self._slots_used += entry.has_slot
+            if self._limits is not None and not entry.is_reentrant:
+                self._enter_groups(entry, self._limits)
 
     def finish(self, call_key: bytes) -> None:
         """A running or waiting call has ended; the next one of its session may run."""
@@ -804,6 +875,8 @@ class Mailbox:
         del self._entries[call_key]
         if not entry.is_reentrant:
             self._queue.finish(entry)
+        if entry.groups:
+            self._leave_groups(entry)
 
     def remove(self, call_key: bytes) -> bool:
         """Takes a call out of the queue; False if it is not queued."""
@@ -815,6 +888,9 @@ class Mailbox:
         self._unqueue(entry)
         if not entry.is_reentrant:
             self._queue.leave(entry)
+        if self._limits is not None:  # it may have been let compete, and nobody else in its place
+            for group in self._limits.groups_of(_whole(entry.session), entry.tenant):
+                self._release(group, self._limits)
         return True
 
     def shed(self) -> bytes | None:
@@ -839,19 +915,102 @@ class Mailbox:
         else:
             self._priorities[session] = value
         if isinstance(self._queue, _BySession):
-            entries = self._queue.queued(session)
-            for entry in entries:
-                self._change_rank(entry)
-            if entries:
-                self._queue.rank_session(session)
+            for part in self._queue.parts(session):
+                entries = self._queue.queued(part)
+                for entry in entries:
+                    self._change_rank(entry)
+                if entries:
+                    self._queue.rank_session(part)
             return
         if self._queued_of is None:
             self._queued_of = {}
             for entry in self._entries.values():
                 if entry.state is _QUEUED:
-                    self._queued_of.setdefault(entry.session, {})[entry.key] = entry
+                    self._queued_of.setdefault(_whole(entry.session), {})[entry.key] = entry
         for entry in self._queued_of.get(session, {}).values():
             self._set_rank(entry)
+
+    def limit(self, running: int | None, groups: Mapping[Group, int]) -> None:
+        """Replaces all limits; what is queued already is held back by them, or is not any more, and what runs goes on.
+
+        Args:
+            running: calls that may run at once at most, if that is fewer than `concurrency`; None for no limit.
+            groups: the same for the calls of a session, of a tenant, or of a tenant in a session.
+        """
+        self.concurrency = self._own_concurrency if running is None else min(self._own_concurrency, running)
+        if not groups and self._limits is None:
+            return
+        limits = self._limits = Limits(groups) if groups else None
+        self._admits = self._admit if groups else None
+        self._held = {}
+        for entry in self._entries.values():
+            entry.groups = ()
+            if entry.is_held:
+                entry.is_held = False
+                self._queue.unhold(entry)
+            elif limits is not None and entry.state is _RUNNING and not entry.is_reentrant:
+                self._enter_groups(entry, limits)
+
+    def is_held(self, call_key: bytes) -> bool:
+        """True for a queued call whose turn has come and that is held back by a limit."""
+        entry = self._entries.get(call_key)
+        return entry is not None and entry.is_held and entry.state is _QUEUED
+
+    def _admit(self, entry: _Entry) -> bool:
+        """True if all its groups have room: it counts in them from now on. Else it is held back until they have."""
+        limits = self._limits
+        assert limits is not None
+        groups = limits.groups_of(_whole(entry.session), entry.tenant)
+        full = limits.full_among(groups)
+        if not full:
+            limits.enter(groups)
+            entry.groups = groups
+            entry.is_held = False
+            return True
+        if not entry.is_held:
+            entry.is_held = True
+            self._note_held(entry, full)
+        for group in groups:
+            if group not in full:
+                self._release(group, limits)  # there may be others for whom there is room
+        return False
+
+    def _enter_groups(self, entry: _Entry, limits: Limits) -> None:
+        """A call that runs counts in its groups, whether they have room or not."""
+        entry.groups = limits.groups_of(_whole(entry.session), entry.tenant)
+        limits.enter(entry.groups)
+
+    def _note_held(self, entry: _Entry, groups: tuple[Group, ...]) -> None:
+        for group in groups:
+            heapq.heappush(self._held.setdefault(group, []), (entry.rank, entry.serial, entry))
+
+    def _leave_groups(self, entry: _Entry) -> None:
+        """The call counts no more, and others may compete in its place."""
+        groups, entry.groups = entry.groups, ()
+        limits = self._limits
+        if limits is not None:
+            limits.leave(groups)
+            for group in groups:
+                self._release(group, limits)
+
+    def _release(self, group: Group, limits: Limits) -> None:
+        """Lets as many of those that a group held back compete as it has room for, the best first.
+
+        Those for which another one of their groups has no room wait for that.
+        """
+        held, room = self._held.get(group), limits.room_in(group)
+        while held and room > 0:
+            ranked = heapq.heappop(held)
+            entry = ranked[2]
+            if not entry.is_held or not _is_current(ranked):
+                continue
+            full = limits.full_among(limits.groups_of(_whole(entry.session), entry.tenant))
+            if full:
+                self._note_held(entry, full)
+                continue
+            room -= 1
+            entry.is_held = False
+            self._queue.unhold(entry)
 
     def prioritise(self, call_key: bytes, value: int) -> bool:
         """Gives a queued call another priority; False if it is not queued. One that its session has been given prevails."""
@@ -877,15 +1036,14 @@ class Mailbox:
             self._queue.freeze(session, False)
 
     def forget_session(self, session: str) -> None:
-        """Drops what is remembered of a session that has no calls: its numbers and its priority."""
+        """Drops what is remembered of a session, or of one instance within it, that has no calls: its numbers."""
         if not self._has_queued(session):
             self._queue.forget(session)
-            self._priorities.pop(session, None)
 
     def _has_queued(self, session: str) -> bool:
         if isinstance(self._queue, _BySession):
             return bool(self._queue.queued(session))
-        return self._queued_of is not None and session in self._queued_of
+        return self._queued_of is not None and _whole(session) in self._queued_of
 
     def _all_queued(self) -> Iterable[_Entry]:
         return (e for e in self._entries.values() if e.state is _QUEUED and not e.is_reentrant)
@@ -901,13 +1059,14 @@ class Mailbox:
     def _unqueue(self, entry: _Entry) -> None:
         self._queued -= 1
         if self._queued_of is not None:
-            queued = self._queued_of[entry.session]
+            session = _whole(entry.session)
+            queued = self._queued_of[session]
             del queued[entry.key]
             if not queued:
-                del self._queued_of[entry.session]
+                del self._queued_of[session]
 
     def _priority(self, entry: _Entry) -> int:
-        return self._priorities.get(entry.session, entry.priority)
+        return self._priorities.get(_whole(entry.session), entry.priority)
 
     def _set_rank(self, entry: _Entry) -> None:
         self._change_rank(entry)
@@ -919,6 +1078,8 @@ class Mailbox:
         priority = self._priority(entry)
         entry.rank = entry.arrived_s - priority * self._aging_s
         entry.is_moved = True
+        if entry.is_held and self._limits is not None:
+            self._note_held(entry, self._limits.groups_of(_whole(entry.session), entry.tenant))
         if self._worst is not None and not entry.is_reentrant:
             self._note_worst(priority, entry)
 

@@ -58,6 +58,8 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         lost: `name/incarnation` of processes whose loss brought this attempt; they are held to be lost by who gets it.
         failures: attempts of the job that ended with an error; then what failed in them is tried again, the rest is not.
         epoch: in a job, which making of this id by its owner it is; 0 outside jobs.
+        caller: the agent, tool or workflow that makes it; empty for a program outside.
+        tenant: on whose behalf; empty for nobody's.
     """
 
     id: bytes
@@ -81,6 +83,8 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
     lost: tuple[str, ...] = ()
     failures: int = 0
     epoch: int = 0
+    caller: str = ""
+    tenant: str = ""
 
 
 class Resolve(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):
@@ -662,11 +666,27 @@ class Look(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=206):
         version: `WIRE_VERSION`.
         question: comes back with every piece of the answer.
         records: also about every call it has or remembers, not only how many there are.
+        explain: id of a call about which it is to tell what was decided there; empty for none.
     """
 
     version: int
     question: int
     records: bool = False
+    explain: bytes = b""
+
+
+class Explanation(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Something that was decided about a call.
+
+    Attributes:
+        at_s: when, in seconds of the clock of the process that tells it.
+        what: in words.
+        reason: why; empty if whoever decided has not said.
+    """
+
+    at_s: float
+    what: str
+    reason: str = ""
 
 
 class CallRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -713,6 +733,7 @@ class Seen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=207):
         ended: calls that it has run to their end so far, remembered or not.
         actors: as in `Load`.
         records: of calls, in no order; a call that ended while the answer was made may stand in it twice.
+        explanations: what was decided about the call that was asked for, in the order of time; in the first piece.
     """
 
     version: int
@@ -726,6 +747,7 @@ class Seen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=207):
     ended: int
     actors: dict[str, tuple[int, int]] = {}
     records: tuple[CallRecord, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
@@ -940,7 +962,8 @@ def decode_seen(data: bytes) -> Seen:
 
 def encode_seen(head: Seen, records: Sequence[bytes]) -> bytes:
     """Bytes of a `Seen` like `head`, which has no records, with `records` made by `encode_call_record`."""
-    return b"".join((_encoder.encode(head)[:-1], _array_head(len(records)), *records))
+    start = _encoder.encode(msgspec.structs.replace(head, explanations=()))[:-2]
+    return b"".join((start, _array_head(len(records)), *records, _encoder.encode(head.explanations)))
 
 
 def encode_call_record(record: CallRecord) -> bytes:

@@ -13,18 +13,38 @@ overtaken, change nothing.
 
 Calls of a stateful actor go where the session is; the first one goes to the replica that ranks highest for the session's key
 (rendezvous hashing), so that callers who begin at the same moment propose the same place.
+
+What the global controller has decided comes first (`obey`): the instance of a session, then the shares of the instances of an
+actor. Shares are kept by a sequence that spreads evenly (multiples of the golden ratio), each caller's from a point of its own,
+so that also a few calls are divided as they should be; sessions that begin are divided by weighted rendezvous hashing. An
+instance that is not there, drains, or has a share of nothing gets none; where no other is left, the actor has no shares.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from random import Random
+from typing import Final, NamedTuple
 
+from nalar_mq.actions import Route, State, Weights
 from nalar_mq.address import Address
 from nalar_mq.messages import ActorInfo, Load, Member
 
 _NONE: Mapping[str, int] = {}
+_GOLDEN: Final = (math.sqrt(5) - 1) / 2
+
+
+class _Shares(NamedTuple):
+    """Instances of an actor, their shares, and where in [0, 1) the part of each ends."""
+
+    addresses: list[Address]
+    weights: list[float]
+    ends: list[float]
+    reason: str
 
 
 class RoutingTable:
@@ -32,6 +52,7 @@ class RoutingTable:
 
     Attributes:
         version: grows with every change, so that a waiter can tell.
+        is_governed: there are routes or shares.
     """
 
     def __init__(self, random: Random) -> None:
@@ -44,6 +65,11 @@ class RoutingTable:
         self._reports: dict[str, Load] = {}
         self._backlog: dict[str, dict[str, int]] = {}
         self._busy: dict[str, int] = {}
+        self._routes: dict[tuple[str, str], Route] = {}
+        self._weights: dict[str, Weights] = {}
+        self._shares: dict[str, _Shares] = {}
+        self._point = random.random()
+        self.is_governed = False
         self.version = 0
 
     @property
@@ -100,7 +126,54 @@ class RoutingTable:
         # Replaced, never changed: threads that make calls read them meanwhile.
         self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in replicas.items() if found}
         self._replicas = replicas
+        self._divide()
         self.version += 1
+
+    # What the global controller has decided.
+
+    def obey(self, states: Iterable[State]) -> None:
+        """Routes by these from now on, and by no others."""
+        self._routes, self._weights = {}, {}
+        for state in states:
+            if isinstance(state, Route):
+                self._routes[state.agent, state.session] = state
+            elif isinstance(state, Weights):
+                self._weights[state.agent] = state
+        self.is_governed = bool(self._routes or self._weights)
+        self._divide()
+
+    def _divide(self) -> None:
+        self._shares = {}
+        for actor, weights in self._weights.items():
+            wanted = {name: weight for name, weight in zip(weights.instances, weights.weights, strict=False) if weight > 0}
+            addresses = [address for address in self._replicas.get(actor, ()) if address.name in wanted]
+            if addresses:
+                shares = [wanted[address.name] for address in addresses]
+                ends = [end / sum(shares) for end in accumulate(shares)]
+                self._shares[actor] = _Shares(addresses, shares, ends, weights.reason)
+
+    def route_of(self, actor: str, session: str) -> tuple[Address, str] | None:
+        """Where all calls of the session to the actor are to go, and why; None if that is not decided, or it is not there."""
+        route = self._routes.get((actor, session))
+        if route is None:
+            return None
+        address = next((found for found in self._replicas.get(actor, ()) if found.name == route.instance), None)
+        return None if address is None else (address, route.reason)
+
+    def ordered(self, actor: str, session: str) -> tuple[Address, str] | None:
+        """Where the next call of the session to an actor without state is to go, and why; None if nobody has decided."""
+        route = self.route_of(actor, session) if self._routes else None
+        shares = self._shares.get(actor)
+        if route is not None or shares is None:
+            return route
+        self._point = (self._point + _GOLDEN) % 1.0
+        place = min(bisect_right(shares.ends, self._point), len(shares.addresses) - 1)
+        return shares.addresses[place], shares.reason
+
+    def is_shut(self, actor: str, name: str) -> bool:
+        """True if the actor has shares, and process `name` has none of them."""
+        shares = self._shares.get(actor)
+        return shares is not None and all(address.name != name for address in shares.addresses)
 
     def is_alive(self, address: Address) -> bool:
         """True if that incarnation is a live member; draining ones are."""
@@ -183,9 +256,23 @@ class RoutingTable:
         return one if here <= there else other
 
     def rank(self, actor: str, key: str) -> Address | None:
-        """The replica that ranks highest for `key`; the same at everybody who has the same members."""
+        """The replica that ranks highest for `key`; the same at everybody who has the same members.
+
+        If the session that `key` names (`places`) has a route it is that, and among replicas with shares the larger ones rank
+        highest more often.
+        """
+        if self._routes and (route := self.route_of(actor, key.partition(".")[2].partition(".")[0])) is not None:
+            return route[0]
+        if self._shares and (shares := self._shares.get(actor)) is not None:
+            weighted = zip(shares.addresses, shares.weights, strict=True)
+            return min(weighted, key=lambda pair: -math.log(_fraction(pair[0].name, key)) / pair[1])[0]
         return max(self._replicas.get(actor, ()), key=lambda address: _weight(address.name, key), default=None)
 
 
 def _weight(name: str, key: str) -> bytes:
     return hashlib.blake2b(f"{name}/{key}".encode(), digest_size=8).digest()
+
+
+def _fraction(name: str, key: str) -> float:
+    """Above 0 and at most 1; the same for the same arguments, and otherwise as if it were drawn."""
+    return (int.from_bytes(_weight(name, key), "big") + 1) / (1 << 64)

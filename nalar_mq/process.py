@@ -14,6 +14,7 @@ from nalar_mq.calls import Calls
 from nalar_mq.channel import Endpoint
 from nalar_mq.claims import Claims
 from nalar_mq.config import Settings, find_local_store
+from nalar_mq.enforcement import Enforcement
 from nalar_mq.errors import CallError, OwnerLostError, WireError, WorkerLostError
 from nalar_mq.journal import Journal
 from nalar_mq.local_store import LocalStore
@@ -116,8 +117,12 @@ class Process:
         self._stack.push_async_callback(self.recall.aclose)
         asker = self.calls.asker = Asker(transport, self.subjects)
         self._stack.push_async_callback(asker.aclose)
+        self.enforcement = Enforcement(transport, self.subjects, me, self.table, self.calls.explanations, self._lease_s)
+        self._stack.push_async_callback(self.enforcement.aclose)
         if before_joining is not None:
             await before_joining()
+        else:
+            await self.enforcement.start()
         await self.endpoint.start()
         self.membership = Membership(
             transport,

@@ -45,6 +45,8 @@ class Standing:
         record = self._read(data, States)
         if record is None:
             return False
+        if (record.term, record.number) == (self._term, self._states_number):
+            return False  # read once more
         is_later = record.term > self._term or record.number > self._states_number
         if not self._follows(record.term) or not is_later:
             self.refused["late"] += 1

@@ -137,6 +137,7 @@ class Worker:
             name=self.name,
             may_begin=self._process.is_current,
             remember=self._process.recall.memory,
+            table=self._process.table,
             changes=changes,
             stores=stores,
             clock=self._clock,
@@ -169,6 +170,7 @@ class Worker:
         )
         self._process.on_close(reporter.aclose)
         await reporter.start()
+        await self._process.enforcement.start(self._host, changes)
 
     async def _open_stores(self) -> Stores | None:
         """The stores of this worker, if it serves agents whose state is kept."""

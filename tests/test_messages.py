@@ -21,6 +21,7 @@ from nalar_mq.messages import (
     Consume,
     Credit,
     Crossing,
+    Explanation,
     Fail,
     Forward,
     Forwarded,
@@ -73,6 +74,7 @@ from nalar_mq.messages import (
 )
 
 ID = bytes(range(16))
+EXPLAINED = (Explanation(4.5, "sent to w", "why"),)
 RECORD = CallRecord(ID, b"p", "analyst", "read", "s", "j", "o", 2, 1, 1.5, 2.5, 3.5, "failed", "m:E")
 
 
@@ -238,6 +240,8 @@ def _samples() -> dict[str, bytes]:
         budget=0.5,
         lost=("w/1",),
         failures=4,
+        caller="c",
+        tenant="t",
     )
     return {
         "call": encode_message(call),
@@ -297,8 +301,11 @@ def _samples() -> dict[str, bytes]:
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
         "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3, 5, 6, ("w/1",), 2, 7)),
         "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
-        "look": encode_record(Look(WIRE_VERSION, 8, True)),
-        "seen": encode_seen(Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}), [encode_call_record(RECORD)]),
+        "look": encode_record(Look(WIRE_VERSION, 8, True, ID)),
+        "seen": encode_seen(
+            Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}, explanations=EXPLAINED),
+            [encode_call_record(RECORD)],
+        ),
         "place": encode_record(Place(WIRE_VERSION, "w", 2, "b")),
         "member": encode_record(
             Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True, "f", ("b",))
@@ -308,15 +315,16 @@ def _samples() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("count", [0, 1, 16, 70_000])
 def test_answers_of_every_length_are_put_together_alike(count: int) -> None:
-    head = Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)})
+    head = Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}, explanations=EXPLAINED)
     data = encode_seen(head, [encode_call_record(RECORD)] * count)
-    assert decode_seen(data) == Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}, (RECORD,) * count)
+    expected = Seen(WIRE_VERSION, 8, 2, 1, True, 0.5, 1.5, 3, 4, {"a": (5, 6)}, (RECORD,) * count, EXPLAINED)
+    assert decode_seen(data) == expected
 
 
 GOLDEN = {
     "call": (
-        "dc001601c410000102030405060708090a0b0c0d0e0fa7616e616c797374a472656164c403929080a173a169c4016e91c40164c40170a1"
-        "6a02cb3ff80000000000000391a3612f73c301a174cb3fe000000000000091a3772f310400"
+        "dc001801c410000102030405060708090a0b0c0d0e0fa7616e616c797374a472656164c403929080a173a169c4016e91c40164c40170a1"
+        "6a02cb3ff80000000000000391a3612f73c301a174cb3fe000000000000091a3772f310400a163a174"
     ),
     "resolve": "9402c410000102030405060708090a0b0c0d0e0fc4017691a177",
     "fail": "9903c410000102030405060708090a0b0c0d0e0fa36d3a45a474657874c40170a5747261636591a17792a3612e62a16300",
@@ -337,7 +345,9 @@ GOLDEN = {
     "taken": "9518c410000102030405060708090a0b0c0d0e0f01a26e6fa162",
     "thaw": "9219c410000102030405060708090a0b0c0d0e0f",
     "abandon": "921ac410000102030405060708090a0b0c0d0e0f",
-    "forward": "951ba16f03dc001601c410000102030405060708090a0b0c0d0e0fa161a16dc40170a0a0c40090c400a000c00090c200a0c090000002",
+    "forward": (
+        "951ba16f03dc001801c410000102030405060708090a0b0c0d0e0fa161a16dc40170a0a0c40090c400a000c00090c200a0c0900000a0a002"
+    ),
     "crossing": "951ca16f03a161a173",
     "arrived": "941da161a173a162",
     "forwarded": "981ec410000102030405060708090a0b0c0d0e0fa1770302a161a173a162",
@@ -359,11 +369,11 @@ GOLDEN = {
     "lost": "93cccb0102",
     "running": "9dcccc01a1770209a6616e737765720103050691a3772f310207",
     "load": "95cccd01020381a161920405",
-    "look": "94ccce0108c3",
+    "look": ("95ccce0108c3c410000102030405060708090a0b0c0d0e0f"),
     "seen": (
-        "9ccccf01080201c3cb3fe0000000000000cb3ff8000000000000030481a161920506919ec410000102030405060708090a0b0c0d0e0fc4"
+        "9dcccf01080201c3cb3fe0000000000000cb3ff8000000000000030481a161920506919ec410000102030405060708090a0b0c0d0e0fc4"
         "0170a7616e616c797374a472656164a173a16aa16f0201cb3ff8000000000000cb4004000000000000cb400c000000000000a66661696c"
-        "6564a36d3a45"
+        "6564a36d3a459193cb4012000000000000a973656e7420746f2077a3776879"
     ),
     "place": "95ccca01a17702a162",
     "member": (

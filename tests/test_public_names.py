@@ -30,6 +30,7 @@ PUBLIC = [
     "ManagedList",
     "ManagedValue",
     "NalarError",
+    "NotAllowedError",
     "NotConnectedError",
     "OverloadedError",
     "Question",

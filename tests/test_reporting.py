@@ -51,7 +51,7 @@ class World:
         await self.transport.subscribe(SUBJECTS.report("*"), self._fold)
         for name in names:
             self.workers[name] = worker = Worker(
-                APP, self.settings, name=name, connect=self.hub.connect, random=Random(1), is_simulated=True
+                APP, self.settings, name=name, connect=self.hub.connect, random=Random(name), is_simulated=True
             )
             await worker.start()
         self.client = connect(settings=self.settings, name="c", connect=self.hub.connect, random=Random(2))
