@@ -933,6 +933,31 @@ def adopt_state(options: _Options, /, folder: Path | None, app: Path | None, **b
         _tell(f"store {store}: {count:,} sessions" + (f", {left_out:,} of them are held elsewhere" if left_out else ""))
 
 
+@cli.command(name="explain")
+@click.argument("future")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def explain_call(options: _Options, /, future: str, json: bool, app: Path | None, **broker: str | None) -> None:
+    """Tell what happened to FUTURE, the id of a call in hexadecimal, and why.
+
+    When it came, where it was sent, which priorities it got, where its session moved, and what the controller had decided
+    about it meanwhile. Workers remember the last 10,000 calls each, for as long as they live.
+    """
+    from nalar_mq import commands, control_commands
+
+    file = commands.app_file(app) if app else None
+    found = _run(options, control_commands.explain(_choice(broker), app=file, call=future))
+    if json:
+        _show_json(found)
+        return
+    _tell(f"{found.call}, session {found.session}, made by {found.owner}: {found.state}")
+    for step in found.steps:
+        clock = datetime.fromtimestamp(step.at_s).isoformat(" ", "milliseconds")
+        _show(f"{clock}  {step.where}  {_with_reason(step.what, step.reason)}")
+
+
 @cli.command()
 @click.option("--once", is_flag=True, help="Show it once, not again and again.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=1.0, show_default=True, metavar="SECONDS", help="How often.")
@@ -1099,6 +1124,35 @@ def policy_history(options: _Options, /, limit: int, json: bool, app: Path | Non
     for entry in found:
         for line in _decided_lines(entry):
             _show(line)
+
+
+@policy.command(name="explain-access")
+@click.argument("caller")
+@click.argument("target")
+@click.option("--tenant", default="", metavar="NAME", help="On whose behalf.")
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def explain_access(
+    options: _Options, /, caller: str, target: str, tenant: str, json: bool, app: Path | None, **broker: str | None
+) -> int:
+    """Say whether CALLER, an agent, tool, workflow or client, may call TARGET, and by which rule.
+
+    The exit code is 0 if it may, and 1 if it may not.
+    """
+    from nalar_mq import commands, control_commands
+    from nalar_mq.actions import describe
+
+    file = commands.app_file(app) if app else None
+    asked = control_commands.access(_choice(broker), app=file, caller=caller, target=target, tenant=tenant)
+    found = _run(options, asked)
+    if json:
+        _show_json(found)
+    else:
+        rule = _with_reason(describe(found.rule), found.rule.reason) if found.rule else f"there is no rule about {target}"
+        _show(f"{caller} {'may' if found.is_allowed else 'may not'} call {target}: {rule}")
+    return EXIT_OK if found.is_allowed else EXIT_CALL_FAILED
 
 
 @policy.command(name="test")

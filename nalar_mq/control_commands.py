@@ -2,6 +2,8 @@
 
 show, history     read what is kept at the broker; no controller is needed
 top               asks the controller that leads
+explain           asks the processes, and reads the history
+explain-access    reads what holds
 test, record      listen to the reports of all processes, as a controller does, and publish nothing
 replay            reads a file
 """
@@ -16,12 +18,14 @@ from typing import Final
 
 import msgspec
 
-from nalar_mq.actions import Decided, Ranking, State, States, decode_decision
-from nalar_mq.address import Subjects, random_token
+from nalar_mq.actions import Allow, Decided, Ranking, State, States, decode_decision
+from nalar_mq.address import Address, Subjects, random_token
+from nalar_mq.client import connect
 from nalar_mq.commands import BrokerChoice, on_signals, settings_of
 from nalar_mq.config import Settings
 from nalar_mq.controllers.audit import open_history, read_history
 from nalar_mq.controllers.deciding import PERIOD_S, decider_of
+from nalar_mq.controllers.explaining import Explained, explained
 from nalar_mq.controllers.leadership import leader_in, open_lead
 from nalar_mq.controllers.observer import Observer
 from nalar_mq.controllers.overview import Overview, decode_overview
@@ -29,8 +33,9 @@ from nalar_mq.controllers.recording import Recorded, Recording, read_recording
 from nalar_mq.controllers.rehearsal import Rehearsal
 from nalar_mq.controllers.rehearsal import replay as replay_on
 from nalar_mq.controllers.view import View
-from nalar_mq.errors import BrokerError, WireError
+from nalar_mq.errors import BrokerError, UnknownCallError, WireError
 from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.rules import Admission
 
 _ANSWERED_WITHIN_S: Final = 3.0
 _STATES: Final = "states"
@@ -86,10 +91,7 @@ async def in_force(choice: BrokerChoice, *, app: Path | None) -> InForce:
     async with _connected(settings) as (transport, subjects):
         leader = await leader_in(await open_lead(transport, subjects, settings.lease_s))
         entries = await read_history(await open_history(transport, subjects), subjects)
-        kept = await (await transport.key_value(subjects.control_bucket)).get(_STATES)
-        record = States(0, 0, 0)
-        if kept is not None and kept.value is not None:
-            record = decode_decision(kept.value, States)
+        record = await _states_in(transport, subjects)
         of_term = [entry for entry in entries if entry.term == record.term]
         ranked = next((entry.ranked for entry in reversed(of_term) if entry.ranked), None)
         policy = of_term[-1].policy if of_term else ""
@@ -98,11 +100,51 @@ async def in_force(choice: BrokerChoice, *, app: Path | None) -> InForce:
         )
 
 
+async def _states_in(transport: NatsTransport, subjects: Subjects) -> States:
+    kept = await (await transport.key_value(subjects.control_bucket)).get(_STATES)
+    return States(0, 0, 0) if kept is None or kept.value is None else decode_decision(kept.value, States)
+
+
 async def history(choice: BrokerChoice, *, app: Path | None, limit: int) -> list[Decided]:
     """The last `limit` entries of the history, the oldest first."""
     async with _connected(settings_of(choice, app)) as (transport, subjects):
         entries = await read_history(await open_history(transport, subjects), subjects)
         return entries[len(entries) - min(limit, len(entries)) :]
+
+
+class Access(msgspec.Struct, frozen=True):
+    """Whether somebody may call an agent, and by which rule; None if there is none about it, and everybody may."""
+
+    is_allowed: bool
+    rule: Allow | None
+
+
+async def access(choice: BrokerChoice, *, app: Path | None, caller: str, target: str, tenant: str) -> Access:
+    """Whether `caller`, on behalf of a tenant, may call `target` by the rules that hold now."""
+    async with _connected(settings_of(choice, app)) as (transport, subjects):
+        states = (await _states_in(transport, subjects)).states
+    admission = Admission()
+    admission.take_states(states)
+    rules = [state for state in states if isinstance(state, Allow) and state.agent == target]
+    return Access(admission.rule_against(target, caller, tenant) is None, rules[-1] if rules else None)
+
+
+async def explain(choice: BrokerChoice, *, app: Path | None, call: str) -> Explained:
+    """All that is known to have happened to a call, and why.
+
+    Raises:
+        UnknownCallError: no process remembers it.
+    """
+    try:
+        id = bytes.fromhex(call)
+    except ValueError:
+        raise UnknownCallError(call, "the id of a call is hexadecimal: `nalar trace` and `nalar top` show it") from None
+    async with connect(settings=settings_of(choice, app)) as client:
+        process = client.process
+        others = [Address(name, member.incarnation) for name, member in await client.members() if name != process.name]
+        views = await process.lookout.ask(others, records=True, explain=id)
+        history = await read_history(await open_history(process.transport, process.subjects), process.subjects)
+    return explained(id, views, history)
 
 
 async def overviews(choice: BrokerChoice, *, app: Path | None, every_s: float) -> AsyncGenerator[Overview | None]:

@@ -197,6 +197,19 @@ def test_what_is_decided_refused_and_seen_is_told(site: Site) -> None:
     for words in ("policy mine.py:Mine", "WAITING CALL", "n1-1", refused):
         assert words in site("top", "--once").stdout
 
+    assert "chat may call wait: wait may be called by chat" in site("policy", "explain-access", "chat", "wait").stdout
+    assert "somebody may not call wait" in site("policy", "explain-access", "somebody", "wait", code=1).stdout
+    assert site.json("policy", "explain-access", "somebody", "wait", "--tenant", "acme")["is_allowed"]
+    assert "there is no rule about chat" in site("policy", "explain-access", "anybody", "chat").stdout
+
+    (explained,) = (site.json("explain", wait["future"]) for wait in seen["waits"][:1])
+    assert (explained["call"], explained["state"]) == ("wait", "queued")
+    steps = [(step["where"], step["what"]) for step in explained["steps"]]
+    assert ("n1-1", "came from n1-1, priority 0") in steps
+    assert ("controller", "wait may be called by chat, tenant acme") in steps
+    assert "tenant acme: it is dear" in site("explain", explained["id"]).stdout
+    assert "nalar top" in site("explain", "nonsense", code=1).stderr
+
     (site.folder / "mine.py").write_text(POLICY.replace("acme", "globex") + "        raise ValueError(view.now < 0)\n")
     eventually(lambda: "no answer, all stays as it was" in site("policy", "history").stdout, "its error is not told")
     assert "ValueError: False (line 11)" in site("policy", "history").stdout
