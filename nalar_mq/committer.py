@@ -3,6 +3,10 @@
 Who puts something is told when it is durable, or why it is not, in the order of putting. While one transaction is being
 synced the next one gathers, so that the calls that end in one fsync share the following one, however many they are; up to
 `_BYTES`, so that a large one does not have all others wait for it.
+
+What is put in the background, sessions on their way here and the copies of those that have left, keeps an order of its own:
+a transaction has all that calls have changed, and beside it `_BACKGROUND_BYTES` of the background, so that no call waits for
+more than that.
 """
 
 from __future__ import annotations
@@ -10,15 +14,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
 from nalar_mq.errors import StoreError, StoreLostError
 from nalar_mq.logs import logger
-from nalar_mq.store import Commit, Store, Write
+from nalar_mq.store import Commit, Departure, Store, Write
 
 _BYTES: Final = 16 * 1024 * 1024
+_BACKGROUND_BYTES: Final = 1024 * 1024
+_DEPARTURE_BYTES: Final = 128 * 1024  # about what the entries take that go at once
 _AT_ONCE: Final = 4096
 _log = logger(__name__)
 
@@ -52,7 +59,9 @@ class Committer:
         self.commits = 0
         self.written = 0
         self._on_lost = on_lost
-        self._waiting: SimpleQueue[tuple[Write, Done] | None] = SimpleQueue()  # None is the last
+        self._waiting: SimpleQueue[tuple[Write, Done, bool] | None] = SimpleQueue()  # None is the last
+        self._background: deque[tuple[Write, Done]] = deque()
+        self._is_ending = False
         self._lost: StoreLostError | None = None
         self._thread: threading.Thread | None = None
         self._begin()
@@ -61,23 +70,35 @@ class Committer:
         self._thread = threading.Thread(target=self._run, name=f"store-{self.store.id}", daemon=True)
         self._thread.start()
 
-    def put(self, write: Write, done: Done) -> None:
-        """Writes it soon; any thread."""
-        self._waiting.put((write, done))
+    def put(self, write: Write, done: Done, *, in_background: bool = False) -> None:
+        """Writes it soon, in the background after what calls have changed; any thread."""
+        self._waiting.put((write, done, in_background))
 
     def _run(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            self._write(self._batch(first))
+        while batch := self._batch():
+            self._write(batch)
 
-    def _batch(self, first: tuple[Write, Done]) -> list[tuple[Write, Done]]:
-        batch, size = [first], _size_of(first[0])
-        while size < _BYTES and len(batch) < _AT_ONCE and not self._waiting.empty():
+    def _batch(self) -> list[tuple[Write, Done]]:
+        """What goes into the next transaction, as soon as there is something; nothing after the end."""
+        batch: list[tuple[Write, Done]] = []
+        size = 0
+        while size < _BYTES and len(batch) < _AT_ONCE and not self._is_ending:
+            if self._waiting.empty() and (batch or self._background):
+                break
             one = self._waiting.get()
             if one is None:
-                self._waiting.put(None)
+                self._is_ending = True
                 break
-            batch.append(one)
-            size += _size_of(one[0])
+            write, done, in_background = one
+            if in_background:
+                self._background.append((write, done))
+            else:
+                batch.append((write, done))
+                size += _size_of(write)
+        size = 0
+        while self._background and size < _BACKGROUND_BYTES:
+            batch.append(self._background.popleft())
+            size += _size_of(batch[-1][0])
         return batch
 
     def _write(self, batch: list[tuple[Write, Done]]) -> None:
@@ -128,19 +149,17 @@ class LoopCommitter(Committer):
         self._loop = asyncio.get_running_loop()
         self._is_due = False
 
-    def put(self, write: Write, done: Done) -> None:
-        """Writes it soon."""
-        super().put(write, done)
+    def put(self, write: Write, done: Done, *, in_background: bool = False) -> None:
+        """Writes it soon, in the background after what calls have changed."""
+        super().put(write, done, in_background=in_background)
         if not self._is_due:
             self._is_due = True
             self._loop.call_later(self._LATER_S, self._write_waiting)
 
     def _write_waiting(self) -> None:
         self._is_due = False
-        while not self._waiting.empty():
-            first = self._waiting.get()
-            if first is not None:
-                self._write(self._batch(first))
+        while not self._waiting.empty() or self._background:
+            self._write(self._batch())
 
     def close(self) -> None:
         """Writes what has been put, and closes the store; idempotent."""
@@ -149,6 +168,9 @@ class LoopCommitter(Committer):
 
 
 def _size_of(write: Write) -> int:
+    if isinstance(write, Departure):
+        return _DEPARTURE_BYTES
     if not isinstance(write, Commit):
         return 0
-    return len(write.payload) + sum(len(data) for _, _, data in write.changes if data is not None)
+    entries = sum(len(data) for _, _, data in write.changes if data is not None)
+    return entries + len(write.payload) + sum(len(outcome.payload) for outcome in write.records)

@@ -103,8 +103,8 @@ from nalar_mq.replica import Replica
 from nalar_mq.rules import Admission, Priorities
 from nalar_mq.runner import Runner
 from nalar_mq.session_state import SessionState
-from nalar_mq.state import state_of, take
-from nalar_mq.store import Change, Outcome
+from nalar_mq.state import Arrival, state_of
+from nalar_mq.store import Outcome
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
@@ -562,31 +562,38 @@ class Host:
             found.append(Explanation(now, "held back by a limit", ""))
         return found
 
-    async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
-        """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
-        replica = self._replicas[key[0]]
-        version = kept.session.schema or 1
-        if version > replica.spec.state_version:
+    def arrival(self, key: Key, version: int) -> Arrival | None:
+        """What gathers a session that comes, kept by that version of its agent; None if a call is to read it from the store.
+
+        Raises:
+            MigrationError: it cannot be served here.
+        """
+        spec = self._replicas[key[0]].spec
+        if version > spec.state_version:
             raise MigrationError(
                 f"version {version} of {key[0]!r} has kept the session, and worker {self._calls.me.name!r} has version "
-                f"{replica.spec.state_version}"
+                f"{spec.state_version}"
             )
-        if replica.spec.transparent or version != replica.spec.state_version:
+        if spec.transparent or version != spec.state_version or not isinstance(spec.target, type):
             return None
-        made: asyncio.Future[Any] = self._loop.create_future()
-        self._threads.run(functools.partial(self._stage_in_thread, replica, key[1], kept, made))
-        instance = await made
-        self._hold(replica, key[1])
-        return functools.partial(take, state_of(instance))
+        return Arrival(spec.target)
 
-    def _stage_in_thread(self, replica: Replica, key: str, kept: Kept, made: asyncio.Future[Any]) -> None:
+    async def stage(self, key: Key, kept: Kept, arrival: Arrival) -> None:
+        """Makes an instance of what has come."""
+        replica = self._replicas[key[0]]
+        made: asyncio.Future[None] = self._loop.create_future()
+        self._threads.run(functools.partial(self._stage_in_thread, replica, key[1], kept, arrival, made))
+        await made
+        self._hold(replica, key[1])
+
+    def _stage_in_thread(self, replica: Replica, key: str, kept: Kept, arrival: Arrival, made: asyncio.Future[None]) -> None:
         try:
-            instance = replica.make(key, b"", kept)
+            replica.make(key, b"", kept, arrival)
         except BaseException as error:
             cause = error if isinstance(error, Exception) else RuntimeError(repr(error))
             self._inbox.put(functools.partial(settle, made, None, cause))
         else:
-            self._inbox.put(functools.partial(settle, made, instance))
+            self._inbox.put(functools.partial(settle, made, None))
 
     def _is_recorded(self, owner: Address, call: Call, stores: Stores) -> bool:
         """True if the call has taken effect already: then its owner is told what it came to, or why that is not known."""

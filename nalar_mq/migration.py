@@ -1,11 +1,12 @@
 """A session moves to another worker while it is used.
 
     source                                             target
-      │── Piece ... ──────────────────────────────────▶│  written into its store as staged; a few on their way at a time
-      │◀────────────────────────────────────── Taken ──│
-      │── Piece "prepare" ────────────────────────────▶│  makes an instance of what it has
-      │── Piece ... what was changed meanwhile ───────▶│  into the store and the instance
+      │── Piece ... ──────────────────────────────────▶│  into its store as staged, and into the fields of the instance to be;
+      │◀────────────────────────────────────── Taken ──│  a few are on their way at a time
+      │── Piece "prepare" ────────────────────────────▶│  makes the instance
+      │── Piece ... what was changed meanwhile ───────▶│  the same; again and again, until what was changed is little
       │  freeze: no call begins, the running one ends
+      │── Piece ... what was changed since ───────────▶│
       │── Piece "last" ───────────────────────────────▶│  checks number and checksums of all entries, syncs
       │◀────────────────────────────────────── Taken ──│
       │  marks the session as leaving, durably
@@ -13,6 +14,10 @@
       │── Forward ... the calls that wait ────────────▶│
       │── Thaw ───────────────────────────────────────▶│  serves
       │  deletes its copy in pieces; a mark stays, and calls that still come are forwarded
+
+Others are served meanwhile. A piece has about 128 KB, so that neither loop is held by one for long. They are written in the
+background of the target's store (`committer`), several in one transaction; each is durable before it is `Taken`, and what
+calls commit goes first. The first piece has the version of the agent, so that a target that cannot serve it says so at once.
 
 Only the source changes the directory, and when it does not hear what became of that, it reads until it knows. A copy that is
 staged, leaving or left is served by nobody unless the directory names its store (`settle`). Who finds one after a crash, and
@@ -60,14 +65,17 @@ from nalar_mq.messages import (
 )
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
+from nalar_mq.state import Arrival
 from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Departure, Outcome, Session, Write
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.transport import KeyValue, Transport
 
 PIECE_BYTES: Final = 128 * 1024
 _MESSAGE_BYTES: Final = 512 * 1024
-_ON_THE_WAY: Final = 8
-_FEW: Final = 64  # changed entries that may wait for the freeze
+_READ_BYTES: Final = 512 * 1024
+_ON_THE_WAY: Final = 16
+_ENTRY_BYTES: Final = 128  # what an entry counts beside its data
+_FEW_BYTES: Final = 64 * 1024  # of changed entries that may wait for the freeze
 _ROUNDS: Final = 10
 _PATIENCE_S: Final = 60.0
 _RETRY_S: Final = 0.2
@@ -109,8 +117,16 @@ class Holder(Protocol):
         """A call that came to where its session was before."""
         ...
 
-    async def stage(self, key: Key, kept: Kept) -> Callable[[Iterable[Change]], None] | None:
-        """Makes an instance of what is in the store, and returns what takes further changes; None if calls make it."""
+    def arrival(self, key: Key, version: int) -> Arrival | None:
+        """What gathers a session that comes, kept by that version of its agent; None if a call is to read it from the store.
+
+        Raises:
+            MigrationError: it cannot be served here.
+        """
+        ...
+
+    async def stage(self, key: Key, kept: Kept, arrival: Arrival) -> None:
+        """Makes an instance of what has come."""
         ...
 
 
@@ -124,7 +140,7 @@ class _Leaving:
         self.kept = kept
         self.target = target
         self.store = ""
-        self.changed: dict[tuple[str, int], None] = {}
+        self.changed: dict[tuple[str, int], int] = {}
         self.outcomes: list[Outcome] = []
         self.number = 0
         self.size = 0
@@ -145,12 +161,12 @@ class _Leaving:
 class _Coming:
     """A session on its way into this worker."""
 
-    def __init__(self, source: Address, store: str, key: Key, kept: Kept) -> None:
+    def __init__(self, source: Address, store: str, key: Key, kept: Kept, arrival: Arrival | None) -> None:
         self.source = source
         self.store = store
         self.key = key
         self.kept = kept
-        self.apply: Callable[[Iterable[Change]], None] | None = None
+        self.arrival = arrival
         self.is_complete = False
         self.begun = b""
         self.work: asyncio.Queue[Piece] = asyncio.Queue()
@@ -255,7 +271,7 @@ class Migrations:
         """A call of a session has been committed."""
         leaving = self._leaving.get(key)
         if leaving is not None:
-            leaving.changed.update(dict.fromkeys((field, order) for field, order, _ in changes))
+            leaving.changed.update(((field, order), _ENTRY_BYTES + len(data or b"")) for field, order, data in changes)
             leaving.outcomes.append(outcome)
 
     def on_lost(self, address: Address, given_back: Iterable[Message]) -> None:
@@ -356,27 +372,30 @@ class Migrations:
         """Pre-copy: all that is in the store, an instance there, and what was changed meanwhile until that is little."""
         store, after = leaving.kept.committer.store, b""
         session = self._stores.session(*leaving.key).session
-        await self._send(leaving, [], await asyncio.to_thread(store.outcomes, session))
+        outcomes = await asyncio.to_thread(store.outcomes, session)
+        await self._send(leaving, [], outcomes, session=session)
         while True:
-            changes, after = await asyncio.to_thread(store.piece, session, after, PIECE_BYTES)
-            await self._send(leaving, changes)
+            changes, after = await asyncio.to_thread(store.piece, session, after, _READ_BYTES)
+            for some in _pieces(changes):
+                await self._send(leaving, some)
             if not after:
                 break
         await self._send(leaving, [], step="prepare", waits=True, session=session)
         for _ in range(_ROUNDS):
-            if len(leaving.changed) <= _FEW:
+            if sum(leaving.changed.values()) <= _FEW_BYTES:
                 break
             await self._send_changed(leaving)
 
-    async def _send_changed(self, leaving: _Leaving) -> None:
-        store, session = leaving.kept.committer.store, self._stores.session(*leaving.key).session
-        changed, leaving.changed = list(leaving.changed), {}
+    async def _send_changed(self, leaving: _Leaving, step: str = "") -> None:
+        """Sends what calls have changed since the last time, and waits until the other side has it."""
+        session = self._stores.session(*leaving.key).session
+        changed, leaving.changed = leaving.changed, {}
         outcomes, leaving.outcomes = leaving.outcomes, []
-        for changes in _pieces(store.entries(session, changed)):
-            await self._send(leaving, changes, outcomes)
-            outcomes = []
-        if outcomes:
-            await self._send(leaving, [], outcomes)
+        changes = await asyncio.to_thread(leaving.kept.committer.store.entries, session, changed)
+        *former, last = _pieces(changes)
+        for some in former:
+            await self._send(leaving, some)
+        await self._send(leaving, last, outcomes, step=step, waits=True, session=session)
 
     async def _send(
         self,
@@ -391,16 +410,18 @@ class Migrations:
         """Sends a part; an entry that is too large for a message goes in several, and so do the outcomes of many calls."""
         *former, with_changes = _batches(outcomes)
         for batch in former:
-            await self._send_piece(leaving, [], batch)
-        rest = [change for change in changes if len(change[2] or b"") <= _MESSAGE_BYTES]
-        for field, order, data in changes:
-            if data is None or len(data) <= _MESSAGE_BYTES:
-                continue
+            await self._send_piece(leaving, [], batch, session=session)
+        small = [change for change in changes if len(change[2] or b"") <= _MESSAGE_BYTES]
+        large = [(field, order, data) for field, order, data in changes if data is not None and len(data) > _MESSAGE_BYTES]
+        if large and small:
+            await self._send_piece(leaving, small)
+            small = []
+        for field, order, data in large:
             starts = range(0, len(data), _MESSAGE_BYTES)
             for start in starts:
                 part: list[Change] = [(field, order, data[start : start + _MESSAGE_BYTES])]
                 await self._send_piece(leaving, part, step="begun" if start != starts[-1] else "")
-        await self._send_piece(leaving, rest, with_changes, step=step, waits=waits, session=session)
+        await self._send_piece(leaving, small, with_changes, step=step, waits=waits, session=session)
 
     async def _send_piece(
         self,
@@ -463,12 +484,9 @@ class Migrations:
         try:
             await self._holder.quiet(key)
             began = self._loop.time()
-            session = self._stores.session(*key).session
-            changes = leaving.kept.committer.store.entries(session, list(leaving.changed))
-            outcomes, leaving.outcomes, leaving.changed = leaving.outcomes, [], {}
-            await self._send(leaving, changes, outcomes, step="last", waits=True, session=session)
+            await self._send_changed(leaving, "last")
             patience.reschedule(None)  # from here on it goes to its end
-            await self._mark(leaving, session, LEAVING, leaving.store)
+            await self._mark(leaving, self._stores.session(*key).session, LEAVING, leaving.store)
             is_known = False
             if not await self._enter(leaving, revision):
                 is_known = True
@@ -506,21 +524,21 @@ class Migrations:
     async def _empty(self, kept: Kept, store: str, standing: str) -> None:
         """Deletes all entries of a session, some at a time; the mark stays that it is in the other store."""
         while True:
-            await self._write(kept, Departure(kept.session, store, standing))
+            await self._write(kept, Departure(kept.session, store, standing), in_background=True)
             if kept.session.standing != LEFT:
                 return  # it has come back meanwhile
             rest, _ = await asyncio.to_thread(kept.committer.store.piece, kept.session, b"", 1)
             if not rest:
                 return
 
-    async def _write(self, kept: Kept, write: Write) -> None:
+    async def _write(self, kept: Kept, write: Write, *, in_background: bool = False) -> None:
         done: asyncio.Future[None] = self._loop.create_future()
 
         def tell(error: Exception | None) -> None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(_settle, done, error)
 
-        kept.committer.put(write, tell)
+        kept.committer.put(write, tell, in_background=in_background)
         await done
 
     def _note_left(self, key: Key, store: str) -> None:
@@ -669,9 +687,10 @@ class Migrations:
         is_here = key not in self._left and kept.session.is_kept and self._standing(key, kept) in (HERE, LEAVING)
         if is_here or self._holder.is_loaded(key) or key in self._settling or key in self._leaving:
             raise MigrationError(f"worker {self._me.name!r} has session {piece.session!r} of {piece.actor!r} already")
+        arrival = self._holder.arrival(key, piece.schema or 1)
         self._holder.freeze(key)
         self._left.pop(key, None)
-        return _Coming(source, piece.store, key, kept)
+        return _Coming(source, piece.store, key, kept, arrival)
 
     async def _receive(self, id: bytes, coming: _Coming) -> None:
         try:
@@ -696,18 +715,15 @@ class Migrations:
             field, order, data = piece.changes[0]
             piece.changes[0], coming.begun = (field, order, coming.begun + (data or b"")), b""
         outcomes = [Outcome(*outcome) for outcome in piece.outcomes]
-        if piece.step != "prepare":
-            write = Commit(session, piece.changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes)
-            if piece.step == "" and coming.apply is None:
-                coming.kept.committer.put(write, self._when_taken(id, coming, piece.number))
-                return
-            await self._write(coming.kept, write)
-            if coming.apply is not None:
-                coming.apply(piece.changes)
-        else:
-            header = Commit(session, [], b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store)
-            await self._write(coming.kept, header)
-            coming.apply = await self._holder.stage(coming.key, coming.kept)
+        write = Commit(session, piece.changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes)
+        if coming.arrival is not None:
+            coming.arrival.take(piece.changes)
+        if piece.step == "":
+            coming.kept.committer.put(write, self._when_taken(id, coming, piece.number), in_background=True)
+            return
+        await self._write(coming.kept, write, in_background=True)
+        if piece.step == "prepare" and coming.arrival is not None:
+            await self._holder.stage(coming.key, coming.kept, coming.arrival)
         if piece.step == "last":
             if session.sums != piece.sums:
                 raise MigrationError(f"what came of session {coming.key[1]!r} is not what was sent")
@@ -813,17 +829,16 @@ def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
 
 
 def _pieces(changes: list[Change]) -> Iterable[list[Change]]:
-    """The changes in parts of about `PIECE_BYTES`."""
+    """The changes in parts of about `PIECE_BYTES`; at least one part."""
     piece: list[Change] = []
     size = 0
     for change in changes:
         piece.append(change)
-        size += len(change[2] or b"") + 32
+        size += len(change[2] or b"") + _ENTRY_BYTES
         if size >= PIECE_BYTES:
             yield piece
             piece, size = [], 0
-    if piece:
-        yield piece
+    yield piece
 
 
 def _batches(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:

@@ -15,7 +15,7 @@ from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
 from nalar_mq.schema import upgraded
 from nalar_mq.session_state import Entries, SessionState
-from nalar_mq.state import bind, state_of
+from nalar_mq.state import Arrival, bind, state_of
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import settle, unsettle
 
@@ -64,8 +64,14 @@ class Replica:
         if key in self._instances:
             self._last_used[key] = self._loop.time()
 
-    def make(self, key: str, init: bytes, kept: Kept | None = None) -> Any:
-        """The instance under `key`, made if there is none, of what is in a store where that is given; in a thread.
+    def make(self, key: str, init: bytes, kept: Kept | None = None, arrival: Arrival | None = None) -> Any:
+        """The instance under `key`, made if there is none, in a thread.
+
+        Args:
+            key: of the instance.
+            init: arguments of its constructor, as they travel.
+            kept: where its state is, if the caller knows.
+            arrival: its state, if the caller has it.
 
         Raises:
             BaseException: whatever the constructor or `on_start` raises.
@@ -76,7 +82,7 @@ class Replica:
             found = self._instances.get(key)
             if found is None:
                 args, kwargs = values.decode_arguments(init) if init else ([], {})
-                found = self._constructed(key, args, kwargs, kept)
+                found = self._constructed(key, args, kwargs, kept, arrival)
                 if self.spec.transparent:
                     settle(self.spec, found, key, init)
                 self._hook(found, "on_start")
@@ -84,13 +90,15 @@ class Replica:
                 self._last_used[key] = self._loop.time()
             return found
 
-    def _constructed(self, key: str, args: list[Any], kwargs: dict[str, Any], kept: Kept | None) -> Any:
+    def _constructed(
+        self, key: str, args: list[Any], kwargs: dict[str, Any], kept: Kept | None, arrival: Arrival | None
+    ) -> Any:
         target: Any = self.spec.target
         try:
             if not self.spec.managed:
                 return target(*args, **kwargs)
             found = target.__new__(target, *args, **kwargs)
-            self._bind(found, key, kept)
+            self._bind(found, key, kept, arrival)
             state = state_of(found)
             state.is_beginning = self.spec.transparent
             found.__init__(*args, **kwargs)
@@ -103,8 +111,13 @@ class Replica:
             who = f"agent {self.spec.name!r} is made with arguments, so that only a workflow that makes it can call it"
             raise ArgumentError(f"{who}: {error}") from None
 
-    def _bind(self, instance: object, key: str, kept: Kept | None) -> None:
+    def _bind(self, instance: object, key: str, kept: Kept | None, arrival: Arrival | None) -> None:
         state = SessionState(f"{self.spec.name}[{key}]", is_kept=True)
+        if arrival is not None and kept is not None:
+            state.kept = kept
+            self._check_kinds(kept, key)
+            arrival.bind(instance, state)
+            return
         entries: Entries = {}
         if self.stores is not None:
             state.kept = kept or self.stores.session(self.spec.name, key)

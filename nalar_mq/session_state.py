@@ -238,6 +238,11 @@ def pair_from(data: bytes) -> tuple[Any, Any]:
 
 
 def _size_of_first(data: bytes) -> int:
+    first = data[0] if data else 0xC1
+    if first < 0x80 or first >= 0xE0:
+        return 1
+    if 0xA0 <= first <= 0xBF:
+        return 1 + (first & 0x1F)
     key, _ = msgspec.msgpack.decode(b"\x92" + data, type=tuple[msgspec.Raw, msgspec.Raw])
     return len(bytes(key))
 

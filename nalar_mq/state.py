@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ast
 import bisect
+import functools
 import itertools
 import operator
 import sys
@@ -58,6 +59,9 @@ _REACH: Final = 16
 _MISSING: Final[Any] = object()
 _NONE: Final[Any] = None
 
+_Follow = Callable[[Iterable[tuple[int, bytes | None]]], None]
+"""Has a field take the entries of a session that is on its way: order, and data, which is missing where the entry is gone."""
+
 
 class ManagedList(MutableSequence[T]):
     """A list that the runtime keeps for a session. An append writes one entry, however long the list is."""
@@ -79,8 +83,15 @@ class ManagedList(MutableSequence[T]):
     def _entries(self) -> list[tuple[int, bytes]]:
         return [(order, bytes_of(cell)) for order, cell in zip(self._orders, self._cells, strict=True)]
 
+    def _follower(self) -> _Follow:
+        return self._take
+
     def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
         for order, data in changes:
+            if data is not None and (not self._orders or order > self._orders[-1]):
+                self._cells.append(cell_from(data))
+                self._orders.append(order)
+                continue
             position = bisect.bisect_left(self._orders, order)
             stop = position + (position < len(self._orders) and self._orders[position] == order)
             self._cells[position:stop] = [] if data is None else [cell_from(data)]
@@ -421,17 +432,27 @@ class ManagedDict(MutableMapping[K, V]):
     def _entries(self) -> list[tuple[int, bytes]]:
         return [(slot.order, values.encode(slot.key) + bytes_of(slot.cell)) for slot in self._slots.values()]
 
-    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
-        by_order = {slot.order: slot for slot in self._slots.values()}
+    def _follower(self) -> _Follow:
+        return functools.partial(self._take, {slot.order: slot for slot in self._slots.values()})
+
+    def _take(self, by_order: dict[int, _Slot], changes: Iterable[tuple[int, bytes | None]]) -> None:
+        slots, is_in_order = self._slots, True
         for order, data in changes:
             former = by_order.pop(order, None)
-            if former is not None and self._slots.get(former.key) is former:
-                del self._slots[former.key]
-            if data is not None:
-                key, cell = pair_from(data)
-                slot = by_order[order] = self._slots[key] = _Slot(key, order, cell)
-                self._next = max(self._next, slot.order + 1)
-        self._put_in_order()
+            key, cell = (_MISSING, None) if data is None else pair_from(data)
+            if former is not None and former.key != key and slots.get(former.key) is former:
+                del slots[former.key]
+            if data is None:
+                continue
+            old = slots.get(key)
+            if old is not None and old.order != order:  # it went and came again
+                del slots[key]
+                old = None
+            is_in_order = is_in_order and (old is not None or order >= self._next)
+            by_order[order] = slots[key] = _Slot(key, order, cell)
+            self._next = max(self._next, order + 1)
+        if not is_in_order:
+            self._put_in_order()
 
     def _put_in_order(self) -> None:
         self._slots = {slot.key: slot for slot in sorted(self._slots.values(), key=lambda slot: slot.order)}
@@ -601,6 +622,9 @@ class ManagedValue(Generic[T]):
 
     def _entries(self) -> list[tuple[int, bytes]]:
         return [] if self._cell is _MISSING else [(_FIRST, bytes_of(self._cell))]
+
+    def _follower(self) -> _Follow:
+        return self._take
 
     def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
         for _, data in changes:
@@ -802,6 +826,10 @@ def bind(instance: object, state: SessionState, entries: Entries) -> None:
         part: Any = declared.made()
         parts[declared.name] = part
         part._bind(state, declared.name, entries.get(declared.name, ()))
+    _give(instance, state, parts)
+
+
+def _give(instance: object, state: SessionState, parts: dict[str, Any]) -> None:
     state.parts = parts
     vars(instance)[_STATE] = state
 
@@ -860,19 +888,34 @@ def entries_from(cls: type, plain: Mapping[str, Any]) -> dict[str, list[tuple[in
 class _Readable(Protocol):
     def _entries(self) -> list[tuple[int, bytes]]: ...
 
-    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None: ...
+    def _follower(self) -> _Follow: ...
 
 
-def take(state: SessionState, changes: Iterable[tuple[str, int, bytes | None]]) -> None:
-    """Has the fields of a session be what they are where it comes from, after those changes. No call runs meanwhile."""
-    parts = cast("Mapping[str, _Readable]", state.parts)
-    by_field: dict[str, list[tuple[int, bytes | None]]] = {}
-    for field, order, data in changes:
-        by_field.setdefault(field, []).append((order, data))
-    with state.lock:
+class Arrival:
+    """The fields of a session that comes here part by part, before there is an instance and until calls run.
+
+    Args:
+        cls: of its agent; entries of fields that it does not have are left out.
+    """
+
+    def __init__(self, cls: type) -> None:
+        self._parts: dict[str, Any] = {declared.name: declared.made() for declared in _declared_in(cls)}
+        self._followers: dict[str, _Follow] = {name: part._follower() for name, part in self._parts.items()}
+
+    def take(self, changes: Iterable[tuple[str, int, bytes | None]]) -> None:
+        """Has the fields be what they are where they come from, after changes: field, order, and data unless it is gone."""
+        by_field: dict[str, list[tuple[int, bytes | None]]] = {}
+        for field, order, data in changes:
+            by_field.setdefault(field, []).append((order, data))
         for field, some in by_field.items():
-            if field in parts:
-                parts[field]._take(some)  # pyright: ignore[reportPrivateUsage]
+            if field in self._followers:
+                self._followers[field](some)
+
+    def bind(self, instance: object, state: SessionState) -> None:
+        """Gives the fields to an instance that has just been made, and goes on taking changes for them."""
+        for name, part in self._parts.items():
+            part._state, part._field = state, name
+        _give(instance, state, self._parts)
 
 
 def entries_of(state: SessionState) -> dict[str, list[tuple[int, bytes]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -164,6 +165,32 @@ async def test_calls_of_several_callers_go_on_in_order_while_it_moves(runtime: R
     for number in range(2):
         mine = [note for note in notes if note.startswith(f"{number}-")]
         assert mine == [f"{number}-{count}" for count in range(300)]
+
+
+async def test_calls_that_change_more_than_a_message_carries_while_it_moves(runtime: Runtime) -> None:
+    """Entries of a session that is small otherwise: all calls change more than may wait for the freeze."""
+    ann = runtime.client.options(session="ann")
+    made, kept = 0, -1
+
+    def texts(count: int) -> list[str]:
+        return [f"{count}-{number}" for number in range(4)]
+
+    async def calls() -> None:
+        nonlocal made, kept
+        for made in itertools.count():
+            await ann.call("Notebook.note_anew", texts(made), 600_000 if made % 2 else 300_000)
+            kept = made
+
+    calling = asyncio.create_task(calls())
+    for _ in range(2):
+        await runtime.client.migrate("Notebook", "ann", to=await runtime.other("ann"))
+        before = kept
+        while kept == before:
+            assert not calling.done()
+            await asyncio.sleep(0.01)
+    calling.cancel()
+    await asyncio.gather(calling, return_exceptions=True)
+    assert [note.rstrip(".") for note in await ann.call("Notebook.read")] in (texts(kept), texts(made))
 
 
 async def test_what_cannot_move_says_why_and_is_served_on(runtime: Runtime) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalar_mq import ManagedDict, ManagedList, ManagedValue, agent, method, values
@@ -16,7 +16,7 @@ from nalar_mq.actor import spec_of
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.errors import DirectiveError, StateMutatedError, StateWriteError, ValueNotEncodableError
 from nalar_mq.session_state import SessionState
-from nalar_mq.state import bind, declare, entries_of
+from nalar_mq.state import Arrival, bind, declare, entries_of
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Session:
         self.instance = Notebook()
         self.state = SessionState("Notebook[s]", is_kept=True)
         self.stored: dict[tuple[str, int], bytes] = {}
+        self.changed: dict[tuple[str, int], None] = {}
         self._numbers = itertools.count(1)
         bind(self.instance, self.state, {})
 
@@ -64,6 +65,7 @@ class Session:
             return 0
         self.state.commit()
         for field, order, data in changes:
+            self.changed[field, order] = None
             if data is None:
                 self.stored.pop((field, order), None)
             else:
@@ -210,6 +212,36 @@ def test_they_do_what_plain_ones_do_and_a_failed_call_leaves_no_trace(calls: Any
             assert repr(notebook.items) == repr(plain_list)
             assert repr(notebook.index) == repr(plain_dict)
             assert list(notebook.index) == list(plain_dict)
+
+
+@settings(max_examples=50)
+@given(CALLS, st.integers(0, 8), st.lists(st.booleans(), min_size=8, max_size=8))
+def test_a_session_that_moves_arrives_as_it_is(calls: Any, begun: int, sent: list[bool]) -> None:
+    """After some calls all entries are sent, and after some of the later ones what has been changed since."""
+    session = Session()
+    arrival = Arrival(Notebook)
+    there = Notebook()
+    for number, (list_ops, dict_ops, fails) in enumerate([*calls, ([], [], False)]):
+        if number == begun:
+            session.changed = dict.fromkeys(sorted(session.stored))
+        if number >= begun and sent[number % len(sent)]:
+            arrival.take([(*entry, session.stored.get(entry)) for entry in session.changed])
+            session.changed.clear()
+
+        def body(notebook: Notebook, list_ops: Any = list_ops, dict_ops: Any = dict_ops) -> None:
+            for run, *args in list_ops:
+                _outcome(run, notebook.items, args)
+            for run, *args in dict_ops:
+                _outcome(run, notebook.index, args)
+
+        session.call(body, fails=fails)
+    arrival.bind(there, SessionState("Notebook[s]", is_kept=True))
+    if begun > len(calls):
+        session.changed = dict.fromkeys(sorted(session.stored))
+    arrival.take([(*entry, session.stored.get(entry)) for entry in session.changed])
+    assert repr(there.items) == repr(session.instance.items)
+    assert repr(there.index) == repr(session.instance.index)
+    assert entries_of(there._nalar_state) == entries_of(session.state)  # type: ignore[attr-defined]
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 4), st.booleans()), max_size=150))

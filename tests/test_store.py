@@ -13,7 +13,7 @@ import pytest
 
 from nalar_mq.committer import Committer
 from nalar_mq.errors import StoreBusyError, StoreForeignError, StoreLostError
-from nalar_mq.store import JOB_RECORD_S, RECORD_S, Commit, Removal, Store, examine
+from nalar_mq.store import JOB_RECORD_S, RECORD_S, STAGED, Commit, Removal, Store, examine
 
 FIRST = 1 << 63
 
@@ -145,3 +145,25 @@ def test_the_committer_tells_everybody_in_order(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "1", "w-1")
     assert [len(store.load(store.session("notes", f"s{n}"))["items"]) for n in range(10)] == [50] * 10
     store.close()
+
+
+def test_what_calls_have_changed_does_not_wait_for_the_background(tmp_path: Path) -> None:
+    committer = Committer(Store.open(tmp_path / "1", "w-1"), lambda: None)
+    moving, called = committer.store.session("notes", "moving"), committer.store.session("notes", "called")
+    told: list[int] = []
+    done = threading.Event()
+
+    def tell(number: int, error: Exception | None) -> None:
+        assert error is None
+        told.append(number)
+        if number == 99:
+            done.set()
+
+    for number in range(100):
+        commit = Commit(moving, [("items", FIRST + number, b"x" * 256 * 1024)], b"", b"", standing=STAGED, other="elsewhere")
+        committer.put(commit, lambda error, number=number: tell(number, error), in_background=True)  # type: ignore[misc]
+    committer.put(Commit(called, [("items", FIRST, b"x")], id_of(1), b""), lambda error: tell(-1, error))
+    committer.close()
+    assert done.is_set()
+    assert [number for number in told if number >= 0] == list(range(100))
+    assert told.index(-1) < 50

@@ -44,6 +44,10 @@ class Notebook:
         return len(self.notes)
 
     @method
+    async def note_anew(self, texts: list[str], size: int) -> None:
+        self.notes = [text + "." * size for text in texts]  # type: ignore[assignment]
+
+    @method
     def note_in_thread(self, text: str, fails: bool = False) -> int:
         self.notes.append(text)
         self.total.value += 1
