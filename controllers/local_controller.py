@@ -139,9 +139,16 @@ class LocalController:
         self._children: dict[str, _Child] = {}
         self._spare: _Child | None = None
         self._wants_spare = False
+        self._is_reduced = False
+        self._is_ending = False
         self._events: asyncio.Queue[tuple[str, Event]] = asyncio.Queue()
         self._changed = asyncio.Condition()
         self._running: asyncio.Task[None] | None = None
+
+    @property
+    def node(self) -> str:
+        """The name of the node."""
+        return self._settings.node
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -177,19 +184,35 @@ class LocalController:
             ConfigError: a worker cannot load the app.
             WorkerStartError: a worker ended again and again.
         """
-        await self._until(lambda: self._failure() is not None or self._all_in(Phase.READY))
+        await self._until(lambda: self._failure() is not None or self._all_serve())
         self._raise_failure()
 
     async def failed(self) -> None:
         """Returns when the controller has been stopped; raises as `ready` does as soon as a worker is given up."""
-        await self._until(lambda: self._failure() is not None or all(slot.is_over for slot in self._slots.values()))
+        await self._until(lambda: self._failure() is not None or self._is_over)
         self._raise_failure()
+
+    def stop_worker(self, name: str) -> None:
+        """Lets a worker finish what it has begun and ends it; it is not started again, and the node stays."""
+        self._is_reduced = True
+        self._events.put_nowait((name, Stop(self._limits.drain_timeout_s)))
+
+    def add_worker(self) -> str:
+        """Starts one more worker, under the name of one that was stopped if there is one; empty if there are enough."""
+        stopped = [name for name, slot in self._slots.items() if slot.phase is Phase.STOPPED]
+        if self._is_ending or (not stopped and len(self._slots) >= self._limits.most_workers):
+            return ""
+        name = stopped[0] if stopped else f"{self._settings.node}-{len(self._slots) + 1}"
+        self._slots[name] = Slot(name=name, has_served=True)  # the node goes on, whatever becomes of it
+        self._events.put_nowait((name, Tick()))
+        return name
 
     async def drain(self, timeout_s: float | None = None) -> None:
         """Lets every worker finish what it has begun, ends those that take longer than `timeout_s`, and returns then."""
         if self._running is None or self._running.done():
             return
         stop = Stop(self._limits.drain_timeout_s if timeout_s is None else timeout_s)
+        self._is_ending = True
         for name in self._slots:
             self._events.put_nowait((name, stop))
         await asyncio.shield(self._running)
@@ -210,9 +233,8 @@ class LocalController:
             async with asyncio.TaskGroup() as watchers:
                 if self._folder is not None:
                     await self._adopt(self._folder, watchers)
-                    door = await asyncio.start_unix_server(self._on_rejoin, sock=self._folder.listen())
-                    self._keep_record()
-                while not all(slot.is_over for slot in self._slots.values()) or self._children:
+                    door = await self._open_door(self._folder)
+                while not self._is_over or self._children:
                     name, event = await self._next_event()
                     for slot_name in (name,) if name else tuple(self._slots):
                         await self._apply(slot_name, event, watchers)
@@ -248,6 +270,18 @@ class LocalController:
             child = self._children[name] = _Child(process, None)
             watchers.create_task(self._watch(name, child), name=f"watch-{name}")
         await asyncio.gather(*(self._end(process) for process in strangers))
+
+    async def _open_door(self, folder: NodeFolder) -> asyncio.Server | None:
+        """Where workers rejoin; None, and then they end with this process, if there cannot be such a thing."""
+        try:
+            door = await asyncio.start_unix_server(self._on_rejoin, sock=folder.listen())
+        except OSError as error:
+            self._log.warning("node.no_door", folder=str(folder.path), error=str(error))
+            self._folder = None
+            folder.remove()
+            return None
+        self._keep_record()
+        return door
 
     async def _end(self, stranger: AdoptedProcess) -> None:
         self._log.info("worker.left_over", pid=stranger.pid)
@@ -341,7 +375,7 @@ class LocalController:
         return _Child(process, ours)
 
     async def _keep_spare(self) -> None:
-        if self._wants_spare and self._all_in(Phase.READY) and (self._spare is None or not self._spare.is_alive):
+        if self._wants_spare and self._all_serve() and (self._spare is None or not self._spare.is_alive):
             await self._drop_spare()
             with contextlib.suppress(OSError):
                 self._spare = await self._launch()
@@ -440,8 +474,15 @@ class LocalController:
             raise ConfigError(slot.reason)
         raise WorkerStartError(f"worker {slot.name!r} is given up: {slot.reason}; its last words are in the log", slot.name)
 
-    def _all_in(self, phase: Phase) -> bool:
-        return all(slot.phase is phase for slot in self._slots.values())
+    def _all_serve(self) -> bool:
+        """True if every worker serves, of those that have not been stopped."""
+        return all(slot.phase in (Phase.READY, Phase.STOPPED) for slot in self._slots.values())
+
+    @property
+    def _is_over(self) -> bool:
+        """True if nothing will happen any more: workers that were stopped one by one leave a node that may get others."""
+        stays = self._is_reduced and not self._is_ending and self._failure() is None
+        return not stays and all(slot.is_over for slot in self._slots.values())
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         async with self._changed:

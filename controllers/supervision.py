@@ -50,7 +50,8 @@ class Phase(Enum):
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """How patient the supervision is; after `silence_s` without a word, a process that serves stands still.
 
-    Where workers outlive their controller, they wait for its successor for `orphan_s`, and it for each of them for `rejoin_s`.
+    A node has at most `most_workers`. Where they outlive their controller, they wait for its successor for `orphan_s`, and it
+    for each of them for `rejoin_s`.
     """
 
     start_timeout_s: float = 180.0
@@ -62,6 +63,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     silence_s: float = math.inf
     rejoin_s: float = 15.0
     orphan_s: float = 60.0
+    most_workers: int = 64
 
     @property
     def period_s(self) -> float:

@@ -49,6 +49,7 @@ from nalar_mq.config import (
     trusts_broker,
 )
 from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.controllers.node_acts import NodeActs
 from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
@@ -101,6 +102,7 @@ class CallWish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Show = Callable[[str], None]
+_Work = Callable[[], Coroutine[Any, Any, None]]
 Take = Callable[[Any], None]
 
 
@@ -190,7 +192,10 @@ async def up(
         _announce(app.parent, settings)
         show(access.urls[0])
         controllers = [_controller(app, node, entry, workers, log_level) for node in _nodes(settings, nodes)]
-        await _serve(controllers, broker, tell, functools.partial(govern, settings, decider, tell) if controls else None)
+        beside: list[_Work] = [functools.partial(_obey, settings, controller) for controller in controllers]
+        if controls:
+            beside.append(functools.partial(govern, settings, decider, tell))
+        await _serve(controllers, broker, tell, beside)
 
 
 async def worker(
@@ -227,7 +232,7 @@ async def worker(
         raise
     controller = _controller(app, settings, entry, workers, log_level, folder, orphan_s)
     show(settings.broker.urls[0])
-    await _serve([controller], None, tell)
+    await _serve([controller], None, tell, [functools.partial(_obey, settings, controller)])
 
 
 async def controller(choice: BrokerChoice, *, app: Path | None, policy: str | None, tell: Show) -> None:
@@ -387,18 +392,35 @@ async def govern(settings: Settings, decider: Decider | None, tell: Show) -> Non
 
     decider = decider or await _decider(None)
     name = random_token(f"{settings.node[:96]}-controller")
+
+    async def lead(transport: NatsTransport, subjects: Subjects) -> None:
+        me = Address(name, 1)
+        async with GlobalController(transport, subjects, me, decider, lease_s=settings.lease_s) as controller:
+            await _tell_lead(controller, name, tell)
+
+    await _connected_again_and_again(settings, name, lead)
+
+
+async def _obey(settings: Settings, controller: LocalController) -> None:
+    """Has a node do what is decided about its workers, for as long as it is let, through losses of the broker."""
+
+    async def obey(transport: NatsTransport, subjects: Subjects) -> None:
+        await NodeActs(transport, subjects, controller.node, controller, lease_s=settings.lease_s).run()
+
+    await _connected_again_and_again(settings, random_token(f"{controller.node[:96]}-node"), obey)
+
+
+async def _connected_again_and_again(
+    settings: Settings, name: str, work: Callable[[NatsTransport, Subjects], Awaitable[None]]
+) -> NoReturn:
+    """Does the work with a connection of its own; with another one when the broker did not answer."""
     while True:
         try:
-            async with AsyncExitStack() as stack:
-                transport = await NatsTransport.connect(settings.broker, name=name)
-                stack.push_async_callback(transport.aclose)
-                me = Address(name, 1)
-                made = GlobalController(transport, Subjects(settings.namespace), me, decider, lease_s=settings.lease_s)
-                controller = await stack.enter_async_context(made)
-                await _tell_lead(controller, name, tell)
+            async with await NatsTransport.connect(settings.broker, name=name) as transport:
+                await work(transport, Subjects(settings.namespace))
         except BrokerError as error:
-            _log.warning("controller.no_broker", error=str(error))
-            await asyncio.sleep(_GOVERN_AGAIN_S)
+            _log.warning("controller.no_broker", name=name, error=str(error))
+        await asyncio.sleep(_GOVERN_AGAIN_S)
 
 
 async def _tell_lead(controller: GlobalController, name: str, tell: Show) -> NoReturn:
@@ -416,12 +438,13 @@ async def _serve(
     controllers: Sequence[LocalController],
     broker: EmbeddedBroker | None,
     tell: Show,
-    governing: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    beside: Sequence[_Work] = (),
 ) -> None:
+    """Runs nodes until SIGINT or SIGTERM, and what goes on `beside` them once their workers serve."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     with on_signals(lambda: (hurry if stop.is_set() else stop).set()):
         async with _started(controllers):
-            await _first(stop.wait(), _watch(controllers, tell, governing), *_guards(broker))
+            await _first(stop.wait(), _watch(controllers, tell, beside), *_guards(broker))
             if stop.is_set():
                 tell("draining: what has begun is finished; a second signal ends it at once")
                 await _first(hurry.wait(), _all(controller.drain() for controller in controllers))
@@ -437,14 +460,11 @@ async def _started(controllers: Sequence[LocalController]) -> AsyncGenerator[Non
         await _all(controller.aclose() for controller in controllers)
 
 
-async def _watch(
-    controllers: Sequence[LocalController], tell: Show, governing: Callable[[], Coroutine[Any, Any, None]] | None
-) -> None:
+async def _watch(controllers: Sequence[LocalController], tell: Show, beside: Sequence[_Work]) -> None:
     await _all(controller.ready() for controller in controllers)
     workers = sum(len(controller.names) for controller in controllers)
     tell(f"{workers} workers are ready" + (f" on {len(controllers)} nodes" if len(controllers) > 1 else ""))
-    guards = _all(controller.failed() for controller in controllers)
-    await (guards if governing is None else _first(guards, governing()))
+    await _first(_all(controller.failed() for controller in controllers), *(work() for work in beside))
 
 
 def _guards(broker: EmbeddedBroker | None) -> list[Coroutine[Any, Any, None]]:

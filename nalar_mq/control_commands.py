@@ -81,7 +81,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def _connected(settings: Settings) -> AsyncGenerator[tuple[NatsTransport, Subjects]]:
-    async with await NatsTransport.connect(settings.broker, name=random_token("policy")) as transport:
+    async with await NatsTransport.connect(settings.broker, name=random_token("client")) as transport:
         yield transport, Subjects(settings.namespace)
 
 

@@ -182,6 +182,22 @@ def alive(pid: int) -> bool:
 SERVES = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); ready(); signal.pause()"
 
 
+async def test_single_workers_are_stopped_and_added_and_the_node_stays(bench):
+    async with bench.controller(SERVES, workers=2, most_workers=3) as controller:
+        await controller.ready()
+        failed = asyncio.create_task(controller.failed())
+        for name in controller.names:
+            controller.stop_worker(name)
+        await eventually(lambda: not controller.pids)
+        assert not failed.done()
+        assert [controller.add_worker() for _ in range(4)] == ["n-1", "n-2", "n-3", ""]
+        await eventually(lambda: set(controller.phases.values()) == {Phase.READY})
+        assert [len(bench.pids(name)) for name in controller.names] == [2, 2, 1]
+        await controller.drain()
+        await failed
+        assert controller.add_worker() == ""
+
+
 async def test_workers_serve_under_their_names_and_end_with_the_controller(bench, capfd):
     controller = bench.controller(SERVES, workers=2)
     async with controller:

@@ -244,3 +244,42 @@ def test_a_policy_is_tried_on_what_is_there_and_on_what_was_recorded(site: Site)
     entries = [json.loads(line) for line in site("policy", "replay", "mine.py:Mine", "trace", "--json").stdout.splitlines()]
     assert [entry["refused"][0]["reason"] for entry in entries] == ["there is no worker 'nobody'"]
     assert "is no recording" in site("policy", "replay", "mine.py:Mine", "flow.py", code=2).stderr
+
+
+ELASTIC = '''
+from nalar_mq.controllers.policy import kill, provision
+
+
+class Elastic:
+    """Keeps as many workers as a file says."""
+
+    def decide(self, view):
+        with open("wanted") as file:
+            wanted = int(file.read())
+        if len(view.workers) < wanted:
+            yield provision("chat", "n1", reason="too few")
+        for worker in sorted(view.workers)[wanted:]:
+            yield kill(worker, reason="too many")
+'''
+
+
+@pytest.mark.slow
+def test_workers_come_and_go_as_the_policy_says(site: Site) -> None:
+    (site.folder / "elastic.py").write_text(ELASTIC)
+    (site.folder / "flow.py").write_text(APP)
+    wanted = site.folder / "wanted"
+    wanted.write_text("2")
+    worker = site.start("worker", "flow.py", "--workers", "1", "--node", "n1")
+    worker.says("workers are ready")
+    site.start("controller", "--policy", "elastic.py:Elastic")
+
+    def served() -> list[str]:
+        return [member["name"] for member in site.json("ps")["members"] if member["role"] == "worker"]
+
+    eventually(lambda: served() == ["n1-1", "n1-2"], "no worker has come")
+    wanted.write_text("1")
+    eventually(lambda: served() == ["n1-1"], "no worker has gone")
+    assert "all of n1-2 stops: too many" in site("policy", "history").stdout
+    (site.folder / "gate").touch()
+    assert site("call", "chat", str(site.folder / "gate")).stdout == f"{site.folder / 'gate'}\n"
+    assert worker.end() == 0
