@@ -1,0 +1,295 @@
+"""What a global controller decides, watched from outside, with real processes; and what becomes of calls when one is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sysconfig
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalar_mq.actions import Leader, State, States, decode_decision
+from nalar_mq.address import Address, Subjects
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.controllers.global_controller import GlobalController, Trusted
+from nalar_mq.controllers.guards import Bounds
+from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.controllers.policy import Action, allow, limit, migrate, route, set_priority
+from nalar_mq.controllers.view import View
+from nalar_mq.errors import NotAllowedError
+from nalar_mq.future import Future
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.transport import KeyValue
+
+APP = Path(__file__).parent / "apps" / "desks_app.py"
+NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
+LEASE_S = 3.0
+PATIENCE_S = 90.0
+
+POLICY = """
+from nalar_mq.controllers.policy import route
+
+
+class Mine:
+    def decide(self, view):
+        yield route("where", list(view.workers), [1.0] * len(view.workers), reason="to see that it holds on")
+"""
+
+
+class Mind:
+    """A policy that wants what it is told to want."""
+
+    def __init__(self) -> None:
+        self.wanted: tuple[Action, ...] = ()
+
+    def decide(self, view: View) -> Iterable[Action]:
+        return self.wanted
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        pytest.fail(what)
+
+
+class Site:
+    """Three workers, a client, and a controller that decides what it is told to decide."""
+
+    def __init__(self, folder: Path, node: LocalController, client: Client, controller: GlobalController, mind: Mind) -> None:
+        self.folder = folder
+        self.node = node
+        self.client = client
+        self.controller = controller
+        self._mind = mind
+
+    async def decide(self, *actions: Action) -> None:
+        """Returns when that holds or has been ordered, everything that held before does not, and this process has heard of it."""
+        self._mind.wanted = actions
+        states = tuple(action for action in actions if isinstance(action, State))
+        acts = [action for action in actions if not isinstance(action, State)]
+        governor = self.controller.governor
+        ordered = lambda: {act for decision in governor.history for act in decision.acts}  # noqa: E731
+        await until(lambda: governor.states == states and ordered().issuperset(acts), f"not decided: {governor.history}")
+        await until(lambda: self.client.process.enforcement.standing.states == states, "it was never told")
+
+    async def knows(self, session: str) -> Future[Any]:
+        """Returns when the controller knows the session, by a call of it that goes on until the test ends."""
+        call = self.client.options(session=session).call("stay")
+        await until(lambda: session in self.controller.view.sessions, "it was never reported")
+        return call
+
+    @property
+    def ran(self) -> list[str]:
+        path = self.folder / "ran"
+        return path.read_text().split() if path.exists() else []
+
+    def open(self, gate: str) -> None:
+        (self.folder / gate).touch()
+
+    def pid(self, worker: str) -> int:
+        return self.node.pids[worker]
+
+
+@asynccontextmanager
+async def workers(access: BrokerAccess, namespace: str, folder: Path) -> AsyncIterator[tuple[LocalController, Client]]:
+    settings = Settings(broker=access, namespace=namespace, node="here", lease_s=LEASE_S, state=str(folder / "state"))
+    variables = {"DESKS_FOLDER": str(folder)}
+    async with (
+        LocalController(APP, settings, workers=3, variables=variables, log_level="warning") as node,
+        connect(settings=settings) as client,
+    ):
+        await node.ready()
+        await client.wait_for("where")
+        await until(lambda: len(client.process.table.replicas("where")) == 3, "a worker is missing")
+        yield node, client
+
+
+@pytest.fixture
+async def site(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> AsyncIterator[Site]:
+    transport, mind = await NatsTransport.connect(broker_access, name="control"), Mind()
+    try:
+        async with (
+            workers(broker_access, namespace, tmp_path) as (node, client),
+            GlobalController(
+                transport,
+                Subjects(namespace),
+                Address("control", 1),
+                Trusted(mind),
+                lease_s=LEASE_S,
+                bounds=Bounds(cooldown_s=0.0),
+            ) as controller,
+        ):
+            await until(lambda: controller.is_leader and len(controller.view.workers) == 3, "nobody has reported")
+            yield Site(tmp_path, node, client, controller, mind)
+    finally:
+        await transport.aclose()
+
+
+async def test_a_session_lands_where_it_is_routed(site: Site) -> None:
+    for worker in site.node.names:
+        await site.knows(f"to-{worker}")
+        await site.decide(route(f"to-{worker}", "Desk", worker, reason="the test wants it there"))
+        desk = site.client.options(session=f"to-{worker}")
+        assert (await desk.call("Desk.add", "x"))[0] == site.pid(worker)
+
+
+async def test_calls_are_divided_by_weights(site: Site) -> None:
+    one, two, three = site.node.names
+    await site.decide(route("where", [one, two, three], [0.5, 0.3, 0.2], reason="the test wants it so"))
+    found = Counter(await asyncio.gather(*[site.client.call("where") for _ in range(3000)]))
+    shares = {worker: found[site.pid(worker)] / 3000 for worker in site.node.names}
+    assert shares == pytest.approx({one: 0.5, two: 0.3, three: 0.2}, abs=0.05)
+
+
+async def test_a_session_that_is_raised_overtakes_what_waits_and_moves_with_its_state(site: Site) -> None:
+    one, two, _ = site.node.names
+    await site.decide(route("in_turn", [one], [1.0], reason="all in one queue"))
+    first = site.client.call("in_turn", "first", gate="go")
+    await until(lambda: site.ran == ["first"], "it does not begin")
+    waiting = [site.client.options(session=name).call("in_turn", name) for name in ("a", "b", "c")]
+    await until(lambda: "c" in site.controller.view.sessions, "it was never reported")
+    raised = set_priority("c", 9, reason="the test wants it first")
+    await site.decide(route("in_turn", [one], [1.0], reason="all in one queue"), raised)
+    await asyncio.sleep(LEASE_S)  # within which the worker has heard of it, whatever becomes of messages
+    site.open("go")
+    await asyncio.gather(first, *waiting)
+    assert site.ran == ["first", "c", "a", "b"]
+
+
+async def test_a_session_is_migrated_with_its_state_and_with_what_waits_behind_a_call(site: Site) -> None:
+    one, two, _ = site.node.names
+    await asyncio.gather(site.knows("moves"), site.knows("stays"))
+    await site.decide(route("moves", "Desk", one), route("stays", "Desk", one))
+    moves, stays = site.client.options(session="moves"), site.client.options(session="stays")
+    assert (await moves.call("Desk.add", "before"))[0] == site.pid(one)
+    long = stays.call("Desk.add", "long", gate="end")
+    await until(lambda: site.controller.view.holder("stays", "Desk") == one, "it was never reported")
+    behind = asyncio.ensure_future(moves.call("Desk.add", "behind"))
+    await site.decide(migrate("moves", "Desk", one, two, reason="it waits behind a long call"))
+    async with asyncio.timeout(PATIENCE_S):
+        assert await behind == (site.pid(two), ["before", "behind"])
+    assert not long.available()
+    site.open("end")
+    assert (await long)[0] == site.pid(one)
+
+
+async def test_a_limit_keeps_and_who_is_not_allowed_is_refused(site: Site) -> None:
+    await site.decide(limit("where", 0, reason="it is too dear"), allow("Desk", callers=["in_turn"], reason="it is private"))
+    held = site.client.call("where")
+    with pytest.raises(NotAllowedError, match="it is private"):
+        for _ in range(100):
+            await site.client.options(session="refused").call("Desk.add", "x")
+            await asyncio.sleep(0.1)
+    assert not held.available()
+    await site.decide()
+    assert await held in site.node.pids.values()
+    assert (await site.client.options(session="refused").call("Desk.add", "y"))[1][-1] == "y"
+
+
+class Controllers:
+    """Global controllers in processes of their own, with a policy in a file."""
+
+    def __init__(self, access: BrokerAccess, namespace: str, folder: Path) -> None:
+        (folder / "mine.py").write_text(POLICY)
+        self._folder = folder
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
+        self._environ = {
+            **kept,
+            "HOME": str(folder),
+            "NATS_URL": access.urls[0],
+            "NATS_TOKEN": access.token,
+            "NALAR_NAMESPACE": namespace,
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with (self._folder / f"controller-{len(self.processes)}").open("w") as errors:
+            process = subprocess.Popen(
+                [NALAR, "controller", "--policy", "mine.py:Mine"], cwd=self._folder, env=self._environ, stderr=errors
+            )
+        self.processes.append(process)
+        return process
+
+    def said(self, process: subprocess.Popen[bytes]) -> str:
+        return (self._folder / f"controller-{self.processes.index(process)}").read_text()
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+async def record(bucket: KeyValue, key: str, kind: Any) -> Any:
+    entry = await bucket.get(key)
+    return None if entry is None or entry.value is None else decode_decision(entry.value, kind)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+async def test_no_call_notices_that_the_global_controller_is_gone(
+    sign: signal.Signals, broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    """Killed, or paused for so long that another one leads: then what it does when it wakes up is refused."""
+    subjects, controllers = Subjects(namespace), Controllers(broker_access, namespace, tmp_path)
+    transport = await NatsTransport.connect(broker_access, name="watching")
+    try:
+        async with workers(broker_access, namespace, tmp_path) as (_, client):
+            first = controllers.start()
+            await until(lambda: "leadership.taken" in controllers.said(first), "nobody leads")
+            leader = await transport.key_value(subjects.leader_bucket)
+            control = await transport.key_value(subjects.control_bucket)
+
+            async def has_led(than: str, states: States | None) -> tuple[str, States]:
+                async with asyncio.timeout(PATIENCE_S):
+                    while True:
+                        name, held = await record(leader, "leader", Leader), await record(control, "states", States)
+                        if name is not None and name.name != than and held is not None and held.states:
+                            if states is None or held.term > states.term:
+                                return name.name, held
+                        await asyncio.sleep(0.05)
+
+            name, states = await has_led("", None)
+            controllers.start()
+            is_over, done, failed = False, Counter[str](), list[BaseException]()
+
+            async def load(session: str) -> None:
+                desk = client.options(session=session)
+                while not is_over:
+                    try:
+                        await asyncio.gather(client.call("where"), desk.call("Desk.add", "x"))
+                        done[session] += 1
+                    except Exception as error:
+                        failed.append(error)
+                        return
+
+            loads = [asyncio.ensure_future(load(f"s{n}")) for n in range(4)]
+            await until(lambda: sum(done.values()) > 50, "nothing is done")
+            begun = asyncio.get_running_loop().time()
+            first.send_signal(sign)
+            _, later = await has_led(name, states)
+            took_s = asyncio.get_running_loop().time() - begun
+            assert later.states == states.states
+            if sign is signal.SIGSTOP:
+                first.send_signal(signal.SIGCONT)
+                await until(lambda: "leadership.lost" in controllers.said(first) or "stands by" in controllers.said(first), "")
+            before = sum(done.values())
+            await until(lambda: sum(done.values()) > before + 50 or failed, "nothing is done")
+            assert (await record(control, "states", States)).term == later.term
+            is_over = True
+            await asyncio.gather(*loads)
+            assert not failed
+            assert took_s < PATIENCE_S
+    finally:
+        controllers.end()
+        await transport.aclose()
