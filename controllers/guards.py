@@ -48,7 +48,8 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         actions: in one answer.
         kills, provisions, migrations: in `window_s`.
         window_s: seconds that the rates are about.
-        cooldown_s: seconds in which a session is not moved again, and an instance or node not acted on again.
+        cooldown_s: seconds in which an instance or node is not acted on again.
+        rest_s: seconds in which a session is not moved again.
         settling_s: seconds in which an instance that starts or stops is taken to be on its way.
     """
 
@@ -58,6 +59,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     migrations: int = 500
     window_s: float = 60.0
     cooldown_s: float = 10.0
+    rest_s: float = 1.0
     settling_s: float = 30.0
 
 
@@ -122,13 +124,14 @@ class Guards:
         while self._admitted and self._admitted[0][0] <= now - max(bounds.window_s, bounds.settling_s):
             self._admitted.popleft()
         if len(self._last) > 2 * bounds.actions:
-            self._last = {key: at for key, at in self._last.items() if at > now - bounds.cooldown_s}
+            self._last = {key: at for key, at in self._last.items() if at > now - max(bounds.cooldown_s, bounds.rest_s)}
 
     def _haste(self, act: Act, now: float) -> str:
         bounds = self._bounds
         since_s = now - self._last.get(key_of(act), -math.inf)
-        if since_s < bounds.cooldown_s:
-            return f"the same was admitted before: not again within {bounds.cooldown_s:g} s"
+        rest_s = bounds.rest_s if isinstance(act, Migrate) else bounds.cooldown_s
+        if since_s < rest_s:
+            return f"the same was admitted before: not again within {rest_s:g} s"
         most = {Kill: bounds.kills, Provision: bounds.provisions, Migrate: bounds.migrations}[type(act)]
         lately = sum(type(other) is type(act) and at > now - bounds.window_s for at, other in self._admitted)
         if lately >= most:

@@ -5,6 +5,7 @@ The first three are what a controller does if nobody tells it otherwise: `defaul
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -41,22 +42,25 @@ class LeastLoaded:
 
 
 class HeadOfLine:
-    """Sessions that wait behind a long call go to an instance that has room."""
+    """Sessions that wait behind a long call go to instances that have room."""
 
-    def __init__(self, running_s: float = 1.0, moves: int = 4) -> None:
+    def __init__(self, running_s: float = 0.5, moves: int = 8) -> None:
         self.running_s = running_s
         self.moves = moves
 
     def decide(self, view: View) -> Iterable[Action]:
         """At most `moves` sessions leave an instance at a time, the longest waiting first."""
+        given: Counter[str] = Counter()
         for agent, worker, rows in view.queued_behind(self.running_s):
-            target = min(view.serving(agent), key=lambda replica: replica.load, default=None)
-            if view.agents[agent].stateful or target is None or target.worker == worker or target.load >= 1:
+            rested = [replica.worker for replica in view.serving(agent) if replica.load < 1 and replica.worker != worker]
+            if view.agents[agent].stateful or not rested:
                 continue
             waiting = dict.fromkeys(view.futures.session[rows[np.argsort(-view.waited(rows))]].tolist())
             for session in list(waiting)[: self.moves]:
-                name = view.sessions.name(session)
-                yield migrate(name, agent, worker, target.worker, reason=f"behind a call of more than {self.running_s:g} s")
+                target = min(rested, key=lambda name: given[name])
+                given[target] += 1
+                reason = f"behind a call of more than {self.running_s:g} s"
+                yield migrate(view.sessions.name(session), agent, worker, target, reason=reason)
 
 
 class Reallocation:

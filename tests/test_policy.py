@@ -15,6 +15,7 @@ from views import World
 from nalar_mq.columns import RUNNING, Serves
 from nalar_mq.controllers.guards import Bounds, Guards
 from nalar_mq.controllers.policy import (
+    Act,
     Action,
     Composed,
     Kill,
@@ -181,9 +182,10 @@ def test_an_instance_that_starts_is_counted_until_it_should_be_there(most: int |
     assert guards.check(view, [act], 131.0).acts
 
 
-def test_the_same_act_is_not_done_again_at_once() -> None:
-    guards, view = Guards(Bounds(cooldown_s=10.0)), busy_world().view
-    act = migrate("s1", "a", "w1", "w2")
+@pytest.mark.parametrize("act", [migrate("s1", "a", "w1", "w2"), provision("a", "n1")])
+def test_the_same_act_is_not_done_again_at_once(act: Act) -> None:
+    rests = {"rest_s": 10.0, "cooldown_s": 0.0} if isinstance(act, Migrate) else {"rest_s": 0.0, "cooldown_s": 10.0}
+    guards, view = Guards(Bounds(**rests, settling_s=0.0)), busy_world().view
     assert guards.check(view, [act], 100.0).acts == (act,)
     assert "not again within 10 s" in guards.check(view, [act], 105.0).refusals[0].reason
     assert guards.check(view, [act], 110.0).acts == (act,)
