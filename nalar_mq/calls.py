@@ -371,7 +371,7 @@ class Calls:
         self._next_tick = 0
         self._session_numbers = itertools.count(1)  # one count for all: a session wants them to grow, gaps do not matter
         self._crossing: dict[str, _Crossing] = {}
-        self._hops: dict[bytes, tuple[int, Address]] = {}
+        self._hops: dict[bytes, tuple[tuple[int, int], Address]] = {}
         self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
         self.migrations: Migrating | None = None
         self._local: list[Message] = []
@@ -893,9 +893,10 @@ class Calls:
             self._crossing[key] = _Crossing(sender, Crossing(*self.me, forwarded.actor, forwarded.session), forwarded.store)
             self.tell(sender, self._crossing[key].question)
         entry = self._entries.get(forwarded.id)
-        if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= forwarded.hops:
+        step = forwarded.attempt, forwarded.hops
+        if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= step:
             return
-        self._hops[forwarded.id] = forwarded.hops, sender
+        self._hops[forwarded.id] = step, sender
         self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
 
     def _is_stateful(self, actor: str) -> bool:
@@ -1468,7 +1469,7 @@ class Calls:
         for message in unknown:
             if isinstance(message, Forward) and not self._is_stateful(message.call.actor):
                 owner, call = Address(message.name, message.incarnation), message.call
-                self.tell(owner, Forwarded(call.id, lost.name, lost.incarnation, message.hops, call.actor, call.session, ""))
+                self.tell(owner, Forwarded(call.id, *lost, message.hops, call.actor, call.session, "", call.attempt))
 
     def _was_at(self, entry: Entry, lost: Address) -> bool:
         """True for a call that is there, or in an incarnation between that and the present one, of which nobody has told us."""
@@ -1588,7 +1589,7 @@ def _error_in(message: Fail, actor: str) -> Exception:
 
 
 _NONE: dict[str, int] = {}
-_NO_HOPS: tuple[int, Address | None] = (0, None)
+_NO_HOPS: tuple[tuple[int, int], Address | None] = ((0, 0), None)
 
 
 def _auto_session(id: bytes) -> str:

@@ -233,7 +233,9 @@ class Host:
 
     def on_call(self, owner: Address, call: Call, now: float, *, hops: int = 0) -> None:
         """A call has arrived at `now`, forwarded `hops` times: queues it, or refuses it with a typed error."""
-        if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call):
+        if self._is_closing:
+            return  # those before it have been ended: its owner hears of the loss and sends all of them elsewhere
+        if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call, hops):
             return
         if self.migrations is not None and self._is_elsewhere(owner, call, hops, self.migrations):
             return
@@ -298,7 +300,7 @@ class Host:
         if len(self._executions) > self._high_water:
             self._shed(replica)
 
-    def _is_known(self, owner: Address, call: Call) -> bool:
+    def _is_known(self, owner: Address, call: Call, hops: int) -> bool:
         """True if the call is here already: of a job that is tried again, it has another owner from now on.
 
         What failed in an attempt that failed is run anew, once it has wound down, and so is what was cancelled in any.
@@ -317,6 +319,9 @@ class Host:
         execution = self._executions.get(call.id)
         if execution is None:
             return False
+        if call.attempt > execution.call.attempt:  # of this one its owner knows the way, should it go on from here
+            force_setattr(execution.call, "attempt", call.attempt)
+            execution.hops = hops
         if call.job and execution.is_winding_down:
             execution.resumed = execution.resumed or Resumed()
             execution.resumed.following = owner, call
@@ -413,7 +418,9 @@ class Host:
             return
         replica = self._replicas.get(call.actor)
         if replica is None or not replica.spec.stateful:
-            self._calls.tell(owner, Forwarded(call.id, *self._calls.me, forward.hops, call.actor, call.session, ""))
+            self._calls.tell(
+                owner, Forwarded(call.id, *self._calls.me, forward.hops, call.actor, call.session, "", call.attempt)
+            )
         self.on_call(owner, call, self._loop.time(), hops=forward.hops)
 
     # What the global controller decides (`enforcement.Enforcer`).

@@ -372,6 +372,7 @@ class Forwarded(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=30):
         hops: how often it has been forwarded.
         actor, session: as in `Migrate`.
         store: where the session is.
+        attempt: of the call: sent again, it goes a way of its own.
     """
 
     id: bytes
@@ -381,6 +382,7 @@ class Forwarded(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=30):
     actor: str
     session: str
     store: str
+    attempt: int = 0
 
 
 Message = (

@@ -557,7 +557,7 @@ class Migrations:
         if isinstance(message, Forward):
             owner, call = Address(message.name, message.incarnation), message.call
             key = _key_of(call)
-            self._tell(owner, Forwarded(call.id, holder.name, holder.incarnation, message.hops, *key, store))
+            self._tell(owner, Forwarded(call.id, holder.name, holder.incarnation, message.hops, *key, store, call.attempt))
 
     def _send_all_on(self, key: Key, store: str) -> None:
         """The session is in another worker's store: so are its calls that have not begun, from now on."""

@@ -278,7 +278,7 @@ def _samples() -> dict[str, bytes]:
         "forward": encode_message(Forward("o", 3, Call(ID, "a", "m", b"p"), 2)),
         "crossing": encode_message(Crossing("o", 3, "a", "s")),
         "arrived": encode_message(Arrived("a", "s", "b")),
-        "forwarded": encode_message(Forwarded(ID, "w", 3, 2, "a", "s", "b")),
+        "forwarded": encode_message(Forwarded(ID, "w", 3, 2, "a", "s", "b", 1)),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
         "locate": encode_message(Locate(5, ("j",), ("w/1",))),
         "located": encode_message(Located(5, (ID,), ("j",))),
@@ -350,7 +350,7 @@ GOLDEN = {
     ),
     "crossing": "951ca16f03a161a173",
     "arrived": "941da161a173a162",
-    "forwarded": "981ec410000102030405060708090a0b0c0d0e0fa1770302a161a173a162",
+    "forwarded": "991ec410000102030405060708090a0b0c0d0e0fa1770302a161a173a16201",
     "probe": (
         "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e"
         "0f91a3612f73"

@@ -277,8 +277,13 @@ class Schedule:
         if entry is None and call.deps:
             return  # nobody has the values any more
         place = entry.address if entry is not None else calls._places.known(f"{call.actor}.{call.session}")
-        if place is not None and calls._closed is None:
-            calls.tell(place, msgspec.structs.replace(call, attempt=call.attempt + 1))
+        if place is None or calls._closed is not None:
+            return
+        latest = entry.call if entry is not None and entry.call is not None else call
+        again = msgspec.structs.replace(latest, attempt=latest.attempt + 1)
+        if entry is not None:
+            entry.call = again
+        calls.tell(place, again)
 
     async def watch(self, calls: Calls, session: str, token: str, future: Future[Any]) -> None:
         try:
