@@ -32,12 +32,17 @@ class LeastLoaded:
     """Calls go to where less is waiting."""
 
     def decide(self, view: View) -> Iterable[Action]:
-        """Weights for agents of which an instance has more than it can run at once, and another one less of it."""
+        """Weights for agents of which an instance has more than it can run at once, and another one much less of it.
+
+        The least loaded instance has the weight 1; all are rounded, so that they change when the loads do and not all the time.
+        """
         for agent in view.agents:
             serving = view.serving(agent)
-            loads = {replica.load for replica in serving}
-            if len(loads) > 1 and max(loads) > 1:
-                weights = [round(1 / (1 + replica.load), 3) for replica in serving]
+            loads = [replica.load for replica in serving]
+            if not loads or max(loads) <= 1:
+                continue
+            weights = [max(round((1 + min(loads)) / (1 + load), 1), 0.1) for load in loads]
+            if min(weights) < 1:
                 yield route(agent, [replica.worker for replica in serving], weights, reason="by what is queued and running")
 
 
@@ -71,7 +76,7 @@ class Reallocation:
         self.idle = idle
 
     def decide(self, view: View) -> Iterable[Action]:
-        """From the idlest agent with instances to spare to the busiest one, of those that reserve the same resources."""
+        """From the idlest agent with instances to spare, in workers of their own, to the busiest one that reserves the same."""
         agents = view.agents
         loads = {agent: view.load(agent) for agent in agents if agents[agent].resources and view.serving(agent)}
         taker = max(loads, key=lambda agent: loads[agent], default="")
@@ -80,7 +85,10 @@ class Reallocation:
         givers = [agent for agent in spare_ones if wanted <= agents[agent].resources.keys()]
         giver = min(givers, key=lambda agent: loads[agent], default="")
         if giver and loads[taker] >= self.busy and loads[giver] <= self.idle:
-            spare = min(view.serving(giver), key=lambda replica: replica.load)
+            alone = [replica for replica in view.serving(giver) if view.served_by(replica.worker) == (giver,)]
+            spare = min(alone, key=lambda replica: replica.load, default=None)
+            if spare is None:
+                return
             reason = f"{taker!r} has {loads[taker]:.1f} calls for each that it can run, {giver!r} has {loads[giver]:.1f}"
             yield kill(spare.worker, giver, reason=reason)
             yield provision(taker, spare.node, reason=reason)

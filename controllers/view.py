@@ -801,6 +801,11 @@ class View:
             resources.setdefault(process.node, {}).update(process.resources)
         return {name: Node(name, tuple(sorted(workers[name])), resources[name]) for name in sorted(workers)}
 
+    def served_by(self, worker: str) -> tuple[str, ...]:
+        """The agents that a worker serves; empty if it is not known."""
+        process = self._processes.get(worker)
+        return tuple(process.serves) if process is not None else ()
+
     def node_of(self, worker: str) -> str:
         """The node of a worker; empty if it is not known."""
         process = self._processes.get(worker)

@@ -388,7 +388,7 @@ async def test_weights_follow_the_queues(hub: MemoryHub) -> None:
     await controller(hub, "c1", LeastLoaded())
     workers[0].changes.set_queues({"a": (3, 0)})
     await until(
-        lambda: workers[1].standing.states == (Weights("a", ("w1", "w2"), (0.25, 1.0), "by what is queued and running"),)
+        lambda: workers[1].standing.states == (Weights("a", ("w1", "w2"), (0.2, 1.0), "by what is queued and running"),)
     )
 
 

@@ -70,7 +70,7 @@ def two_workers(**serves: Serves | None) -> World:
 
 @pytest.mark.parametrize(
     ("queues", "weights"),
-    [(((0, 1), (2, 1)), (0.5, 0.25)), (((9, 0), (0, 0)), (0.1, 1.0))],
+    [(((0, 1), (2, 1)), (1.0, 0.5)), (((9, 0), (0, 0)), (0.1, 1.0)), (((99, 0), (0, 0)), (0.1, 1.0))],
 )
 def test_least_loaded(queues: tuple[tuple[int, int], tuple[int, int]], weights: tuple[float, float]) -> None:
     world = two_workers(a=None)
@@ -81,7 +81,7 @@ def test_least_loaded(queues: tuple[tuple[int, int], tuple[int, int]], weights: 
     assert (action.instances, action.weights) == (("w1", "w2"), weights)
 
 
-@pytest.mark.parametrize("queues", [((0, 0), (0, 0)), ((0, 1), (0, 0)), ((3, 1), (3, 1))])
+@pytest.mark.parametrize("queues", [((0, 0), (0, 0)), ((0, 1), (0, 0)), ((3, 1), (3, 1)), ((50, 1), (49, 1))])
 def test_least_loaded_says_nothing_while_all_can_follow_or_none_can(queues: tuple[tuple[int, int], tuple[int, int]]) -> None:
     world = two_workers(a=None)
     world.queue("w1", a=queues[0])
@@ -155,6 +155,13 @@ def test_no_instance_changes_hands_while_all_can_follow_or_none_idles(busy: tupl
 @pytest.mark.parametrize("idle", [Serves("agent"), Serves("agent", resources={"cpu": 8.0})])
 def test_no_instance_changes_hands_for_resources_that_it_does_not_have(idle: Serves) -> None:
     world = two_workers(idle=idle)
+    world.worker("w3", "n1", busy=ON_GPU)
+    world.queue("w3", busy=(9, 1))
+    assert decided(Reallocation(), world.tick()) == []
+
+
+def test_no_instance_is_taken_from_a_worker_that_serves_others_as_well() -> None:
+    world = two_workers(idle=ON_GPU, other=None)
     world.worker("w3", "n1", busy=ON_GPU)
     world.queue("w3", busy=(9, 1))
     assert decided(Reallocation(), world.tick()) == []
