@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from nalar_mq.actions import NO_RANK, Act, Acts, Order, Ranks, State, States, state_bytes
+from nalar_mq.actions import NO_RANK, Act, Acts, Order, Provision, Ranks, State, States, state_bytes
 from nalar_mq.messages import WIRE_VERSION
 
 from .guards import Bounds, Guards, Refusal
@@ -133,7 +134,7 @@ class Governor:
             self._orders.popleft()
         for act in decision.acts:
             self._ordered += 1
-            self._orders.append((decision.at_s, Order(self._ordered, act, _meant(view, act))))
+            self._orders.append((decision.at_s, _order(view, self._ordered, act)))
         return Acts(WIRE_VERSION, self._term, self._ordered, tuple(order for _, order in self._orders))
 
     def changed_ranks(self, view: View) -> Iterator[tuple[str, Ranks]]:
@@ -164,10 +165,14 @@ def _fitting(states: Iterable[State]) -> tuple[tuple[State, ...], list[Refusal]]
     return tuple(fitting), refusals
 
 
-def _meant(view: View, act: Act) -> dict[str, int]:
-    """The processes that an act is about, in the lives that the policy has seen."""
+def _order(view: View, number: int, act: Act) -> Order:
+    """An act with the processes that it is about, in the lives that the policy has seen; who is to serve is chosen here."""
+    if isinstance(act, Provision):
+        spare = view.spare(act.agent, act.node)
+        chosen = {spare[0].name: spare[0].incarnation} if spare else {}
+        return Order(number, msgspec.structs.replace(act, worker=next(iter(chosen), "")), chosen)
     names = (act.instance,) if isinstance(act, Kill) else (act.source, act.target) if isinstance(act, Migrate) else ()
-    return {name: view.workers[name].incarnation for name in names}
+    return Order(number, act, {name: view.workers[name].incarnation for name in names})
 
 
 class _Told:

@@ -269,9 +269,18 @@ class _Round:
             return f"{action.agent!r} has its {serves.max_instances} instances"
         return self._resources(node, serves.resources)
 
+    def _reserved(self, node: str, name: str) -> float:
+        """How much of a resource the instances on a node reserve."""
+        return sum(
+            serves.resources[name] * sum(replica.node == node for replica in self._view.replicas(agent))
+            for agent, serves in self._agents.items()
+            if name in serves.resources
+        )
+
     def _resources(self, node: Node, wanted: Mapping[str, float]) -> str:
         for name, amount in wanted.items():
             used, whole = node.resources.get(name, (0.0, 0.0))
+            used = max(used, self._reserved(node.name, name))
             promised = sum(
                 count * self._agents[agent].resources.get(name, 0.0)
                 for (agent, place), count in self._starting.items()

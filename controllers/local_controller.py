@@ -47,7 +47,11 @@ WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "nalar_mq.controllers.worke
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker process is told when it starts."""
+    """What a worker process is told when it starts.
+
+    `place` is its number among the `workers` of the node, from 0; `capacities` is what those may reserve together, and if that
+    is empty each of them serves the whole app.
+    """
 
     app: str
     name: str
@@ -57,6 +61,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     node_folder: str = ""
     orphan_s: float = 0.0
+    place: int = 0
+    workers: int = 1
+    capacities: dict[str, float] = {}
 
 
 class Rejoin(msgspec.Struct, frozen=True):
@@ -108,6 +115,8 @@ class LocalController:
         rng: spreads restarts.
         command: what is started; the number of the socket is added.
         variables: added to the environment of the workers.
+        capacities: what actors with `resources` may reserve on the node, by name: `assignment` shares them out among the
+            workers. If there are none, every worker serves the whole app.
         log_level: of the workers.
         folder: where its workers outlive it for `limits.orphan_s`; None if they end with it.
     """
@@ -122,6 +131,7 @@ class LocalController:
         rng: random.Random | None = None,
         command: Sequence[str] = WORKER_COMMAND,
         variables: Mapping[str, str] | None = None,
+        capacities: Mapping[str, float] | None = None,
         log_level: str = "info",
         folder: NodeFolder | None = None,
     ) -> None:
@@ -132,6 +142,7 @@ class LocalController:
         self._rng = rng or random.Random()
         self._command = tuple(command)
         self._variables = dict(variables or {})
+        self._capacities = dict(capacities or {})
         self._log_level = log_level
         self._folder = folder
         self._log = logger(__name__).bind(node=settings.node)
@@ -448,6 +459,9 @@ class LocalController:
             log_level=self._log_level,
             node_folder=str(self._folder.path) if self._folder is not None else "",
             orphan_s=self._limits.orphan_s,
+            place=self.names.index(name),
+            workers=len(self._slots),
+            capacities=self._capacities,
         )
 
     def _tell(self, before: Slot, after: Slot, event: Event) -> None:

@@ -2,11 +2,11 @@
 
     NS-acts/acts, watched ──▶ Standing ──▶ Kill of a worker:      it drains and stays away
                                        └─▶ Provision on the node: one more worker, under the name of one that was stopped if
-                                                                  there is one
+                                                                  there is one, and none of those that run is named for it
 
-A worker serves its whole app, so one more instance of an agent is one more worker, and one less is one worker less: a `Kill` of
-an agent in a worker that serves others as well is not done. Each act is done at most once. What was published before the node
-began to listen was for others, or has been done by a former controller of the node; if it is still wanted, it is said again.
+What a worker is to serve, one agent more or one less, it sees to itself (`nalar_mq.serving`). Each act is done at most once.
+What was published before the node began to listen was for others, or has been done by a former controller of the node; if it is
+still wanted, it is said again.
 """
 
 from __future__ import annotations
@@ -102,14 +102,10 @@ class NodeActs:
 
     def _do(self, act: Act, known: dict[str, Member]) -> None:
         match act:
-            case Kill() if act.instance not in known:
-                pass
-            case Kill() if act.agent and known[act.instance].actors.keys() != {act.agent}:
-                _log.info("act.not_done", worker=act.instance, agent=act.agent, why="its worker serves others as well")
-            case Kill():
+            case Kill() if act.instance in known and not act.agent:
                 _log.info("worker.to_stop", worker=act.instance, reason=act.reason)
                 self._workers.stop_worker(act.instance)
-            case Provision() if act.node == self._node:
+            case Provision() if act.node == self._node and not act.worker:
                 name = self._workers.add_worker()
                 _log.info("worker.to_start", worker=name, agent=act.agent, reason=act.reason)
             case _:

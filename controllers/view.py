@@ -806,6 +806,15 @@ class View:
         process = self._processes.get(worker)
         return tuple(process.serves) if process is not None else ()
 
+    def spare(self, agent: str, node: str) -> list[Address]:
+        """The workers of a node that could serve an agent besides what they serve, those that serve the least first."""
+        found = [
+            (len(process.serves), process.name, process.address)
+            for process in self._processes.values()
+            if process.node == node and agent not in process.serves and not process.is_draining
+        ]
+        return [address for _, _, address in sorted(found)]
+
     def node_of(self, worker: str) -> str:
         """The node of a worker; empty if it is not known."""
         process = self._processes.get(worker)

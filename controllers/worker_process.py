@@ -32,8 +32,9 @@ from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError, StoreError
 from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_LOST, EXIT_REPLACED
 from nalar_mq.logs import Level, configure_logs, logger
-from nalar_mq.worker import Worker
+from nalar_mq.worker import Worker, serves_of
 
+from .assignment import assigned
 from .local_controller import Order, Rejoin, Report
 from .node_folder import connect_to
 
@@ -88,7 +89,12 @@ async def _serve(order: Order, link: socket.socket) -> None:
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     loop.add_signal_handler(signal.SIGINT, stopping.set)
     link.setblocking(False)
-    worker = Worker(load_app(Path(order.app)), order.settings, name=order.name)
+    app = load_app(Path(order.app))
+    serves = None
+    if order.capacities:
+        actors = {name: serves_of(spec) for name, spec in app.actors.items()}
+        serves = assigned(actors, order.place, order.workers, order.capacities)
+    worker = Worker(app, order.settings, name=order.name, serves=serves, resources=order.capacities)
     try:
         await worker.start()
         period_s = order.settings.lease_s / _BEATS_OF_A_LEASE

@@ -86,11 +86,16 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
 
 
 class Provision(msgspec.Struct, frozen=True, tag="provision"):
-    """Another instance of an agent starts on a node."""
+    """Another instance of an agent starts on a node.
+
+    Attributes:
+        worker: that serves it from then on; named by who orders it, not by the policy; empty if no worker there can.
+    """
 
     agent: str
     node: str
     reason: str = ""
+    worker: str = ""
 
 
 State: TypeAlias = Route | Weights | SetPriority | Limit | Allow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 import traceback
@@ -150,6 +151,29 @@ _trust_option = click.option(
 _workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Worker processes of a node.  [default: as the manifest says, else 2]"
 )
+
+
+def _capacities(context: click.Context, option: click.Parameter, text: str | None) -> dict[str, float]:
+    """Amounts by name, of `NAME=AMOUNT,...`."""
+    found: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        name, _, amount = part.partition("=")
+        try:
+            found[name.strip()] = float(amount)
+        except ValueError:
+            raise click.BadParameter(f"{part!r} is not NAME=AMOUNT") from None
+        if not name.strip() or not 0 <= found[name.strip()] < math.inf:
+            raise click.BadParameter(f"{part!r} is not NAME=AMOUNT, with an amount of 0 or more")
+    return found
+
+
+_resources_option = click.option(
+    "--resources",
+    "capacities",
+    metavar="NAME=AMOUNT,...",
+    callback=_capacities,
+    help="What actors with `resources` share on a node, as gpu=2,slot=8; else every worker serves the whole app.",
+)
 _policy_option = click.option(
     "--policy", metavar="FILE.py:NAME", help="Policy of the global controller, loaded again when the file changes."
 )
@@ -160,6 +184,7 @@ _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 @_app_argument
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Take this machine for so many nodes.")
 @_workers_option
+@_resources_option
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker.  [default: 4222 if free, else any]")
 @_policy_option
 @click.option("--no-controller", is_flag=True, help="Run no global controller.")
@@ -172,6 +197,7 @@ def up(
     app: Path,
     nodes: int,
     workers: int | None,
+    capacities: dict[str, float],
     port: int | None,
     policy: str | None,
     no_controller: bool,
@@ -196,6 +222,7 @@ def up(
             _choice(broker),
             nodes=nodes,
             workers=workers,
+            capacities=capacities,
             port=port,
             policy=policy,
             controls=not no_controller,
@@ -209,6 +236,7 @@ def up(
 @cli.command()
 @_app_argument
 @_workers_option
+@_resources_option
 @click.option("--node", metavar="NAME", help="Name of this node.  [default: the host's, with a random end]")
 @click.option(
     "--outlive",
@@ -221,7 +249,16 @@ def up(
 @_trust_option
 @_broker_options
 @_with_options
-def worker(options: _Options, /, app: Path, workers: int | None, node: str | None, outlive: float, **broker: Any) -> None:
+def worker(
+    options: _Options,
+    /,
+    app: Path,
+    workers: int | None,
+    capacities: dict[str, float],
+    node: str | None,
+    outlive: float,
+    **broker: Any,
+) -> None:
     """Serve APP as a node of a runtime whose broker is there already.
 
     If this process is killed, its workers go on. The next `nalar worker` of the same APP takes them over, without a restart;
@@ -235,6 +272,7 @@ def worker(options: _Options, /, app: Path, workers: int | None, node: str | Non
             commands.app_file(app),
             _choice(broker),
             workers=workers,
+            capacities=capacities,
             node=node,
             orphan_s=outlive,
             log_level=options.log_level,

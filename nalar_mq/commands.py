@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -147,6 +147,7 @@ async def up(
     *,
     nodes: int,
     workers: int | None,
+    capacities: Mapping[str, float],
     port: int | None,
     policy: str | None,
     controls: bool,
@@ -159,6 +160,7 @@ async def up(
     Args:
         app, choice: what runs, and where.
         nodes, workers: how many nodes, and workers of each.
+        capacities: what actors with `resources` share on each of them; if empty, every worker serves the whole app.
         port: of the broker.
         policy: of the global controller, as `FILE.py:Name`; None for the default one.
         controls: there is a global controller.
@@ -191,7 +193,7 @@ async def up(
         stack.callback(remove_runtime_file, app.parent)
         _announce(app.parent, settings)
         show(access.urls[0])
-        controllers = [_controller(app, node, entry, workers, log_level) for node in _nodes(settings, nodes)]
+        controllers = [_controller(app, node, entry, workers, log_level, capacities) for node in _nodes(settings, nodes)]
         beside: list[_Work] = [functools.partial(_obey, settings, controller) for controller in controllers]
         if controls:
             beside.append(functools.partial(govern, settings, decider, tell))
@@ -203,6 +205,7 @@ async def worker(
     choice: BrokerChoice,
     *,
     workers: int | None,
+    capacities: Mapping[str, float],
     node: str | None,
     orphan_s: float,
     log_level: str,
@@ -214,6 +217,7 @@ async def worker(
     Args:
         app, choice: what it serves, and where.
         workers: how many.
+        capacities: as for `up`.
         node: its name; if None, that of a node of this app whose controller was killed, else a fresh one.
         orphan_s: how long its workers outlive this process if it is killed, for its successor to take them over.
         log_level: of the workers.
@@ -230,7 +234,7 @@ async def worker(
         if folder is not None:
             folder.leave()
         raise
-    controller = _controller(app, settings, entry, workers, log_level, folder, orphan_s)
+    controller = _controller(app, settings, entry, workers, log_level, capacities, folder, orphan_s)
     show(settings.broker.urls[0])
     await _serve([controller], None, tell, [functools.partial(_obey, settings, controller)])
 
@@ -562,6 +566,7 @@ def _controller(
     entry: RuntimeEntry,
     workers: int | None,
     log_level: str,
+    capacities: Mapping[str, float] | None = None,
     folder: NodeFolder | None = None,
     orphan_s: float = 0.0,
 ) -> LocalController:
@@ -570,6 +575,7 @@ def _controller(
         settings,
         workers=workers or entry.workers or DEFAULT_WORKERS,
         variables=engine_variables(entry.engine_url, entry.engine_model),
+        capacities=capacities,
         log_level=log_level,
         limits=Limits(silence_s=settings.lease_s, orphan_s=orphan_s),
         folder=folder,

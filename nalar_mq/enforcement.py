@@ -3,7 +3,7 @@
     NS.states, NS-control/states ──▶ Standing ──▶ routes: the routing table of every process
                                               └─▶ priorities, limits, permissions: the host of a worker
     NS.ranks.<me> ─────────────────▶ Standing ──▶ priorities of many sessions: the host
-    NS-acts/acts, watched ─────────▶ Standing ──▶ the host that holds the session which is to move
+    NS-acts/acts, watched ─────────▶ Standing ──▶ the worker that is to serve, or has the session which is to move
 
 What holds is read before the first call comes in, and again once in a lease: a message that was lost is made up for then. What
 cannot be read changes nothing. Priorities of many sessions are set some at a time, between calls.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final, Protocol
 
 from nalar_mq.actions import NO_RANK, Act, SetPriority, State
@@ -34,6 +34,10 @@ _AT_ONCE: Final = 500  # sessions that are given priorities in one turn of the l
 _log = logger(__name__)
 
 
+Acting = Callable[[Act], Coroutine[Any, Any, None]]
+"""Does what is to happen once, if it is for this worker to do."""
+
+
 class Enforcer(Protocol):
     """The part of a worker that runs calls, as one who obeys."""
 
@@ -43,10 +47,6 @@ class Enforcer(Protocol):
 
     def set_session_priorities(self, sessions: Iterable[str], priorities: Priorities) -> None:
         """The calls of the sessions, queued and to come, have these priorities from now on."""
-        ...
-
-    async def act(self, act: Act) -> None:
-        """Does what is to happen once, if it is for this worker to do."""
         ...
 
 
@@ -89,12 +89,13 @@ class Enforcement:
         self._acting: set[asyncio.Task[None]] = set()
         self.standing = Standing(me.name, me.incarnation)
 
-    async def start(self, enforcer: Enforcer | None = None, changes: Changes | None = None) -> None:
+    async def start(self, enforcer: Enforcer | None = None, changes: Changes | None = None, act: Acting | None = None) -> None:
         """Begins to obey: when it returns, what holds is in force.
 
         Args:
             enforcer: who runs calls; None in a process that only calls.
             changes: what that one reports, to which ranks refer.
+            act: does what is to happen once, if it is for this worker to do.
 
         Raises:
             BrokerError: what holds cannot be read.
@@ -107,7 +108,8 @@ class Enforcement:
         if enforcer is not None:
             await self._listen(self._subjects.ranks(self._me.name), self._on_ranks)
             acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
-            self._begin(self._watch_acts(acts), "acts")
+            if act is not None:
+                self._begin(self._watch_acts(acts, act), "acts")
             self._begin(self._set_priorities(enforcer), "priorities")
 
     async def _listen(self, subject: str, handler: Handler) -> None:
@@ -192,30 +194,29 @@ class Enforcement:
 
     # What is to happen once.
 
-    async def _watch_acts(self, acts: KeyValue) -> None:
+    async def _watch_acts(self, acts: KeyValue, act: Acting) -> None:
         while True:
             try:
                 async for entry in acts.watch():
                     if entry is not None and entry.key == ACTS and entry.value is not None:
-                        self._take_acts(entry.value)
+                        self._take_acts(entry.value, act)
             except BrokerError as error:
                 _log.debug("acts.watch_failed", error=str(error))
             except Exception:
                 _log.exception("acts.watch_failed")
             await asyncio.sleep(self._lease_s / 6)
 
-    def _take_acts(self, data: bytes) -> None:
-        assert self._enforcer is not None
-        for act in self.standing.take_acts(data, self._incarnation_of):
-            task = self._loop.create_task(self._act(self._enforcer, act))
+    def _take_acts(self, data: bytes, act: Acting) -> None:
+        for due in self.standing.take_acts(data, self._incarnation_of):
+            task = self._loop.create_task(self._do(act, due))
             self._acting.add(task)
             task.add_done_callback(self._acting.discard)
 
-    async def _act(self, enforcer: Enforcer, act: Act) -> None:
+    async def _do(self, act: Acting, due: Act) -> None:
         try:
-            await enforcer.act(act)
+            await act(due)
         except Exception:
-            _log.exception("act.failed", act=type(act).__name__, reason=act.reason)
+            _log.exception("act.failed", act=type(due).__name__, reason=due.reason)
 
     def _incarnation_of(self, name: str) -> int | None:
         member = self._table.members.get(name)

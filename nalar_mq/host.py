@@ -147,7 +147,12 @@ class _Kept(msgspec.Struct, eq=False):
 
 
 class Host:
-    """The executions of one worker. Implements `calls.Host`; everything is for the loop unless it says otherwise."""
+    """The executions of one worker. Implements `calls.Host`; everything is for the loop unless it says otherwise.
+
+    Attributes:
+        migrations: the sessions that move, if there are any stores.
+        retired: actors that the worker could serve and does not.
+    """
 
     def __init__(
         self,
@@ -191,6 +196,7 @@ class Host:
         self._is_muted = False
         self._quiet: dict[Key, asyncio.Future[None]] = {}
         self.migrations: Migrations | None = None
+        self.retired: set[str] = set()
         self._forget_at = self._loop.time() + _FORGET_EVERY_S
         self._is_closing = False
         self._threads = threads or Threads(f"{name}-call")
@@ -251,6 +257,9 @@ class Host:
             return
         if self._admission.has_rules and (forbidden := self._forbidden(owner, call)) is not None:
             self._refuse(owner, call, forbidden)
+            return
+        if self.retired and not hops and (replacement := self._replacement(replica)) is not None:
+            self._pass_on(owner, call, replacement, "it is not served here any more")
             return
         if self._table.is_governed and not hops and (ordered := self._ordered_elsewhere(replica, call)) is not None:
             self._pass_on(owner, call, *ordered)
@@ -498,6 +507,24 @@ class Host:
         if ordered is None and is_shut and self._table.is_shut(call.actor, me.name):
             ordered = self._table.ordered(call.actor, call.session)
         return ordered if ordered is not None and ordered[0] != me else None
+
+    def _replacement(self, replica: Replica) -> Address | None:
+        """Who serves an actor without state in place of this worker, which does not any more; None if it does, or nobody."""
+        actor = replica.spec.name
+        if replica.spec.stateful or actor not in self.retired:
+            return None
+        address = self._table.choose(actor, self._calls.in_flight.get(actor, {}))
+        return address if address != self._calls.me else None
+
+    def empty(self, actor: str, reason: str) -> None:
+        """The actor is retired: its calls without state that have not begun go to others."""
+        replica = self._replicas[actor]
+        for execution in list(self._executions.values()):
+            if execution.replica is not replica or execution.started or execution.resumed is not None:
+                continue
+            replacement = self._replacement(replica)
+            if replacement is not None:
+                self._pass_on_queued(execution, replacement, reason or "it is not served here any more")
 
     def _pass_on_queued(self, execution: Execution, target: Address, reason: str) -> None:
         owner, call, hops = execution.owner, self._with_time_left(execution), execution.hops + 1

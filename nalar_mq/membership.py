@@ -45,7 +45,7 @@ from nalar_mq.config import LEASE_S
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
-from nalar_mq.messages import WIRE_VERSION, Lost, Member, decode_lost, decode_member, encode_record
+from nalar_mq.messages import WIRE_VERSION, ActorInfo, Lost, Member, decode_lost, decode_member, encode_record
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
@@ -420,6 +420,12 @@ class Membership:
     async def drain(self) -> None:
         """Tells everybody that this process takes no new calls."""
         self._member = msgspec.structs.replace(self._member, draining=True)
+        if self._lease is not None:
+            await self._lease.change(self._member)
+
+    async def serve(self, actors: dict[str, ActorInfo]) -> None:
+        """Tells everybody which actors this process serves from now on."""
+        self._member = msgspec.structs.replace(self._member, actors=actors)
         if self._lease is not None:
             await self._lease.change(self._member)
 

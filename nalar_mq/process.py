@@ -230,12 +230,16 @@ class Process:
 
     async def wait_for(self, actor: str, timeout_s: float) -> bool:
         """Returns True once somebody serves `actor`, False after `timeout_s`."""
+        return await self.until(lambda: bool(self.table.replicas(actor)), timeout_s)
+
+    async def until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Returns True once the routing table is as `holds` says, False after `timeout_s`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not self.table.replicas(actor):
+                while not holds():
                     self._table_changed.clear()
                     await self._table_changed.wait()
-        return bool(self.table.replicas(actor))
+        return holds()
 
     async def drain(self, timeout_s: float) -> bool:
         """Tells everybody to send nothing new; True if all that was sent has been received within `timeout_s`."""

@@ -241,6 +241,10 @@ class Stores:
     def _all(self) -> list[Committer]:
         return [committer for committers in self._open.values() for committer in committers.values()]
 
+    def stores_of(self, actor: str) -> list[Store]:
+        """The open stores in which sessions of an actor may be."""
+        return [committer.store for committer in self._open[actor in self._replicated].values()]
+
     def session(self, actor: str, name: str) -> Kept:
         """Where a session is; of a new one, where it will be. If several stores know it, that which is likelier to have it.
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from random import Random, SystemRandom
 from typing import Final
 
@@ -27,8 +27,9 @@ from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo
 from nalar_mq.migration import Migrations
 from nalar_mq.process import Connect, Process
-from nalar_mq.reporting import Reporter
+from nalar_mq.reporting import Figures, Reporter
 from nalar_mq.resources import Machine
+from nalar_mq.serving import Serving
 from nalar_mq.stores import Stores, directory_of
 from nalar_mq.threads import LoopThreads
 
@@ -46,6 +47,8 @@ class Worker:
         name: a token, unique in the namespace; the process that had it before is replaced.
         intake: how it takes jobs in.
         high_water: calls it holds before it gives back those of the lowest priority with `OverloadedError`.
+        serves: the actors that it serves at first; all of the app if None.
+        resources: what its machine has beside what it finds there, by name.
         connect, lease_in_thread, random, clock: as for `Process`.
         is_simulated: it has no threads: synchronous code and commits run on the loop, which may be one in virtual time.
     """
@@ -58,6 +61,8 @@ class Worker:
         name: str,
         intake: IntakeOptions | None = None,
         high_water: int = HIGH_WATER,
+        serves: Iterable[str] | None = None,
+        resources: Mapping[str, float] | None = None,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
         random: Random | None = None,
@@ -65,11 +70,15 @@ class Worker:
         is_simulated: bool = False,
     ) -> None:
         self._app = app
+        self._infos = {spec.name: info_of(spec) for spec in app.actors.values()}
+        self._served = frozenset(self._infos if serves is None else serves) & self._infos.keys()
+        self._resources = {name: (0.0, amount) for name, amount in (resources or {}).items()}
+        self._serving: Serving | None = None
         self._process = Process(
             settings,
             name=name,
             role="worker",
-            actors={spec.name: info_of(spec) for spec in app.actors.values()},
+            actors={name: info for name, info in self._infos.items() if name in self._served},
             connect=connect,
             lease_in_thread=lease_in_thread and not is_simulated,
             random=random,
@@ -105,6 +114,11 @@ class Worker:
         return self._ended
 
     @property
+    def serving(self) -> frozenset[str]:
+        """The actors that it serves now."""
+        return self._served if self._serving is None else self._serving.actors
+
+    @property
     def running(self) -> int:
         """Calls that are queued or run here."""
         return self._host.running if self._host is not None else 0
@@ -129,7 +143,6 @@ class Worker:
         calls = self._process.calls
         stores = await self._open_stores()
         changes = self._changes = Changes(self.name, self._process.me.incarnation, self._process.settings.node)
-        changes.set_serves({spec.name: serves_of(spec) for spec in self._app.actors.values()})
         self._host = calls.host = Host(
             self._app.actors,
             calls,
@@ -166,11 +179,21 @@ class Worker:
             self._process.me,
             changes,
             self._host.load,
-            None if self._is_simulated else Machine().look,
+            self._figures(),
         )
+        serves = {spec.name: serves_of(spec) for spec in self._app.actors.values()}
+        serving = self._serving = Serving(self._process, self._host, changes, stores, self._infos, serves, self._served)
         self._process.on_close(reporter.aclose)
         await reporter.start()
-        await self._process.enforcement.start(self._host, changes)
+        await self._process.enforcement.start(self._host, changes, serving.act)
+
+    def _figures(self) -> Figures | None:
+        """What its machine has and uses; in a simulation only what it was told."""
+        told = self._resources
+        if self._is_simulated:
+            return (lambda: told) if told else None
+        machine = Machine()
+        return lambda: machine.look() | told
 
     async def _open_stores(self) -> Stores | None:
         """The stores of this worker, if it serves agents whose state is kept."""

@@ -22,7 +22,18 @@ from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.guards import Bounds
 from nalar_mq.controllers.policies import ShortestRemaining
-from nalar_mq.controllers.policy import Action, Policy, SetPriorities, allow, limit, migrate, route, set_priority
+from nalar_mq.controllers.policy import (
+    Action,
+    Policy,
+    SetPriorities,
+    allow,
+    kill,
+    limit,
+    migrate,
+    provision,
+    route,
+    set_priority,
+)
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import NotAllowedError
 from nalar_mq.future import Future
@@ -43,6 +54,10 @@ class Mind:
 
     def want(self, *actions: Action) -> None:
         self.wanted = lambda _: actions
+
+    def want_once(self, *actions: Action) -> None:
+        waiting = [actions]
+        self.wanted = lambda _: waiting.pop() if waiting else ()
 
     def decide(self, view: View) -> Iterable[Action]:
         return self.wanted(view)
@@ -79,9 +94,9 @@ class World:
         await self.controller.start()
         await self.rounds()
 
-    async def add(self, name: str) -> Worker:
+    async def add(self, name: str, serves: Iterable[str] | None = None) -> Worker:
         worker = self.workers[name] = Worker(
-            APP, self.settings, name=name, connect=self.hub.connect, random=Random(name), is_simulated=True
+            APP, self.settings, name=name, serves=serves, connect=self.hub.connect, random=Random(name), is_simulated=True
         )
         await worker.start()
         return worker
@@ -493,3 +508,92 @@ async def test_a_policy_that_ships_runs_against_real_workers(folder: Path) -> No
         open_all()
         await asyncio.gather(*futures)
         assert set(scene.controller.view.refused) <= {"MissedReportError"}, "it came later than the worker"
+
+
+def serving(scene: World, actor: str) -> list[str]:
+    return sorted(name for name, worker in scene.workers.items() if actor in worker.serving)
+
+
+@simulated
+async def test_an_instance_is_killed_and_another_agent_gets_its_place(folder: Path) -> None:
+    async with world(folder) as scene:
+        for name in ("w1", "w2"):
+            await scene.add(name, serves=["one_by_one", "ask"])
+        for name in ("w3", "w4"):
+            await scene.add(name, serves=["side_by_side"])
+        shut("held")
+        held = [scene.call("one_by_one", "held", f"h{number}") for number in range(2)]
+        queued = [scene.call("one_by_one", f"q{number}", f"s{number}") for number in range(6)]
+        await scene.rounds()
+        assert (scene.running("w1"), scene.running("w2")) == (4, 4)
+        scene.mind.want_once(kill("w1", "one_by_one", reason="it idles"), provision("side_by_side", "here"))
+        await scene.rounds()
+        assert serving(scene, "one_by_one") == ["w2"]
+        assert serving(scene, "ask") == ["w1", "w2"]
+        assert serving(scene, "side_by_side") == ["w1", "w3", "w4"], "who serves the least serves one more"
+        assert (scene.running("w1"), scene.running("w2")) == (1, 7), "what runs goes on, what waits is passed on"
+        assert [replica.worker for replica in scene.controller.view.replicas("one_by_one")] == ["w2"]
+        open_all()
+        assert await asyncio.gather(*held, *queued)
+        await scene.rounds()
+        completed = {name: worker.process.calls.host.completed for name, worker in scene.workers.items()}  # type: ignore[union-attr]
+        for number in range(12):
+            assert await scene.client.call("one_by_one", f"n{number}")
+            assert await scene.client.call("side_by_side", f"n{number}")
+        after = {name: worker.process.calls.host.completed for name, worker in scene.workers.items()}  # type: ignore[union-attr]
+        assert after["w2"] - completed["w2"] == 12
+        assert after["w1"] > completed["w1"]
+        scene.mind.want(kill("w2", "one_by_one"))
+        await scene.rounds()
+        assert serving(scene, "one_by_one") == ["w2"], "the last one stays"
+
+
+@simulated
+async def test_the_sessions_of_an_instance_that_is_killed_move_idle_ones_too(folder: Path) -> None:
+    async with world(folder, "w1", "w2") as scene:
+        for number in range(30):
+            await scene.client.options(session=f"s{number}").call("Ledger.note", "one")
+        await scene.rounds(200.0)
+        shut("busy")
+        busy = scene.client.options(session="s3").call("Ledger.note", "busy")
+        behind = scene.client.options(session="s3").call("Ledger.note", "behind")
+        await scene.rounds()
+        scene.mind.want_once(kill("w1", "Ledger"))
+        await scene.rounds(1.0)
+        more = [scene.client.options(session=f"s{number}").call("Ledger.note", "two") for number in range(30)]
+        await scene.rounds()
+        open_all()
+        assert await busy == ["one", "busy"]
+        assert await behind == ["one", "busy", "behind"]
+        assert [len(seen) for seen in await asyncio.gather(*more)] == [4 if number == 3 else 2 for number in range(30)]
+        await scene.rounds(10.0)
+        view = scene.controller.view
+        assert {view.holder(f"s{number}", "Ledger") for number in range(30)} == {"w2"}
+        before = scene.workers["w1"].process.calls.host.completed  # type: ignore[union-attr]
+        for number in range(40):
+            await scene.client.options(session=f"new{number}").call("Ledger.note", "one")
+        assert scene.workers["w1"].process.calls.host.completed == before  # type: ignore[union-attr]
+
+
+@simulated
+async def test_calls_never_fail_while_instances_come_and_go(folder: Path) -> None:
+    async with world(folder, "w1", "w2", "w3") as scene:
+        ended: list[str] = []
+
+        async def work(number: int) -> None:
+            caller = scene.client.options(session=f"s{number % 7}")
+            for turn in range(60):
+                actor = ("side_by_side", "Ledger.note", "one_by_one")[turn % 3]
+                await caller.call(actor, f"{number}-{turn}")
+                ended.append(actor)
+                await asyncio.sleep(0.05)
+
+        workers = [asyncio.get_running_loop().create_task(work(number)) for number in range(20)]
+        for number in range(6):
+            name = f"w{number % 3 + 1}"
+            scene.mind.want_once(*(kill(name, actor) for actor in ("side_by_side", "Ledger", "one_by_one")))
+            await scene.rounds(0.7)
+            scene.mind.want_once(*(provision(actor, "here") for actor in ("side_by_side", "Ledger", "one_by_one")))
+            await scene.rounds(0.7)
+        await asyncio.gather(*workers)
+        assert len(ended) == 1200

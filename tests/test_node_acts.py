@@ -77,8 +77,9 @@ def test_what_is_for_others_or_for_another_life_is_left_alone() -> None:
     assert played([*kills, *others]) == []
 
 
-def test_one_agent_of_several_in_a_worker_cannot_be_stopped() -> None:
-    assert played([(Kill("n-1", "a"), {"n-1": 7}), (Kill("n-2", "a"), {"n-2": 7})]) == ["stop n-1"]
+def test_what_a_worker_is_to_serve_it_sees_to_itself() -> None:
+    kills: list[tuple[Act, dict[str, int]]] = [(Kill("n-1", "a"), {"n-1": 7}), (Kill("n-2", "a"), {"n-2": 7})]
+    assert played([*kills, (Provision("a", "n", worker="n-2"), {"n-2": 7})]) == []
 
 
 def test_what_was_published_before_the_node_listened_is_not_done() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from nalar_mq import ManagedList, agent, method, tool, workflow
 
@@ -27,6 +28,21 @@ async def pass_gate(name: str) -> None:
 async def one_by_one(name: str) -> str:
     await pass_gate(name)
     return name
+
+
+@tool
+async def where() -> int:
+    return os.getpid()
+
+
+@tool(resources={"slot": 1})
+async def left() -> int:
+    return os.getpid()
+
+
+@tool(resources={"slot": 1})
+async def right() -> int:
+    return os.getpid()
 
 
 @tool

@@ -1,0 +1,160 @@
+"""Which of its app's actors a worker serves: those that it began with, until the global controller decides otherwise.
+
+    provision   It serves one more. Its record says so, and everybody sends calls to it from then on.
+    retire      It serves one less, out of its record first. Calls without state that have not begun are passed on, and so are
+                those that still come; sessions in stores move to those who serve the actor, some at a time, idle ones from the
+                disk included; what runs goes on to its end. A session in the memory of an instance cannot move: its calls are
+                served here until it ends, and new ones begin elsewhere.
+
+The last instance that is known is never retired. That a worker ends is for the controller of its node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from nalar_mq.actions import Act, Kill, Provision
+from nalar_mq.changes import Changes
+from nalar_mq.columns import Serves
+from nalar_mq.errors import NalarError
+from nalar_mq.host import Host
+from nalar_mq.logs import logger
+from nalar_mq.messages import ActorInfo, Migrate
+from nalar_mq.process import Process
+from nalar_mq.store import HERE, Store
+from nalar_mq.stores import Stores
+
+_AT_ONCE: Final = 8  # sessions that move at a time
+_log = logger(__name__)
+
+
+class Serving:
+    """The actors of one worker, and what it does when others are wanted of it.
+
+    Args:
+        process, host, changes, stores: of the worker.
+        infos, serves: what is told of each actor of its app.
+        served: those that it serves at first.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        host: Host,
+        changes: Changes,
+        stores: Stores | None,
+        infos: Mapping[str, ActorInfo],
+        serves: Mapping[str, Serves],
+        served: Iterable[str],
+    ) -> None:
+        self._process = process
+        self._host = host
+        self._changes = changes
+        self._stores = stores
+        self._infos = infos
+        self._serves = serves
+        self._served = set(served)
+        self._turn = asyncio.Lock()
+        host.retired = set(infos) - self._served
+        changes.set_serves({actor: serves[actor] for actor in sorted(self._served)})
+
+    @property
+    def actors(self) -> frozenset[str]:
+        """What it serves now."""
+        return frozenset(self._served)
+
+    async def act(self, act: Act) -> None:
+        """Does what is to happen once, if it is for this worker to do."""
+        me = self._process.me.name
+        match act:
+            case Kill() if act.instance == me and act.agent:
+                await self.retire(act.agent, act.reason)
+            case Provision() if act.worker == me:
+                await self.provision(act.agent, act.reason)
+            case _:
+                await self._host.act(act)
+
+    async def provision(self, actor: str, reason: str = "") -> None:
+        """Serves one more actor; when it returns, its record says so."""
+        async with self._turn:
+            if actor not in self._infos:
+                _log.warning("actor.not_provisioned", actor=actor, error="it is not in the app of this worker")
+                return
+            self._served.add(actor)
+            self._host.retired.discard(actor)
+            await self._tell()
+        _log.info("actor.provisioned", actor=actor, reason=reason)
+
+    async def retire(self, actor: str, reason: str = "") -> None:
+        """Serves one actor less; returns when nothing of it waits here that could be elsewhere."""
+        async with self._turn:
+            if actor not in self._served:
+                return
+            if not self._others(actor):
+                _log.warning("actor.not_retired", actor=actor, error="nobody else serves it")
+                return
+            self._served.discard(actor)
+            self._host.retired.add(actor)
+            await self._tell()
+            me, table = self._process.me, self._process.table
+            # As this process hears of its own record, so do others.
+            await self._process.until(lambda: me not in table.replicas(actor), self._process.settings.lease_s)
+            self._host.empty(actor, reason)
+            moved = await self._move_sessions(actor, self._stores) if self._stores is not None else 0
+        _log.info("actor.retired", actor=actor, reason=reason, sessions=moved)
+
+    async def _tell(self) -> None:
+        self._changes.set_serves({actor: self._serves[actor] for actor in sorted(self._served)})
+        await self._process.membership.serve({actor: self._infos[actor] for actor in sorted(self._served)})
+
+    def _others(self, actor: str) -> list[str]:
+        me = self._process.me
+        return [address.name for address in self._process.table.replicas(actor) if address != me]
+
+    # Sessions in stores.
+
+    async def _move_sessions(self, actor: str, stores: Stores) -> int:
+        """Moves them to those with the fewest; one that cannot move is served here."""
+        if self._host.migrations is None or not self._infos[actor].is_kept:
+            return 0
+        room = asyncio.Semaphore(_AT_ONCE)
+        given: Counter[str] = Counter()
+        moved = 0
+
+        async def move(key: str) -> None:
+            nonlocal moved
+            async with room:
+                target = min(self._keepers(actor), key=lambda name: (given[name], name), default="")
+                if target:
+                    given[target] += 1
+                    moved += await self._move(actor, key, target)
+
+        for store in stores.stores_of(actor):
+            after: str | None = None
+            while keys := await asyncio.to_thread(_some_here, store, actor, after):
+                await asyncio.gather(*(move(key) for key, is_here in keys if is_here))
+                after = keys[-1][0]
+        return moved
+
+    def _keepers(self, actor: str) -> list[str]:
+        """Who could take its sessions."""
+        members = self._process.table.members
+        return [name for name in self._others(actor) if members[name].stores or members[name].replicated]
+
+    async def _move(self, actor: str, key: str, target: str) -> bool:
+        migrations = self._host.migrations
+        assert migrations is not None
+        try:
+            await migrations.move(Migrate(self._process.calls.fresh_id(), actor, key, target))
+        except NalarError as error:
+            _log.info("session.not_migrated", actor=actor, session=key, to=target, error=str(error))
+            return False
+        return True
+
+
+def _some_here(store: Store, actor: str, after: str | None) -> list[tuple[str, bool]]:
+    """Sessions of an actor that stand in a store, from the one after `after`, and whether they are served there."""
+    return [(session.name, session.standing == HERE) for session in store.sessions_from(actor, "", after)]
