@@ -14,7 +14,9 @@ harm to apply them to what has them already. The messages before are removed the
 
 Taking over. When nobody has had a replicated store open for a while, one of the others enters himself as its holder, with a
 copy of his own; appends a seal, after which nothing of the former holder is accepted; makes a store of the last snapshot and
-the messages after it; and opens it. A copy that is not the one of the holder is never opened again: it is set aside.
+the messages after it; and opens it. Until the copy is whole its folder has a name under which nobody opens it: who is killed on
+the way leaves nothing that could be taken for the store, and the next one begins anew. A copy that is not the one of the
+holder is never opened again: it is set aside.
 """
 
 from __future__ import annotations
@@ -317,6 +319,11 @@ class Replication:
                 found.append(entry.key)
         return found
 
+    @property
+    def me(self) -> Address:
+        """Who enters himself as a holder."""
+        return self._me
+
     async def holder(self, store: str) -> Address | None:
         """Who entered himself last as the holder of a store."""
         entry = await (await self.holders()).get(store)
@@ -328,6 +335,8 @@ class Replication:
     async def take_over(self, id: str, folder: Path, owner: str) -> Store | None:
         """Makes a copy of a store of a lost machine in `folder`, and opens it; None if another worker was faster.
 
+        What is in the folder is replaced: as long as the copy is not whole, it must not bear the name of a store.
+
         Raises:
             StoreError: the folder cannot be used.
             BrokerError: the broker does not answer.
@@ -337,7 +346,7 @@ class Replication:
         entry = await bucket.get(id)
         if entry is None:
             return None
-        store = await asyncio.to_thread(lambda: Store.open(folder, owner, id=id))
+        store = await asyncio.to_thread(_begun, folder, owner, id)
         try:
             try:
                 await bucket.update(id, encode_record(StoreHolder(WIRE_VERSION, store.copy, *self._me)), entry.revision)
@@ -548,6 +557,15 @@ def _tell(told: list[Done], error: Exception | None) -> None:
             done(error)
         except Exception:
             _log.exception("store.listener_failed")
+
+
+def _begun(folder: Path, owner: str, id: str) -> Store:
+    """A new store with that id, in the place of what somebody who was killed has left in the folder."""
+    if folder.exists():
+        with contextlib.suppress(StoreDamagedError):
+            _remove(Store.open(folder, owner))
+        shutil.rmtree(folder, ignore_errors=True)
+    return Store.open(folder, owner, id=id)
 
 
 def _remove(store: Store) -> None:

@@ -489,6 +489,15 @@ class Store:
         self._write_once(lambda txn: self._put_about(txn, b"directory", directory.encode()))
         self.directory = directory
 
+    def rename(self, folder: Path) -> None:
+        """Gives its folder another name, which must be free; it stays open.
+
+        Raises:
+            OSError: the name is taken.
+        """
+        self.folder.rename(folder)
+        self.folder = folder
+
     @property
     def commits(self) -> int:
         """Transactions that have changed sessions so far."""

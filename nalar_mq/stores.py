@@ -227,16 +227,33 @@ class Stores:
         has_taken = False
         for id in await self._replication.orphans(is_held, after_s):
             holder = await self._replication.holder(id)
-            if holder is None or not await is_gone(holder):
+            if holder is None or id in self._open[True]:
                 continue
-            folder = next(folder for slot in range(1, _SLOTS) if not (folder := self._folder / f"r{slot}").exists())
-            store = await self._replication.take_over(id, folder, self._owner)
+            is_mine = holder == self._replication.me  # it was to be, and the broker went away in between
+            if not is_mine and not await is_gone(holder):
+                continue
+            store = await self._replication.take_over(id, self._folder / f"unfinished-{id}", self._owner)
             if store is None:
                 continue
-            await asyncio.to_thread(store.move_to, directory)
-            await self._add(store, is_replicated=True)
+            try:
+                await asyncio.to_thread(store.move_to, directory)
+                await asyncio.to_thread(self._name, store)
+                await self._add(store, is_replicated=True)
+            except BaseException:
+                await asyncio.to_thread(store.close)
+                raise
             has_taken = True
         return has_taken
+
+    def _name(self, store: Store) -> None:
+        """Gives a copy that is whole the name of the first free slot."""
+        for slot in range(1, _SLOTS):
+            folder = self._folder / f"r{slot}"
+            with contextlib.suppress(OSError):  # somebody was faster
+                if not folder.exists():
+                    store.rename(folder)
+                    return
+        raise StoreError(f"all {_SLOTS:,} stores in {self._folder} are taken", str(self._folder))
 
     def _all(self) -> list[Committer]:
         return [committer for committers in self._open.values() for committer in committers.values()]

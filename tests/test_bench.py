@@ -23,6 +23,8 @@ SMALL = {
     "BENCH_KEPT_SESSIONS": "500",
     "BENCH_KEPT_CALLS": "20",
     "BENCH_KEPT_KILLS": "1",
+    "BENCH_MOVES": "2",
+    "BENCH_MOVED_MB": "2",
 }
 
 
@@ -93,6 +95,20 @@ def test_the_figures_of_managed_state(tmp_path: Path) -> None:
     assert figures.keys() == rates | others | {"recovery_p99_s", "recovery_frozen_p99_s", "lease_s"}
     assert all(value > 0 for value in figures.values())
     assert figures["recovery_frozen_p99_s"] > figures["lease_s"] * 2 / 3
+
+
+def test_the_figures_of_migration(tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    command = [sys.executable, "-m", "bench", "migration", "--runs", "1", "--json", str(target)]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | SMALL, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(target.read_text())["systems"]["nalar"]
+    pauses = {f"pause_p{percent}_ms_{size}" for size in ("1kb", "1mb", "100mb") for percent in (50, 99)}
+    assert figures.keys() == pauses | {f"{what}_mb_per_s" for what in ("transfer", "copy")} | {
+        f"others_p99_ms_{when}" for when in ("quiet", "meanwhile")
+    }
+    assert all(value > 0 for value in figures.values())
+    assert all(figures[f"pause_p50_ms_{size}"] <= figures[f"pause_p99_ms_{size}"] for size in ("1kb", "1mb", "100mb"))
 
 
 def test_an_unknown_system_is_named() -> None:

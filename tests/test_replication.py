@@ -185,3 +185,32 @@ async def test_a_machine_burns_while_it_is_used(broker_access: BrokerAccess, nam
                         assert await session.call("Archive.all") is not None
                         assert await task == [str(number) for number in range(60)]
                         assert await session.call("Archive.all") == [str(number) for number in range(60)]
+
+
+async def test_who_takes_a_store_over_is_killed_half_way(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
+    """What he has left is not taken for the store, not even on his own machine."""
+
+    def settings(node: str) -> Settings:
+        return Settings(broker=broker_access, namespace=namespace, node=node, lease_s=1.5, state=str(tmp_path / node))
+
+    async with connect(settings=settings("client")) as client, asyncio.timeout(PATIENCE_S):
+        sessions = [client.options(session=f"s{number}", timeout_s=PATIENCE_S) for number in range(20)]
+        async with LocalController(APP, settings("one"), workers=1) as one:
+            await one.ready()
+            await client.wait_for("Archive", PATIENCE_S)
+            for number in range(60):
+                await asyncio.gather(*[session.call("Archive.put", str(number), 4000) for session in sessions])
+            shutil.move(tmp_path / "one", tmp_path / "burnt")
+            for pid in one.pids.values():
+                os.kill(pid, signal.SIGKILL)
+        async with LocalController(APP, settings("two"), workers=1) as two:
+            await two.ready()
+            while not any(path.stat().st_size > 1_000_000 for path in (tmp_path / "two").glob("*/data.mdb")):
+                await asyncio.sleep(0.001)
+            for pid in two.pids.values():
+                os.kill(pid, signal.SIGKILL)
+            for session in sessions:
+                found = await session.call("Archive.all")
+                assert [text.rstrip(".") for text in found] == [str(number) for number in range(60)]
+            assert await sessions[0].call("Archive.put", "last") == 61
+            assert not list((tmp_path / "two").glob("unfinished-*"))

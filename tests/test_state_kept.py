@@ -166,7 +166,7 @@ async def test_what_cannot_be_written_fails_its_call_and_the_session_goes_on(
         await ann.call("Notebook.note", "a")
         with monkeypatch.context() as patch:
             full = StoreFullError("it is full")
-            patch.setattr(Store, "write", lambda _, writes: [full] * len(writes))
+            patch.setattr(Store, "write", lambda _, writes, now_s: [full] * len(writes))
             with pytest.raises(StateNotKeptError, match="it is full"):
                 await ann.call("Notebook.note", "lost")
         assert await ann.call("Notebook.note", "b") == 2

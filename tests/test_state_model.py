@@ -322,6 +322,7 @@ class Schedule:
         assert stores is not None
         for committer in stores._all():
             committer._waiting = SimpleQueue()
+            committer._background.clear()
             committer.store.close()
         await asyncio.sleep(away_s)
         await self.start(name)

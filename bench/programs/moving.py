@@ -21,7 +21,7 @@ from nalar_mq.client import Caller
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Delivered
 
-SIZES = {"1kb": (10, 100), "1mb": (1_000, 1_000), "100mb": (100_000, 1_000)}  # entries, and bytes of each
+SIZES = {"1kb": (10, 100), "1mb": (1_000, 1_000), "100mb": (work.MOVED_MB * 1_000, 1_000)}  # entries, and bytes of each
 _FILLED_AT_ONCE = 2_000
 _CALLERS = 2
 _CHANGED_PER_S = 0.01

@@ -33,6 +33,7 @@ KEPT_SESSIONS = int(os.environ.get("BENCH_KEPT_SESSIONS", "1000000"))
 KEPT_CALLS = int(os.environ.get("BENCH_KEPT_CALLS", "800"))
 KEPT_KILLS = int(os.environ.get("BENCH_KEPT_KILLS", "30"))
 MOVES = int(os.environ.get("BENCH_MOVES", "40"))
+MOVED_MB = int(os.environ.get("BENCH_MOVED_MB", "100"))
 IDLE_S = 2.0
 _WARM_UP = 100
 _SECTIONS = frozenset(os.environ.get("BENCH_SECTIONS", "rtt,pipe,fan,chain").split(","))
