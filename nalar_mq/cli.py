@@ -1014,7 +1014,7 @@ def top(options: _Options, /, once: bool, every: float, json: bool, app: Path | 
     from nalar_mq import commands, control_commands
 
     file = commands.app_file(app) if app else None
-    take = _show_json if json else _show_overview if once else None
+    take = (_show_json if once else _show_line) if json else _show_overview if once else None
     seen = control_commands.overviews(_choice(broker), app=file, every_s=every)
     return cast("int | None", _run(options, _shown_once(seen, take) if take and once else _shown_live(seen, take)))
 

@@ -447,6 +447,16 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert not (folder / ".nalar" / "runtime.json").exists()
 
 
+def test_what_is_up_has_a_controller_that_decides_nothing_without_need(runtime):
+    eventually(lambda: "leads" in nalar("policy", "show", cwd=runtime).stderr.partition("nobody")[0], "nobody leads")
+    eventually(lambda: nalar("policy", "history", cwd=runtime).stdout, "the history is empty")
+    for _ in range(3):
+        nalar("call", "answer", "question=why", cwd=runtime)
+    (entry,) = json.loads(nalar("policy", "history", "--json", cwd=runtime).stdout)
+    assert (entry["policy"], entry["took_lead"]) == ("default", True)
+    assert nalar("policy", "show", cwd=runtime).stdout == ""
+
+
 def test_call(runtime):
     assert nalar("call", "answer", "question=why", cwd=runtime).stdout == "dry: why 0, why 1\n"
     assert json.loads(nalar("call", "search", "1", "limit=1", cwd=runtime).stdout) == ["1 0"]
