@@ -212,6 +212,7 @@ class Migrations:
         self._served: dict[Key, int] = {}
         self._left: OrderedDict[Key, str] = OrderedDict()
         self._parked: dict[str, list[Forward | Crossing]] = {}
+        self._looking_further: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.moved_out = 0
         self.moved_in = 0
@@ -552,12 +553,31 @@ class Migrations:
         holder = self._table.holder(store)
         if holder is None:
             self._parked.setdefault(store, []).append(message)
+            if (key := _key_of(message)) not in self._looking_further:
+                self._looking_further.add(key)
+                self._start(self._look_further(store, key))
             return
         self._tell(holder, message)
         if isinstance(message, Forward):
             owner, call = Address(message.name, message.incarnation), message.call
             key = _key_of(call)
             self._tell(owner, Forwarded(call.id, holder.name, holder.incarnation, message.hops, *key, store, call.attempt))
+
+    async def _look_further(self, store: str, key: Key) -> None:
+        """Nobody has that store open, and perhaps nobody ever will: the session may have gone on from there before."""
+        try:
+            named = await self._named(self._places.key_in_store(*key))
+        finally:
+            self._looking_further.discard(key)
+        parked = self._parked.get(store, ())
+        mine = [message for message in parked if _key_of(message) == key]
+        if not mine or named in ("", store):
+            return
+        self._parked[store] = [message for message in parked if _key_of(message) != key]
+        if key in self._left:
+            self._note_left(key, named)
+        for message in mine:
+            self._send_on(named, message)
 
     def _send_all_on(self, key: Key, store: str) -> None:
         """The session is in another worker's store: so are its calls that have not begun, from now on."""
@@ -854,7 +874,10 @@ def _batches(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
     return batches
 
 
-def _key_of(call: Call) -> Key:
+def _key_of(message: Call | Forward | Crossing) -> Key:
+    if isinstance(message, Crossing):
+        return message.actor, message.session
+    call = message.call if isinstance(message, Forward) else message
     return call.actor, f"{call.session}/{call.instance}" if call.instance else call.session
 
 

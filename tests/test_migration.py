@@ -8,6 +8,7 @@ import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nalar_mq.app import load_app
@@ -32,8 +33,9 @@ class Runtime:
         self.workers = {name: self.worker(name) for name in ("first", "second")}
         self.client = self.another_client()
 
-    def worker(self, name: str) -> Worker:
-        return Worker(self._app, self.settings, name=name, connect=self.hub.connect, lease_in_thread=False)
+    def worker(self, name: str, state: Path | None = None) -> Worker:
+        settings = self.settings if state is None else msgspec.structs.replace(self.settings, state=str(state))
+        return Worker(self._app, settings, name=name, connect=self.hub.connect, lease_in_thread=False)
 
     def another_client(self) -> Client:
         return connect(settings=self.settings, connect=self.hub.connect)
@@ -113,6 +115,21 @@ async def test_calls_go_in_no_circle_when_a_session_comes_back_with_a_store_that
         caller = runtime.client.options(session=session, timeout_s=30.0)
         assert await caller.call("Notebook.note", "back") == 4
         assert await caller.call("Notebook.read") == [*path, "back"]
+
+
+async def test_a_call_finds_a_session_that_has_gone_on_from_a_store_that_nobody_opens_again(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    ann = runtime.client.options(session="ann")
+    third = runtime.worker("third", tmp_path / "of another node")
+    async with runtime.another_client() as late:
+        async with third:
+            await runtime.client.migrate("Notebook", "ann", to="first")
+            await late.options(session="ann").call("Notebook.read")
+            for place in ("third", "second"):
+                await runtime.client.migrate("Notebook", "ann", to=place)
+                await ann.call("Notebook.note", place)
+        assert await late.options(session="ann", timeout_s=30.0).call("Notebook.read") == ["third", "second"]
 
 
 async def test_the_owner_hears_of_every_step_of_a_call_that_is_sent_after_its_session(runtime: Runtime) -> None:
