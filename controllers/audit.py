@@ -8,7 +8,6 @@ says the same nonsense four times a second does not fill the history. What the b
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -16,42 +15,22 @@ from typing import Final
 
 import msgspec
 
-from nalar_mq.actions import Decided, Ranking, Refused, Unused, decode_decided, describe, encode_decided
-from nalar_mq.address import Subjects
-from nalar_mq.errors import BrokerError, WireError
+from nalar_mq.actions import Decided, Ranking, Refused, Unused, describe, encode_decided
+from nalar_mq.errors import BrokerError
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION
-from nalar_mq.transport import Ledger, Transport
+from nalar_mq.transport import Ledger
 
 from .governing import Decision
 from .guards import Refusal
 from .policy import SetPriorities
 
-KEPT: Final = 1000
-KEPT_S: Final = 7 * 24 * 3600.0
 AGAIN_S: Final = 60.0
 RECENT: Final = 32
 _UNWRITTEN: Final = 256
 _NAMED: Final = 64
 _KEYS: Final = 4096
 _log = logger(__name__)
-
-
-async def open_history(transport: Transport, subjects: Subjects) -> Ledger:
-    """Where decisions are kept: the last `KEPT` entries, for a week."""
-    return await transport.ledger(subjects.decisions_ledger, [subjects.decided], max_age_s=KEPT_S, per_subject=KEPT)
-
-
-async def read_history(ledger: Ledger, subjects: Subjects) -> list[Decided]:
-    """All entries that are kept, the oldest first; those of other versions are left out."""
-    found: list[Decided] = []
-    after = 0
-    while entries := await ledger.read(subjects.decided, after=after):
-        after = entries[-1].sequence
-        for entry in entries:
-            with contextlib.suppress(WireError):
-                found.append(decode_decided(entry.data))
-    return found
 
 
 class AuditTrail:

@@ -22,8 +22,9 @@ from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.transport import Delivered, KeyValue, Ledger, Subscription, Transport
 
-from .audit import AuditTrail, open_history
+from .audit import AuditTrail
 from .deciding import PERIOD_S, Decider, Reloaded, Trusted, decision_of
+from .decision_ledger import open_history
 from .governing import Decision, Governor
 from .guards import Bounds
 from .leadership import Leadership, open_lead

@@ -23,8 +23,8 @@ from nalar_mq.address import Address, Subjects, random_token
 from nalar_mq.client import connect
 from nalar_mq.commands import BrokerChoice, on_signals, settings_of
 from nalar_mq.config import Settings
-from nalar_mq.controllers.audit import open_history, read_history
 from nalar_mq.controllers.deciding import PERIOD_S, decider_of
+from nalar_mq.controllers.decision_ledger import open_history, read_history
 from nalar_mq.controllers.explaining import Explained, explained
 from nalar_mq.controllers.leadership import leader_in, open_lead
 from nalar_mq.controllers.observer import Observer

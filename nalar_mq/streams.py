@@ -10,7 +10,7 @@ import asyncio
 
 from nalar_mq import journal, local_store
 from nalar_mq.address import Address, Subjects
-from nalar_mq.controllers.audit import open_history
+from nalar_mq.controllers.decision_ledger import open_history
 from nalar_mq.controllers.leadership import open_lead
 from nalar_mq.jobs import RESULTS_KEPT_S, Jobs
 from nalar_mq.membership import LOST_KEPT_S

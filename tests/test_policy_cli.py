@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -283,3 +284,9 @@ def test_workers_come_and_go_as_the_policy_says(site: Site) -> None:
     (site.folder / "gate").touch()
     assert site("call", "chat", str(site.folder / "gate")).stdout == f"{site.folder / 'gate'}\n"
     assert worker.end() == 0
+
+
+def test_commands_that_look_at_no_view_load_no_numpy() -> None:
+    code = "import sys, nalar_mq.commands, nalar_mq.job_commands; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout == "False\n"
