@@ -15,7 +15,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -189,7 +189,7 @@ class _Interned:
         self._opened[slot] = None
 
 
-class _Row(NamedTuple):
+class _Row(msgspec.Struct, eq=False, gc=False):
     """A future with its numbers."""
 
     future: Tracked
@@ -350,14 +350,15 @@ class Changes:
 
     # Reports.
 
-    def reports(self, now: float, limit: int) -> list[bytes]:
+    def reports(self, now: float, limit: int, most_begun: int = MOST_SLOTS) -> list[bytes]:
         """What has happened since the last time, in one report or more, each of at most about `limit` bytes.
 
-        There is one even if nothing has happened: it shows that none is missing.
+        There is one even if nothing has happened: it shows that none is missing. At most `most_begun` futures are told of for
+        the first time, the oldest; the others the next time, if they are still there.
         """
         parcels = _Parcels(limit)
         self._add_facts(parcels)
-        self._add_begun(parcels, self._take_fresh(), limit)
+        self._add_begun(parcels, self._take_fresh(most_begun), limit)
         self._add_changes(parcels, limit)
         self._add_held(parcels, list(self._newly_held.items()), limit)
         self._add_ended(parcels, limit)
@@ -384,9 +385,12 @@ class Changes:
         self._add_counts(parcels, limit, whole=True)
         return self._encoded(now, parcels, is_whole=True)
 
-    def _take_fresh(self) -> list[_Row]:
+    def _take_fresh(self, most: int = MOST_SLOTS) -> list[_Row]:
         """Rows of the futures that are to be told of for the first time."""
         fresh, self._fresh = self._fresh, []
+        if len(fresh) > most:
+            live = [future for future in fresh if future.state]
+            fresh, self._fresh = live[:most], live[most:]
         room = MOST_SLOTS - len(self._rows) + len(self._free)
         return [self._row(future) for future in fresh[:room] if future.state]
 

@@ -255,3 +255,24 @@ def test_a_call_ends_once() -> None:
         view.settle(now)
     assert not len(view.futures)
     assert not view.stale()
+
+
+def test_of_many_calls_that_come_at_once_some_are_told_of_in_each_report() -> None:
+    changes, view, now = Changes("w", 1, "n"), View(), 1.0
+    futures = [
+        changes.begin(Call(number.to_bytes(16, "big"), "a", "m", b"", session=f"s{number % 7}"), now) for number in range(100)
+    ]
+    for future in futures[:50]:
+        changes.end(future, DONE, now)
+    for expected in (20, 40, 50, 50):
+        now += 1.0
+        for report in changes.reports(now, 10_000, 20):
+            view.fold("w", report, now)
+        view.settle(now)
+        assert len(view.futures) == expected
+    for future in futures[50:]:
+        changes.end(future, DONE, now)
+    for report in changes.reports(now, 10_000, 20):
+        view.fold("w", report, now)
+    view.settle(now)
+    assert not len(view.futures)
