@@ -26,7 +26,7 @@ _SECTIONS = {
     "stages": "stages",
     "large": "large",
     "control": "control",
-    "policies": "head,alive",
+    "policies": "head,swing,alive",
     "state": "state",
     "replay": "recovery",
     "migration": "moving",
@@ -49,7 +49,8 @@ _FIGURES = {
     ),
     "policies": (
         *(f"{policies}_short_{part}_ms" for part in ("p50", "p99") for policies in ("without", "default")),
-        *("default_moves", "alive_s", "alive_seen", "alive_loop_p50_ms", "alive_loop_max_ms"),
+        *("default_moves", "swing_without_per_s", "swing_default_per_s", "swing_oracle_per_s", "swing_settled_s"),
+        *("alive_s", "alive_seen", "alive_loop_p50_ms", "alive_loop_max_ms"),
     ),
     "state": (
         *(f"{what}_per_s_{n}" for n in (1, 16, 256) for what in ("node", "memory", "lmdb_commits")),

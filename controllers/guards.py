@@ -48,14 +48,14 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
         actions: in one answer.
         kills, provisions, migrations: in `window_s`.
         window_s: seconds that the rates are about.
-        cooldown_s: seconds in which an instance or node is not acted on again.
+        cooldown_s: seconds in which an instance is not acted on again, nor a node for an agent that reserves nothing there.
         rest_s: seconds in which a session is not moved again.
         settling_s: seconds in which an instance that starts or stops is taken to be on its way.
     """
 
     actions: int = 10_000
-    kills: int = 10
-    provisions: int = 20
+    kills: int = 30
+    provisions: int = 30
     migrations: int = 500
     window_s: float = 60.0
     cooldown_s: float = 10.0
@@ -78,27 +78,63 @@ class Verdict(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
+class _Promise(msgspec.Struct):
+    """An act that has been admitted; over once the view shows it.
+
+    Attributes:
+        had: for a provision: instances of the agent on the node that were there or promised before.
+    """
+
+    at: float
+    act: Act
+    had: int = 0
+
+    def is_over(self, view: View) -> bool:
+        match self.act:
+            case Kill(instance, agent):
+                return (
+                    instance not in (replica.worker for replica in view.replicas(agent))
+                    if agent
+                    else instance not in view.workers
+                )
+            case Provision(agent, node):
+                return _instances(view, agent, node) > self.had
+            case _:
+                return True
+
+
+def _instances(view: View, agent: str, node: str) -> int:
+    return sum(replica.node == node for replica in view.replicas(agent))
+
+
 class Guards:
     """Checks what one policy says, again and again; remembers what it has admitted."""
 
     def __init__(self, bounds: Bounds | None = None) -> None:
         self._bounds = bounds or Bounds()
         self._admitted: deque[tuple[float, Act]] = deque()
+        self._promises: list[_Promise] = []
         self._last: dict[tuple[str, ...], float] = {}
 
     def check(self, view: View, actions: Iterable[Action], now: float) -> Verdict:
         """Sorts the actions; at most one of each key remains, of states the last."""
         self._forget(now)
-        round_ = _Round(view, [act for at, act in self._admitted if at > now - self._bounds.settling_s])
+        since = now - self._bounds.settling_s
+        self._promises = [promise for promise in self._promises if promise.at > since and not promise.is_over(view)]
+        round_ = _Round(view, [promise.act for promise in self._promises])
         wanted, refusals = self._unique(actions)
         states: list[State] = []
         acts: list[Act] = []
         for action in wanted:
-            reason = round_.problem(action) or (self._haste(action, now) if isinstance(action, ACTS) else "")
+            reason = round_.problem(action)
+            if not reason and isinstance(action, ACTS):
+                reason = self._haste(action, now, is_bounded=round_.is_bounded(action))
             if reason:
                 refusals.append(Refusal(action, reason))
             elif isinstance(action, ACTS):
                 acts.append(action)
+                had = round_.instances(action.agent, action.node) if isinstance(action, Provision) else 0
+                self._promises.append(_Promise(now, action, had))
                 round_.promise(action)
                 self._admitted.append((now, action))
                 self._last[key_of(action)] = now
@@ -126,10 +162,10 @@ class Guards:
         if len(self._last) > 2 * bounds.actions:
             self._last = {key: at for key, at in self._last.items() if at > now - max(bounds.cooldown_s, bounds.rest_s)}
 
-    def _haste(self, act: Act, now: float) -> str:
+    def _haste(self, act: Act, now: float, *, is_bounded: bool) -> str:
         bounds = self._bounds
         since_s = now - self._last.get(key_of(act), -math.inf)
-        rest_s = bounds.rest_s if isinstance(act, Migrate) else bounds.cooldown_s
+        rest_s = bounds.rest_s if isinstance(act, Migrate) else 0.0 if is_bounded else bounds.cooldown_s
         if since_s < rest_s:
             return f"the same was admitted before: not again within {rest_s:g} s"
         most = {Kill: bounds.kills, Provision: bounds.provisions, Migrate: bounds.migrations}[type(act)]
@@ -152,12 +188,20 @@ class _Round:
         for act in promised:
             self.promise(act)
 
+    def instances(self, agent: str, node: str) -> int:
+        """Instances of an agent on a node that are there or promised."""
+        return _instances(self._view, agent, node) + self._starting[agent, node]
+
     def promise(self, act: Act) -> None:
         """Counts an act in."""
         if isinstance(act, Provision):
             self._starting[act.agent, act.node] += 1
         elif isinstance(act, Kill):
             self._stopping.add((act.instance, act.agent))
+
+    def is_bounded(self, act: Act) -> bool:
+        """True for an instance that reserves something: there cannot be more than the node has room for."""
+        return isinstance(act, Provision) and bool(self._agents[act.agent].resources)
 
     def problem(self, action: Action) -> str:
         """Why an action is not valid; empty if it is."""
@@ -269,25 +313,16 @@ class _Round:
             return f"{action.agent!r} has its {serves.max_instances} instances"
         return self._resources(node, serves.resources)
 
-    def _reserved(self, node: str, name: str) -> float:
-        """How much of a resource the instances on a node reserve."""
-        return sum(
-            serves.resources[name] * sum(replica.node == node for replica in self._view.replicas(agent))
-            for agent, serves in self._agents.items()
-            if name in serves.resources
-        )
-
     def _resources(self, node: Node, wanted: Mapping[str, float]) -> str:
         for name, amount in wanted.items():
-            used, whole = node.resources.get(name, (0.0, 0.0))
-            used = max(used, self._reserved(node.name, name))
+            left = self._view.left(node.name, name)
             promised = sum(
                 count * self._agents[agent].resources.get(name, 0.0)
                 for (agent, place), count in self._starting.items()
                 if place == node.name and agent in self._agents
             )
-            if used + promised + amount > whole:
-                return f"{node.name!r} has {max(whole - used - promised, 0.0):g} of {name} left, and {amount:g} are needed"
+            if promised + amount > left:
+                return f"{node.name!r} has {max(left - promised, 0.0):g} of {name} left, and {amount:g} are needed"
         return ""
 
 

@@ -69,29 +69,32 @@ class HeadOfLine:
 
 
 class Reallocation:
-    """An instance of an agent that idles gives the resources that it reserves to one of an agent that cannot follow."""
+    """An agent that cannot follow gets an instance where there is room for it; one that idles makes room.
+
+    An instance ends in one round, and another one begins in a later one: never is more reserved than there is.
+    """
 
     def __init__(self, busy: float = 2.0, idle: float = 0.2) -> None:
         self.busy = busy
         self.idle = idle
 
     def decide(self, view: View) -> Iterable[Action]:
-        """From the idlest agent with instances to spare, in workers of their own, to the busiest one that reserves the same."""
+        """One instance for the busiest agent, and one less of the idlest one that reserves the same."""
         agents = view.agents
         loads = {agent: view.load(agent) for agent in agents if agents[agent].resources and view.serving(agent)}
         taker = max(loads, key=lambda agent: loads[agent], default="")
-        wanted = agents[taker].resources.keys() if taker else set[str]()
-        spare_ones = (agent for agent in loads if len(view.serving(agent)) > agents[agent].min_instances)
-        givers = [agent for agent in spare_ones if wanted <= agents[agent].resources.keys()]
+        if not taker or loads[taker] < self.busy:
+            return
+        reason = f"{taker!r} has {loads[taker]:.1f} calls for each that it can run"
+        nodes = [node for node in view.nodes if view.has_room(node, taker)]
+        if nodes:
+            yield provision(taker, nodes[0], reason=reason)
+        spare = [agent for agent in loads if len(view.serving(agent)) > agents[agent].min_instances]
+        givers = [agent for agent in spare if agents[taker].resources.keys() <= agents[agent].resources.keys()]
         giver = min(givers, key=lambda agent: loads[agent], default="")
-        if giver and loads[taker] >= self.busy and loads[giver] <= self.idle:
-            alone = [replica for replica in view.serving(giver) if view.served_by(replica.worker) == (giver,)]
-            spare = min(alone, key=lambda replica: replica.load, default=None)
-            if spare is None:
-                return
-            reason = f"{taker!r} has {loads[taker]:.1f} calls for each that it can run, {giver!r} has {loads[giver]:.1f}"
-            yield kill(spare.worker, giver, reason=reason)
-            yield provision(taker, spare.node, reason=reason)
+        if giver and loads[giver] <= self.idle:
+            idlest = min(view.serving(giver), key=lambda replica: replica.load)
+            yield kill(idlest.worker, giver, reason=f"{reason}, {giver!r} has {loads[giver]:.1f}")
 
 
 def default() -> Composed:

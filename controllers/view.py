@@ -801,10 +801,21 @@ class View:
             resources.setdefault(process.node, {}).update(process.resources)
         return {name: Node(name, tuple(sorted(workers[name])), resources[name]) for name in sorted(workers)}
 
-    def served_by(self, worker: str) -> tuple[str, ...]:
-        """The agents that a worker serves; empty if it is not known."""
-        process = self._processes.get(worker)
-        return tuple(process.serves) if process is not None else ()
+    def left(self, node: str, resource: str) -> float:
+        """How much of a resource of a node is neither used nor reserved by the instances there."""
+        found = self.nodes.get(node)
+        used, whole = found.resources.get(resource, (0.0, 0.0)) if found is not None else (0.0, 0.0)
+        reserved = sum(
+            serves.resources[resource] * sum(replica.node == node for replica in self.replicas(agent))
+            for agent, serves in self.agents.items()
+            if resource in serves.resources
+        )
+        return whole - max(used, reserved)
+
+    def has_room(self, node: str, agent: str) -> bool:
+        """True if a node has what another instance of an agent would reserve."""
+        serves = self.agents.get(agent)
+        return serves is not None and all(self.left(node, name) >= amount for name, amount in serves.resources.items())
 
     def spare(self, agent: str, node: str) -> list[Address]:
         """The workers of a node that could serve an agent besides what they serve, those that serve the least first."""

@@ -130,16 +130,19 @@ def test_nothing_moves_without_need_or_room() -> None:
 ON_GPU = Serves("agent", resources={"gpu": 1.0})
 
 
-def test_an_idle_agent_gives_an_instance_to_a_busy_one() -> None:
+def test_an_idle_agent_makes_room_and_a_busy_one_takes_it() -> None:
     world = World()
-    world.worker("w1", "n1", {"gpu": (3.0, 4.0)}, idle=ON_GPU)
+    world.worker("w1", "n1", {"gpu": (0.0, 2.0)}, idle=ON_GPU, other=None)
     world.worker("w2", "n2", idle=ON_GPU)
     world.worker("w3", "n1", busy=ON_GPU)
     world.queue("w3", busy=(5, 1))
-    stop, start = decided(Reallocation(), world.tick())
+    (stop,) = decided(Reallocation(), world.tick())
     assert isinstance(stop, Kill)
+    assert (stop.instance, stop.agent) == ("w1", "idle")
+    world.changes["w1"].set_serves({"other": Serves("agent")})
+    (start,) = decided(Reallocation(), world.tick())
     assert isinstance(start, Provision)
-    assert (stop.instance, stop.agent, start.agent, start.node) == ("w1", "idle", "busy", "n1")
+    assert (start.agent, start.node) == ("busy", "n1")
 
 
 @pytest.mark.parametrize(("busy", "idle"), [((0, 1), (0, 0)), ((9, 1), (1, 0))])
@@ -155,13 +158,6 @@ def test_no_instance_changes_hands_while_all_can_follow_or_none_idles(busy: tupl
 @pytest.mark.parametrize("idle", [Serves("agent"), Serves("agent", resources={"cpu": 8.0})])
 def test_no_instance_changes_hands_for_resources_that_it_does_not_have(idle: Serves) -> None:
     world = two_workers(idle=idle)
-    world.worker("w3", "n1", busy=ON_GPU)
-    world.queue("w3", busy=(9, 1))
-    assert decided(Reallocation(), world.tick()) == []
-
-
-def test_no_instance_is_taken_from_a_worker_that_serves_others_as_well() -> None:
-    world = two_workers(idle=ON_GPU, other=None)
     world.worker("w3", "n1", busy=ON_GPU)
     world.queue("w3", busy=(9, 1))
     assert decided(Reallocation(), world.tick()) == []

@@ -182,13 +182,23 @@ def test_an_instance_that_starts_is_counted_until_it_should_be_there(most: int |
     assert guards.check(view, [act], 131.0).acts
 
 
-@pytest.mark.parametrize("act", [migrate("s1", "a", "w1", "w2"), provision("a", "n1")])
+@pytest.mark.parametrize("act", [migrate("s1", "a", "w1", "w2"), kill("w2")])
 def test_the_same_act_is_not_done_again_at_once(act: Act) -> None:
     rests = {"rest_s": 10.0, "cooldown_s": 0.0} if isinstance(act, Migrate) else {"rest_s": 0.0, "cooldown_s": 10.0}
     guards, view = Guards(Bounds(**rests, settling_s=0.0)), busy_world().view
     assert guards.check(view, [act], 100.0).acts == (act,)
     assert "not again within 10 s" in guards.check(view, [act], 105.0).refusals[0].reason
     assert guards.check(view, [act], 110.0).acts == (act,)
+
+
+def test_what_was_promised_counts_until_it_can_be_seen() -> None:
+    guards, world = Guards(Bounds(settling_s=30.0)), busy_world(None)
+    act = provision("a", "n1")
+    assert guards.check(world.view, [act], 100.0).acts == (act,)
+    assert "left" in guards.check(world.view, [act], 101.0).refusals[0].reason
+    world.worker("w9", "n1", a=world.view.agents["a"])
+    world.changes["w1"].set_resources({"gpu": (0.0, 4.0)})
+    assert guards.check(world.tick(), [act], 102.0).acts == (act,)
 
 
 def test_only_so_many_acts_in_a_while() -> None:

@@ -1,4 +1,4 @@
-"""What policies make of a load: short calls behind long ones, and very many futures alive at once."""
+"""What policies make of a load: short calls behind long ones, a load that swings, very many futures alive at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import alive
 import head_of_line
+import swing
 import work
 
 from nalar_mq import event_loop
@@ -22,6 +23,8 @@ async def main() -> None:
         async with EmbeddedBroker(folder / "broker") as broker:
             if work.wants("head"):
                 await head_of_line.measure(broker.access, folder, seed)
+            if work.wants("swing"):
+                await swing.measure(broker.access, folder, seed)
             if work.wants("alive"):
                 await alive.measure(broker.access, folder, seed)
     work.done()

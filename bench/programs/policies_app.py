@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from nalar_mq import ManagedList, agent, method
+from nalar_mq import ManagedList, agent, method, tool
 
 
 @agent(concurrency=1)
@@ -24,3 +24,15 @@ class Desk:
     async def history(self) -> list[int]:
         """The numbers of its calls, in the order in which they were done."""
         return list(self.done)
+
+
+@tool(concurrency=1, resources={"slot": 1})
+async def red(seconds: float) -> None:
+    """Takes so long."""
+    await asyncio.sleep(seconds)
+
+
+@tool(concurrency=1, resources={"slot": 1})
+async def blue(seconds: float) -> None:
+    """Takes so long."""
+    await asyncio.sleep(seconds)
