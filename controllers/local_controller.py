@@ -41,7 +41,7 @@ from nalar_mq.logs import logger
 
 from .adoption import AdoptedProcess, Link, peer_of
 from .node_folder import NodeFolder, NodeRecord, Running, start_of
-from .supervision import Action, Event, Exited, Heard, Limits, Phase, Ready, Slot, Stop, Tick, decide
+from .supervision import Action, Event, Exited, Heard, Limits, Moving, Phase, Ready, Slot, Stop, Tick, decide
 
 WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "nalar_mq.controllers.worker_process")
 
@@ -79,11 +79,13 @@ class Report(msgspec.Struct, frozen=True):
         failure: why it cannot serve; empty for "I serve".
         code: with which it ends then.
         keeps_state: sessions are kept in a store of its own.
+        is_moving: it is drained, and has moved some more of them to other workers.
     """
 
     failure: str = ""
     code: int = 0
     keeps_state: bool = False
+    is_moving: bool = False
 
 
 class _Child:
@@ -104,8 +106,9 @@ class _Child:
 class LocalController:
     """Supervises `workers` worker processes of one app; an async context manager that ends them all on leaving.
 
-    A worker that ends is started again under the same name, at once or after a pause. One that keeps ending, or whose app
-    cannot be loaded, is given up: `failed` tells. One that stands still for a lease is killed, and started again.
+    A worker that ends is started again under the same name, at once or after a pause, unless it was drained. One that keeps
+    ending, or whose app cannot be loaded, is given up: `failed` tells. One that stands still for a lease is killed, and
+    started again.
 
     Args:
         app: the file of the app.
@@ -206,7 +209,7 @@ class LocalController:
     def stop_worker(self, name: str) -> None:
         """Lets a worker finish what it has begun and ends it; it is not started again, and the node stays."""
         self._is_reduced = True
-        self._events.put_nowait((name, Stop(self._limits.drain_timeout_s)))
+        self._events.put_nowait((name, Stop(self._limits.drain_timeout_s + self._limits.closing_s)))
 
     def add_worker(self) -> str:
         """Starts one more worker, under the name of one that was stopped if there is one; empty if there are enough."""
@@ -219,10 +222,10 @@ class LocalController:
         return name
 
     async def drain(self, timeout_s: float | None = None) -> None:
-        """Lets every worker finish what it has begun, ends those that take longer than `timeout_s`, and returns then."""
+        """Has every worker drained (`nalar_mq.draining`), ends those that take longer than `timeout_s`, and returns then."""
         if self._running is None or self._running.done():
             return
-        stop = Stop(self._limits.drain_timeout_s if timeout_s is None else timeout_s)
+        stop = Stop(self._limits.drain_timeout_s + self._limits.closing_s if timeout_s is None else timeout_s)
         self._is_ending = True
         for name in self._slots:
             self._events.put_nowait((name, stop))
@@ -345,6 +348,7 @@ class LocalController:
         now = asyncio.get_running_loop().time()
         before = self._slots[name]
         self._slots[name], action = decide(before, event, now, self._limits)
+        self._is_reduced |= self._slots[name].phase is Phase.STOPPED and not self._is_ending
         self._tell(before, self._slots[name], event)
         child = self._children.get(name)
         if action is Action.START:
@@ -428,6 +432,9 @@ class LocalController:
                 if line == b"\n":
                     continue
                 report = msgspec.json.decode(line, type=Report)
+                if report.is_moving:
+                    self._events.put_nowait((name, Moving()))
+                    continue
                 child.failure, child.code = report.failure, report.code
                 self._wants_spare |= report.keeps_state
                 if not report.failure:
@@ -466,7 +473,7 @@ class LocalController:
 
     def _tell(self, before: Slot, after: Slot, event: Event) -> None:
         log = self._log.bind(worker=after.name)
-        if isinstance(event, Exited) and before.phase is not Phase.STOPPING and not before.is_over:
+        if isinstance(event, Exited) and before.phase is not Phase.STOPPING and after.phase is not Phase.STOPPED:
             log.warning(
                 "worker.exited", code=event.code, reason=event.reason, failures=after.failures, stood_still=before.stands_still
             )

@@ -10,6 +10,8 @@ A slot is a place for one worker process on a node. Its life:
     FAILED <── Exited, too often or for good ──┤
                                                │ Stop
     STOPPED <── Exited ──── STOPPING <─────────┘      SIGTERM first, SIGKILL when the time to drain is over
+       ^                                       │
+       └──── Exited, drained ──────────────────┘      somebody else has wanted that
 
 A failure is an exit, asked for by nobody. The successor of a process that served for `healthy_after_s` is started at once:
 calls wait for it. A process that serves tells so, several times a lease; one that is silent for a lease stands still and is
@@ -31,7 +33,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from nalar_mq.exits import EXIT_CONFIG, EXIT_REPLACED
+from nalar_mq.exits import EXIT_CONFIG, EXIT_DRAINED, EXIT_REPLACED
 
 _PERIODS: Final = 12
 
@@ -52,10 +54,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     A node has at most `most_workers`. Where they outlive their controller, they wait for its successor for `orphan_s`, and it
     for each of them for `rejoin_s`.
+    A process that drains gets `drain_timeout_s` for what runs, and `closing_s` to leave, anew whenever sessions have moved.
     """
 
     start_timeout_s: float = 180.0
     drain_timeout_s: float = 30.0
+    closing_s: float = 15.0
     healthy_after_s: float = 2.0
     first_pause_s: float = 0.1
     longest_pause_s: float = 10.0
@@ -116,6 +120,10 @@ class Heard(msgspec.Struct, frozen=True):
     """The process lives."""
 
 
+class Moving(msgspec.Struct, frozen=True):
+    """The process drains, and gets on with it."""
+
+
 class Exited(msgspec.Struct, frozen=True):
     """The process is gone; `spread`, between 0 and 1, keeps slots from starting again all at once."""
 
@@ -130,7 +138,7 @@ class Stop(msgspec.Struct, frozen=True):
     timeout_s: float
 
 
-Event: TypeAlias = Tick | Ready | Heard | Exited | Stop
+Event: TypeAlias = Tick | Ready | Heard | Moving | Exited | Stop
 
 
 class Action(Enum):
@@ -153,6 +161,8 @@ def decide(slot: Slot, event: Event, now: float, limits: Limits) -> tuple[Slot, 
             return _to(slot, Phase.READY, due=now + limits.period_s, ready_at=now), Action.NONE
         case Heard():
             return msgspec.structs.replace(slot, silent_for=0), Action.NONE
+        case Moving() if slot.phase is Phase.STOPPING and math.isfinite(slot.due):
+            return msgspec.structs.replace(slot, due=max(slot.due, now + limits.closing_s)), Action.NONE
         case Exited():
             return _on_exit(slot, event, now, limits), Action.NONE
         case Stop():
@@ -183,7 +193,7 @@ def _on_period(slot: Slot, now: float, limits: Limits) -> tuple[Slot, Action]:
 
 
 def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
-    if slot.phase is Phase.STOPPING:
+    if slot.phase is Phase.STOPPING or event.code == EXIT_DRAINED:
         return _to(slot, Phase.STOPPED)
     why = event.reason or _why(event.code, slot)
     if event.code == EXIT_REPLACED or (event.code == EXIT_CONFIG and not slot.has_served):

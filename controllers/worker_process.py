@@ -1,9 +1,10 @@
 """What a worker process runs: takes its order from the local controller, serves, and ends with it.
 
 Started as `python -m nalar_mq.controllers.worker_process FD`, where FD is its end of the socket pair that
-`local_controller` describes. SIGTERM drains. When the controller is gone the process ends at once: on Linux the kernel
-sees to it, elsewhere the end of the stream does. Where the node has a folder it goes on, and looks there for a successor of the
-controller; if none has come within `orphan_s`, it drains.
+`local_controller` describes. SIGTERM drains, as `nalar drain` does; a second one ends the process at once. When the
+controller is gone the process ends at once, too: on Linux the kernel sees to it, elsewhere the end of the stream does. Where
+the node has a folder it goes on, and looks there for a successor of the controller; if none has come within `orphan_s`, it
+drains.
 
 All that it needs in any case is imported before it takes its order, which a spare waits for. That it lives is told by a
 thread of its own: code that blocks the event loop, for however long, does not stand still.
@@ -30,7 +31,8 @@ import msgspec
 from nalar_mq import event_loop
 from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError, StoreError
-from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_LOST, EXIT_REPLACED
+from nalar_mq.event_loop import cancel_all
+from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_LOST, EXIT_REPLACED
 from nalar_mq.logs import Level, configure_logs, logger
 from nalar_mq.worker import Worker, serves_of
 
@@ -42,6 +44,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _MAX_ORDER_BYTES: Final = 1 << 20
 _BEATS_OF_A_LEASE: Final = 6
 _LOOK_EVERY_S: Final = 0.2
+_TELL_MOVES_S: Final = 1.0
 _IMPORTED_LATER: Final = ("nalar_mq.nats_transport",)  # by what serves, when it is first needed
 _log = logger(__name__)
 
@@ -59,7 +62,9 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what users print is seen at once, and not lost with the process
     try:
-        event_loop.run(_serve(order, link))
+        if event_loop.run(_serve(order, link)):
+            _report(link, Report("it was drained", EXIT_DRAINED))
+            sys.exit(EXIT_DRAINED)
     except (ConfigError, StoreError) as error:
         _report(link, Report(str(error), EXIT_CONFIG))
         sys.exit(EXIT_CONFIG)
@@ -83,11 +88,16 @@ class _DeclaredLost(Exception):
     """Others have given this incarnation up; a successor under the same name may serve."""
 
 
-async def _serve(order: Order, link: socket.socket) -> None:
+async def _serve(order: Order, link: socket.socket) -> bool:
+    """Returns when the worker has ended at somebody's wish; True if it was drained."""
     loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stopping.set)
-    loop.add_signal_handler(signal.SIGINT, stopping.set)
+    draining, stopping = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stopping if draining.is_set() else draining).set()
+
+    loop.add_signal_handler(signal.SIGTERM, on_signal)
+    loop.add_signal_handler(signal.SIGINT, on_signal)
     link.setblocking(False)
     app = load_app(Path(order.app))
     serves = None
@@ -95,33 +105,36 @@ async def _serve(order: Order, link: socket.socket) -> None:
         actors = {name: serves_of(spec) for name, spec in app.actors.items()}
         serves = assigned(actors, order.place, order.workers, order.capacities)
     worker = Worker(app, order.settings, name=order.name, serves=serves, resources=order.capacities)
+    tasks: list[asyncio.Task[None]] = []
     try:
         await worker.start()
         period_s = order.settings.lease_s / _BEATS_OF_A_LEASE
         beats = {"goes_on": bool(order.node_folder)}
         threading.Thread(target=_beat, args=(link, period_s), kwargs=beats, daemon=True).start()
         _report(link, Report(keeps_state=worker.process.stores is not None))
-        ends = {
-            asyncio.ensure_future(_orphaned(order, link, Report(keeps_state=worker.process.stores is not None))): "orphaned",
-            asyncio.ensure_future(stopping.wait()): "stopped",
-            asyncio.ensure_future(_closed(worker)): "closed",
-        }
-        done, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        reasons = {ends[task] for task in done}
-        if "stopped" in reasons or ("orphaned" in reasons and order.node_folder):
-            await worker.drain(order.drain_timeout_s)
-        elif worker.process.replaced.done():
+        drained = loop.create_task(_drain(worker, draining, order.drain_timeout_s))
+        ends = (
+            _orphaned(order, link, Report(keeps_state=worker.process.stores is not None), draining),
+            _closed(worker),
+            _set(stopping),
+            _tell_moves(worker, link),
+        )
+        tasks = [drained, *map(loop.create_task, ends)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if drained.done():
+            drained.result()
+        if worker.process.replaced.done():
             raise _Replaced
-        elif worker.process.declared_lost.done():
+        if worker.process.declared_lost.done():
             raise _DeclaredLost
+        return worker.was_drained
     finally:
+        await cancel_all(tasks)
         await worker.aclose()
 
 
-async def _orphaned(order: Order, link: socket.socket, report: Report) -> None:
-    """Returns when the controller is gone, and so is every successor that has come in time."""
+async def _orphaned(order: Order, link: socket.socket, report: Report, draining: asyncio.Event) -> None:
+    """Returns when the controller is gone; where workers go on without, has this one drained if no successor comes in time."""
     loop = asyncio.get_running_loop()
     while True:
         with contextlib.suppress(OSError):
@@ -134,7 +147,8 @@ async def _orphaned(order: Order, link: socket.socket, report: Report) -> None:
             async with asyncio.timeout(order.orphan_s):
                 await _rejoin(order, link)
         except TimeoutError:
-            return
+            draining.set()
+            await asyncio.Event().wait()
         _log.info("worker.rejoined", worker=order.name)
         _report(link, report)
 
@@ -150,6 +164,25 @@ async def _rejoin(order: Order, link: socket.socket) -> None:
                 os.dup2(found.fileno(), link.fileno(), inheritable=False)
                 return
         await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def _set(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _drain(worker: Worker, wanted: asyncio.Event, grace_s: float) -> None:
+    await wanted.wait()
+    await worker.drain(grace_s)
+
+
+async def _tell_moves(worker: Worker, link: socket.socket) -> None:
+    """Tells the controller that sessions move: a worker is not ended for being slow as long as they do."""
+    told = 0
+    while True:
+        await asyncio.sleep(_TELL_MOVES_S)
+        if worker.sessions_moved > told:
+            told = worker.sessions_moved
+            _report(link, Report(is_moving=True))
 
 
 async def _closed(worker: Worker) -> None:

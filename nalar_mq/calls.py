@@ -14,6 +14,9 @@ future's executor to push the value straight to the consumer as well (`Consume`)
 the executor's `Resolve` does not name. A consumer that waits for long asks (`Want`). So each of the three messages may be
 late or miss its addressee, and the value still arrives. Arguments that are too large for a message are such a future, too.
 
+Draining. A worker that drains gives calls back that it has not begun (`Returned`). They go elsewhere at once, and those of a
+session in its store when it has left and somebody else has opened that, before all later ones.
+
 Loss. When the incarnation that has a call is lost, a call that was never sent to it is routed anew; one that may have run is
 sent again under the same id if it may be retried, and else fails with `WorkerLostError`.
 
@@ -64,8 +67,10 @@ from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
 from nalar_mq.messages import (
     Abandon,
+    Accepted,
     ActorInfo,
     Arrived,
+    Bequest,
     Call,
     CallRecord,
     Cancel,
@@ -73,6 +78,8 @@ from nalar_mq.messages import (
     Consume,
     Credit,
     Crossing,
+    Drain,
+    Drainage,
     Explanation,
     Fail,
     Forward,
@@ -91,6 +98,7 @@ from nalar_mq.messages import (
     Reading,
     Release,
     Resolve,
+    Returned,
     Settled,
     Taken,
     Thaw,
@@ -246,6 +254,22 @@ class Migrating(Protocol):
         ...
 
 
+class Draining(Protocol):
+    """The part of a worker that leaves, or goes on with what others leave."""
+
+    def on_drain(self, asker: Address, order: Drain) -> None:
+        """Somebody wants this worker to move all it has elsewhere, and to end."""
+        ...
+
+    def on_bequest(self, sender: Address, bequest: Bequest) -> None:
+        """A worker that drains has a store to give away."""
+        ...
+
+    def on_accepted(self, accepted: Accepted) -> None:
+        """Another worker goes on with a store, or refuses to."""
+        ...
+
+
 class JobPart(msgspec.Struct, eq=False):
     """What is to be known of a call because it belongs to a job, and only then: most calls do without.
 
@@ -322,6 +346,11 @@ def _number_of(entry: Entry) -> int:
     return entry.call.number if entry.call is not None else 0
 
 
+def _number_at(pair: tuple[Entry, Call | None]) -> int:
+    entry, call = pair
+    return _number_of(entry) if call is None else call.number
+
+
 class Calls:
     """The calls of one process. Implements `context.Caller`; every method not said to be for any thread is for the loop.
 
@@ -373,7 +402,10 @@ class Calls:
         self._crossing: dict[str, _Crossing] = {}
         self._hops: dict[bytes, tuple[tuple[int, int], Address]] = {}
         self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
+        self._returned: dict[Address, dict[bytes, Call]] = {}
+        self._draining: dict[bytes, Callable[[Drainage], None]] = {}
         self.migrations: Migrating | None = None
+        self.draining: Draining | None = None
         self._local: list[Message] = []
         self._labels: dict[tuple[str, str], str] = {}
         self._closed: CallError | None = None
@@ -626,7 +658,7 @@ class Calls:
                 self._send(entry, call, located)
                 return
         info = self._table.info(call.actor)
-        if info is None:
+        if info is None or not (info.stateful or call.parent or self._table.replicas(call.actor)):
             self._hold_unrouted(entry, call.actor)
         elif info.stateful:
             self._route_to_session(entry, call)
@@ -682,7 +714,7 @@ class Calls:
         if address is not None:
             self._send(entry, call, address)
         else:
-            self._places.find(key, call.actor, entry.future.id, self._placed)
+            self._places.find(key, call.actor, entry.future.id, self._placed, or_leaving=bool(call.parent))
 
     def _placed(self, id: bytes, address: Address | None, error: CallError | None) -> bool:
         entry = self._entries.get(id)
@@ -690,6 +722,8 @@ class Calls:
             return False
         if error is not None:
             self._end_with(entry, copy.copy(error))
+        elif address is None and not self._table.replicas(entry.actor):
+            self._hold_unrouted(entry, entry.actor)
         elif address is None:
             self._again(entry)
         else:
@@ -734,6 +768,35 @@ class Calls:
             now = self.loop.time()
             holds_s = _CAST_HOLDS_S if entry.deadline is None else min(_CAST_HOLDS_S, entry.deadline - now)
             self.loop.call_later(holds_s, large.clear)
+
+    # Calls that come back from a worker that drains (`draining`).
+
+    def _on_returned(self, sender: Address, call: Call) -> None:
+        if self._table.drain(sender):
+            self.on_table_changed()
+        entry = self._entries.get(call.id) or (self._cast_again(sender, call) if call.cast else None)
+        if entry is None or entry.address is None or entry.is_kept:
+            return
+        store = self._places.store_known(entry.place) if entry.place else ""
+        if store and self._table.holder(store) == sender:
+            self._returned.setdefault(sender, {})[call.id] = call
+        else:
+            self._move_on(entry, call)
+
+    def _cast_again(self, sender: Address, call: Call) -> Entry:
+        """An entry for a cast, which was over here when it had been sent."""
+        info = self._table.info(call.actor) or _UNKNOWN
+        place = self._places.key(call.actor, call.session, call.instance) if info.stateful else ""
+        deadline = None if call.timeout_s is None else self.loop.time() + call.timeout_s
+        future: Future[Any] = Future(self, call.id, self._label(call.actor, call.method))
+        entry = Entry(
+            future, call, b"", deadline, place, 0, call.actor, self.loop.time(), call.session, call.job, call.priority
+        )
+        entry.address = sender
+        self._entries[call.id] = entry
+        in_flight = self.in_flight.setdefault(call.actor, {})
+        in_flight[sender.name] = in_flight.get(sender.name, 0) + 1
+        return entry
 
     def tell(self, address: Address, message: Message, *, linger: bool = False) -> None:
         """Sends a message, which may `linger` for others to travel with; to this process itself by the shortest way."""
@@ -843,6 +906,10 @@ class Calls:
                 self._on_migration(sender, message)
             case Release():
                 self.claims.on_release(sender, message)
+            case Returned():
+                self._on_returned(sender, message.call)
+            case Drain() | Drainage() | Bequest() | Accepted():
+                self._on_draining(sender, message)
             case _:
                 _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
 
@@ -882,6 +949,24 @@ class Calls:
                 moves.on_crossing(message)
             case _:
                 pass
+
+    def _on_draining(self, sender: Address, message: Drain | Drainage | Bequest | Accepted) -> None:
+        match message:
+            case Drainage():
+                if (told := self._draining.get(message.id)) is not None:
+                    told(message)
+            case Drain() if self.draining is None:
+                self.tell(sender, Drainage(message.id, f"process {self.me.name!r} is no worker"))
+            case Bequest() if self.draining is None:
+                self.tell(sender, Accepted(message.id, f"process {self.me.name!r} is no worker"))
+            case _ if self.draining is None:
+                _log.warning("call.unexpected_message", sender=sender.name, message=type(message).__name__)
+            case Drain():
+                self.draining.on_drain(sender, message)
+            case Bequest():
+                self.draining.on_bequest(sender, message)
+            case Accepted():
+                self.draining.on_accepted(message)
 
     # Sessions that have moved (`migration`).
 
@@ -1441,8 +1526,12 @@ class Calls:
         """That incarnation is gone: its calls run elsewhere or fail, and nobody there wants ours any more."""
         self._places.forget(address)
         never_left = {message.id: message for message in unsent if type(message) is Call}
-        for entry in [entry for entry in self._entries.values() if self._was_at(entry, address)]:
-            self._move_on(entry, never_left.get(entry.future.id))
+        never_left |= self._returned.pop(address, {})
+        for call in [call for call in never_left.values() if call.cast and not call.deps and call.id not in self._entries]:
+            self._cast_again(address, call)
+        here = [(entry, never_left.get(entry.future.id)) for entry in self._entries.values() if self._was_at(entry, address)]
+        for entry, unread in sorted(here, key=_number_at):
+            self._move_on(entry, unread)
         for in_flight in self.in_flight.values():
             if not in_flight.get(address.name):  # a successor of the same name may have calls by now
                 in_flight.pop(address.name, None)

@@ -39,13 +39,15 @@ Incarnations
     for a lower incarnation than mine               answered with `Gone(source=mine, target=meant, answered=theirs)`
     for a higher incarnation than mine              ignored: a successor of mine is meant, which answers for itself
 
-    `Gone` ends the channel to `target` if `source` is higher, or if `answered` is me. `Bye` ends the channel to its source. A
-    first frame (one that opens a channel) acknowledges nothing; one that does, or any frame that acknowledges what was never
-    sent, is malformed.
+    `Gone` ends the channel to `target` if `source` is higher, or if `answered` is me. `Bye` ends the channel to its source, and
+    says which frames that has taken: those after it were read by nobody, like those that never left. Between taking its leave
+    and closing, a process answers every frame with a `Bye`. A first frame (one that opens a channel) acknowledges nothing; one
+    that does, or any frame that acknowledges what was never sent, is malformed.
 
 Loss
-    When a channel ends, `on_lost` gets every message that the other side did not acknowledge, once: those that never left, and
-    those of which it is unknown whether they arrived. Messages to an incarnation held to be lost come back in the next turn.
+    When a channel ends, `on_lost` gets every message that the other side did not acknowledge, once: those that never left or
+    were read by nobody, and those of which it is unknown whether they arrived. Messages to an incarnation held to be lost come
+    back in the next turn.
 
 State of one direction:  sent >= acked;  unacked = frames acked+1 .. sent;  then sealed frames, the open frame, waiting calls.
 """
@@ -53,6 +55,8 @@ State of one direction:  sent >= acked;  unacked = frames acked+1 .. sent;  then
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -75,6 +79,7 @@ from nalar_mq.messages import (
     Located,
     Message,
     Release,
+    Returned,
     decode_packet,
     encode_frame,
     encode_message,
@@ -95,6 +100,8 @@ _EARLY_FRAMES = 256
 _EARLY_BYTES = 16 * 1024 * 1024
 _REMEMBERED_NAMES = 100_000
 _GONE_EVERY_S = 0.1
+
+_WITHOUT_ID = Locate | Located | Release | Forward | Crossing | Arrived | Returned
 
 OnMessages = Callable[[Address, Sequence[Message]], None]
 OnLost = Callable[[Address, list[Message], list[Message]], None]
@@ -157,6 +164,7 @@ class _Channel:
         "owed_frames",
         "owed_messages",
         "owes_now",
+        "read",
         "received",
         "recover",
         "resend_after_s",
@@ -189,6 +197,7 @@ class _Channel:
         self.resend_at_s = 0.0
         self.resent = 0
         self.recover = 0
+        self.read = sys.maxsize  # of our frames by the other side, once that has said so
         self.received = 0
         self.early: dict[int, tuple[Sequence[Message], int]] = {}
         self.early_bytes = 0
@@ -317,6 +326,8 @@ class Endpoint:
         self._was_late = False
         self._subscription: Subscription | None = None
         self._is_closed = False
+        self._is_deaf = False
+        self._read: dict[Address, int] = {}
 
     async def start(self) -> None:
         """Subscribes; when it returns, other processes can reach this one."""
@@ -397,10 +408,14 @@ class Endpoint:
             await asyncio.wait([progress], timeout=remaining_s)
         return True
 
-    async def aclose(self) -> None:
-        """Sends what this turn made and takes leave of everybody; idempotent.
+    def stop_reading(self) -> None:
+        """Reads no messages from now on, only what others say of ours; `leave` tells them what has not been read."""
+        self._is_deaf = True
 
-        What is not acknowledged is not given back: `drain` first if it matters.
+    def leave(self) -> None:
+        """Sends what this turn made and takes leave of everybody: nothing is sent or read from now on; idempotent.
+
+        What is not acknowledged is not given back: `drain` first if it matters. Others are told what has not been read.
         """
         if self._is_closed:
             return
@@ -412,11 +427,21 @@ class Endpoint:
                 timer.cancel()
         for channel in self._channels.values():
             channel.is_lost = True
-            self._publish(channel.subject, encode_packet(Bye(WIRE_VERSION, self.me.incarnation)))
+            self._read[channel.address] = channel.received
+            self._say_bye(channel.subject, channel.received)
         self._channels.clear()
         self._note_progress()
-        if self._subscription is not None:
-            await self._subscription.unsubscribe()
+
+    def _say_bye(self, subject: str, received: int) -> None:
+        self._publish(subject, encode_packet(Bye(WIRE_VERSION, self.me.incarnation, received)))
+
+    async def aclose(self) -> None:
+        """Takes leave of everybody, and stops listening; idempotent."""
+        self.leave()
+        subscription, self._subscription = self._subscription, None
+        if subscription is None:
+            return
+        await subscription.unsubscribe()
         try:
             await self._transport.flush()
         except BrokerError:
@@ -467,9 +492,11 @@ class Endpoint:
         self._awaiting.pop(channel, None)
         self._owing.pop(channel, None)
         self.stats.lost += 1
-        unknown = [message for data, _, _ in channel.unacked for message in salvage_frame(data)[0].messages]
+        frames = [salvage_frame(data)[0] for data, _, _ in channel.unacked]
+        unknown = [message for frame in frames if frame.seq <= channel.read for message in frame.messages]
+        unread = [message for frame in frames if frame.seq > channel.read for message in frame.messages]
         wrapped = encode_frame(0, 0, 0, 0, list(channel.unsent()))
-        self._give_back(channel.address, list(salvage_frame(wrapped)[0].messages), unknown)
+        self._give_back(channel.address, [*unread, *salvage_frame(wrapped)[0].messages], unknown)
         self._note_progress()
 
     def _note_progress(self) -> None:
@@ -608,6 +635,7 @@ class Endpoint:
 
     def _on_delivered(self, delivered: Delivered) -> None:
         if self._is_closed:
+            self._answer_bye(delivered)
             return
         if not is_direct(delivered, self._box):
             self.stats.indirect += 1
@@ -631,6 +659,13 @@ class Endpoint:
         elif type(packet) is Bye:
             self._on_bye(sender, packet)
 
+    def _answer_bye(self, delivered: Delivered) -> None:
+        with contextlib.suppress(WireError):
+            frame, _ = salvage_frame(delivered.data)
+            sender = self._subjects.box_sender(delivered.subject)
+            if frame.seq > 0 and frame.target == self.me.incarnation and is_token(sender):
+                self._say_bye(self._subjects.box(sender, self.me.name), self._read.get(Address(sender, frame.source), 0))
+
     def _on_frame(self, sender: str, frame: Frame, size_bytes: int) -> None:
         if frame.target != self.me.incarnation:
             self.stats.stray += 1
@@ -647,6 +682,8 @@ class Endpoint:
             return
         if frame.ack > channel.acked:
             self._on_ack(channel, frame.ack)
+        if self._is_deaf:
+            return
         if frame.seq == channel.received + 1:
             self._accept(channel, frame.messages)
             while channel.early and not channel.is_lost and (early := channel.early.pop(channel.received + 1, None)):
@@ -740,6 +777,9 @@ class Endpoint:
         if bye.source < 0 or not is_token(sender):
             self.stats.malformed += 1
             return
+        channel = self._channels.get(sender)
+        if channel is not None and channel.incarnation == bye.source and bye.received is not None:
+            channel.read = bye.received
         self.lose(Address(sender, bye.source))
 
 
@@ -753,6 +793,6 @@ def _salvaged(data: bytes) -> Frame | None:
 def _too_large(message: Message, size_bytes: int, limit_bytes: int) -> ValueTooLargeError:
     kind = type(message).__name__.lower()
     actor = message.actor if isinstance(message, Call) else ""
-    call_id = "" if isinstance(message, Locate | Located | Release | Forward | Crossing | Arrived) else message.id.hex()
+    call_id = "" if isinstance(message, _WITHOUT_ID) else message.id.hex()
     text = f"a {kind} of {size_bytes} bytes is larger than the {limit_bytes} that one message carries"
     return ValueTooLargeError(text, call_id=call_id, actor=actor, size_bytes=size_bytes, limit_bytes=limit_bytes)

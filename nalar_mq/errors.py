@@ -36,6 +36,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   ├── PolicyFailedError        it raised
     │   └── PolicyTimeoutError       it had not answered when its time was over
     ├── MigrationError               a session was not moved, and is served where it was
+    ├── DrainError                   a worker was not drained; `worker`
     ├── UnknownJobError              there is no such job, or its result is not kept any more; `job_id`
     ├── UnknownCallError             nobody remembers such a call, session or job; `wanted`
     ├── UnknownQuestionError         nobody waits for an answer to that; `question_id`
@@ -63,6 +64,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── OverloadedError          shed; `retry_after_s`
         ├── WaitCycleError           calls wait for each other; `cycle`
         ├── StateLostError           the memory of a session went with its worker
+        │   └── SessionLostError     its worker was drained, and what it kept in memory cannot move
         ├── StateDamagedError        what was kept of a session is not what was written
         ├── StateNotKeptError        what the call has changed could not be written; nothing of it stays
         ├── StateSchemaError         what was kept of a session does not fit the fields of its agent
@@ -250,6 +252,14 @@ class PolicyTimeoutError(PolicyError):
 
 class MigrationError(NalarError):
     """A session was not moved; the message says why. It is served where it was."""
+
+
+class DrainError(NalarError):
+    """Worker `worker` was not drained, or not to the end; the message says why."""
+
+    def __init__(self, message: str, worker: str = "") -> None:
+        super().__init__(message)
+        self.worker = worker
 
 
 class UnknownJobError(NalarError):
@@ -515,6 +525,13 @@ class WaitCycleError(CallError):
 
 class StateLostError(CallError):
     """The session's state lived in the memory of a worker that is gone; the next call starts with an empty one."""
+
+
+class SessionLostError(StateLostError):
+    """The session's worker was drained, and what the session kept in memory cannot move: the call was ended, or never begun.
+
+    Whatever keeps its state in managed fields with durability "node" or "replicated" moves instead.
+    """
 
 
 class StateDamagedError(CallError):

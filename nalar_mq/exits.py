@@ -24,6 +24,7 @@ EXIT_CONFIG: Final = 2
 EXIT_BROKER: Final = 3
 EXIT_REPLACED: Final = 4  # of a worker process: another one serves under its name
 EXIT_LOST: Final = 5  # of a worker process: it stood still, and the others have given it up
+EXIT_DRAINED: Final = 6  # of a worker process: somebody wanted it to be drained, and it has been
 EXIT_INTERNAL: Final = 70
 EXIT_INTERRUPTED: Final = 130
 

@@ -39,7 +39,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from msgspec.structs import force_setattr
@@ -93,6 +93,7 @@ from nalar_mq.messages import (
     Prioritise,
     Probe,
     Resolve,
+    Returned,
     Settled,
     Want,
 )
@@ -124,7 +125,6 @@ _IN_MEMORY_S = 60.0  # a session in a store leaves memory after this long withou
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 _KEPT_S = 3600.0  # what a call of a job came to, when nobody asks for it
 _STOP_S = 5.0
-_DRAIN_LOOK_S = 0.1
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _NOTHING = values.encode(None)
@@ -135,6 +135,18 @@ _log = logger(__name__)
 
 Remember = Callable[[str, tuple[str, ...]], Coroutine[Any, Any, Memory]]
 """What former attempts at a job have done, given its id and the processes that were lost."""
+
+
+class Gate(Protocol):
+    """Decides about the calls that come to a worker which drains."""
+
+    def refusal(self, replica: Replica) -> CallError | None:
+        """What calls of that actor end with; None if they do not."""
+        ...
+
+    def returns(self, owner: Address, call: Call, replica: Replica) -> bool:
+        """True if the call goes back to its owner, who sends it elsewhere."""
+        ...
 
 
 class _Kept(msgspec.Struct, eq=False):
@@ -194,6 +206,7 @@ class Host:
         self._recalling: set[asyncio.Task[None]] = set()
         self._waiting_in_jobs: dict[bytes, Execution] = {}
         self._is_muted = False
+        self.gate: Gate | None = None
         self._quiet: dict[Key, asyncio.Future[None]] = {}
         self.migrations: Migrations | None = None
         self.retired: set[str] = set()
@@ -206,8 +219,6 @@ class Host:
         self._base = contextvars.copy_context()
         self._upkeep: asyncio.Task[None] | None = None
         self._ended: deque[CallRecord] = deque(maxlen=REMEMBERED)
-        self._idle: asyncio.Event = asyncio.Event()
-        self._idle.set()
         self._sender_names: dict[Address, str] = {}
         self._may_begin = may_begin
         self._looks = (
@@ -266,6 +277,8 @@ class Host:
             return
         may_have_run = call.attempt or call.job or hops
         if replica.stores is not None and may_have_run and self._is_recorded(owner, call, replica.stores):
+            return
+        if self.gate is not None and self._is_turned_away(owner, call, replica, self.gate):
             return
         _share_names(call, replica.spec.name, method.name)
         if self._early_priorities:
@@ -342,6 +355,47 @@ class Host:
                 execution.resumed.is_orphan = False
             self._unwatched.pop(call.id, None)
         return True
+
+    # Draining (`draining`).
+
+    def _is_turned_away(self, owner: Address, call: Call, replica: Replica, gate: Gate) -> bool:
+        error = gate.refusal(replica)
+        if error is not None:
+            self._refuse(owner, call, error)
+        elif gate.returns(owner, call, replica):
+            self._calls.tell(owner, Returned(call))
+        else:
+            return False
+        return True
+
+    @property
+    def replicas(self) -> Iterable[Replica]:
+        """What is served here."""
+        return self._replicas.values()
+
+    @property
+    def executions(self) -> list[Execution]:
+        """Calls that are queued or run."""
+        return list(self._executions.values())
+
+    def give_back(self, execution: Execution) -> None:
+        """Hands a call that has not begun back to its owner, who sends it elsewhere."""
+        call = self._with_time_left(execution)
+        self._send_away(execution)
+        self._calls.tell(execution.owner, Returned(call))
+
+    def end_with(self, execution: Execution, error: CallError) -> None:
+        """Answers a call with an error, and ends it."""
+        self._answer_error(execution, error)
+        self._cancel(execution, str(error))
+
+    def end_running(self, executions: Iterable[Execution]) -> None:
+        """Ends these calls; their owners hear that this worker is lost, and may send them elsewhere."""
+        for execution in executions:
+            if execution.is_committing:
+                continue  # it ends by itself, and has taken effect
+            execution.is_answered = True  # nobody cancelled it
+            self._cancel(execution, "its worker is stopping", with_children=not execution.call.job)
 
     def _is_elsewhere(self, owner: Address, call: Call, hops: int, migrations: Migrations) -> bool:
         """True if the session of the call has moved, and the call has been sent after it."""
@@ -1391,8 +1445,6 @@ class Host:
                         del self._waiting[id]
         if resumed is not None and resumed.following is not None:
             self._loop.call_soon(self.on_call, *resumed.following, now)
-        if not self._executions:
-            self._idle.set()
 
     def _answer_error(self, execution: Execution, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):
@@ -1585,20 +1637,10 @@ class Host:
         """Calls that are queued or run."""
         return len(self._executions)
 
-    async def drained(self) -> None:
-        """Returns when nothing is queued or runs that anybody waits for; code that was cancelled in its thread is not."""
-        while any(not execution.is_answered for execution in self._executions.values()):
-            self._idle.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DRAIN_LOOK_S):
-                    await self._idle.wait()
-
     async def aclose(self) -> None:
         """Ends all instances and threads; what still runs is cancelled."""
         self._is_closing = True
-        for execution in list(self._executions.values()):
-            execution.is_answered = True  # nobody cancelled it: its owner hears of the loss and may send it elsewhere
-            self._cancel(execution, "its worker is stopping", with_children=not execution.call.job)
+        self.end_running(self.executions)
         await cancel_all(self._recalling)
         if self._upkeep is not None:
             self._upkeep.cancel()

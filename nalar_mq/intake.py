@@ -211,11 +211,14 @@ class Intake:
         """Jobs that this worker has taken and not yet ended or given back."""
         return len(self._tasks)
 
-    async def drain(self) -> None:
-        """Takes nothing more; returns when what it has in hand has ended."""
+    @property
+    def at_work(self) -> int:
+        """The same without those that wait for nothing but people or time."""
+        return sum(not job.is_parked for job in self._running.values())
+
+    async def stop_taking(self) -> None:
+        """Takes nothing more; what it has in hand goes on."""
         await cancel_all(self._pullers)
-        while self._tasks:
-            await asyncio.wait(self._tasks)
 
     async def aclose(self) -> None:
         """Gives back what has not ended; idempotent."""

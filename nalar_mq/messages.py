@@ -11,11 +11,12 @@ ones are kept elsewhere, and a claim stands in their place (see `nalar_mq.claims
 Who says what:
 
     owner -> executor       Call, Cancel, Consume, Credit, Probe, Settled, Prioritise
-    executor -> owner       Resolve, Fail, Chunk, Parked
+    executor -> owner       Resolve, Fail, Chunk, Parked, Returned
     executor -> consumer    Resolve, Fail
     consumer -> owner       Want
     who resumes -> worker   Locate, answered by Located
     owner -> anybody        Release
+    whoever drains a worker Drain, answered by Drainage; worker -> worker: Bequest, answered by Accepted
 
 A future's id is the id of its call. The process that sends a call is the owner of that call's future, and is also the one
 who answers for every future the call depends on: `deps` are ids the executor does not have yet and will get pushed.
@@ -385,6 +386,84 @@ class Forwarded(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=30):
     attempt: int = 0
 
 
+class Returned(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=15):
+    """A worker that drains has not begun this call, and will not: whoever made it sends it elsewhere, as another first time.
+
+    Attributes:
+        call: with the time that it has left.
+    """
+
+    call: Call
+
+
+class Drain(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=16):
+    """The receiver is to move all that it has to other workers, and to end.
+
+    Attributes:
+        id: comes back with every `Drainage`.
+        grace_s: how long what cannot move may go on.
+    """
+
+    id: bytes
+    grace_s: float
+
+
+class Drainage(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=17):
+    """How far a worker has got with a `Drain`.
+
+    Attributes:
+        id: as in the `Drain`.
+        refusal: why it does not drain; empty if it does.
+        is_over: it has done all there was to do, and ends now.
+        calls: that are waited for.
+        jobs: that are waited for.
+        sessions: that have yet to move.
+        moved: sessions that were moved to other workers.
+        stores: of managed state that another worker on the machine goes on with as a whole.
+        lost: sessions that were ended because they cannot move.
+        stayed: sessions that nobody could take; they are on the worker's disk, for whoever opens that.
+    """
+
+    id: bytes
+    refusal: str = ""
+    is_over: bool = False
+    calls: int = 0
+    jobs: int = 0
+    sessions: int = 0
+    moved: int = 0
+    stores: int = 0
+    lost: int = 0
+    stayed: int = 0
+
+
+class Bequest(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=18):
+    """A worker that drains asks another one on its machine to go on with one of its stores.
+
+    Attributes:
+        id: comes back with the answer.
+        store: its id.
+        folder: where it is.
+        is_due: the receiver is to open it as soon as it is free, which is now; else it only says whether it would.
+    """
+
+    id: bytes
+    store: str
+    folder: str
+    is_due: bool = False
+
+
+class Accepted(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=19):
+    """Answer to a `Bequest`.
+
+    Attributes:
+        id: as in the `Bequest`.
+        refusal: why it cannot; empty if it will.
+    """
+
+    id: bytes
+    refusal: str = ""
+
+
 Message = (
     Call
     | Resolve
@@ -411,6 +490,11 @@ Message = (
     | Crossing
     | Arrived
     | Forwarded
+    | Returned
+    | Drain
+    | Drainage
+    | Bequest
+    | Accepted
 )
 
 
@@ -452,10 +536,17 @@ class Gone(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=102):
 
 
 class Bye(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=103):
-    """The incarnation `source` has closed; nothing more comes from it."""
+    """The incarnation `source` has closed; nothing more comes from it.
+
+    Attributes:
+        version: `WIRE_VERSION` of the sender.
+        source: incarnation of the sender.
+        received: the highest frame that it took from the receiver, later ones were read by nobody; None if it does not say.
+    """
 
     version: int
     source: int
+    received: int | None = None
 
 
 Packet = Frame | Gone | Bye

@@ -11,6 +11,8 @@ what the caller has in flight, whatever a report that was long on its way says. 
 that reported less in all is taken. Reports of unknown processes and of former incarnations, and those that a later one has
 overtaken, change nothing.
 
+Workers that drain are not chosen, unless nobody else serves the actor: then what calls that have begun need is run there.
+
 Calls of a stateful actor go where the session is; the first one goes to the replica that ranks highest for the session's key
 (rendezvous hashing), so that callers who begin at the same moment propose the same place.
 
@@ -29,6 +31,8 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from random import Random
 from typing import Final, NamedTuple
+
+import msgspec
 
 from nalar_mq.actions import Route, State, Weights
 from nalar_mq.address import Address
@@ -59,6 +63,7 @@ class RoutingTable:
         self._random = random
         self._members: dict[str, Member] = {}
         self._replicas: dict[str, list[Address]] = {}
+        self._leaving: dict[str, list[Address]] = {}
         self._infos: dict[str, ActorInfo] = {}
         self._holders: dict[str, Address] = {}
         self._buried: dict[str, int] = {}
@@ -94,6 +99,15 @@ class RoutingTable:
             return Address(name, former.incarnation)
         return None
 
+    def drain(self, address: Address) -> bool:
+        """Notes that a member takes no new calls, whatever its record says yet; True if that is new."""
+        member = self._members.get(address.name)
+        if member is None or member.incarnation != address.incarnation or member.draining:
+            return False
+        self._members[address.name] = msgspec.structs.replace(member, draining=True)
+        self._rebuild()
+        return True
+
     def leave(self, address: Address) -> bool:
         """Removes a member for good unless it is of a higher incarnation; True if it was there."""
         self._buried[address.name] = max(address.incarnation, self._buried.get(address.name, -1))
@@ -107,11 +121,11 @@ class RoutingTable:
 
     def _rebuild(self) -> None:
         replicas: dict[str, list[Address]] = {}
+        leaving: dict[str, list[Address]] = {}
         for name in sorted(self._members):
             member = self._members[name]
-            if not member.draining:
-                for actor in member.actors:
-                    replicas.setdefault(actor, []).append(Address(name, member.incarnation))
+            for actor in member.actors:
+                (leaving if member.draining else replicas).setdefault(actor, []).append(Address(name, member.incarnation))
         for actor, addresses in replicas.items():
             first = self._members[addresses[0].name].actors[actor]
             if first.max_instances is not None:
@@ -124,7 +138,9 @@ class RoutingTable:
             for store in (*member.stores, *member.replicated)
         }
         # Replaced, never changed: threads that make calls read them meanwhile.
-        self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in replicas.items() if found}
+        self._leaving = {actor: found for actor, found in leaving.items() if not replicas.get(actor)}
+        served = (*replicas.items(), *self._leaving.items())
+        self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in served if found}
         self._replicas = replicas
         self._divide()
         self.version += 1
@@ -201,7 +217,7 @@ class RoutingTable:
         return self._replicas.get(actor, [])
 
     def info(self, actor: str) -> ActorInfo | None:
-        """What the members tell of an actor; any thread."""
+        """What the members tell of an actor, workers that are drained if no others serve it; any thread."""
         return self._infos.get(actor)
 
     def known_actors(self) -> list[str]:
@@ -227,6 +243,10 @@ class RoutingTable:
         self._busy[name] = sum(queued + running for queued, running in load.actors.values())
         return True
 
+    def busy(self, name: str) -> int:
+        """Calls that the worker has in hand, as it last reported."""
+        return self._busy.get(name, 0)
+
     def _forget_load(self, name: str) -> None:
         load = self._reports.pop(name, None)
         self._busy.pop(name, None)
@@ -236,8 +256,11 @@ class RoutingTable:
                 del self._backlog[actor]
 
     def choose(self, actor: str, in_flight: Mapping[str, int]) -> Address | None:
-        """The replica for a call without state; `in_flight` counts the actor's calls of this process by process name."""
-        replicas = self._replicas.get(actor)
+        """The replica for a call without state; `in_flight` counts the actor's calls of this process by process name.
+
+        None if nobody serves the actor; if only workers do that are drained, one of them.
+        """
+        replicas = self._replicas.get(actor) or self._leaving.get(actor)
         if not replicas:
             return None
         count = len(replicas)
@@ -255,18 +278,19 @@ class RoutingTable:
             here, there = self._busy.get(one.name, 0), self._busy.get(other.name, 0)
         return one if here <= there else other
 
-    def rank(self, actor: str, key: str) -> Address | None:
+    def rank(self, actor: str, key: str, *, or_leaving: bool = False) -> Address | None:
         """The replica that ranks highest for `key`; the same at everybody who has the same members.
 
         If the session that `key` names (`places`) has a route it is that, and among replicas with shares the larger ones rank
-        highest more often.
+        highest more often. With `or_leaving`, a worker that is drained if nobody else serves the actor.
         """
         if self._routes and (route := self.route_of(actor, key.partition(".")[2].partition(".")[0])) is not None:
             return route[0]
         if self._shares and (shares := self._shares.get(actor)) is not None:
             weighted = zip(shares.addresses, shares.weights, strict=True)
             return min(weighted, key=lambda pair: -math.log(_fraction(pair[0].name, key)) / pair[1])[0]
-        return max(self._replicas.get(actor, ()), key=lambda address: _weight(address.name, key), default=None)
+        replicas = self._replicas.get(actor) or (self._leaving.get(actor) if or_leaving else None)
+        return max(replicas or (), key=lambda address: _weight(address.name, key), default=None)
 
 
 def _weight(name: str, key: str) -> bytes:

@@ -93,24 +93,27 @@ class Places:
         """The routing table has changed: perhaps somebody has opened a store that is waited for."""
         self._changed.set()
 
-    def find(self, key: str, actor: str, id: bytes, on_placed: OnPlaced) -> None:
-        """Looks the place up or decides it; answers each asker once, in the order of asking."""
+    def find(self, key: str, actor: str, id: bytes, on_placed: OnPlaced, *, or_leaving: bool = False) -> None:
+        """Looks the place up or decides it; answers each asker once, in the order of asking.
+
+        With `or_leaving`, in a worker that is drained if nobody else serves the actor.
+        """
         waiting = self._finding.get(key)
         if waiting is not None:
             waiting.append((id, on_placed))
             return
         self._finding[key] = [(id, on_placed)]
-        task = asyncio.get_running_loop().create_task(self._find(key, actor))
+        task = asyncio.get_running_loop().create_task(self._find(key, actor, or_leaving))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _find(self, key: str, actor: str) -> None:
+    async def _find(self, key: str, actor: str, or_leaving: bool) -> None:
         address: Address | None = None
         place: Address | str | None = None
         error: CallError | None = None
         lost = False
         try:
-            place, lost = await self._decide(key, actor)
+            place, lost = await self._decide(key, actor, or_leaving=or_leaving)
             address = await self._holder(place, key) if isinstance(place, str) else place
         except CallError as cause:
             error = cause
@@ -161,7 +164,7 @@ class Places:
             retry_after_s=_RETRY_AFTER_S,
         )
 
-    async def _decide(self, key: str, actor: str) -> tuple[Address | str | None, bool]:
+    async def _decide(self, key: str, actor: str, *, or_leaving: bool = False) -> tuple[Address | str | None, bool]:
         """The place, and whether a former one was lost; None if there is no replica to propose."""
         if self._bucket is None:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
@@ -172,7 +175,7 @@ class Places:
                 return former, False
             if former is not None and (self._table.is_alive(former) or await self._has_just_joined(former)):
                 return former, False
-            proposed = self._table.rank(actor, key)
+            proposed = self._table.rank(actor, key, or_leaving=or_leaving)
             if proposed is None:
                 return None, False
             info = self._table.info(actor)

@@ -241,10 +241,6 @@ class Process:
                     await self._table_changed.wait()
         return holds()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Tells everybody to send nothing new; True if all that was sent has been received within `timeout_s`."""
-        return await self.endpoint.drain(timeout_s)
-
     async def aclose(self, error: CallError | None = None) -> None:
         """Fails what has not ended and leaves; idempotent."""
         if hasattr(self, "calls"):

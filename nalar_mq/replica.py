@@ -163,6 +163,10 @@ class Replica:
         """Keys that begin with `prefix` and have not been used since `before`."""
         return [key for key, at in list(self._last_used.items()) if at < before and key.startswith(prefix)]
 
+    def was_used_since(self, at: float) -> bool:
+        """True if a call of any instance has ended since then, or an instance was made."""
+        return any(used >= at for used in list(self._last_used.values()))
+
     def take_out(self, key: str) -> Any | None:
         """The instance under `key`, for `end`: whoever asks for it from now on gets another."""
         instance = self._instances.pop(key, None)

@@ -194,6 +194,41 @@ class Stores:
         else:
             _log.info("store.opened", store=store.id, folder=str(store.folder))
 
+    @property
+    def folder(self) -> Path:
+        """Holds a folder for each of them."""
+        return self._folder.resolve()
+
+    @property
+    def all(self) -> list[Committer]:
+        """The open stores, each with what writes into it."""
+        return self._all()
+
+    def may_open(self, folder: Path) -> bool:
+        """True if that is the folder of a store which this worker opens when nobody has it open."""
+        kinds = "r?" if self._replicated else ""
+        return folder.parent == self.folder and re.fullmatch(rf"{kinds}\d+", folder.name) is not None
+
+    async def take(self, folder: Path, transport: Transport, subjects: Subjects, *, adopts: bool) -> bool:
+        """Opens the store in `folder`; False if somebody has it open.
+
+        Raises:
+            StoreError: it cannot be opened.
+            BrokerError: the broker does not answer.
+        """
+        try:
+            store = await asyncio.to_thread(Store.open, folder, self._owner)
+        except StoreBusyError:
+            return False
+        try:
+            bucket = await transport.key_value(subjects.places_bucket)
+            directory = await _directory_of(bucket, self._random)
+        except BaseException:
+            await asyncio.to_thread(store.close)
+            raise
+        await self._take(store, bucket, directory, adopts=adopts)
+        return True
+
     def _look(self) -> tuple[set[str], list[Store]]:
         mine = {committer.store.folder.name for committer in self._all()}
         kinds = "r?" if self._replicated else ""

@@ -17,6 +17,7 @@ from nalar_mq.columns import Serves
 from nalar_mq.committer import Committer, LoopCommitter
 from nalar_mq.config import Settings, find_state
 from nalar_mq.door import Door
+from nalar_mq.draining import Draining
 from nalar_mq.errors import BrokerError, StoreError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.host import HIGH_WATER, Host
@@ -24,7 +25,7 @@ from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.isolation import Children
 from nalar_mq.jobs import check_durable
 from nalar_mq.logs import logger
-from nalar_mq.messages import ActorInfo
+from nalar_mq.messages import ActorInfo, Drainage
 from nalar_mq.migration import Migrations
 from nalar_mq.process import Connect, Process
 from nalar_mq.reporting import Figures, Reporter
@@ -94,6 +95,8 @@ class Worker:
         self._intake: Intake | None = None
         self._door: Door | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._draining: Draining | None = None
+        self._leaving: asyncio.Task[Drainage] | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process.replaced.add_done_callback(lambda _: self._end())
         self._process.declared_lost.add_done_callback(lambda _: self._end())
@@ -110,7 +113,7 @@ class Worker:
 
     @property
     def closed(self) -> asyncio.Future[None]:
-        """Ends when the worker has closed or must close: another process runs under its name, or others gave it up."""
+        """Ends when the worker has closed or must close: it was drained, was replaced under its name, or others gave it up."""
         return self._ended
 
     @property
@@ -172,6 +175,10 @@ class Worker:
             )
             calls.migrations = self._host.migrations = migrations
             process.on_close(migrations.aclose)
+        kept = {spec.name: spec.is_replicated for spec in self._app.actors.values() if spec.is_kept}
+        self._draining = calls.draining = Draining(
+            self._process, self._host, stores, self._host.migrations, kept, self._begin_drain
+        )
         self._host.start()
         reporter = Reporter(
             self._process.transport,
@@ -262,27 +269,54 @@ class Worker:
         if process.stores is not None:
             self._looking = asyncio.create_task(self._look_for_free_stores(process.stores))
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Takes nothing new and finishes what it has; False if that took longer than `timeout_s`."""
-        if self._host is None:
-            return True
+    async def drain(self, grace_s: float) -> Drainage:
+        """Takes nothing new, finishes what it has, moves the sessions it keeps to other workers, and leaves (`draining`).
+
+        What cannot move may go on for `grace_s` and is ended then. When this returns, `closed` has ended and nobody sends
+        anything any more; `aclose` is still to be called. To be drained twice is the same as once. If others give this worker
+        up meanwhile, that is the end of it: what is returned is not over then.
+        """
+        self._begin_drain(grace_s)
+        assert self._leaving is not None
+        return await asyncio.shield(self._leaving)
+
+    def _begin_drain(self, grace_s: float) -> None:
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._drain(grace_s), name=f"drain-{self.name}")
+
+    async def _drain(self, grace_s: float) -> Drainage:
+        assert self._draining is not None
         if self._changes is not None:
             self._changes.set_draining()
+        if self._looking is not None:
+            await cancel_all([self._looking])
+        given_up = self._process.declared_lost, self._process.replaced
+        running = asyncio.create_task(self._draining.run(grace_s, self._intake, self._door))
         try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(
-                    *([self._door.aclose(timeout_s)] if self._door else ()), *([self._intake.drain()] if self._intake else ())
-                )
-                await self._process.membership.drain()
-                await self._host.drained()
-                await self._process.drain(timeout_s)
-        except TimeoutError:
-            _log.warning("worker.drain_timed_out", worker=self.name, running=self.running)
-            return False
-        return True
+            await asyncio.wait((running, *given_up), return_when=asyncio.FIRST_COMPLETED)
+            return self._draining.progress() if any(lost.done() for lost in given_up) else running.result()
+        finally:
+            await cancel_all([running])
+            self._end()
+
+    @property
+    def sessions_moved(self) -> int:
+        """Sessions that have moved to other workers since it is drained."""
+        return 0 if self._draining is None else self._draining.moved
+
+    @property
+    def was_drained(self) -> bool:
+        """True if it has left after all it had was finished or moved."""
+        leaving = self._leaving
+        has_ended = leaving is not None and leaving.done() and not leaving.cancelled() and leaving.exception() is None
+        return leaving is not None and has_ended and leaving.result().is_over
 
     async def aclose(self) -> None:
         """Ends what runs and leaves; idempotent."""
+        if self._leaving is not None:
+            await cancel_all([self._leaving])
+        if self._draining is not None:
+            await self._draining.aclose()
         door, self._door = self._door, None
         intake, self._intake = self._intake, None
         host, self._host = self._host, None

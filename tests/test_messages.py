@@ -10,9 +10,11 @@ from nalar_mq.errors import MalformedMessageError, UnsupportedVersionError, Wire
 from nalar_mq.messages import (
     WIRE_VERSION,
     Abandon,
+    Accepted,
     ActorInfo,
     Arrived,
     Begun,
+    Bequest,
     Bye,
     Call,
     CallRecord,
@@ -21,6 +23,8 @@ from nalar_mq.messages import (
     Consume,
     Credit,
     Crossing,
+    Drain,
+    Drainage,
     Explanation,
     Fail,
     Forward,
@@ -47,6 +51,7 @@ from nalar_mq.messages import (
     Reading,
     Release,
     Resolve,
+    Returned,
     Running,
     Seal,
     Seen,
@@ -209,9 +214,14 @@ def test_tags_are_never_shared() -> None:
             Settled,
             Prioritise,
             Parked,
+            Returned,
+            Drain,
+            Drainage,
+            Bequest,
+            Accepted,
         )
     ]
-    assert tags == list(range(1, 15))
+    assert tags == list(range(1, 20))
     packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
     assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
     assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading, Begun)] == [1, 2, 3, 4]
@@ -279,6 +289,11 @@ def _samples() -> dict[str, bytes]:
         "crossing": encode_message(Crossing("o", 3, "a", "s")),
         "arrived": encode_message(Arrived("a", "s", "b")),
         "forwarded": encode_message(Forwarded(ID, "w", 3, 2, "a", "s", "b", 1)),
+        "returned": encode_message(Returned(Call(ID, "a", "m", b"p"))),
+        "drain": encode_message(Drain(ID, 0.5)),
+        "drainage": encode_message(Drainage(ID, "no", True, 1, 2, 3, 4, 5, 6, 7)),
+        "bequest": encode_message(Bequest(ID, "b", "/f", True)),
+        "accepted": encode_message(Accepted(ID, "no")),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
         "locate": encode_message(Locate(5, ("j",), ("w/1",))),
         "located": encode_message(Located(5, (ID,), ("j",))),
@@ -297,7 +312,7 @@ def _samples() -> dict[str, bytes]:
         "seal": encode_record(Seal(WIRE_VERSION, "w")),
         "frame": encode_frame(1, 2, 3, 4, [encode_message(Want(ID))]),
         "gone": encode_packet(Gone(WIRE_VERSION, 2, 1, 3)),
-        "bye": encode_packet(Bye(WIRE_VERSION, 2)),
+        "bye": encode_packet(Bye(WIRE_VERSION, 2, 3)),
         "lost": encode_record(Lost(WIRE_VERSION, 2)),
         "running": encode_record(Running(WIRE_VERSION, "w", 2, 9, "answer", 1, 3, 5, 6, ("w/1",), 2, 7)),
         "load": encode_record(Load(WIRE_VERSION, 2, 3, {"a": (4, 5)})),
@@ -351,6 +366,11 @@ GOLDEN = {
     "crossing": "951ca16f03a161a173",
     "arrived": "941da161a173a162",
     "forwarded": "991ec410000102030405060708090a0b0c0d0e0fa1770302a161a173a16201",
+    "returned": "920fdc001801c410000102030405060708090a0b0c0d0e0fa161a16dc40170a0a0c40090c400a000c00090c200a0c0900000a0a0",
+    "drain": "9310c410000102030405060708090a0b0c0d0e0fcb3fe0000000000000",
+    "drainage": "9b11c410000102030405060708090a0b0c0d0e0fa26e6fc301020304050607",
+    "bequest": "9512c410000102030405060708090a0b0c0d0e0fa162a22f66c3",
+    "accepted": "9313c410000102030405060708090a0b0c0d0e0fa26e6f",
     "probe": (
         "9509c410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e0fc410000102030405060708090a0b0c0d0e"
         "0f91a3612f73"
@@ -365,7 +385,7 @@ GOLDEN = {
     "seal": "93ccd101a177",
     "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",
     "gone": "956601020103",
-    "bye": "93670102",
+    "bye": "9467010203",
     "lost": "93cccb0102",
     "running": "9dcccc01a1770209a6616e737765720103050691a3772f310207",
     "load": "95cccd01020381a161920405",

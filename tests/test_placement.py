@@ -51,6 +51,9 @@ class Model:
         serving = [Address(n, m.incarnation) for n, m in self.members.items() if actor in m.actors and not m.draining]
         return set(sorted(serving, key=lambda address: (address.incarnation, address.name))[: LIMITS[actor]])
 
+    def leaving(self, actor: str) -> set[Address]:
+        return {Address(n, m.incarnation) for n, m in self.members.items() if actor in m.actors and m.draining}
+
 
 _joins = st.tuples(
     st.just("join"), st.sampled_from(NAMES), st.integers(1, 4), st.frozensets(st.sampled_from(ACTORS)), st.booleans()
@@ -80,7 +83,9 @@ def test_the_table_knows_what_a_naive_model_knows(
     for actor in ACTORS:
         replicas = model.replicas(actor)
         assert set(table.replicas(actor)) == replicas
+        replicas = replicas or model.leaving(actor)  # the last ones that serve it are chosen though they drain
         assert (table.info(actor) is None) == (not replicas)
+        assert table.rank(actor, "key", or_leaving=True) in (replicas or {None})
         chosen = {table.choose(actor, load) for _ in range(20)} - {None}
         assert chosen <= replicas
         assert bool(chosen) == bool(replicas)

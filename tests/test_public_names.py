@@ -36,6 +36,7 @@ PUBLIC = [
     "Question",
     "QuestionClosedError",
     "RemoteError",
+    "SessionLostError",
     "StateLostError",
     "StateMutatedError",
     "StateWriteError",

@@ -1,0 +1,233 @@
+"""Workers that are drained: what they have goes on elsewhere, and nobody's call fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalar_mq.app import load_app
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.errors import SessionLostError, StateLostError
+from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.worker import Worker
+
+APP = Path(__file__).parent / "apps" / "drain_app.py"
+
+
+class Runtime:
+    """Workers of one app on a hub, and a client; each worker keeps its state in the folder of its node."""
+
+    def __init__(self, namespace: str, state: Path) -> None:
+        self.hub = MemoryHub(seed=1)
+        self.namespace = namespace
+        self.state = state
+        self.app = load_app(APP)
+        self.client = connect(settings=self.settings("here"), connect=self.hub.connect)
+
+    def settings(self, node: str) -> Settings:
+        return Settings(
+            broker=BrokerAccess(urls=("nats://nowhere:1",)),
+            namespace=self.namespace,
+            node=node,
+            lease_s=1.0,
+            state=str(self.state / node),
+            local_store="off",
+        )
+
+    def worker(self, name: str, node: str = "here") -> Worker:
+        return Worker(self.app, self.settings(node), name=name, connect=self.hub.connect, lease_in_thread=False)
+
+
+@pytest.fixture
+async def runtime(namespace: str, tmp_path: Path) -> AsyncIterator[Runtime]:
+    made = Runtime(namespace, tmp_path / "state")
+    async with made.client:
+        yield made
+
+
+class Load:
+    """Callers that call one after the other until they are told to stop; what came of it."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.stopping = asyncio.Event()
+        self.results: dict[str, list[Any]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Load:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stopping.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def begin(self, name: str, *args: Any, session: str, **kwargs: Any) -> None:
+        self.results[session] = []
+        self._tasks.append(asyncio.create_task(self._call(name, args, session)))
+
+    async def _call(self, name: str, args: tuple[Any, ...], session: str) -> None:
+        caller = self.client.options(session=session, timeout_s=30)
+        while not self.stopping.is_set():
+            try:
+                self.results[session].append(await caller.call(name, *args))
+            except Exception as error:
+                self.results[session].append(error)
+
+    async def grows(self, by: int) -> None:
+        """Returns when every caller has had so many more answers."""
+        goals = {session: len(results) + by for session, results in self.results.items()}
+        async with asyncio.timeout(60):
+            while any(len(self.results[session]) < goal for session, goal in goals.items()):
+                await asyncio.sleep(0.005)
+
+    async def end(self) -> None:
+        self.stopping.set()
+        await asyncio.gather(*self._tasks)
+
+
+def failures(load: Load) -> list[Exception]:
+    return [result for results in load.results.values() for result in results if isinstance(result, Exception)]
+
+
+async def test_a_worker_drained_under_load_fails_no_call(runtime: Runtime) -> None:
+    """Its tools run elsewhere, its sessions in whoever opens its store."""
+    first, second = runtime.worker("first"), runtime.worker("second")
+    async with first, second, Load(runtime.client) as load:
+        for number in range(8):
+            load.begin("Notebook.note", 0.001, session=f"n{number}")
+            load.begin("echo", 0.001, session=f"e{number}")
+        await load.grows(5)
+        ended = await first.drain(30.0)
+        await first.aclose()
+        await load.grows(5)
+        await load.end()
+        assert failures(load) == []
+        assert (ended.stores, ended.moved, ended.lost, ended.stayed) == (1, 0, 0, 0)
+        for number in range(8):
+            assert load.results[f"n{number}"] == list(range(1, len(load.results[f"n{number}"]) + 1))
+
+
+async def test_sessions_move_to_another_node(runtime: Runtime) -> None:
+    """Those that are called meanwhile and those that only lie on the disk."""
+    async with runtime.worker("first") as first:
+        for number in range(40):
+            await runtime.client.options(session=f"idle{number}").call("Notebook.note")
+        async with runtime.worker("second", "there"), runtime.worker("third", "there"), Load(runtime.client) as load:
+            for number in range(4):
+                load.begin("Notebook.note", 0.001, session=f"n{number}")
+            await load.grows(5)
+            ended = await first.drain(30.0)
+            await first.aclose()
+            await load.grows(5)
+            await load.end()
+            assert failures(load) == []
+            assert ended.moved >= 40
+            assert (ended.stores, ended.stayed) == (0, 0)
+            for number in range(40):
+                assert await runtime.client.options(session=f"idle{number}").call("Notebook.note") == 2
+            for number in range(4):
+                assert load.results[f"n{number}"] == list(range(1, len(load.results[f"n{number}"]) + 1))
+
+
+async def test_a_session_in_memory_ends_when_its_grace_is_over(runtime: Runtime) -> None:
+    async with runtime.worker("first") as first, runtime.worker("second"):
+        here = await session_in(runtime, "first")
+        async with Load(runtime.client) as load:
+            load.begin("Counter.add", 0.01, session=here)
+            await load.grows(5)
+            began = asyncio.get_running_loop().time()
+            ended = await first.drain(1.5)
+            assert asyncio.get_running_loop().time() - began >= 1.5
+            await first.aclose()
+            await load.grows(5)
+            await load.end()
+            assert ended.lost == 1
+            results = load.results[here]
+            ends = [number for number, result in enumerate(results) if isinstance(result, SessionLostError)]
+            assert ends
+            lost = [number for number, result in enumerate(results) if type(result) is StateLostError]
+            assert lost == [ends[-1] + 1]
+            assert results[: ends[0]] == list(range(2, ends[0] + 2))
+            assert results[lost[0] + 1 :] == list(range(1, len(results) - lost[0]))
+
+
+async def session_in(runtime: Runtime, worker: str, actor: str = "Counter.add") -> str:
+    """A session that has been called once and is in that worker."""
+    for number in range(100):
+        name = f"{worker}-{number}"
+        await runtime.client.options(session=name).call(actor)
+        key = runtime.client.process.places.key(actor.partition(".")[0], name, "")
+        address = runtime.client.process.places.known(key)
+        if address is not None and address.name == worker:
+            return name
+    raise AssertionError(f"no session was ever placed in {worker}")
+
+
+async def test_a_session_in_memory_that_is_quiet_is_not_waited_for(runtime: Runtime) -> None:
+    async with runtime.worker("first") as first, runtime.worker("second"):
+        here = runtime.client.options(session=await session_in(runtime, "first"))
+        async with asyncio.timeout(20):
+            ended = await first.drain(3600.0)
+        assert ended.lost >= 1
+        with pytest.raises(StateLostError, match="was lost with its worker"):
+            await here.call("Counter.add")
+        assert await here.call("Counter.add") == 1
+
+
+async def test_calls_that_wait_in_a_queue_go_elsewhere_and_run_once(runtime: Runtime, tmp_path: Path) -> None:
+    async with runtime.worker("first") as first:
+        calls = [runtime.client.call("trace", str(tmp_path), f"t{number}", 0.1) for number in range(30)]
+        while first.running < 30:
+            await asyncio.sleep(0.01)
+        async with runtime.worker("second"):
+            await first.drain(30.0)
+            await first.aclose()
+            assert await asyncio.gather(*calls) == [f"t{number}" for number in range(30)]
+    assert all((tmp_path / f"t{number}").read_text() == f"t{number}\n" for number in range(30))
+
+
+async def test_a_long_call_of_one_session_does_not_hold_up_the_others(runtime: Runtime) -> None:
+    async with runtime.worker("first") as first, runtime.worker("second"):
+        slow = runtime.client.options(session=await session_in(runtime, "first", "Notebook.note"))
+        long = slow.call("Notebook.note", 3.0)
+        behind = slow.call("Notebook.note")
+        async with Load(runtime.client) as load:
+            for number in range(4):
+                load.begin("Notebook.note", 0.001, session=f"n{number}")
+            await load.grows(2)
+            draining = asyncio.create_task(first.drain(30.0))
+            await load.grows(10)
+            assert not long.available()
+            ended = await draining
+            assert [await long, await behind] == [2, 3]
+            await load.end()
+            assert failures(load) == []
+            assert (ended.stores, ended.moved) == (1, 1)
+
+
+async def test_without_another_worker_it_ends_at_once_and_keeps_what_it_has(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    async with runtime.worker("first") as first:
+        assert await ann.call("Notebook.note") == 1
+        assert await ann.call("Counter.add") == 1
+        async with asyncio.timeout(20):
+            ended = await first.drain(3600.0)
+        assert (ended.stayed, ended.lost) == (1, 1)
+    waiting = ann.call("Notebook.note")
+    async with runtime.worker("next"):
+        assert await waiting == 2
+
+
+async def test_what_has_begun_is_finished_when_all_workers_are_drained(runtime: Runtime) -> None:
+    async with runtime.worker("first") as first, runtime.worker("second") as second:
+        running = [runtime.client.call("report", 20, 0.02) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        await asyncio.gather(first.drain(30.0), second.drain(30.0))
+        assert await asyncio.gather(*running) == [20] * 4
