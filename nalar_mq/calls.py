@@ -50,6 +50,7 @@ from nalar_mq.errors import (
     CallCancelledError,
     CallError,
     CallTimeoutError,
+    DrainError,
     MigrationError,
     NalarError,
     OwnerLostError,
@@ -342,6 +343,32 @@ class _Crossing:
         self.waiting: list[Entry] = []
 
 
+class _Drained:
+    """A worker that is drained at the wish of this process."""
+
+    def __init__(self, address: Address, gone: asyncio.Future[Drainage], told: Callable[[Drainage], None]) -> None:
+        self.address = address
+        self.gone = gone
+        self._told = told
+        self._last = Drainage(b"")
+
+    def hear(self, drainage: Drainage) -> None:
+        if drainage.refusal:
+            self.fail(drainage.refusal)
+            return
+        self._last = drainage
+        self._told(drainage)
+
+    def lose(self) -> None:
+        if self._last.is_over and not self.gone.done():
+            self.gone.set_result(self._last)
+        self.fail(f"worker {self.address.name!r} was lost before it had come to the end: drain it again when it is back")
+
+    def fail(self, text: str) -> None:
+        if not self.gone.done():
+            self.gone.set_exception(DrainError(text, self.address.name))
+
+
 def _number_of(entry: Entry) -> int:
     return entry.call.number if entry.call is not None else 0
 
@@ -403,7 +430,7 @@ class Calls:
         self._hops: dict[bytes, tuple[tuple[int, int], Address]] = {}
         self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
         self._returned: dict[Address, dict[bytes, Call]] = {}
-        self._draining: dict[bytes, Callable[[Drainage], None]] = {}
+        self._draining: dict[bytes, _Drained] = {}
         self.migrations: Migrating | None = None
         self.draining: Draining | None = None
         self._local: list[Message] = []
@@ -953,8 +980,8 @@ class Calls:
     def _on_draining(self, sender: Address, message: Drain | Drainage | Bequest | Accepted) -> None:
         match message:
             case Drainage():
-                if (told := self._draining.get(message.id)) is not None:
-                    told(message)
+                if (drained := self._draining.get(message.id)) is not None:
+                    drained.hear(message)
             case Drain() if self.draining is None:
                 self.tell(sender, Drainage(message.id, f"process {self.me.name!r} is no worker"))
             case Bequest() if self.draining is None:
@@ -1055,6 +1082,22 @@ class Calls:
     def fresh_id(self) -> bytes:
         """16 bytes that nothing else is named by."""
         return self._root + next(self._numbers).to_bytes(8, "big")
+
+    async def drain(self, address: Address, grace_s: float, told: Callable[[Drainage], None]) -> Drainage:
+        """Has a worker drained, and returns what it told last when it is gone; `told` hears what it tells meanwhile.
+
+        Raises:
+            DrainError: it refuses, or was lost before it had come to the end.
+        """
+        if self._closed is not None:
+            raise DrainError(str(self._closed), address.name)
+        id = self._root + next(self._numbers).to_bytes(8, "big")
+        drained = self._draining[id] = _Drained(address, self.loop.create_future(), told)
+        try:
+            self.tell(address, Drain(id, grace_s))
+            return await drained.gone
+        finally:
+            del self._draining[id]
 
     def _on_migrated(self, migrated: Migrated) -> None:
         found = self._migrating.get(migrated.id)
@@ -1536,6 +1579,9 @@ class Calls:
             if not in_flight.get(address.name):  # a successor of the same name may have calls by now
                 in_flight.pop(address.name, None)
         self._ask_crossings_again(address)
+        for drained in self._draining.values():
+            if drained.address == address:
+                drained.lose()
         for place, answer in self._migrating.values():
             if place == address and not answer.done():
                 answer.set_exception(MigrationError(f"worker {address.name!r} was lost while it moved the session"))
@@ -1639,6 +1685,8 @@ class Calls:
             if entry.part is None:  # another attempt at the job may want what runs
                 self._stop_executor(entry, "its caller has closed")
             self._end_with(entry, copy.copy(error))
+        for drained in self._draining.values():
+            drained.fail(str(error))
         for _, answer in self._migrating.values():
             if not answer.done():
                 answer.set_exception(MigrationError(str(error)))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nalar_mq.control_commands import Trial
     from nalar_mq.controllers.overview import Overview
     from nalar_mq.installation import Finding
+    from nalar_mq.messages import Drainage
     from nalar_mq.state_commands import SessionRow
     from nalar_mq.traces import Trace
 
@@ -177,6 +178,12 @@ _resources_option = click.option(
 _policy_option = click.option(
     "--policy", metavar="FILE.py:NAME", help="Policy of the global controller, loaded again when the file changes."
 )
+_state_option = click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the managed state of sessions.  [default: NALAR_STATE, else .nalar/state beside APP]",
+)
 _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
@@ -188,6 +195,7 @@ _json_option = click.option("--json", is_flag=True, help="Print JSON.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker.  [default: 4222 if free, else any]")
 @_policy_option
 @click.option("--no-controller", is_flag=True, help="Run no global controller.")
+@_state_option
 @_trust_option
 @_broker_options
 @_with_options
@@ -201,12 +209,14 @@ def up(
     port: int | None,
     policy: str | None,
     no_controller: bool,
+    state: Path | None,
     **broker: Any,
 ) -> None:
     """Run APP on this machine: broker, workers and controllers.
 
     APP is a nalar.toml, a folder that holds one, or a Python file with decorated actors. The URL of the broker is printed
-    on stdout. Ctrl-C or SIGTERM lets the workers finish what has begun; a second one ends them at once.
+    on stdout. Ctrl-C or SIGTERM lets the workers finish what has begun, and move the sessions they keep to other nodes if
+    there are any; a second one ends them at once.
 
     With --nodes each node has workers and a local controller of its own, as if it were a machine; they stop together. There
     is one global controller, which decides by its policy; it stands by if that of another command leads already.
@@ -229,6 +239,7 @@ def up(
             log_level=options.log_level,
             show=_show,
             tell=_tell,
+            state=state,
         ),
     )
 
@@ -246,6 +257,7 @@ def up(
     metavar="SECONDS",
     help="How long workers outlive this process if it is killed; 0: they end with it.",
 )
+@_state_option
 @_trust_option
 @_broker_options
 @_with_options
@@ -257,6 +269,7 @@ def worker(
     capacities: dict[str, float],
     node: str | None,
     outlive: float,
+    state: Path | None,
     **broker: Any,
 ) -> None:
     """Serve APP as a node of a runtime whose broker is there already.
@@ -278,6 +291,7 @@ def worker(
             log_level=options.log_level,
             show=_show,
             tell=_tell,
+            state=state,
         ),
     )
 
@@ -469,6 +483,50 @@ def trace(options: _Options, /, id: str | None, last: bool, json: bool, app: Pat
         _show_json(found.calls)
     else:
         _show(str(found))
+
+
+@cli.command()
+@click.argument("worker")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long what cannot move may go on.",
+)
+@_json_option
+@_app_option
+@_broker_options
+@_with_options
+def drain(options: _Options, /, worker: str, grace: float, json: bool, app: Path | None, **broker: str | None) -> None:
+    """Let WORKER finish what it has begun, move its sessions to other workers, and end.
+
+    It takes nothing new from now on; what waits there goes elsewhere. Sessions that keep their state in `self` cannot move:
+    when they are still in use after the grace period, their calls end with SessionLostError. The worker is not started again.
+    """
+    from nalar_mq import commands
+
+    file = commands.app_file(app) if app else None
+    shown: list[str] = []
+
+    def take(progress: Drainage) -> None:
+        text = (
+            f"{worker}: {progress.calls} calls and {progress.jobs} jobs to end, {progress.sessions} sessions on their way, "
+            f"{progress.moved} moved"
+        )
+        if not progress.is_over and shown[-1:] != [text]:
+            shown.append(text)
+            _tell(text)
+
+    ended = _run(options, commands.drain(_choice(broker), worker, grace_s=grace, app=file, take=take))
+    if json:
+        _show_json({"worker": worker, "moved": ended.moved, "stores": ended.stores, "lost": ended.lost, "stayed": ended.stayed})
+        return
+    _show(
+        f"{worker} is drained: {ended.stores} stores handed over, {ended.moved} sessions moved, {ended.lost} in memory ended, "
+        f"{ended.stayed} left on its disk"
+    )
 
 
 @cli.command()

@@ -29,6 +29,7 @@ from nalar_mq.errors import (
     BrokerError,
     BrokerUnreachableError,
     CallCancelledError,
+    DrainError,
     MigrationError,
     UnknownActorError,
 )
@@ -37,7 +38,7 @@ from nalar_mq.future import Future, Stream
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import JobHandle, Jobs, check_durable
 from nalar_mq.lookout import View
-from nalar_mq.messages import Member
+from nalar_mq.messages import Drainage, Member
 from nalar_mq.process import Connect, Process
 from nalar_mq.questions import Question, Questions
 from nalar_mq.traces import Trace, trace_of
@@ -420,6 +421,34 @@ class Client(Caller):
         if migrated.refusal:
             raise MigrationError(migrated.refusal)
         return Migration(migrated.frozen_s, migrated.size)
+
+    async def drain(
+        self, worker: str, *, grace_s: float = 30.0, on_progress: Callable[[Drainage], None] | None = None
+    ) -> Drainage:
+        """Has a worker finish what it has begun, move its sessions to other workers, and end; returns when it is gone.
+
+        No call fails for it, with two exceptions: what still runs when `grace_s` are over is lost as with any worker that
+        ends, and a session that keeps its state in memory, which cannot move, ends with `SessionLostError` then. The worker
+        is not started again.
+
+        Args:
+            worker: its name.
+            grace_s: seconds, 0 or more.
+            on_progress: hears now and then, on the client's loop, what is left to be done.
+
+        Raises:
+            DrainError: there is no such worker, it is drained already, the grace period is none, or it was lost meanwhile.
+        """
+        if not grace_s >= 0:
+            raise DrainError(f"a grace period of {grace_s:g} s cannot be: give one of 0 s or more", worker)
+        members = self.process.table.members
+        member = members.get(worker)
+        if member is None or member.role != "worker":
+            known = ", ".join(sorted(name for name, member in members.items() if member.role == "worker")) or "none"
+            what = f"{worker!r} is a client" if member is not None else f"there is no worker {worker!r}"
+            raise DrainError(f"{what}; workers are: {known}", worker)
+        told = on_progress or (lambda _: None)
+        return await self.process.calls.drain(Address(worker, member.incarnation), grace_s, told)
 
     async def look(self) -> list[View]:
         """How many calls each other live process has in hand; those that do not answer in time are left out."""

@@ -62,7 +62,7 @@ from nalar_mq.installation import Finding
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
-from nalar_mq.messages import Member
+from nalar_mq.messages import Drainage, Member
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.streams import lay_out
 from nalar_mq.traces import Trace
@@ -154,6 +154,7 @@ async def up(
     log_level: str,
     show: Show,
     tell: Show,
+    state: Path | None = None,
 ) -> None:
     """Broker, controllers and the workers of `nodes` on this machine, until SIGINT or SIGTERM.
 
@@ -187,6 +188,7 @@ async def up(
             node=_node_name(),
             trust_broker=trusts_broker(choice.trust_broker),
             adopts_state=broker is not None,
+            state=_folder(state),
         )
         if broker is None:
             await _reach(settings)
@@ -211,6 +213,7 @@ async def worker(
     log_level: str,
     show: Show,
     tell: Show,
+    state: Path | None = None,
 ) -> None:
     """One node of a runtime whose broker is there already, until SIGINT or SIGTERM.
 
@@ -222,11 +225,13 @@ async def worker(
         orphan_s: how long its workers outlive this process if it is killed, for its successor to take them over.
         log_level: of the workers.
         show, tell: take the URL of the broker, and what people want to know.
+        state: folder for the managed state of sessions; None for what the environment says.
     """
     load_quietly(app)
     entry = _runtime_entry(app)
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else "")
     folder = _node_folder(app, settings) if orphan_s > 0 else None
+    settings = msgspec.structs.replace(settings, state=_folder(state))
     settings = msgspec.structs.replace(settings, node=settings.node or (folder.name if folder is not None else _node_name()))
     try:
         await _reach(settings)
@@ -336,6 +341,18 @@ async def trace(choice: BrokerChoice, wanted: str, *, app: Path | None) -> Trace
         return await client.trace(wanted)
 
 
+async def drain(
+    choice: BrokerChoice, worker: str, *, grace_s: float, app: Path | None, take: Callable[[Drainage], None]
+) -> Drainage:
+    """Drains a worker, and hands what is left to be done to `take` now and then; returns what became of it, when it is gone.
+
+    Raises:
+        DrainError: there is no such worker, it is drained already, or it was lost before it had come to the end.
+    """
+    async with connect(settings=settings_of(choice, app)) as client:
+        return await client.drain(worker, grace_s=grace_s, on_progress=take)
+
+
 async def migrate(choice: BrokerChoice, agent: str, session: str, target: str, *, instance: str, app: Path | None) -> Migration:
     """Moves a session to another worker.
 
@@ -360,6 +377,17 @@ async def doctor(choice: BrokerChoice, *, app: Path | None, take: Callable[[Find
 
     async for finding in examine(folder, find, running):
         take(finding)
+
+
+def _folder(state: Path | None) -> str:
+    """The folder for managed state as settings have it.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    if state is not None and state.exists() and not state.is_dir():
+        raise ConfigError(f"{state} is not a folder: --state names the folder for the managed state of sessions")
+    return "" if state is None else str(state.resolve())
 
 
 async def _reach(settings: Settings) -> None:

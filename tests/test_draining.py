@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from nalar_mq.address import Address
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import SessionLostError, StateLostError
+from nalar_mq.errors import DrainError, SessionLostError, StateLostError, WorkerLostError
 from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.messages import Drainage
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "drain_app.py"
@@ -231,3 +233,55 @@ async def test_what_has_begun_is_finished_when_all_workers_are_drained(runtime: 
         await asyncio.sleep(0.1)
         await asyncio.gather(first.drain(30.0), second.drain(30.0))
         assert await asyncio.gather(*running) == [20] * 4
+
+
+async def test_a_client_drains_a_worker_and_hears_what_became_of_it(runtime: Runtime) -> None:
+    async with runtime.worker("first") as first, runtime.worker("second"):
+        await session_in(runtime, "first", "Notebook.note")
+        running = [runtime.client.call("trace", str(runtime.state.parent), f"c{number}", 0.3) for number in range(2)]
+        told: list[Drainage] = []
+        ending = asyncio.ensure_future(first.closed)
+        draining = asyncio.create_task(runtime.client.drain("first", grace_s=20.0, on_progress=told.append))
+        await ending
+        assert first.was_drained
+        await first.aclose()
+        ended = await draining
+        assert (ended.stores, ended.lost, ended.stayed) == (1, 0, 0)
+        assert told[-1] == ended
+        assert await asyncio.gather(*running) == ["c0", "c1"]
+        assert "first" not in runtime.client.process.table.members
+
+
+async def test_a_worker_lost_while_it_drains_is_told_of(runtime: Runtime) -> None:
+    first, second = runtime.worker("first"), runtime.worker("second")
+    async with second:
+        await first.start()
+        held = runtime.client.options(session=await session_in(runtime, "first")).call("Counter.add", 60.0)
+        draining = asyncio.create_task(runtime.client.drain("first", grace_s=3600.0))
+        while not runtime.client.process.table.members["first"].draining:
+            await asyncio.sleep(0.01)
+        with pytest.raises(DrainError, match="drained already"):
+            await runtime.client.drain("first")
+        runtime.hub.kill("first")
+        with pytest.raises(DrainError, match="was lost before") as caught:
+            await draining
+        assert caught.value.worker == "first"
+        with pytest.raises(WorkerLostError):
+            await held
+    await first.aclose()
+
+
+async def test_what_cannot_be_drained_says_why(runtime: Runtime) -> None:
+    async with runtime.worker("first"):
+        for name, grace_s, text in (
+            ("nobody", 1.0, "there is no worker 'nobody'; workers are: first"),
+            (runtime.client.name, 1.0, "is a client; workers are: first"),
+            ("first", -1.0, "a grace period of -1 s cannot be"),
+            ("first", float("nan"), "a grace period of nan s cannot be"),
+        ):
+            with pytest.raises(DrainError, match=text):
+                await runtime.client.drain(name, grace_s=grace_s)
+        here = Address("first", runtime.client.process.table.members["first"].incarnation)
+        with pytest.raises(DrainError, match="cannot be"):  # also if the client has not looked
+            await runtime.client.process.calls.drain(here, -1.0, lambda _: None)
+        assert await runtime.client.call("echo") == 0.0
