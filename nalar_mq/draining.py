@@ -31,6 +31,7 @@ directory says which. Nobody waits for a worker that cannot be reached: what it 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -379,8 +380,9 @@ class Draining:
         await self._empty_stores()
         for committer in self._stores.all:
             if committer.store.id not in self._heirs:
-                count = _count if self.moved else Store.count  # of those that have left marks stay there
-                self._left_behind += await asyncio.to_thread(count, committer.store)
+                # Of sessions that have left, marks stay there.
+                count = functools.partial(_count, committer.store) if self.moved else committer.store.count
+                self._left_behind += await asyncio.to_thread(count)
         if self._left_behind:
             _log.warning(
                 "sessions.stay",
