@@ -346,7 +346,7 @@ class _Crossing:
 class _Drained:
     """A worker that is drained at the wish of this process."""
 
-    def __init__(self, address: Address, gone: asyncio.Future[Drainage], told: Callable[[Drainage], None]) -> None:
+    def __init__(self, address: Address, gone: asyncio.Future[Drainage], told: Callable[[Drainage], None] | None) -> None:
         self.address = address
         self.gone = gone
         self._told = told
@@ -357,7 +357,8 @@ class _Drained:
             self.fail(drainage.refusal)
             return
         self._last = drainage
-        self._told(drainage)
+        if self._told is not None:
+            self._told(drainage)
 
     def lose(self) -> None:
         if self._last.is_over and not self.gone.done():
@@ -1083,7 +1084,7 @@ class Calls:
         """16 bytes that nothing else is named by."""
         return self._root + next(self._numbers).to_bytes(8, "big")
 
-    async def drain(self, address: Address, grace_s: float, told: Callable[[Drainage], None]) -> Drainage:
+    async def drain(self, address: Address, grace_s: float, told: Callable[[Drainage], None] | None) -> Drainage:
         """Has a worker drained, and returns what it told last when it is gone; `told` hears what it tells meanwhile.
 
         Raises:

@@ -447,8 +447,7 @@ class Client(Caller):
             known = ", ".join(sorted(name for name, member in members.items() if member.role == "worker")) or "none"
             what = f"{worker!r} is a client" if member is not None else f"there is no worker {worker!r}"
             raise DrainError(f"{what}; workers are: {known}", worker)
-        told = on_progress or (lambda _: None)
-        return await self.process.calls.drain(Address(worker, member.incarnation), grace_s, told)
+        return await self.process.calls.drain(Address(worker, member.incarnation), grace_s, on_progress)
 
     async def look(self) -> list[View]:
         """How many calls each other live process has in hand; those that do not answer in time are left out."""

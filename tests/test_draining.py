@@ -283,5 +283,5 @@ async def test_what_cannot_be_drained_says_why(runtime: Runtime) -> None:
                 await runtime.client.drain(name, grace_s=grace_s)
         here = Address("first", runtime.client.process.table.members["first"].incarnation)
         with pytest.raises(DrainError, match="cannot be"):  # also if the client has not looked
-            await runtime.client.process.calls.drain(here, -1.0, lambda _: None)
+            await runtime.client.process.calls.drain(here, -1.0, None)
         assert await runtime.client.call("echo") == 0.0
