@@ -109,7 +109,7 @@ def settled_s(found: list[float], wanted: list[float]) -> float:
 
 async def once(access: BrokerAccess, folder: Path, seed: int, name: str, policy: Policy, clock: Clock) -> list[float]:
     """The rates with a policy."""
-    settings = Settings(broker=access, namespace=f"swing-{name}", node="bench", state=str(folder / name))
+    settings = Settings(broker=access, namespace=f"swing-{name}", node="bench", state=str(folder / f"swing-{name}"))
     app = Path(policies_app.__file__)
     transport = await NatsTransport.connect(access, name="controller")
     try:
