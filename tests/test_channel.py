@@ -341,6 +341,25 @@ def test_an_answer_to_an_earlier_life_does_not_harm_the_present_one():
     simulation.run(main())
 
 
+def test_what_was_not_read_before_a_bye_comes_back_as_if_it_had_never_left():
+    async def main() -> None:
+        hub = MemoryHub()
+        a, b = await Process.start(hub, "a"), await Process.start(hub, "b")
+        a.endpoint.send(b.me, call(0))
+        assert await a.endpoint.drain(1)
+        b.endpoint.stop_reading()
+        a.endpoint.send(b.me, call(1))
+        await asyncio.sleep(0.1)
+        b.endpoint.leave()
+        a.endpoint.send(b.me, call(2))
+        await asyncio.sleep(0.1)
+        assert b.ids_from(a.me) == [0]
+        assert a.lost[b.me] == ([call(1), call(2)], [])
+        await b.endpoint.aclose()
+
+    simulation.run(main())
+
+
 def test_a_frame_for_a_successor_is_ignored_by_the_life_before():
     async def main() -> None:
         hub = MemoryHub()

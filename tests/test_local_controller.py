@@ -15,7 +15,7 @@ import pytest
 
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
-from nalar_mq.controllers.supervision import Action, Exited, Heard, Limits, Phase, Ready, Slot, Stop, Tick, decide
+from nalar_mq.controllers.supervision import Action, Exited, Heard, Limits, Moving, Phase, Ready, Slot, Stop, Tick, decide
 from nalar_mq.errors import ConfigError, WorkerStartError
 
 LIMITS = Limits(start_timeout_s=5, drain_timeout_s=7, healthy_after_s=10, first_pause_s=1, longest_pause_s=8, max_failures=3)
@@ -45,6 +45,10 @@ DECISIONS = [
     ("a second stop never delays", STOPPING, Stop(50), 100, Phase.STOPPING, 107, Action.NONE),
     ("drained", STOPPING, Exited(0), 103, Phase.STOPPED, math.inf, Action.NONE),
     ("drained too long", STOPPING, Tick(), 107, Phase.STOPPING, math.inf, Action.KILL),
+    ("a drain that gets on may take longer", STOPPING, Moving(), 105, Phase.STOPPING, 120, Action.NONE),
+    ("and never takes shorter for that", STOPPING, Moving(), 91, Phase.STOPPING, 107, Action.NONE),
+    ("moving changes nothing that is not to stop", READY, Moving(), 105, Phase.READY, math.inf, Action.NONE),
+    ("what somebody else has drained stays away", READY, Exited(6), 101, Phase.STOPPED, math.inf, Action.NONE),
     ("ready too late to matter", STOPPING, Ready(), 103, Phase.STOPPING, 107, Action.NONE),
     ("over is over", STOPPED, Tick(), 1e9, Phase.STOPPED, math.inf, Action.NONE),
     ("over is over, whoever exits", STOPPED, Exited(1), 1e9, Phase.STOPPED, math.inf, Action.NONE),

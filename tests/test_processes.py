@@ -115,7 +115,7 @@ class Program:
 def by_hand(settings: Settings, log: Path, node: str) -> Program:
     """`nalar worker` with one worker process."""
     url = settings.broker.urls[0].replace("://", f"://{settings.broker.token}@")
-    options = ("--nats", url, "--namespace", settings.namespace, "--node", node, "--workers", "1")
+    options = ("--nats", url, "--namespace", settings.namespace, "--node", node, "--workers", "1", "--outlive", "0")
     return Program(NALAR, "worker", APP, *options, log=log)
 
 
