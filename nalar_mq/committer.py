@@ -24,7 +24,7 @@ from nalar_mq.logs import logger
 from nalar_mq.store import Commit, Departure, Store, Write
 
 _BYTES: Final = 16 * 1024 * 1024
-_BACKGROUND_BYTES: Final = 1024 * 1024
+_BACKGROUND_BYTES: Final = 512 * 1024
 _DEPARTURE_BYTES: Final = 128 * 1024  # about what the entries take that go at once
 _AT_ONCE: Final = 4096
 _log = logger(__name__)
