@@ -12,8 +12,9 @@ that finds its workers there, and they find it. Each connects and says who it is
     worker -> successor      one line of JSON, `Rejoin`
     successor -> worker      an empty line: it is taken over. From then on both go on as above.
 
-The settings go through that socket, not through the command line, since they hold secrets. Each child leads a session of
-its own, so that an interrupt at the terminal reaches this process alone, and what a child started ends with it.
+The settings go through that socket, not through the command line, since they hold secrets: the credentials of this worker, not
+those that they were made of (`nalar_mq.identity`). Each child leads a session of its own, so that an interrupt at the terminal
+reaches this process alone, and what a child started ends with it.
 
 Sessions that are kept in the store of a worker wait for its successor when it dies. Where there are such sessions, one more
 process is started once all workers serve, and given no order: the spare. It has imported the runtime and waits, so that it
@@ -37,7 +38,9 @@ import msgspec
 
 from nalar_mq.config import Settings
 from nalar_mq.errors import ConfigError, WorkerStartError
+from nalar_mq.identity import issued
 from nalar_mq.logs import logger
+from nalar_mq.permissions import Role
 
 from .adoption import AdoptedProcess, Link, peer_of
 from .node_folder import NodeFolder, NodeRecord, Running, start_of
@@ -460,7 +463,7 @@ class LocalController:
         return Order(
             app=str(self._app),
             name=name,
-            settings=self._settings,
+            settings=msgspec.structs.replace(self._settings, broker=issued(self._settings.broker, name, Role.WORKER)),
             parent_pid=os.getpid(),
             drain_timeout_s=self._limits.drain_timeout_s,
             log_level=self._log_level,

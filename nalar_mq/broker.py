@@ -6,9 +6,11 @@ Life of the child:
                   ▲            │ died
                   └─ back-off ─┘──► failed, after `restart_attempts` deaths in a row of a child that never ran for long
 
-* It listens on loopback only, demands a token made at each `start`, and syncs every acknowledged write to disk.
-* The token travels in a configuration file of mode 0600, never on a command line.
-* A restarted child gets the port and the token of its predecessor, so clients reconnect by themselves.
+* It listens on loopback only, demands a secret made at each `start`, and syncs every acknowledged write to disk.
+* The secret travels in a configuration file of mode 0600, never on a command line.
+* A restarted child gets the port and the secret of its predecessor, so clients reconnect by themselves.
+* The secret is a token that lets anybody do everything. With an issuer it is the password of one user, the gate, and whoever
+  else connects is let in by what the gate answers (`identity`).
 * It dies with the thread that started it, even if that is ended by SIGKILL: on Linux the kernel sees to it. Elsewhere the
   next `start` on the folder ends the server that an earlier run left behind.
 * One folder has one broker: a lock on the folder is held from `start` to `aclose`.
@@ -46,6 +48,7 @@ _log = logger(__name__)
 
 RUNTIME_FOLDER: Final = ".nalar"
 RUNTIME_FILE: Final = "runtime.json"
+NODE_KEY_FILE: Final = "node.key"
 
 _BINARY: Final = "nats-server"
 _READY_TIMEOUT_S: Final = 20.0
@@ -56,6 +59,7 @@ _BACKOFF_S: Final = 0.05
 _BACKOFF_MAX_S: Final = 2.0
 _MIN_FREE_BYTES: Final = 16 * 1024 * 1024
 _LOG_LIMIT_BYTES: Final = 8 * 1024 * 1024
+_GATE: Final = "gate"
 
 # Asks the kernel for SIGKILL at the death of the starting thread, makes sure that it has not died already, and becomes the
 # server. A process of its own does this because code between fork and exec is unsafe in a process with threads.
@@ -103,15 +107,25 @@ class EmbeddedBroker:
         port: where it listens; None takes a free one.
         host: the address it listens on.
         restart_attempts: how many deaths in a row are answered by a restart before the broker is given up.
+        issuer: public key of who signs what the gate answers; without one there is no gate.
     """
 
-    def __init__(self, data_dir: Path, *, port: int | None = None, host: str = "127.0.0.1", restart_attempts: int = 8) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+        restart_attempts: int = 8,
+        issuer: str = "",
+    ) -> None:
         self.data_dir = data_dir.absolute()
         self.host = host
         self.failure: BrokerStartError | None = None
         self.restarts = 0
         self._port = port
-        self._token = ""
+        self._secret = ""
+        self._issuer = issuer
         self._restart_attempts = restart_attempts
         self._listeners: list[Callable[[BrokerStartError], None]] = []
         self._lock: _FolderLock | None = None
@@ -125,8 +139,10 @@ class EmbeddedBroker:
 
     @property
     def access(self) -> BrokerAccess:
-        """What a client needs to connect."""
-        return BrokerAccess(urls=(self.url,), token=self._token)
+        """What it takes to connect and do everything."""
+        if self._issuer:
+            return BrokerAccess(urls=(self.url,), user=_GATE, password=self._secret)
+        return BrokerAccess(urls=(self.url,), token=self._secret)
 
     @property
     def pid(self) -> int | None:
@@ -152,7 +168,7 @@ class EmbeddedBroker:
             stale = _stale_server(self._pid_file, self._config_file)
             if stale is not None:
                 await _end_stale_server(stale)
-            self._token = secrets.token_hex(24)
+            self._secret = secrets.token_hex(24)
             self._process = await self._launch()
         except BaseException:
             self._release()
@@ -253,10 +269,18 @@ class EmbeddedBroker:
 
         return (
             f"listen: {quote(f'{_bracketed(self.host)}:{-1 if port is None else port}')}\n"
-            f"authorization {{ token: {quote(self._token)} }}\n"
+            f"authorization {{ {self._authorization()} }}\n"
             f"jetstream {{ store_dir: {quote(str(self.data_dir))}, sync_interval: always }}\n"
             f"ports_file_dir: {quote(str(self.data_dir))}\n"
             f"pid_file: {quote(str(self._pid_file))}\n"
+        )
+
+    def _authorization(self) -> str:
+        if not self._issuer:
+            return f'token: "{self._secret}"'
+        return (
+            f'users: [ {{ user: {_GATE}, password: "{self._secret}" }} ], '
+            f"auth_callout {{ issuer: {self._issuer}, auth_users: [ {_GATE} ] }}"
         )
 
     async def _ready(self, process: asyncio.subprocess.Process, log_start: int) -> int:
@@ -435,9 +459,9 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_runtime_file(
-    folder: Path, *, url: str, token: str, namespace: str = DEFAULT_NAMESPACE, pid: int | None = None
+    folder: Path, *, url: str, token: str, namespace: str = DEFAULT_NAMESPACE, node_key: str = "", pid: int | None = None
 ) -> Path:
-    """Writes `.nalar/runtime.json` in `folder`, readable by its owner only; returns its path.
+    """Writes `.nalar/runtime.json` in `folder`, readable by its owner only, and the node key beside it; returns its path.
 
     Raises:
         BrokerStartError: it cannot be written.
@@ -447,6 +471,8 @@ def write_runtime_file(
     path = folder / RUNTIME_FOLDER / RUNTIME_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if node_key:
+            _write_private(path.with_name(NODE_KEY_FILE), node_key)
         _write_private(path, msgspec.json.encode(content).decode())
     except OSError as error:
         raise BrokerStartError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -460,6 +486,14 @@ def read_runtime_file(folder: Path) -> RuntimeFile | None:
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return content if content.pid > 0 and _started(content.pid) == content.started else None
+
+
+def read_node_key(folder: Path) -> str:
+    """The key of what runs beside the app in `folder`, of which `identity` speaks; empty if there is none."""
+    try:
+        return (folder / RUNTIME_FOLDER / NODE_KEY_FILE).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def is_embedded(running: RuntimeFile) -> bool:
@@ -476,8 +510,9 @@ def remove_runtime_file(folder: Path, pid: int | None = None) -> None:
     path = folder / RUNTIME_FOLDER / RUNTIME_FILE
     present = read_runtime_file(folder)
     if present is None or present.pid == pid:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        for leftover in (path, path.with_name(NODE_KEY_FILE)):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
 
 def _started(pid: int) -> float | None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-from nalar_mq.address import Address, check_token, random_token
+import msgspec
+
+from nalar_mq.address import CLIENT_PREFIX, Address, check_token, is_client_name, random_token
 from nalar_mq.annotations import from_json, to_json
 from nalar_mq.arguments import check_fit, parameters_of
 from nalar_mq.broker import read_runtime_file
@@ -35,6 +37,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
+from nalar_mq.identity import new_secret, presented
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import JobHandle, Jobs, check_durable
 from nalar_mq.lookout import View
@@ -74,7 +77,7 @@ def connect(
             `.nalar/runtime.json` beside `app`, where `nalar up` writes it, then in the selected context of the `nats` command.
         settings: everything at once, in place of `url`.
         app: the app's folder, manifest or file; the working directory if None.
-        name: how others see this client; a fresh name if None.
+        name: how others see this client, after `client-` if it does not begin so; a fresh name if None.
         tenant: on whose behalf it calls, for rules and limits; a token.
         connect, random, clock: as for `Process`.
 
@@ -165,9 +168,10 @@ class Client(Caller):
         super().__init__(self, DEFAULT_OPTIONS)
         self._advice = advice
         entropy = random.randbytes(6) if random is not None else None
-        self.name = check_token(name, "client name") if name is not None else random_token("client", entropy)
+        self.name = _client_name(name) if name is not None else random_token("client", entropy)
         self._tenant = check_token(tenant, "tenant") if tenant else ""
-        self._settings = settings
+        access = presented(settings.broker, self.name, new_secret())
+        self._settings = msgspec.structs.replace(settings, broker=access)
         self._connect = connect
         self._random = random
         self._clock = clock
@@ -469,6 +473,11 @@ class Migration(NamedTuple):
 
     frozen_s: float
     size_bytes: int
+
+
+def _client_name(name: str) -> str:
+    """By which everybody knows that it serves nothing."""
+    return check_token(name if is_client_name(name) else f"{CLIENT_PREFIX}{name}", "client name")
 
 
 def _for_users(error: BrokerError, advice: str) -> BrokerError:

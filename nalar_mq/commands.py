@@ -27,10 +27,11 @@ from nalar_mq.address import Address, Subjects, check_token, random_token
 from nalar_mq.app import App, load_app
 from nalar_mq.arguments import Arguments, Parameters, parameters_of, parse_arguments
 from nalar_mq.broker import (
+    NODE_KEY_FILE,
     RUNTIME_FOLDER,
-    EmbeddedBroker,
     RuntimeFile,
     port_is_free,
+    read_node_key,
     read_runtime_file,
     remove_runtime_file,
     write_runtime_file,
@@ -54,16 +55,20 @@ from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
 from nalar_mq.doctor import examine
-from nalar_mq.errors import BrokerError, ConfigError, UnknownCallError
+from nalar_mq.errors import BrokerAuthError, BrokerError, ConfigError, UnknownCallError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
+from nalar_mq.gate import can_be
+from nalar_mq.guarded_broker import GuardedBroker
+from nalar_mq.identity import issued
 from nalar_mq.installation import Finding
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
 from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Drainage, Member
 from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.permissions import Role
 from nalar_mq.streams import lay_out
 from nalar_mq.traces import Trace
 
@@ -175,11 +180,12 @@ async def up(
     entry = _runtime_entry(app)
     decider = await _decider(policy) if policy is not None else None
     async with AsyncExitStack() as stack:
-        broker: EmbeddedBroker | None = None
+        broker: GuardedBroker | None = None
         access = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
         if access is None:
-            broker = await stack.enter_async_context(EmbeddedBroker(app.parent / ".nalar" / "broker", port=_port(port)))
-            access = broker.access
+            made = GuardedBroker(app.parent / ".nalar" / "broker", namespace=_namespace(choice, entry), port=_port(port))
+            broker = await stack.enter_async_context(made)
+            access = broker.node_access
         elif port is not None:
             raise ConfigError("--port is for the embedded broker, but another broker is named: leave out one of the two")
         settings = Settings(
@@ -230,6 +236,7 @@ async def worker(
     load_quietly(app)
     entry = _runtime_entry(app)
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else "")
+    settings = _as_node(settings, app.parent)
     folder = _node_folder(app, settings) if orphan_s > 0 else None
     settings = msgspec.structs.replace(settings, state=_folder(state))
     settings = msgspec.structs.replace(settings, node=settings.node or (folder.name if folder is not None else _node_name()))
@@ -250,7 +257,7 @@ async def controller(choice: BrokerChoice, *, app: Path | None, policy: str | No
     Raises:
         PolicyLoadError: there is no such policy.
     """
-    settings = settings_of(choice, app)
+    settings = _as_node(settings_of(choice, app), app.parent if app else Path.cwd())
     decider = await _decider(policy)
     await _reach(settings)
     stop = asyncio.Event()
@@ -283,8 +290,8 @@ async def run(
         if running is not None:
             settings = Settings(broker=running.access, namespace=running.namespace, node=_node_name())
         else:
-            access = named or await _short_lived_broker(stack)
             namespace = _namespace(choice, entry)
+            access = named or await _short_lived_broker(stack, namespace)
             settings = Settings(broker=access, namespace=namespace, node=_node_name(), adopts_state=named is None)
         client = await stack.enter_async_context(connect(settings=settings))
         guards: list[Coroutine[Any, Any, None]] = []
@@ -392,8 +399,23 @@ def _folder(state: Path | None) -> str:
 
 async def _reach(settings: Settings) -> None:
     """Raises at once what every worker would fail with, again and again."""
-    transport = await NatsTransport.connect(settings.broker, name=settings.node)
-    await transport.aclose()
+    first, subjects = f"{settings.node}-1", Subjects(settings.namespace)
+    async with await NatsTransport.connect(issued(settings.broker, first, Role.WORKER), name=settings.node) as transport:
+        if not await can_be(transport, subjects, first):
+            raise BrokerAuthError(
+                f"these credentials do not let a process serve as {first!r}: a node of `nalar up` runs beside its app, where "
+                f"{NODE_KEY_FILE} lies; for a broker of yours `nalar permissions` prints what is needed"
+            )
+        if await can_be(transport, subjects, random_token("anybody")):
+            _log.info("identity.claimed", hint="this broker lets a process speak in any name: see `nalar permissions --help`")
+
+
+def _as_node(settings: Settings, folder: Path) -> Settings:
+    """With the key to make credentials of, if the broker is that of what runs beside the app."""
+    running = read_runtime_file(folder)
+    if running is None or not running.token or running.token != settings.broker.token:
+        return settings
+    return msgspec.structs.replace(settings, broker=msgspec.structs.replace(settings.broker, node_key=read_node_key(folder)))
 
 
 def _node_folder(app: Path, settings: Settings) -> NodeFolder | None:
@@ -446,10 +468,11 @@ async def _connected_again_and_again(
     settings: Settings, name: str, work: Callable[[NatsTransport, Subjects], Awaitable[None]]
 ) -> NoReturn:
     """Does the work with a connection of its own; with another one when the broker did not answer."""
+    access, subjects = issued(settings.broker, name, Role.CONTROLLER), Subjects(settings.namespace)
     while True:
         try:
-            async with await NatsTransport.connect(settings.broker, name=name) as transport:
-                await work(transport, Subjects(settings.namespace))
+            async with await NatsTransport.connect(access, name=name, inbox=subjects.inbox(name)) as transport:
+                await work(transport, subjects)
         except BrokerError as error:
             _log.warning("controller.no_broker", name=name, error=str(error))
         await asyncio.sleep(_GOVERN_AGAIN_S)
@@ -468,7 +491,7 @@ async def _tell_lead(controller: GlobalController, name: str, tell: Show) -> NoR
 
 async def _serve(
     controllers: Sequence[LocalController],
-    broker: EmbeddedBroker | None,
+    broker: GuardedBroker | None,
     tell: Show,
     beside: Sequence[_Work] = (),
 ) -> None:
@@ -499,13 +522,13 @@ async def _watch(controllers: Sequence[LocalController], tell: Show, beside: Seq
     await _first(_all(controller.failed() for controller in controllers), *(work() for work in beside))
 
 
-def _guards(broker: EmbeddedBroker | None) -> list[Coroutine[Any, Any, None]]:
+def _guards(broker: GuardedBroker | None) -> list[Coroutine[Any, Any, None]]:
     return [] if broker is None else [_broker_failed(broker)]
 
 
-async def _broker_failed(broker: EmbeddedBroker) -> None:
+async def _broker_failed(broker: GuardedBroker) -> None:
     failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    broker.on_failure(failed.set_exception)
+    broker.server.on_failure(failed.set_exception)
     await failed
 
 
@@ -578,10 +601,10 @@ async def _call(
                 take_trace(await client.trace(future))
 
 
-async def _short_lived_broker(stack: AsyncExitStack) -> BrokerAccess:
+async def _short_lived_broker(stack: AsyncExitStack, namespace: str) -> BrokerAccess:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nalar-", ignore_cleanup_errors=True))
-    broker = await stack.enter_async_context(EmbeddedBroker(Path(folder)))
-    return broker.access
+    broker = await stack.enter_async_context(GuardedBroker(Path(folder), namespace=namespace))
+    return broker.node_access
 
 
 def _runtime_entry(app: Path) -> RuntimeEntry:
@@ -648,8 +671,9 @@ def _known_namespace(running: RuntimeFile | None, entry: RuntimeEntry) -> str:
 
 def _announce(folder: Path, settings: Settings) -> None:
     access = settings.broker
-    if access == BrokerAccess(urls=access.urls[:1], token=access.token):
-        write_runtime_file(folder, url=access.urls[0], token=access.token, namespace=settings.namespace)
+    if access == BrokerAccess(urls=access.urls[:1], token=access.token, node_key=access.node_key):
+        url, token, node_key = access.urls[0], access.token, access.node_key
+        write_runtime_file(folder, url=url, token=token, namespace=settings.namespace, node_key=node_key)
 
 
 def _node_name() -> str:

@@ -33,7 +33,10 @@ _URL_EXAMPLE: Final = "write it as nats://host:4222 (or tls://, ws://, wss://; s
 
 
 class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to reach a NATS server. `urls` are tried in turn; empty fields are not used. Secrets never appear in logs."""
+    """How to reach a NATS server. `urls` are tried in turn; empty fields are not used. Secrets never appear in logs.
+
+    With a token, `user` and `password` say who comes with it; `node_key` makes credentials for others (`identity`).
+    """
 
     urls: tuple[str, ...]
     token: str = ""
@@ -44,6 +47,7 @@ class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     tls_ca_file: str = ""
     tls_cert_file: str = ""
     tls_key_file: str = ""
+    node_key: str = ""
 
     def __repr__(self) -> str:
         means = [name for name in self.__struct_fields__ if name != "urls" and getattr(self, name)]

@@ -34,6 +34,7 @@ from nalar_mq.controllers.rehearsal import Rehearsal
 from nalar_mq.controllers.rehearsal import replay as replay_on
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import BrokerError, UnknownCallError, WireError
+from nalar_mq.identity import new_secret, presented
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.rules import Admission
 
@@ -81,8 +82,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def _connected(settings: Settings) -> AsyncGenerator[tuple[NatsTransport, Subjects]]:
-    async with await NatsTransport.connect(settings.broker, name=random_token("client")) as transport:
-        yield transport, Subjects(settings.namespace)
+    name, subjects = random_token("client"), Subjects(settings.namespace)
+    access = presented(settings.broker, name, new_secret())
+    async with await NatsTransport.connect(access, name=name, inbox=subjects.inbox(name)) as transport:
+        yield transport, subjects
 
 
 async def in_force(choice: BrokerChoice, *, app: Path | None) -> InForce:

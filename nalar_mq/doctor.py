@@ -17,11 +17,13 @@ from typing import Any, Final
 
 import msgspec
 
+from nalar_mq.address import Subjects, random_token
 from nalar_mq.broker import RUNTIME_FOLDER, EmbeddedBroker, RuntimeFile, find_nats_server, is_embedded, port_is_free
 from nalar_mq.config import DEFAULT_PORT, BrokerAccess, NamedBroker, find_engine
 from nalar_mq.engines import check_model_server, model_path
 from nalar_mq.errors import BrokerError, BrokerStartError, ConfigError, EngineError, NalarError
 from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, explain, one_line
+from nalar_mq.gate import can_be
 from nalar_mq.installation import Finding, State
 from nalar_mq.nats_transport import NatsTransport
 
@@ -101,10 +103,22 @@ async def examine_broker(named: NamedBroker, *, syncs: bool) -> AsyncIterator[Fi
         return
     async with transport:
         yield Finding("broker", State.OK, f"{transport.url} is reached; it is named by {named.source}")
+        yield await _identity(transport)
         finding = await _jetstream(transport)
         yield finding
         if finding.state is State.OK:
             yield _synced(True if syncs else await transport.syncs())
+
+
+async def _identity(transport: NatsTransport) -> Finding:
+    try:
+        is_claimed = await can_be(transport, Subjects(), random_token("anybody"))
+    except BrokerError as error:
+        return _wrong("identity", error)
+    if is_claimed:
+        text = "the broker lets a process speak in any name: who calls is a claim"
+        return Finding("identity", State.WARNING, text, "`nalar permissions --help` says how each gets its own")
+    return Finding("identity", State.OK, "each process speaks in its own name only")
 
 
 async def _jetstream(transport: NatsTransport) -> Finding:

@@ -26,7 +26,7 @@ from nalar_mq.logs import logger
 from nalar_mq.placement import RoutingTable
 from nalar_mq.rules import Priorities
 from nalar_mq.standing import Standing
-from nalar_mq.transport import Delivered, Handler, KeyValue, Subscription, Transport
+from nalar_mq.transport import Delivered, Handler, KeyValue, Subscription, Transport, is_direct
 
 STATES: Final = "states"
 ACTS: Final = "acts"
@@ -129,7 +129,8 @@ class Enforcement:
     # What holds.
 
     def _on_states(self, message: Delivered) -> None:
-        self._take_states(message.data)
+        if is_direct(message, self._subjects.states):
+            self._take_states(message.data)
 
     def _take_states(self, data: bytes) -> None:
         if not self.standing.take_states(data):
@@ -168,7 +169,7 @@ class Enforcement:
     # Priorities of many.
 
     def _on_ranks(self, message: Delivered) -> None:
-        taken = self.standing.take_ranks(message.data)
+        taken = self.standing.take_ranks(message.data) if is_direct(message, self._subjects.ranks(self._me.name)) else None
         if taken is None or self._changes is None:
             return
         report, is_whole, slots = taken

@@ -355,7 +355,12 @@ class _Client(Client):
     def _connect_command(self) -> bytes:
         if self.needs_tls and not self._server_info.get("tls_required"):
             raise nats.errors.SecureConnWantedError
-        return super()._connect_command()
+        command = super()._connect_command()
+        token = self.options["token"]
+        if token is None or self.options["user"] is None:
+            return command
+        verb, _, said = command.partition(b" ")  # nats-py sends one or the other
+        return b"%b %b\r\n" % (verb, json.dumps(json.loads(said) | {"auth_token": token}).encode())
 
     def _pause_s(self) -> float:
         pause_s: float = min(_RECONNECT_PAUSE_S * 2.0 ** min(self._attempts, 10), _RECONNECT_PAUSE_MAX_S)
@@ -1679,8 +1684,7 @@ def _connect_error(url: str, error: Exception, access: BrokerAccess) -> BrokerEr
     where = _shown(url)
     text = str(error).removeprefix("nats: ").strip("'\" ")
     if "authorization" in text.lower() or "authentication" in text.lower():
-        used = "the credentials given" if _has_credentials(access, url) else "a connection without credentials"
-        return BrokerAuthError(f"the broker at {where} refuses {used}")
+        return BrokerAuthError(f"the broker at {where} refuses {_refused(access, url)}")
     if isinstance(error, ImportError):
         return BrokerAuthError(f"these credentials or this kind of URL need another package: {error}")
     if access.creds_file and not isinstance(error, (OSError, nats.errors.Error)):
@@ -1698,8 +1702,14 @@ def _connect_error(url: str, error: Exception, access: BrokerAccess) -> BrokerEr
     return BrokerUnreachableError(f"no broker can be reached at {where}: {text or repr(error)}", where)
 
 
-def _has_credentials(access: BrokerAccess, url: str) -> bool:
-    return bool(access.token or access.user or access.creds_file or access.nkey_seed_file or "@" in url)
+def _refused(access: BrokerAccess, url: str) -> str:
+    if access.token and access.user:
+        return (
+            f"the credentials given: either `nalar up` has been started anew, and .nalar/runtime.json has the present ones, or "
+            f"another client has the name {access.user!r}"
+        )
+    is_given = access.token or access.user or access.creds_file or access.nkey_seed_file or "@" in url
+    return "the credentials given" if is_given else "a connection without credentials"
 
 
 def _shown(url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -263,7 +264,8 @@ async def test_broker_that_dies_again_and_again_is_given_up(tmp_path: Path) -> N
 
     def kill() -> bool:
         if broker.pid is not None:
-            os.kill(broker.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(broker.pid, signal.SIGKILL)
         return broker.failure is not None
 
     await until(kill)

@@ -18,6 +18,7 @@ from nalar_mq import engines
 from nalar_mq.broker import EmbeddedBroker, find_nats_server, is_embedded, read_runtime_file, write_runtime_file
 from nalar_mq.config import BrokerAccess, NamedBroker, find_named_broker
 from nalar_mq.doctor import examine, examine_disk, examine_port
+from nalar_mq.guarded_broker import GuardedBroker
 from nalar_mq.installation import (
     Finding,
     State,
@@ -156,7 +157,16 @@ async def test_a_broker_that_is_named_is_asked(tmp_path: Path, broker_access: Br
     findings = await found(tmp_path, NamedBroker("NATS_URL", broker_access))
     assert findings["broker"].found == f"{broker_access.urls[0]} is reached; it is named by NATS_URL"
     assert findings["jetstream"].state is State.OK
+    assert findings["identity"].state is State.WARNING
+    assert "nalar permissions" in findings["identity"].advice
     assert findings["sync"].state is State.WARNING  # its monitoring is closed
+
+
+async def test_at_a_guarded_broker_names_are_no_claims(tmp_path: Path) -> None:
+    async with GuardedBroker(tmp_path / "broker", namespace="nalar") as broker:
+        findings = await found(tmp_path, NamedBroker("--nats", broker.client_access))
+    assert findings["identity"].state is State.OK
+    assert findings["jetstream"].state is State.OK
 
 
 async def test_wrong_credentials_and_wrong_urls(tmp_path: Path, broker_access: BrokerAccess) -> None:

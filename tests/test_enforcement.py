@@ -81,7 +81,7 @@ class World:
         governed_app.ORDER.clear()
         for name in names:
             await self.add(name)
-        self.client = await self.connect("c")
+        self.client = await self.connect("client-c")
         transport = await self.hub.connect("control")
         self.controller = GlobalController(
             transport,
@@ -184,7 +184,7 @@ async def test_a_session_goes_where_it_is_routed_and_what_is_queued_elsewhere_fo
         assert load["w2"]["one_by_one"] == (8, 1)
         new = scene.call("one_by_one", "new", "s")
         said = await scene.explain(new)
-        assert ("c", "sent to w2", "it likes it there") in said
+        assert ("client-c", "sent to w2", "it likes it there") in said
         assert ("w1", "passed on to w2", "it likes it there") in [said for each in queued for said in await scene.explain(each)]
         open_all()
         assert await asyncio.gather(*queued, new) == [*(f"q{number}" for number in range(8)), "new"]
@@ -403,7 +403,7 @@ async def test_who_is_not_allowed_is_refused_also_when_the_call_is_queued_alread
         assert await acme.call("ask", "again", "one_by_one") == "again"
         assert await scene.client.options(tenant="acme").call("one_by_one", "behalf") == "behalf"
         await asyncio.gather(*busy)
-        scene.mind.want(allow("one_by_one", callers=["c"]))
+        scene.mind.want(allow("one_by_one", callers=["client-c"]))
         await scene.rounds()
         assert await scene.call("one_by_one", "named", "q") == "named"
         scene.mind.want()

@@ -99,7 +99,7 @@ async def target(namespace: str, broker_access: BrokerAccess) -> AsyncIterator[T
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(attacker.aclose)
         worker = await stack.enter_async_context(Worker(load_app(APP), settings, name="worker"))
-        client = await stack.enter_async_context(connect(settings=settings, name="client"))
+        client = await stack.enter_async_context(connect(settings=settings, name="client-1"))
         await client.wait_for("ping")
         yield Target(worker, client, attacker)
 
@@ -126,7 +126,7 @@ def honest_packets(rng: random.Random, incarnation: int) -> list[bytes]:
         Resolve(id, rng.randbytes(20), ("worker",)),
         Fail(id, "builtins:ValueError", "no", rng.randbytes(6)),
         Cancel(id),
-        Consume(id, "client", 7),
+        Consume(id, "client-1", 7),
         Chunk(id, 1, rng.randbytes(4)),
         Credit(id, 2**40),
         Want(id),
@@ -171,7 +171,7 @@ def hostile_packets(rng: random.Random, incarnation: int, max_payload: int) -> I
             yield f"attacker{rng.randrange(50)}", mutated(rng, rng.choice(honest))
         elif kind < 0.999:
             data = rng.randbytes(rng.choice((0, 1, 2, 3, 10, 100)))
-            yield rng.choice(("worker", "client", "x", "y" * 128)), data if unreadable(data) else b""
+            yield rng.choice(("worker", "client-1", "x", "y" * 128)), data if unreadable(data) else b""
         else:
             yield "big", rng.choice((b"\x91", b"\xdd\xff\xff\xff\xff", b"\x00", rng.randbytes(1))) * (max_payload // 8)
 
@@ -259,16 +259,16 @@ async def test_hostile_records_of_members(target: Target) -> None:
     for number, data in enumerate(hostile_records(rng, honest)):
         if not is_readable(data):
             written += 1
-            await bucket.put(rng.choice(("worker", "client", "nobody", f"new{number}")), data)
+            await bucket.put(rng.choice(("worker", "client-1", "nobody", f"new{number}")), data)
     await bucket.put("not.a.token", encode_record(Member(WIRE_VERSION, 9, "n", "worker", 1, {})))
     await target.is_well()
     for process in target.processes:
         async with asyncio.timeout(60):
             while process.membership.unreadable < written / 2:  # a watch may skip what has been overwritten
                 await asyncio.sleep(0.01)
-        assert set(process.table.members) == {"worker", "client"}
+        assert set(process.table.members) == {"worker", "client-1"}
     async with asyncio.timeout(60):  # both write their own records again
-        while not all([is_readable((await bucket.get(name) or UNREADABLE).value or b"") for name in ("worker", "client")]):
+        while not all([is_readable((await bucket.get(name) or UNREADABLE).value or b"") for name in ("worker", "client-1")]):
             await asyncio.sleep(0.1)
     await target.is_well()
 
@@ -299,8 +299,8 @@ async def test_hostile_reports_of_load(target: Target) -> None:
     honest = encode_record(Load(WIRE_VERSION, incarnation, 1, {"ping": (2**62, 2**62)}))
     unreadable = [data for data in hostile_records(rng, honest) if not is_readable(data)]
     for data in unreadable:
-        target.attacker.publish(subjects.load(rng.choice(("worker", "client", "nobody"))), data)
-    foreign = [("nobody", incarnation), ("worker", incarnation - 1), ("client", incarnation), ("w" * 128, 0)] * 50
+        target.attacker.publish(subjects.load(rng.choice(("worker", "client-1", "nobody"))), data)
+    foreign = [("nobody", incarnation), ("worker", incarnation - 1), ("client-1", incarnation), ("w" * 128, 0)] * 50
     for name, life in foreign:
         target.attacker.publish(subjects.load(name), encode_record(Load(WIRE_VERSION, life, 2**60, {"ping": (2**62, -1)})))
     await target.settle()
@@ -327,11 +327,11 @@ async def test_hostile_questions_and_answers(target: Target) -> None:
         target.attacker.publish(subjects.look("worker", f"asker{rng.randrange(200)}"), data)
         unreadable += not is_readable(data)
     for data in answers:
-        target.attacker.publish(subjects.seen("worker", rng.choice(("client", "nobody"))), data)
+        target.attacker.publish(subjects.seen("worker", rng.choice(("client-1", "nobody"))), data)
         unreadable += not is_readable(data)
     for number in range(500):
         target.attacker.publish(subjects.look("worker", f"asker{number}"), encode_record(Look(WIRE_VERSION, number, True)))
-    target.attacker.publish(subjects.seen("worker", "client"), seen)
+    target.attacker.publish(subjects.seen("worker", "client-1"), seen)
     await target.settle()
     await target.is_well()
     assert process.lookout.unreadable == unreadable
@@ -388,7 +388,7 @@ async def test_rubbish_on_every_subject_that_is_listened_to(target: Target) -> N
     for number in range(REST):
         subject = rng.choice(patterns)
         for _ in range(subject.count("*")):
-            subject = subject.replace("*", rng.choice(("worker", "client", "x", f"y{number}")), 1)
+            subject = subject.replace("*", rng.choice(("worker", "client-1", "x", f"y{number}")), 1)
         data = rng.choice((rng.randbytes(rng.randrange(40)), mutated(rng, rng.choice(honest)), b"\x91" * 2_000))
         headers = rng.choice((None, None, {"Nalar-Timeout-S": "x"}, {"Nalar-Session": "a b", "Nalar-Priority": "-"}))
         target.attacker.publish(subject, data, reply=rng.choice(("", "attacker.answers")), headers=headers)
@@ -398,7 +398,7 @@ async def test_rubbish_on_every_subject_that_is_listened_to(target: Target) -> N
     await target.is_well()
     await target.settle()
     assert refused > REST / 100
-    assert set(target.client.process.table.members) == {"worker", "client"}
+    assert set(target.client.process.table.members) == {"worker", "client-1"}
 
 
 async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:
@@ -415,10 +415,10 @@ async def test_rubbish_on_the_connection_s_own_subjects(target: Target) -> None:
             await target.settle()
     await target.settle()
     await target.is_well()
-    async with connect(settings=target.client.process.settings, name="late"):
+    async with connect(settings=target.client.process.settings, name="client-late"):
         async with asyncio.timeout(60):
-            while not all("late" in process.table.members for process in target.processes):
+            while not all("client-late" in process.table.members for process in target.processes):
                 await asyncio.sleep(0.05)
     async with asyncio.timeout(60):
-        while any("late" in process.table.members for process in target.processes):
+        while any("client-late" in process.table.members for process in target.processes):
             await asyncio.sleep(0.05)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import pytest
 
 from nalar_mq.app import load_app
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.guarded_broker import GuardedBroker
+from nalar_mq.identity import issued
+from nalar_mq.permissions import Role
 from nalar_mq.worker import Worker
 
 HERE = Path(__file__).parent
@@ -56,12 +60,22 @@ async def run_node(*arguments: str) -> dict[str, Any]:
     return json.loads(out)
 
 
+@pytest.fixture(params=["any token", "guarded"])
+async def access(request: pytest.FixtureRequest, broker_access: BrokerAccess, namespace: str) -> AsyncIterator[BrokerAccess]:
+    """A broker whose token lets anybody do everything, and that of `nalar up`, whose token lets visitors in."""
+    if request.param == "any token":
+        yield broker_access
+    else:
+        async with GuardedBroker(request.getfixturevalue("tmp_path"), namespace=namespace) as broker:
+            yield broker.node_access
+
+
 async def test_a_node_program_publishes_jobs_and_reads_their_results(
-    program: Path, broker_access: BrokerAccess, namespace: str
+    program: Path, access: BrokerAccess, namespace: str
 ) -> None:
-    settings = Settings(broker=broker_access, namespace=namespace, node="here")
+    settings = Settings(broker=issued(access, "one", Role.WORKER), namespace=namespace, node="here")
     async with Worker(load_app(APP), settings, name="one", lease_in_thread=False):
-        found = await run_node(str(program), broker_access.urls[0], broker_access.token, namespace)
+        found = await run_node(str(program), access.urls[0], access.token, namespace)
     results, calls = found["results"], found["calls"]
     assert found["submitted"]["repeated"] == {"id": "mine", "duplicate": True}
     assert (results["first"]["state"], results["first"]["value"]) == ("done", {"answer": "WHY?WHY?", "score": 4})

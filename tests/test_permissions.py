@@ -10,6 +10,7 @@ from pathlib import Path
 import nats
 import pytest
 
+from nalar_mq.actions import Allow, States, encode_decision
 from nalar_mq.address import Subjects
 from nalar_mq.app import load_app
 from nalar_mq.broker import find_nats_server
@@ -166,6 +167,7 @@ async def test_what_jetstream_passes_on_is_in_nobodys_name(url: str) -> None:
     """The broker publishes wherever it is asked to answer: frames and records that come that way are not believed."""
     forged_frame = encode_packet(Bye(WIRE_VERSION, 1 << 62))  # ends every channel to whoever is believed to have sent it
     actors = {"stolen": ActorInfo("workflow", {}, False, "", None, 0, 0, None, False, False)}
+    forged_states = encode_decision(States(WIRE_VERSION, 1 << 40, 1, (Allow("echo", ("nobody",)),)))
     forged_record = encode_record(Member(WIRE_VERSION, 1 << 62, "n", "worker", 1, actors))
     async with (
         Worker(load_app(APP), settings(url, "one"), name="one") as worker,
@@ -175,9 +177,12 @@ async def test_what_jetstream_passes_on_is_in_nobodys_name(url: str) -> None:
         endpoint = worker.process.endpoint
         results = "nalar-results"
         forger.publish("nalar.result.frame", forged_frame)
+        forger.publish("nalar.result.states", forged_states)
         forger.publish("nalar.result.record", forged_record)
         ledger = await forger.ledger(results, ["nalar.result.*"])
         await eventually(lambda: _holds(ledger, "nalar.result.record"), "the stream does not keep it")
+        for subject in ("nalar.states", "$KV.nalar-control.states"):
+            forger.publish(f"$JS.API.DIRECT.GET.{results}.nalar.result.states", b"", reply=subject)
         for subject in ("nalar.look.one.two", "nalar.seen.one.two", "nalar.load.two", "nalar.box.one.two"):
             forger.publish(f"$JS.API.DIRECT.GET.{results}.nalar.result.frame", b"", reply=subject)
         await eventually(lambda: endpoint.stats.indirect == 1, "the copy never came")
@@ -210,6 +215,7 @@ async def test_what_jetstream_passes_on_is_in_nobodys_name(url: str) -> None:
         async with connect(settings=settings(url, "client-a"), name="client-a") as client:
             assert client.process.membership.unreadable >= 1
             assert await client.call("echo", "x") == "x"
+            assert not worker.process.enforcement.standing.states
 
 
 async def test_a_service_answers_nobody_in_its_own_name_elsewhere(url: str) -> None:

@@ -311,7 +311,7 @@ from nalar_mq.errors import NalarError, OwnerLostError
 
 async def main():
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    async with nalar_mq.connect(settings=settings, name="frozen") as client:
+    async with nalar_mq.connect(settings=settings, name="client-frozen") as client:
         await client.wait_for("endure")
         call = client.call("endure", "frozen", sys.argv[2])
         try:
@@ -338,7 +338,7 @@ async def test_a_client_frozen_beyond_its_lease_is_told_and_begins_again(
         await until(lambda: traces(folder)["began frozen"], "it never began")
         caller.process.send_signal(signal.SIGSTOP)
         await until(lambda: traces(folder)["cancelled frozen"], "its call goes on")
-        await until(lambda: "frozen" not in client.process.table.members, "it was never given up")
+        await until(lambda: "client-frozen" not in client.process.table.members, "it was never given up")
         caller.process.send_signal(signal.SIGCONT)
         await caller.says("stood still for longer than its lease")
         await caller.says("again: 49")

@@ -475,15 +475,15 @@ async def test_a_run_is_traced_while_it_goes_on_and_after_it_has_failed(runtime:
 
 
 async def test_workers_tell_what_they_have_in_hand(runtime: Runtime) -> None:
-    client = await runtime.client(name="asks")
+    client = await runtime.client(name="client-asks")
     futures = [client.call("narrow_gate", "look") for _ in range(6)]
     await _until(lambda: runtime.started("narrow_gate") == 2)
-    other = await runtime.client(name="other")
+    other = await runtime.client(name="client-other")
     pending = [other.call("wait_at", "look") for _ in range(3)]
     await _until(lambda: runtime.started("wait_at") == 3)
     views = {view.name: view.glance for view in await client.look()}
-    assert list(views) == ["first", "other", "second"]
-    assert views["other"].futures == 3
+    assert list(views) == ["client-other", "first", "second"]
+    assert views["client-other"].futures == 3
     hands = [views[name].actors["narrow_gate"] for name in ("first", "second")]
     assert sum(queued for queued, _ in hands) == 4
     assert [running for _, running in hands] == [1, 1]
@@ -491,7 +491,7 @@ async def test_workers_tell_what_they_have_in_hand(runtime: Runtime) -> None:
     await nalar_mq.gather(*futures, *pending)
     ended = {view.name: view.glance.ended for view in await client.look()}
     assert ended["first"] + ended["second"] == 10
-    assert ended["other"] == 0
+    assert ended["client-other"] == 0
 
 
 async def test_a_worker_remembers_its_last_calls_in_any_number_of_pieces(runtime: Runtime) -> None:
@@ -546,7 +546,7 @@ async def test_who_waits_for_a_future_lends_it_its_priority(runtime: Runtime) ->
 
 
 async def test_what_is_known_of_a_future(runtime: Runtime) -> None:
-    client = await runtime.client(name="owner")
+    client = await runtime.client(name="client-owner")
     a = runtime.actors
     waiting = client.options(session="known", timeout_s=60, priority=2).call("wait_at", "info")
     needs_it = a.echo(waiting.later)

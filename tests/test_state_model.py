@@ -375,8 +375,8 @@ class Schedule:
             assert not self.failed & set(log), f"{session}: of a failed call something has stayed"
             missing = [token for token in self.promised[session] if token not in log]
             assert not missing, f"{session}: acknowledged and not there: {missing}"
-            for caller in {token.partition("-")[0] for token in log}:
-                numbers = [int(token.partition("-")[2]) for token in log if token.startswith(f"{caller}-")]
+            for caller in {token.rpartition("-")[0] for token in log}:
+                numbers = [int(token.rpartition("-")[2]) for token in log if token.startswith(f"{caller}-")]
                 assert numbers == sorted(numbers), f"{session}: calls of {caller} out of order: {numbers}"
 
 
