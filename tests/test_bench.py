@@ -68,7 +68,12 @@ def test_the_figures_of_the_global_controller(tmp_path: Path) -> None:
 def test_the_figures_of_policies(tmp_path: Path) -> None:
     target = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench", "policies", "--runs", "1", "--json", str(target)]
-    small = {"BENCH_HEAD_SECONDS": "2", "BENCH_SWING_SECONDS": "2", "BENCH_ALIVE_FUTURES": "3000"}
+    small = {
+        "BENCH_POLICIES_WORKERS": "3",
+        "BENCH_HEAD_SECONDS": "2",
+        "BENCH_SWING_SECONDS": "2",
+        "BENCH_ALIVE_FUTURES": "3000",
+    }
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | small, capture_output=True, text=True, timeout=110)
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(target.read_text())["systems"]["nalar"]

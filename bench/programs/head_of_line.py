@@ -1,8 +1,9 @@
 """Short calls behind long ones: what the policies that come with the runtime make of it, beside none.
 
-Eight instances run one call at a time, at 70 % of what they can do. Sessions come at random, as open-loop load does; each
-sends a few bursts of calls, and waits for one before it sends the next. Most calls are short; now and then the last call of a
-burst is long, so that no call waits behind a long one of its own session. Both halves get the same sessions at the same times.
+Some instances, eight unless told otherwise, run one call at a time, at 70 % of what they can do. Sessions come at random, as
+open-loop load does; each sends a few bursts of calls, and waits for one before it sends the next. Most calls are short; now and
+then the last call of a burst is long, so that no call waits behind a long one of its own session. Both halves get the same
+sessions at the same times.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.nats_transport import NatsTransport
 
-REPLICAS = 8
+REPLICAS = int(os.environ.get("BENCH_POLICIES_WORKERS", "8"))
 LOAD = 0.7
 SHORT_S = 0.05
 LONG_S = 5.0

@@ -1,6 +1,6 @@
 """A load that swings from one tool to another and back: what reallocation makes of it, beside nothing and beside an oracle.
 
-There is room for eight instances of both tools together, each of which runs one call at a time. So many clients call all the
+There is room for eight instances of both tools together, unless told otherwise, each of which runs one call at a time. So many clients call all the
 time, nine of ten calls one tool, and at each swing the other one. The oracle knows when that is: its instances end and begin by
 the same actions, without waiting for a queue to form.
 """
@@ -28,7 +28,7 @@ from nalar_mq.controllers.policy import Action, Policy, kill, provision
 from nalar_mq.controllers.view import View
 from nalar_mq.nats_transport import NatsTransport
 
-SLOTS = 8
+SLOTS = int(os.environ.get("BENCH_POLICIES_WORKERS", "8"))
 CLIENTS = 32
 CALL_S = 0.05
 SHARE = 0.9
