@@ -1,8 +1,8 @@
 """A load that swings from one tool to another and back: what reallocation makes of it, beside nothing and beside an oracle.
 
-There is room for eight instances of both tools together, unless told otherwise, each of which runs one call at a time. So many clients call all the
-time, nine of ten calls one tool, and at each swing the other one. The oracle knows when that is: its instances end and begin by
-the same actions, without waiting for a queue to form.
+There is room for eight instances of both tools together, unless told otherwise, each of which runs one call at a time. So many
+clients call all the time, nine of ten calls one tool, and at each swing the other one. The oracle knows when that is: its
+instances end and begin by the same actions, without waiting for a queue to form.
 """
 
 from __future__ import annotations
