@@ -198,7 +198,7 @@ async def test_calls_that_wait_in_a_queue_go_elsewhere_and_run_once(runtime: Run
 async def test_a_long_call_of_one_session_does_not_hold_up_the_others(runtime: Runtime) -> None:
     async with runtime.worker("first") as first, runtime.worker("second"):
         slow = runtime.client.options(session=await session_in(runtime, "first", "Notebook.note"))
-        long = slow.call("Notebook.note", 3.0)
+        long = slow.call("Notebook.note", 2.5)
         behind = slow.call("Notebook.note")
         async with Load(runtime.client) as load:
             for number in range(4):
@@ -285,3 +285,35 @@ async def test_what_cannot_be_drained_says_why(runtime: Runtime) -> None:
         with pytest.raises(DrainError, match="cannot be"):  # also if the client has not looked
             await runtime.client.process.calls.drain(here, -1.0, None)
         assert await runtime.client.call("echo") == 0.0
+
+
+async def test_jobs_go_on_elsewhere_and_those_that_sleep_are_not_waited_for(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    async with runtime.worker("first") as first:
+        resting = await runtime.client.submit("rest", folder=str(tmp_path / "traces"), seconds=2.5)
+        working = await runtime.client.submit("report", steps=20, seconds=0.05)
+        assert first._intake is not None
+        intake = first._intake
+        while not (intake.in_hand == 2 and intake.at_work == 1):  # one of them is known to sleep
+            await asyncio.sleep(0.01)
+        async with runtime.worker("second"):
+            async with asyncio.timeout(60):
+                await first.drain(3600.0)
+                assert await working.result() == 20
+                await first.aclose()
+                assert await resting.result() == "after"
+    for name in ("before", "after"):
+        assert (tmp_path / "traces" / name).read_text() == f"{name}\n"
+
+
+async def test_a_job_that_outlasts_the_grace_goes_on_in_another_worker(runtime: Runtime) -> None:
+    async with runtime.worker("first") as first:
+        working = await runtime.client.submit("report", steps=20, seconds=0.05)
+        assert first._intake is not None
+        while not first._intake.at_work:
+            await asyncio.sleep(0.01)
+        async with runtime.worker("second"):
+            await first.drain(0.2)
+            await first.aclose()
+            async with asyncio.timeout(60):
+                assert await working.result() == 20

@@ -182,6 +182,7 @@ async def test_a_worker_killed_while_it_is_drained(settings: Settings, client: C
             assert await client.options(session=session, timeout_s=PATIENCE_S).call("Notebook.note") == 3
 
 
+@pytest.mark.slow
 async def test_the_broker_is_killed_while_a_worker_is_drained(tmp_path: Path) -> None:
     async with EmbeddedBroker(tmp_path / "broker") as broker:
         settings = Settings(broker=broker.access, node="here")

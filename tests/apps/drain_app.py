@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from nalar_mq import ManagedList, agent, method, tool, workflow
+from nalar_mq import ManagedList, agent, method, sleep, tool, workflow
 
 
 @tool
@@ -56,3 +56,11 @@ async def report(steps: int, seconds: float) -> int:
         await echo(seconds)
         await Notebook.note()
     return steps
+
+
+@workflow
+async def rest(folder: str, seconds: float) -> str:
+    """Sleeps between two calls."""
+    await trace(folder, "before")
+    await sleep(seconds)
+    return await trace(folder, "after")
