@@ -303,10 +303,12 @@ class _Client(Client):
 
     async def _process_err(self, err_msg: str) -> None:
         if any(harmless in err_msg for harmless in _HARMLESS_ERRORS):
-            _log.warning("transport.refused", reason=err_msg.strip("'"))
-            self.denied.update(re.findall(r'subscription to "([^"]*)"', err_msg))
+            denied = re.findall(r'subscription to "([^"]*)"', err_msg)
+            self.denied.update(denied)
             for subject in re.findall(r'publish to "([^"]*)"', err_msg):
                 self.refused = (self._loop.time(), subject)
+            if not denied:  # else `subscribe` raises
+                _log.warning("transport.refused", reason=err_msg.strip("'"))
             return
         await self._process_op_err(nats.errors.Error(err_msg.strip("'")))
 
