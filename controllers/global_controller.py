@@ -253,14 +253,14 @@ class GlobalController:
                 decision = await decision_of(self._decider, self.governor, self.view, self._loop.time())
                 decided = self._loop.time()
                 if leadership.is_current:
-                    await self._publish(decision)
+                    await self._publish(leadership, decision)
                     await self._tell(leadership, decision)
             except KeyConflictError:
                 self._depose(leadership)
         ended = self._loop.time()
         return Round(reports, len(self.view.futures), collected - begun, decided - collected, ended - decided)
 
-    async def _publish(self, decision: Decision) -> None:
+    async def _publish(self, leadership: Leadership, decision: Decision) -> None:
         assert self._control is not None
         assert self._acts is not None
         if decision.error:
@@ -270,7 +270,11 @@ class GlobalController:
         states = self.governor.changed_states(decision)
         if states is not None:
             data = encode_decision(states)
-            self._states_revision = await self._control.update(_STATES, data, self._states_revision)
+            try:
+                self._states_revision = await self._control.update(_STATES, data, self._states_revision)
+            except BrokerError:
+                leadership.resign()  # nobody knows whether it was written: who leads next reads what holds
+                raise
             self._transport.publish(self._subjects.states, data)
         acts = self.governor.ordered_acts(self.view, decision, self._lease_s)
         if acts is not None:

@@ -180,48 +180,56 @@ class _Told:
 
     def __init__(self, incarnation: int, rounds: int) -> None:
         self.incarnation = incarnation
-        self.number = 0
         self.rounds = rounds
         self.sessions: Ints = np.zeros(0, np.int32)
         self.values: _Values = np.zeros(0, np.int16)
 
 
 class _RankBook:
-    """Priorities of sessions, and who has been told which of them."""
+    """Priorities of sessions, and who has been told which: everybody once, since a former leader may have given some."""
 
     def __init__(self) -> None:
         self._told: dict[str, _Told] = {}
+        self._has_ranked = False
+        self._number = 0
 
     def changes(self, view: View, wanted: SetPriorities | None, term: int) -> Iterator[tuple[str, Ranks]]:
+        workers = view.workers
+        self._told = {name: told for name, told in self._told.items() if name in workers}
+        self._has_ranked |= wanted is not None
+        due = [name for name in workers if self._has_ranked or not self._has_told(name, workers[name].incarnation)]
+        if not due:
+            return
         values = np.full(view.sessions.room, NO_RANK, np.int16)
         if wanted is not None:
             values[wanted.sessions] = wanted.values
-        elif not self._told:
-            return
-        workers = view.workers
-        self._told = {name: told for name, told in self._told.items() if name in workers}
-        for name in workers:
+        for name in due:
             yield from self._for_process(name, *view.sessions_of(name), values, term)
 
     def _for_process(
         self, name: str, incarnation: int, report: int, sessions: Ints, values: _Values, term: int
     ) -> Iterator[tuple[str, Ranks]]:
-        told = self._told.get(name)
-        if told is None or told.incarnation != incarnation:
-            told = self._told[name] = _Told(incarnation, len(self._told))
+        is_new = not self._has_told(name, incarnation)
+        if is_new:
+            self._told[name] = _Told(incarnation, len(self._told))
+        told = self._told[name]
         mine = np.where(sessions >= 0, values[sessions], np.int16(NO_RANK))
         told.rounds += 1
-        is_whole = told.rounds % _WHOLE_EVERY == 0 or len(mine) != len(told.values)
+        is_whole = is_new or told.rounds % _WHOLE_EVERY == 0 or len(mine) != len(told.values)
         if is_whole:
             changed = np.flatnonzero(mine != NO_RANK)
         else:
             other = (sessions != told.sessions) & (mine != NO_RANK)
             changed = np.flatnonzero((mine != told.values) | other)
         told.sessions, told.values = sessions.copy(), mine
-        if not len(changed) and not (is_whole and told.number):
+        if not len(changed) and not is_whole:
             return
         for start in range(0, max(len(changed), 1), _RANKS_AT_ONCE):
             part = changed[start : start + _RANKS_AT_ONCE]
-            told.number += 1
+            self._number += 1
             slots, ranks = part.astype("<u4").tobytes(), mine[part].astype("<i2").tobytes()
-            yield name, Ranks(WIRE_VERSION, term, told.number, incarnation, report, is_whole and not start, slots, ranks)
+            yield name, Ranks(WIRE_VERSION, term, self._number, incarnation, report, is_whole and not start, slots, ranks)
+
+    def _has_told(self, name: str, incarnation: int) -> bool:
+        told = self._told.get(name)
+        return told is not None and told.incarnation == incarnation

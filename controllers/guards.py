@@ -295,7 +295,7 @@ class _Round:
         if action.agent and (problem := self._instance(action.agent, action.instance)):
             return problem
         for agent in (action.agent,) if action.agent else self._agents:
-            replicas = [replica.worker for replica in self._view.replicas(agent)]
+            replicas = [replica.worker for replica in self._view.serving(agent)]  # one that drains will be gone
             left = [worker for worker in replicas if self._stopping.isdisjoint(((worker, ""), (worker, agent)))]
             if action.instance in left and len(left) <= self._agents[agent].min_instances:
                 return f"{agent!r} would have fewer than {self._agents[agent].min_instances} instances"

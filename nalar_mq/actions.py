@@ -202,7 +202,7 @@ class Ranks(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=235):
     """Priorities of sessions of one process, by the slots of its reports up to `report`.
 
     Attributes:
-        number: from 1 for each process; one that does not follow the last is used all the same.
+        number: grows within the term; one that does not follow the last is used all the same.
         is_whole: sessions that are not named have none.
         sessions: slots, `<u4`.
         values: priorities, `<i2`; `NO_RANK` for none.

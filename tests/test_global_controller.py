@@ -300,6 +300,34 @@ async def test_sessions_are_told_their_ranks_as_they_change(hub: MemoryHub) -> N
 
 
 @simulated
+async def test_ranks_are_obeyed_by_a_process_that_was_silent_for_long(hub: MemoryHub) -> None:
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", ShortestRemaining())
+    for number in range(20):
+        worker.call(f"s{number}")
+        await leader.until_round(leader.rounds + 2)
+    await until(lambda: len(worker.ranks) == 20)
+    hub.cut("w")
+    await until(lambda: "w" not in leader.view.workers)
+    hub.restore("w")
+    worker.call("new")
+    await until(lambda: "w" in leader.view.workers)
+    await leader.until_round(leader.rounds + 5)
+    assert "new" in worker.ranks
+    assert worker.standing.refused["late"] == 0
+
+
+@simulated
+async def test_ranks_of_a_former_leader_hold_no_more_when_its_successor_ranks_nothing(hub: MemoryHub) -> None:
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", ShortestRemaining())
+    worker.call("s")
+    await until(lambda: worker.ranks)
+    await leader.aclose()
+    successor = await controller(hub, "c2", Mind())
+    await until(lambda: successor.is_leader)
+    await until(lambda: not worker.ranks)
+
+
+@simulated
 async def test_lost_doubled_and_late_reports_are_healed(hub: MemoryHub) -> None:
     workers = [await Worker(f"w{number}").join(hub) for number in range(4)]
     leader, standby = await controller(hub, "c1", LeastLoaded()), await controller(hub, "c2", LeastLoaded())
@@ -370,6 +398,21 @@ async def test_without_the_broker_a_leader_stops_deciding_and_goes_on_afterwards
     mind.wanted = (set_priority("s", 2),)
     hub.restore("c1")
     await until(lambda: worker.standing.states == (SetPriority("s", 2),))
+
+
+@simulated
+async def test_states_that_the_broker_did_not_take_are_written_again(hub: MemoryHub) -> None:
+    mind = Mind()
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", mind)
+    worker.call("s")
+    await until(lambda: leader.is_leader and "s" in leader.view.sessions)
+    await leader.until_round(leader.rounds + 2)
+    mind.wanted = (set_priority("s", 3),)
+    hub.cut("c1")
+    await leader.until_round(leader.rounds + 2)
+    hub.restore("c1")
+    await until(lambda: worker.standing.states == (SetPriority("s", 3),))
+    assert (await states_kept(hub)).states == worker.standing.states
 
 
 @simulated

@@ -174,6 +174,14 @@ def test_what_has_been_promised_counts() -> None:
     ]
 
 
+def test_an_instance_that_drains_is_not_one_that_is_left() -> None:
+    world = busy_world()
+    world.changes["w1"].set_draining()
+    verdict = Guards().check(world.tick(), [kill("w2")], 100.0)
+    assert [reason for _, reason in verdict.refusals] == ["'a' would have fewer than 1 instances"]
+    assert Guards().check(world.view, [kill("w1")], 100.0).refusals == ()
+
+
 @pytest.mark.parametrize(("most", "words"), [(3, "has its 3 instances"), (None, "0 of gpu left")])
 def test_an_instance_that_starts_is_counted_until_it_should_be_there(most: int | None, words: str) -> None:
     guards, view, act = Guards(Bounds(cooldown_s=0.0, settling_s=30.0)), busy_world(most).view, provision("a", "n1")
