@@ -158,6 +158,8 @@ class Draining:
                     await asyncio.sleep(_LOOK_S)
                     adopts = process.settings.adopts_state
                     is_open = await stores.take(folder, process.transport, process.subjects, adopts=adopts)
+            if self._migrations is not None:
+                self._migrations.on_stores_opened()
             await process.membership.hold(stores.ids, stores.replicated_ids)
         except (NalarError, TimeoutError) as error:
             _log.warning("store.not_inherited", folder=str(folder), error=str(error) or repr(error))

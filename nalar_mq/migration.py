@@ -148,6 +148,11 @@ class _Leaving:
         self.taken: dict[int, asyncio.Future[None]] = {}
         self.failure: MigrationError | None = None
 
+    @property
+    def session(self) -> Session:
+        """It as it is in the store that it leaves, whatever other stores of this worker know of it."""
+        return self.kept.committer.store.session(*self.key)
+
     def fail(self, error: MigrationError) -> None:
         self.failure = self.failure or error
         for taken in self.taken.values():
@@ -255,7 +260,7 @@ class Migrations:
 
     def look(self, key: Key) -> None:
         """A call has come for a session that is not in memory: if it is not simply here, finds out where it is."""
-        if key in self._settling or any(coming.key == key for coming in self._coming.values()):
+        if key in self._settling or key in self._leaving or any(coming.key == key for coming in self._coming.values()):
             return
         kept = self._stores.session(*key)
         standing = self._standing(key, kept)
@@ -267,6 +272,8 @@ class Migrations:
         elif standing != HERE or is_doubtful:
             self._holder.freeze(key)
             self._settling[key] = self._start(self._settle(key, kept))
+        elif not kept.session.is_kept:
+            self._stores.assign(*key, kept.committer.store.id)  # stores that are opened from now on change nothing of that
 
     def on_commit(self, key: Key, changes: Iterable[Change], outcome: Outcome) -> None:
         """A call of a session has been committed."""
@@ -372,7 +379,7 @@ class Migrations:
     async def _send_all(self, leaving: _Leaving) -> None:
         """Pre-copy: all that is in the store, an instance there, and what was changed meanwhile until that is little."""
         store, after = leaving.kept.committer.store, b""
-        session = self._stores.session(*leaving.key).session
+        session = leaving.session
         outcomes = await asyncio.to_thread(store.outcomes, session)
         await self._send(leaving, [], outcomes, session=session)
         while True:
@@ -389,7 +396,7 @@ class Migrations:
 
     async def _send_changed(self, leaving: _Leaving, step: str = "") -> None:
         """Sends what calls have changed since the last time, and waits until the other side has it."""
-        session = self._stores.session(*leaving.key).session
+        session = leaving.session
         changed, leaving.changed = leaving.changed, {}
         outcomes, leaving.outcomes = leaving.outcomes, []
         changes = await asyncio.to_thread(leaving.kept.committer.store.entries, session, changed)
@@ -487,11 +494,11 @@ class Migrations:
             began = self._loop.time()
             await self._send_changed(leaving, "last")
             patience.reschedule(None)  # from here on it goes to its end
-            await self._mark(leaving, self._stores.session(*key).session, LEAVING, leaving.store)
+            await self._mark(leaving, LEAVING, leaving.store)
             is_known = False
             if not await self._enter(leaving, revision):
                 is_known = True
-                await self._mark(leaving, self._stores.session(*key).session, HERE, "")
+                await self._mark(leaving, HERE, "")
                 raise MigrationError("the directory was changed by somebody else meanwhile")
         except BaseException:
             if is_known:
@@ -509,7 +516,8 @@ class Migrations:
             self._tell(leaving.target, Thaw(leaving.id))
         self._start(self._delete(key, leaving.kept, store))
 
-    async def _mark(self, leaving: _Leaving, session: Session, standing: str, other: str) -> None:
+    async def _mark(self, leaving: _Leaving, standing: str, other: str) -> None:
+        session = leaving.session
         header = session.header
         kinds = {} if header is None else header.kinds
         schema = 0 if header is None else header.schema
@@ -545,6 +553,7 @@ class Migrations:
     def _note_left(self, key: Key, store: str) -> None:
         self._left[key] = store
         self._left.move_to_end(key)
+        self._stores.unassign(*key)
         self._places.learn(self._places.key_in_store(*key), store)
         if len(self._left) > _LEFT_KEPT:
             self._left.popitem(last=False)  # the mark in the store says the same

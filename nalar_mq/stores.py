@@ -9,7 +9,8 @@ Agents whose state is `replicated` have stores of their own, `STATE/r1` and so o
 All stores of a runtime belong to one directory of sessions, the places bucket, which has an id of its own. A store of another
 directory is not opened: sessions would be served there that others know elsewhere. With `adopts`, which a broker that belongs
 to the app allows, its sessions are entered in the directory instead. Where several are open, a session that none of them
-knows is put where the directory says.
+knows is put where the directory says. There it begins, whatever stores are opened before its first commit: a copy in one of
+those was on its way to another worker, and the directory does not name it.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Entries,
 from nalar_mq.transport import KeyValue, Transport
 
 DIRECTORY_KEY: Final = "_directory"
+_ASSIGNED: Final = "assigned"  # it begins there
+_BACK: Final = "back"  # it begins anew where it has left
 _UNKNOWN: Final = "unknown"
-_BY_LIKELIHOOD: Final = (HERE, STAGED, LEAVING, LEFT, _UNKNOWN)
+_BY_LIKELIHOOD: Final = (HERE, _ASSIGNED, STAGED, LEAVING, _BACK, LEFT, _UNKNOWN)
 _SLOTS: Final = 1_000
 _ADOPTED_AT_ONCE: Final = 256
 _ASSIGNED_KEPT: Final = 10_000
@@ -59,10 +62,14 @@ class Kept:
         self.session = session
 
     def rank(self, assigned: str | None) -> int:
-        """Lower where the session is more likely to be served; a session that is nowhere is to be in the store `assigned`."""
+        """Lower where the session is more likely to be served.
+
+        One of which nothing has been committed yet is in the store `assigned`, whatever of it was on its way to another.
+        """
         standing = self.session.standing if self.session.is_kept else _UNKNOWN
-        is_elsewhere = standing in (LEFT, _UNKNOWN) and self.committer.store.id != assigned
-        return _BY_LIKELIHOOD.index(standing) + (2 if is_elsewhere else 0)
+        if self.committer.store.id == assigned:
+            standing = {_UNKNOWN: _ASSIGNED, LEFT: _BACK}.get(standing, standing)
+        return _BY_LIKELIHOOD.index(standing)
 
 
 class Stores:
@@ -319,10 +326,14 @@ class Stores:
         return len(self._open[actor in self._replicated]) > 1 and (actor, name) not in self._assigned
 
     def assign(self, actor: str, name: str, store: str) -> None:
-        """Says in which of the open stores a session is to be that none of them has."""
+        """Says in which of the open stores a session is to be that none of them has, whichever are opened from now on."""
         self._assigned[actor, name] = store
         if len(self._assigned) > _ASSIGNED_KEPT:
             self._assigned.pop(next(iter(self._assigned)))
+
+    def unassign(self, actor: str, name: str) -> None:
+        """The session has left, or has ended: if it comes back, that may be to another of the open stores."""
+        self._assigned.pop((actor, name), None)
 
     def load(self, kept: Kept) -> Entries:
         """All entries of a session, checked.
@@ -390,6 +401,7 @@ class Stores:
             for session in sessions:
                 if session.header is not None and session.header.used_s < before_s and not is_loaded(session.name):
                     committer.put(Removal(session), lambda _: None)
+                    self.unassign(actor, session.name)
                     gone.append((session.name, committer.store.id))
         return gone
 

@@ -100,8 +100,9 @@ async def test_a_session_comes_back_with_the_store_that_it_left_for(runtime: Run
     assert len(runtime.workers[here].process.stores.ids) == 3
 
 
+@pytest.mark.parametrize("is_drained", [False, True])
 async def test_calls_go_in_no_circle_when_a_session_comes_back_with_a_store_that_it_went_to_in_two_steps(
-    runtime: Runtime,
+    runtime: Runtime, is_drained: bool
 ) -> None:
     """Whoever opens the third worker's store has noted for one of the two sessions that the other worker has it."""
     sessions = {"ann": ["first", "second", "third"], "bob": ["second", "first", "third"]}
@@ -111,6 +112,8 @@ async def test_calls_go_in_no_circle_when_a_session_comes_back_with_a_store_that
             for place in path:
                 await runtime.client.migrate("Notebook", session, to=place)
                 await runtime.client.options(session=session).call("Notebook.note", place)
+        if is_drained:
+            await third.drain(5.0)
     for session, path in sessions.items():
         caller = runtime.client.options(session=session, timeout_s=30.0)
         assert await caller.call("Notebook.note", "back") == 4
@@ -130,6 +133,33 @@ async def test_a_call_finds_a_session_that_has_gone_on_from_a_store_that_nobody_
                 await runtime.client.migrate("Notebook", "ann", to=place)
                 await ann.call("Notebook.note", place)
         assert await late.options(session="ann", timeout_s=30.0).call("Notebook.read") == ["third", "second"]
+
+
+async def test_a_session_stays_in_its_store_though_a_copy_comes_back_with_that_of_a_worker_which_died(runtime: Runtime) -> None:
+    """Nothing had been committed of it when it was on its way there; whoever has both stores may not commit to the copy."""
+    ann, begun = runtime.client.options(session="ann", timeout_s=60.0), asyncio.Event()
+    importlib.import_module("state_app").BEGUN["ann"] = begun
+    running = ann.call("Notebook.note_for_ever", "of this nothing stays")
+    await begun.wait()
+    waiting = ann.call("Notebook.note", "a")
+    here, there = await runtime.holder("ann"), await runtime.other("ann")
+    source, target = runtime.workers[here].process.stores, runtime.workers[there].process.stores
+    assert source is not None and target is not None
+    moving = asyncio.create_task(runtime.client.migrate("Notebook", "ann", to=there))
+    while not target.session("Notebook", "ann").session.is_kept:
+        await asyncio.sleep(0)
+    runtime.hub.kill(there)
+    await target.aclose()
+    with pytest.raises(MigrationError):
+        await moving
+    async with asyncio.timeout(60.0):
+        while len(source.ids) < 2:
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert await waiting == 1
+    await runtime.workers[here].aclose()
+    async with runtime.worker("third"), runtime.worker("fourth"):
+        assert await ann.call("Notebook.read") == ["a"]
 
 
 async def test_the_owner_hears_of_every_step_of_a_call_that_is_sent_after_its_session(runtime: Runtime) -> None:
