@@ -3,7 +3,8 @@
 Actors that reserve nothing are served by all workers. Of the others each gets its least number of instances, whatever is left
 for them; then they get one more in turn, in the order of their names, while the capacities hold it and they have not as many as
 they may have. An instance goes to the worker that has the fewest of such actors. A resource of which no capacity is told is not
-reserved. Every worker of the node comes to the same, from its app and its place among the workers.
+reserved. Every worker of the node comes to the same, from its app and its place among the workers. One that is added later
+serves the actor that it was added for, and those that reserve nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ def assigned(actors: Mapping[str, Serves], place: int, workers: int, capacities:
     """The actors that worker number `place` of so many serves; the first one is number 0."""
     plan = _Plan(actors, workers, capacities)
     return frozenset(actor for actor in actors if actor not in plan.instances or place in plan.instances[actor])
+
+
+def added(actors: Mapping[str, Serves], agent: str, capacities: Mapping[str, float]) -> frozenset[str]:
+    """The actors that a worker serves which is added for `agent`."""
+    free = {name for name, serves in actors.items() if not serves.resources.keys() & capacities.keys()}
+    return frozenset(free | ({agent} & actors.keys()))
 
 
 class _Plan:

@@ -53,7 +53,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker process is told when it starts.
 
     `place` is its number among the `workers` of the node, from 0; `capacities` is what those may reserve together, and if that
-    is empty each of them serves the whole app.
+    is empty each of them serves the whole app. One that was added to them has no place: it is there for `agent`.
     """
 
     app: str
@@ -67,6 +67,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     place: int = 0
     workers: int = 1
     capacities: dict[str, float] = {}
+    agent: str | None = None
 
 
 class Rejoin(msgspec.Struct, frozen=True):
@@ -153,6 +154,8 @@ class LocalController:
         self._folder = folder
         self._log = logger(__name__).bind(node=settings.node)
         self._slots = {name: Slot(name=name) for name in names}
+        self._planned = workers
+        self._added: dict[str, str] = {}
         self._children: dict[str, _Child] = {}
         self._spare: _Child | None = None
         self._wants_spare = False
@@ -214,12 +217,16 @@ class LocalController:
         self._is_reduced = True
         self._events.put_nowait((name, Stop(self._limits.drain_timeout_s + self._limits.closing_s)))
 
-    def add_worker(self) -> str:
-        """Starts one more worker, under the name of one that was stopped if there is one; empty if there are enough."""
+    def add_worker(self, agent: str) -> str:
+        """Starts one more worker, under the name of one that was stopped if there is one; empty if there are enough.
+
+        Where capacities are told it serves `agent`, and what reserves nothing: what others have it leaves to them.
+        """
         stopped = [name for name, slot in self._slots.items() if slot.phase is Phase.STOPPED]
         if self._is_ending or (not stopped and len(self._slots) >= self._limits.most_workers):
             return ""
         name = stopped[0] if stopped else f"{self._settings.node}-{len(self._slots) + 1}"
+        self._added[name] = agent
         self._slots[name] = Slot(name=name, has_served=True)  # the node goes on, whatever becomes of it
         self._events.put_nowait((name, Tick()))
         return name
@@ -275,18 +282,21 @@ class LocalController:
         """Takes what lives and can stay for its own; ends what cannot before it starts anything under the same names."""
         found, record = folder.found, self._record()
         strangers: list[AdoptedProcess] = []
+        adopted: dict[str, AdoptedProcess] = {}
         for name, running in found.workers.items() if found is not None else ():
             process = AdoptedProcess.find(running)
             if process is None:
                 continue
             if found is None or not found.serves_like(record) or name not in self._slots:
                 strangers.append(process)
-                continue
-            due = asyncio.get_running_loop().time() + self._limits.rejoin_s
+            else:
+                adopted[name] = process
+        await asyncio.gather(*(self._end(process) for process in strangers))
+        due = asyncio.get_running_loop().time() + self._limits.rejoin_s  # they find the door from now on
+        for name, process in adopted.items():
             self._slots[name] = Slot(name=name, phase=Phase.STARTING, due=due, has_served=True)
             child = self._children[name] = _Child(process, None)
             watchers.create_task(self._watch(name, child), name=f"watch-{name}")
-        await asyncio.gather(*(self._end(process) for process in strangers))
 
     async def _open_door(self, folder: NodeFolder) -> asyncio.Server | None:
         """Where workers rejoin; None, and then they end with this process, if there cannot be such a thing."""
@@ -304,7 +314,7 @@ class LocalController:
         self._log.info("worker.left_over", pid=stranger.pid)
         stranger.send_signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stranger.wait(), self._limits.drain_timeout_s)
+            await asyncio.wait_for(stranger.wait(), self._limits.drain_timeout_s + self._limits.closing_s)
         _kill_group(stranger.pid)
         await stranger.wait()
 
@@ -470,7 +480,8 @@ class LocalController:
             node_folder=str(self._folder.path) if self._folder is not None else "",
             orphan_s=self._limits.orphan_s,
             place=self.names.index(name),
-            workers=len(self._slots),
+            workers=self._planned,
+            agent=self._added.get(name),
             capacities=self._capacities,
         )
 

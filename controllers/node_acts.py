@@ -40,8 +40,8 @@ class Workers(Protocol):
         """Lets it finish what it has begun and ends it, for good."""
         ...
 
-    def add_worker(self) -> str:
-        """Starts one more; its name, or an empty one if there is no room."""
+    def add_worker(self, agent: str) -> str:
+        """Starts one more for `agent`; its name, or an empty one if there is no room."""
         ...
 
 
@@ -106,7 +106,7 @@ class NodeActs:
                 _log.info("worker.to_stop", worker=act.instance, reason=act.reason)
                 self._workers.stop_worker(act.instance)
             case Provision() if act.node == self._node and not act.worker:
-                name = self._workers.add_worker()
+                name = self._workers.add_worker(act.agent)
                 _log.info("worker.to_start", worker=name, agent=act.agent, reason=act.reason)
             case _:
                 pass

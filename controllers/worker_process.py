@@ -36,7 +36,7 @@ from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_LOST, EX
 from nalar_mq.logs import Level, configure_logs, logger
 from nalar_mq.worker import Worker, serves_of
 
-from .assignment import assigned
+from .assignment import added, assigned
 from .local_controller import Order, Rejoin, Report
 from .node_folder import connect_to
 
@@ -103,7 +103,10 @@ async def _serve(order: Order, link: socket.socket) -> bool:
     serves = None
     if order.capacities:
         actors = {name: serves_of(spec) for name, spec in app.actors.items()}
-        serves = assigned(actors, order.place, order.workers, order.capacities)
+        if order.agent is None:
+            serves = assigned(actors, order.place, order.workers, order.capacities)
+        else:
+            serves = added(actors, order.agent, order.capacities)
     worker = Worker(app, order.settings, name=order.name, serves=serves, resources=order.capacities)
     tasks: list[asyncio.Task[None]] = []
     try:

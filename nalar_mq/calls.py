@@ -42,7 +42,7 @@ from typing import Any, Protocol
 import msgspec
 
 from nalar_mq import values
-from nalar_mq.address import Address
+from nalar_mq.address import Address, is_client_name
 from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.channel import Endpoint
 from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, Claims, Held, check_size
@@ -895,6 +895,10 @@ class Calls:
 
     def _on_rare(self, sender: Address, message: Message) -> None:
         match message:
+            case Forward() | Forwarded() | Returned() | Piece() | Thaw() | Abandon() | Arrived() | Bequest() if is_client_name(
+                sender.name
+            ):  # these speak for others, and of what only workers have
+                _log.warning("call.not_from_a_client", sender=sender.name, message=type(message).__name__)
             case Fail():
                 self._on_fail(message)
             case Chunk():

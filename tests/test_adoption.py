@@ -17,7 +17,9 @@ import pytest
 
 from nalar_mq.client import connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord, Running, connect_to, start_of
+from nalar_mq.controllers.supervision import Limits
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 90.0
@@ -226,3 +228,53 @@ def test_the_path_of_the_socket_may_be_long(tmp_path: Path) -> None:
     folder.remove()
     with pytest.raises(OSError, match="No such file"):
         connect_to(folder.path)
+
+
+GOES_ON = """
+import socket, sys, time
+while True:
+    link = socket.socket(socket.AF_UNIX)
+    try:
+        link.connect(sys.argv[1])
+        link.sendall(b'{"name": "n-1"}\\n')
+        if link.recv(1):
+            break
+    except OSError:
+        pass
+    time.sleep(0.02)
+link.sendall(b'{"failure": ""}\\n')
+time.sleep(600)
+"""
+ENDS_SLOWLY = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2.0), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+async def test_workers_that_are_adopted_are_waited_for_from_when_they_can_come(tmp_path: Path) -> None:
+    """However long those take that are too many."""
+    folder = NodeFolder.claim(tmp_path / "n")
+    assert folder is not None
+    stays = subprocess.Popen([sys.executable, "-c", GOES_ON, str(folder.path / "control.sock")], start_new_session=True)
+    leaves = subprocess.Popen([sys.executable, "-c", ENDS_SLOWLY], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        assert leaves.stdout is not None
+        with leaves.stdout as said:
+            assert said.readline() == "ready\n"
+        settings = Settings(broker=BrokerAccess(urls=("nats://b:1",)), namespace="t", node="n")
+        running = {name: Running(found.pid, start_of(found.pid) or 0) for name, found in (("n-1", stays), ("n-2", leaves))}
+        app = tmp_path / "flow.py"
+        folder.write(NodeRecord(app=str(app), urls=settings.broker.urls, namespace="t", workers=running))
+        folder.leave()
+        folder = NodeFolder.claim(tmp_path / "n")
+        node = LocalController(app, settings, workers=1, limits=Limits(rejoin_s=1.0), folder=folder)
+        async with node, asyncio.timeout(PATIENCE_S):
+            await node.ready()
+            assert node.pids == {"n-1": stays.pid}
+            assert leaves.wait() == 0
+    finally:
+        for found in (stays, leaves):
+            found.kill()
+            found.wait()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalar_mq.columns import Serves
-from nalar_mq.controllers.assignment import assigned
+from nalar_mq.controllers.assignment import added, assigned
 
 SLOT = {"slot": 1.0}
 
@@ -76,3 +76,9 @@ def test_bounds_and_capacities_hold(actors: dict[str, Serves], workers: int, cap
                 assert serves.resources[name] <= capacities[name]
     if all(serves.min_instances == 0 for serves in actors.values()):
         assert all(used[name] <= capacities[name] + 1e-6 for name in capacities)
+
+
+def test_a_worker_that_is_added_leaves_to_the_others_what_they_have() -> None:
+    actors = {name: Serves("agent", resources=SLOT) for name in ("a", "b")} | {"free": Serves("agent")}
+    assert plan(actors, 1, slot=3) == ["abfree"], "one slot is left"
+    assert added(actors, "b", {"slot": 3}) == {"b", "free"}

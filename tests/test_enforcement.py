@@ -39,6 +39,8 @@ from nalar_mq.errors import NotAllowedError
 from nalar_mq.future import Future
 from nalar_mq.lookout import View as Answer
 from nalar_mq.memory_transport import Faults, MemoryHub
+from nalar_mq.messages import Call, Forward, Returned
+from nalar_mq.values import encode_arguments
 from nalar_mq.worker import Worker
 
 APP = load_app(Path(__file__).parent / "apps" / "governed_app.py")
@@ -411,6 +413,20 @@ async def test_who_is_not_allowed_is_refused_also_when_the_call_is_queued_alread
         assert await acme.call("one_by_one", "free") == "free"
         assert "late" not in started()
         await acme.__aexit__(None, None, None)
+
+
+@simulated
+async def test_a_client_cannot_have_others_call_for_it(folder: Path) -> None:
+    async with world(folder, "w1", "w2") as scene:
+        scene.mind.want(allow("one_by_one", callers=["ask"]))
+        await scene.rounds()
+        payload, me = encode_arguments(("forged",), {}, []), scene.workers["w2"].process.me
+        for number, cast in enumerate((False, True)):
+            call = Call(bytes([number]) * 16, "one_by_one", "", payload, "s", timeout_s=60.0, cast=cast, caller="ask")
+            for message in (Forward(me.name, me.incarnation, call), Returned(call)):
+                scene.client.process.calls.tell(scene.workers["w1"].process.me, message)
+        await scene.rounds()
+        assert started() == []
 
 
 @simulated

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import os
 import random
@@ -194,12 +195,12 @@ async def test_single_workers_are_stopped_and_added_and_the_node_stays(bench):
             controller.stop_worker(name)
         await eventually(lambda: not controller.pids)
         assert not failed.done()
-        assert [controller.add_worker() for _ in range(4)] == ["n-1", "n-2", "n-3", ""]
+        assert [controller.add_worker("a") for _ in range(4)] == ["n-1", "n-2", "n-3", ""]
         await eventually(lambda: set(controller.phases.values()) == {Phase.READY})
         assert [len(bench.pids(name)) for name in controller.names] == [2, 2, 1]
         await controller.drain()
         await failed
-        assert controller.add_worker() == ""
+        assert controller.add_worker("a") == ""
 
 
 async def test_workers_serve_under_their_names_and_end_with_the_controller(bench, capfd):
@@ -364,3 +365,16 @@ async def test_settings_are_not_on_the_command_line(bench):
     async with bench.controller(SERVES) as controller:
         await controller.ready()
         assert "secret" not in " ".join(psutil.Process(controller.pids["n-1"]).cmdline())
+
+
+async def test_a_worker_that_is_added_changes_nothing_for_the_others(bench):
+    body = "open(f\"{order['app']}.order.{order['name']}\", \"w\").write(json.dumps(order)); " + SERVES
+    async with bench.controller(body, workers=1) as controller:
+        await controller.ready()
+        assert controller.add_worker("a") == "n-2"
+        await eventually(lambda: controller.phases.get("n-2") is Phase.READY)
+        os.kill(controller.pids["n-1"], signal.SIGKILL)
+        await eventually(lambda: len(bench.pids("n-1")) == 2 and controller.phases["n-1"] is Phase.READY)
+        orders = {name: json.loads((bench.folder / f"app.order.{name}").read_text()) for name in controller.names}
+        assert [(order["workers"], order["agent"]) for order in orders.values()] == [(1, None), (1, "a")]
+        await controller.drain()

@@ -27,8 +27,8 @@ class Node:
     def stop_worker(self, name: str) -> None:
         self.done.append(f"stop {name}")
 
-    def add_worker(self) -> str:
-        self.done.append("add")
+    def add_worker(self, agent: str) -> str:
+        self.done.append(f"add {agent}")
         return "n-3"
 
     async def join(self) -> asyncio.Task[None]:
@@ -65,7 +65,7 @@ def played(orders: list[tuple[Act, dict[str, int]]], before: list[tuple[Act, dic
 
 
 def test_workers_are_stopped_and_added_each_once() -> None:
-    assert played([(Kill("n-1"), {"n-1": 7}), (Provision("a", "n"), {})]) == ["stop n-1", "add"]
+    assert played([(Kill("n-1"), {"n-1": 7}), (Provision("a", "n"), {})]) == ["stop n-1", "add a"]
 
 
 def test_what_is_for_others_or_for_another_life_is_left_alone() -> None:
