@@ -805,6 +805,8 @@ class Calls:
         entry = self._entries.get(call.id) or (self._cast_again(sender, call) if call.cast else None)
         if entry is None or entry.address is None or entry.is_kept:
             return
+        if entry.call is not None and call.attempt < entry.call.attempt:
+            return  # it was sent anew meanwhile, and is elsewhere
         store = self._places.store_known(entry.place) if entry.place else ""
         if store and self._table.holder(store) == sender:
             self._returned.setdefault(sender, {})[call.id] = call

@@ -46,7 +46,7 @@ from msgspec.structs import force_setattr
 
 from nalar_mq import actions, origins, values
 from nalar_mq.actor import ActorSpec, MethodSpec
-from nalar_mq.address import Address
+from nalar_mq.address import Address, is_client_name
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.calls import Calls
 from nalar_mq.changes import Changes
@@ -500,8 +500,9 @@ class Host:
     def _forbidden(self, owner: Address, call: Call) -> NotAllowedError | None:
         """Why the call may not be made."""
         member = self._table.members.get(owner.name)
-        is_known = owner == self._calls.me or (member is not None and call.caller in member.actors)
-        caller = call.caller if call.caller and is_known else owner.name
+        # Not only of what it serves now: what it serves no more may still run there.
+        is_worker = member is not None and member.role == "worker" and not is_client_name(owner.name)
+        caller = call.caller if call.caller and (owner == self._calls.me or is_worker) else owner.name
         rule = self._admission.rule_against(call.actor, caller, call.tenant)
         if rule is None:
             return None

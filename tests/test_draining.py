@@ -230,7 +230,9 @@ async def test_without_another_worker_it_ends_at_once_and_keeps_what_it_has(runt
 async def test_what_has_begun_is_finished_when_all_workers_are_drained(runtime: Runtime) -> None:
     async with runtime.worker("first") as first, runtime.worker("second") as second:
         running = [runtime.client.call("report", 20, 0.02) for _ in range(4)]
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(60):
+            while first.running + second.running < 4:
+                await asyncio.sleep(0.01)
         await asyncio.gather(first.drain(30.0), second.drain(30.0))
         assert await asyncio.gather(*running) == [20] * 4
 

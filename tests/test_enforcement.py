@@ -416,6 +416,47 @@ async def test_who_is_not_allowed_is_refused_also_when_the_call_is_queued_alread
 
 
 @simulated
+async def test_who_was_allowed_stays_so_while_its_instance_is_killed(folder: Path) -> None:
+    async with world(folder) as scene:
+        await scene.add("w1", serves=["ask"])
+        await scene.add("w2", serves=["one_by_one"])
+        shut("busy")
+        busy = scene.call("one_by_one", "busy", "b")
+        asked = scene.client.options(session="a").call("ask", "asked", "one_by_one")
+        await scene.rounds()
+        await scene.add("w3", serves=["ask"])
+        await scene.rounds()
+        scene.mind.want_once(kill("w1", "ask"))
+        await scene.rounds()
+        assert serving(scene, "ask") == ["w3"]
+        assert scene.running("w1") == 1, "what runs goes on"
+        scene.mind.want(allow("one_by_one", callers=["ask"]))
+        await scene.rounds()
+        open_all()
+        assert await asked == "asked"
+        await busy
+
+
+@simulated
+async def test_a_former_attempt_that_comes_back_is_not_sent_anew(folder: Path) -> None:
+    async with world(folder, "w1", "w2", "w3", "w4") as scene:
+        shut("held")
+        future = scene.client.options(session="s", retries=2).call("side_by_side", "held")
+        await scene.rounds()
+        (had,) = (name for name in scene.workers if scene.running(name))
+        scene.hub.kill(had)
+        await scene.rounds(5 * LEASE_S)
+        (has,) = (name for name in scene.workers if name != had and scene.running(name))
+        former = Call(future.id, "side_by_side", "", encode_arguments(("held",), {}, []), "s", timeout_s=60.0)
+        drains = next(name for name in scene.workers if name not in (had, has))
+        scene.workers[drains].process.calls.tell(scene.client.process.me, Returned(former))
+        await scene.rounds()
+        assert [name for name in scene.workers if name != had and scene.running(name)] == [has]
+        open_all()
+        assert await future == "held"
+
+
+@simulated
 async def test_a_client_cannot_have_others_call_for_it(folder: Path) -> None:
     async with world(folder, "w1", "w2") as scene:
         scene.mind.want(allow("one_by_one", callers=["ask"]))
