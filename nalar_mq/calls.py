@@ -333,7 +333,9 @@ class _Crossing:
         source: who forwards them.
         question: what follows them.
         store: where the session is.
-        waiting: calls that go when it has come back.
+        waiting: calls that go when it has come back, and all others are where the session is.
+        elsewhere: those that were not there when it had come back; None before that.
+        is_looked_over: those will be looked over soon.
     """
 
     def __init__(self, source: Address, question: Crossing, store: str) -> None:
@@ -341,6 +343,8 @@ class _Crossing:
         self.question = question
         self.store = store
         self.waiting: list[Entry] = []
+        self.elsewhere: list[Entry] | None = None
+        self.is_looked_over = False
 
 
 class _Drained:
@@ -428,7 +432,7 @@ class Calls:
         self._next_tick = 0
         self._session_numbers = itertools.count(1)  # one count for all: a session wants them to grow, gaps do not matter
         self._crossing: dict[str, _Crossing] = {}
-        self._hops: dict[bytes, tuple[tuple[int, int], Address]] = {}
+        self._hops: dict[bytes, tuple[tuple[int, int], Address | None]] = {}
         self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
         self._returned: dict[Address, dict[bytes, Call]] = {}
         self._draining: dict[bytes, _Drained] = {}
@@ -725,6 +729,8 @@ class Calls:
     def on_table_changed(self) -> None:
         """The routing table has changed: calls that found no replica look again."""
         self._places.on_table_changed()
+        for key in self._crossing:
+            self._look_over(key)
         if self.migrations is not None:
             self.migrations.on_table_changed()
         for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
@@ -797,16 +803,25 @@ class Calls:
             holds_s = _CAST_HOLDS_S if entry.deadline is None else min(_CAST_HOLDS_S, entry.deadline - now)
             self.loop.call_later(holds_s, large.clear)
 
-    # Calls that come back from a worker that drains (`draining`).
+    # Calls that come back from a worker that drains (`draining`), or that has passed former ones on (`migration`).
 
-    def _on_returned(self, sender: Address, call: Call) -> None:
-        if self._table.drain(sender):
+    def _on_returned(self, sender: Address, returned: Returned) -> None:
+        call = returned.call
+        if not returned.store and self._table.drain(sender):
             self.on_table_changed()
         entry = self._entries.get(call.id) or (self._cast_again(sender, call) if call.cast else None)
+        if returned.store and entry is not None and entry.place not in self._crossing:
+            session = f"{call.session}/{call.instance}" if call.instance else call.session
+            self._begin_crossing(entry.place, sender, Crossing(*self.me, call.actor, session), returned.store)
         if entry is None or entry.address is None or entry.is_kept:
             return
         if entry.call is not None and call.attempt < entry.call.attempt:
             return  # it was sent anew meanwhile, and is elsewhere
+        if returned.store:
+            again = msgspec.structs.replace(call, attempt=call.attempt + 1)
+            self._hops[call.id] = (again.attempt, 0), None
+            self._move_on(entry, again)
+            return
         store = self._places.store_known(entry.place) if entry.place else ""
         if store and self._table.holder(store) == sender:
             self._returned.setdefault(sender, {})[call.id] = call
@@ -941,7 +956,7 @@ class Calls:
             case Release():
                 self.claims.on_release(sender, message)
             case Returned():
-                self._on_returned(sender, message.call)
+                self._on_returned(sender, message)
             case Drain() | Drainage() | Bequest() | Accepted():
                 self._on_draining(sender, message)
             case _:
@@ -953,7 +968,7 @@ class Calls:
             case Arrived():
                 key = self._places.key_in_store(message.actor, message.session)
                 self._places.learn(key, message.store)
-                self._end_crossing(key)
+                self._on_arrived(key, message.store)
             case Forwarded():
                 self._on_forwarded(sender, message)
             case Migrated():
@@ -1007,16 +1022,26 @@ class Calls:
     def _on_forwarded(self, sender: Address, forwarded: Forwarded) -> None:
         """A call has been sent after its session: from now on others of that session wait until all are there."""
         key = self._places.key_in_store(forwarded.actor, forwarded.session)
-        if self._places.store_known(key) != forwarded.store and key not in self._crossing:
-            self._places.learn(key, forwarded.store)
-            self._crossing[key] = _Crossing(sender, Crossing(*self.me, forwarded.actor, forwarded.session), forwarded.store)
-            self.tell(sender, self._crossing[key].question)
         entry = self._entries.get(forwarded.id)
+        if self._places.store_known(key) != forwarded.store and key not in self._crossing:
+            # Heard of its second step before the first, the call and all that follow it go by where it was sent.
+            source = sender if forwarded.hops == 1 or entry is None or entry.address is None else entry.address
+            self._begin_crossing(key, source, Crossing(*self.me, forwarded.actor, forwarded.session), forwarded.store)
         step = forwarded.attempt, forwarded.hops
         if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= step:
             return
         self._hops[forwarded.id] = step, sender
         self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
+
+    def _begin_crossing(self, key: str, source: Address, question: Crossing, store: str) -> None:
+        self._places.learn(key, store)
+        self._crossing[key] = _Crossing(source, question, store)
+        self.tell(source, question)
+        for sender, returned in self._returned.items():  # what has come back from there goes after the session, too
+            here = [entry for id in returned if (entry := self._entries.get(id)) is not None and entry.place == key]
+            for entry in here:
+                if entry.address == sender:
+                    self._move_on(entry, returned.pop(entry.future.id))
 
     def _is_stateful(self, actor: str) -> bool:
         info = self._table.info(actor)
@@ -1027,6 +1052,7 @@ class Calls:
         in_flight[former.name] = in_flight.get(former.name, 1) - 1
         in_flight[address.name] = in_flight.get(address.name, 0) + 1
         entry.address = address
+        self._look_over(entry.place)
         if self._table.is_lost(address):
             self._move_on(entry, None)
             return
@@ -1037,6 +1063,30 @@ class Calls:
             self.tell(address, Credit(id, entry.credit))
         for dep in entry.depends or ():
             self._lend(dep, address, entry.deadline)
+
+    def _on_arrived(self, key: str, store: str) -> None:
+        """All that was on its way has come to somebody; those calls that are not where the session is may be lost with him."""
+        crossing = self._crossing.get(key)
+        if crossing is not None:
+            crossing.store = store
+            crossing.elsewhere = [entry for entry in self._entries.values() if entry.place == key]
+            self._look_over(key)
+
+    def _look_over(self, key: str) -> None:
+        """Something has become of a call of that session: perhaps none is elsewhere any more, and those that wait can go."""
+        crossing = self._crossing.get(key)
+        if crossing is not None and crossing.elsewhere is not None and not crossing.is_looked_over:
+            crossing.is_looked_over = True
+            self.loop.call_soon(self._end_crossing_if_all_are_there, key, crossing)
+
+    def _end_crossing_if_all_are_there(self, key: str, crossing: _Crossing) -> None:
+        crossing.is_looked_over = False
+        if self._crossing.get(key) is not crossing or crossing.elsewhere is None:
+            return
+        there = None, self._table.holder(crossing.store)
+        crossing.elsewhere = [e for e in crossing.elsewhere if e.future.id in self._entries and e.address not in there]
+        if not crossing.elsewhere:
+            self._end_crossing(key)
 
     def _end_crossing(self, key: str) -> None:
         crossing = self._crossing.pop(key, None)
@@ -1061,6 +1111,7 @@ class Calls:
                 continue
             if crossing.source == lost:
                 crossing.source = left[0]
+            crossing.elsewhere = None
             self.tell(crossing.source, crossing.question)
 
     async def migrate(self, actor: str, session: str, target: str) -> Migrated:
@@ -1235,6 +1286,8 @@ class Calls:
         id = entry.future.id
         if self._entries.pop(id, None) is None:
             return
+        if self._crossing and entry.place in self._crossing:
+            self._look_over(entry.place)
         if entry.tick and (bucket := self._wheel.get(entry.tick)) is not None:
             bucket.pop(id, None)
         if self._hops:
@@ -1623,6 +1676,7 @@ class Calls:
         assert lost is not None
         self.in_flight[entry.actor][lost.name] -= 1
         entry.address = None
+        self._look_over(entry.place)
         if entry.is_kept:
             return
         if entry.cancelling:

@@ -363,7 +363,7 @@ class Host:
         if error is not None:
             self._refuse(owner, call, error)
         elif gate.returns(owner, call, replica):
-            self._calls.tell(owner, Returned(call))
+            self._return(owner, call, replica)
         else:
             return False
         return True
@@ -382,7 +382,12 @@ class Host:
         """Hands a call that has not begun back to its owner, who sends it elsewhere."""
         call = self._with_time_left(execution)
         self._send_away(execution)
-        self._calls.tell(execution.owner, Returned(call))
+        self._return(execution.owner, call, execution.replica)
+
+    def _return(self, owner: Address, call: Call, replica: Replica) -> None:
+        if replica.stores is not None and self.migrations is not None:
+            self.migrations.on_given_back((call.actor, session_key_of(call)), owner)
+        self._calls.tell(owner, Returned(call))
 
     def end_with(self, execution: Execution, error: CallError) -> None:
         """Answers a call with an error, and ends it."""

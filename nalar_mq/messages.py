@@ -387,13 +387,15 @@ class Forwarded(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=30):
 
 
 class Returned(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=15):
-    """A worker that drains has not begun this call, and will not: whoever made it sends it elsewhere, as another first time.
+    """A worker has not begun this call, and will not: whoever made it sends it elsewhere, as another first time.
 
     Attributes:
         call: with the time that it has left.
+        store: where its session is, if it comes back to be sent there in its order; empty if the worker drains.
     """
 
     call: Call
+    store: str = ""
 
 
 class Drain(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=16):

@@ -29,6 +29,23 @@ Order. Who forwards a call tells its owner where to (`Forwarded`). The owner sen
 those are there. If one of those who pass on is lost meanwhile, what it had in its hands counts as lost with it and is sent
 again under the same ids, and the question is asked anew.
 
+    owner                        source                       target, lost with 1 and 2               its successor
+      │── 1, 2 ─────────────────▶│── Forward 1, 2 ───────────▶╳
+      │── 3 ────────────────────▶│  the way of 1 and 2 has ended: 3 may not go another one before them
+      │◀─ Forwarded 1, 2 ────────│
+      │◀─ Returned 3 ────────────│
+      │── Crossing ─────────────▶│
+      │◀─ Arrived ───────────────│
+      │  hears that target is lost
+      │── 1, 2, 3 ──────────────────────────────────────────────────────────────────────────────────▶│
+
+For this the source remembers which process it passed the calls of an owner to. Until the owner's `Crossing`, which follows
+the last of them and goes to that same process, all calls of that owner go there or come back as `Returned`, never begun:
+also when the store is open elsewhere by now, or the session has come back here. If that process is lost, the source answers
+the `Crossing` itself. It does the same with the calls of an owner to which it has given back former ones because it drains,
+once the session has left. And when `Arrived` has come, the owner still waits while one of its calls is at another process than
+the one that has the session: it will hear that the call has ended there, or where it went, or that it was lost.
+
 A worker with several stores can find a session in more than one of them, since it may have left one for another and that has
 been opened here later; where none of them has it now, the directory decides.
 """
@@ -58,6 +75,7 @@ from nalar_mq.messages import (
     Migrated,
     Piece,
     Place,
+    Returned,
     Taken,
     Thaw,
     decode_place,
@@ -80,6 +98,7 @@ _ROUNDS: Final = 10
 _PATIENCE_S: Final = 60.0
 _RETRY_S: Final = 0.2
 _LEFT_KEPT: Final = 100_000
+_PASSED_KEPT: Final = 100_000
 _log = logger(__name__)
 
 Key = tuple[str, str]
@@ -216,6 +235,7 @@ class Migrations:
         self._settling: dict[Key, asyncio.Task[None]] = {}
         self._served: dict[Key, int] = {}
         self._left: OrderedDict[Key, str] = OrderedDict()
+        self._passed_to: OrderedDict[tuple[Key, Address], Address] = OrderedDict()
         self._parked: dict[str, list[Forward | Crossing]] = {}
         self._looking_further: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -230,15 +250,19 @@ class Migrations:
 
     # What the worker asks and tells.
 
-    def passes_on(self, key: Key, owner: Address, message: Call | Crossing, hops: int = 0) -> bool:
-        """True if the session is not here any more, and the call of `owner` has been sent to where it is."""
+    def passes_on(self, key: Key, owner: Address, call: Call, hops: int = 0) -> bool:
+        """True if the call of `owner` is not for this worker: it has been sent to where its session is, or back."""
         store = self._left_to(key)
-        if store is None:
+        if store is not None:
+            self._send_on(store, Forward(owner.name, owner.incarnation, call, hops + 1))
+        elif self._passed_to.get((key, owner), owner) not in (owner, self._me):
+            self._tell(owner, Returned(call, self._store_of(key)))
+        else:
             return False
-        self._send_on(
-            store, message if isinstance(message, Crossing) else Forward(owner.name, owner.incarnation, message, hops + 1)
-        )
         return True
+
+    def _store_of(self, key: Key) -> str:
+        return self._left_to(key) or self._stores.session(*key).committer.store.id
 
     def _left_to(self, key: Key) -> str | None:
         """The store that a session has left to; None if it is here, perhaps since that store has been opened here."""
@@ -287,7 +311,9 @@ class Migrations:
         for message in given_back:
             if isinstance(message, Crossing):
                 key = message.actor, message.session
-                self.passes_on(key, Address(message.name, message.incarnation), message)
+                self._tell(Address(message.name, message.incarnation), Arrived(*key, self._store_of(key)))
+        for passed in [passed for passed in self._passed_to if passed[1] == address]:
+            del self._passed_to[passed]
         for leaving in [leaving for leaving in self._leaving.values() if leaving.target == address]:
             leaving.fail(MigrationError(f"worker {address.name!r} was lost while the session was on its way to it"))
         for id, coming in [(id, coming) for id, coming in self._coming.items() if coming.source == address]:
@@ -560,6 +586,13 @@ class Migrations:
 
     def _send_on(self, store: str, message: Forward | Crossing) -> None:
         holder = self._table.holder(store)
+        if isinstance(message, Forward):
+            passed = _key_of(message), Address(message.name, message.incarnation)
+            if self._passed_to.get(passed, holder) != holder:
+                self._tell(passed[1], Returned(message.call, store))
+                return
+            if holder is not None:
+                self._note_passed(*passed, holder)
         if holder is None:
             self._parked.setdefault(store, []).append(message)
             if (key := _key_of(message)) not in self._looking_further:
@@ -587,6 +620,15 @@ class Migrations:
             self._note_left(key, named)
         for message in mine:
             self._send_on(named, message)
+
+    def _note_passed(self, key: Key, owner: Address, to: Address) -> None:
+        self._passed_to[key, owner] = to
+        if len(self._passed_to) > _PASSED_KEPT:
+            self._passed_to.popitem(last=False)
+
+    def on_given_back(self, key: Key, owner: Address) -> None:
+        """A call that has not begun has gone back to its owner: later ones are not sent on before it."""
+        self._note_passed(key, owner, owner)
 
     def _send_all_on(self, key: Key, store: str) -> None:
         """The session is in another worker's store: so are its calls that have not begun, from now on."""
@@ -840,8 +882,17 @@ class Migrations:
 
     def _cross(self, key: Key, crossing: Crossing) -> None:
         owner = Address(crossing.name, crossing.incarnation)
-        if not self.passes_on(key, owner, crossing):
-            self._tell(owner, Arrived(*key, self._stores.session(*key).committer.store.id))
+        passed_to, store = self._passed_to.get((key, owner), self._me), self._left_to(key)
+        if passed_to != owner or store is not None:  # what was given back waits for this worker's end, if the session stays
+            self._passed_to.pop((key, owner), None)
+        if passed_to == owner or self._table.is_lost(passed_to):
+            self._tell(owner, Arrived(*key, self._store_of(key)))
+        elif passed_to != self._me:
+            self._tell(passed_to, crossing)
+        elif store is not None:
+            self._send_on(store, crossing)
+        else:
+            self._tell(owner, Arrived(*key, self._store_of(key)))
 
     async def aclose(self) -> None:
         """Gives up what is on its way; what is in doubt is found out by whoever opens the store next."""

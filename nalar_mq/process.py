@@ -123,6 +123,7 @@ class Process:
             await before_joining()
         else:
             await self.enforcement.start()
+        self._stack.callback(self.endpoint.stop_reading)
         await self.endpoint.start()
         self.membership = Membership(
             transport,
@@ -174,7 +175,7 @@ class Process:
         return now
 
     def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
-        """Has `close` awaited when this process has left, and nobody can reach it any more."""
+        """Has `close` awaited when this process has left and reads nothing any more; what it tells then may still arrive."""
         self._stack.push_async_callback(close)
 
     def _on_messages(self, sender: Address, messages: Sequence[Message]) -> None:

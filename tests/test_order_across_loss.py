@@ -1,0 +1,204 @@
+"""Calls of one owner stay in order when a worker dies to which they were sent on after their session; in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+from nalar_mq import simulation
+from nalar_mq.address import Subjects
+from nalar_mq.app import load_app
+from nalar_mq.client import Client, connect
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.memory_transport import MemoryHub, MemoryTransport
+from nalar_mq.messages import Crossing, Migrate, Piece
+from nalar_mq.stores import Stores
+from nalar_mq.transport import Delivered
+from nalar_mq.worker import Worker
+
+APP = load_app(Path(__file__).parent / "apps" / "ledger_app.py")
+NAMESPACE = "order"
+LONG_S = 5.0
+
+
+class SlowHub(MemoryHub):
+    """Holds what `slow` processes send to each other, one way, until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1)
+        self.slow: set[tuple[str, str]] = set()
+        self._held: list[tuple[MemoryTransport, Delivered]] = []
+
+    def route(self, source: MemoryTransport, message: Delivered, *, undisturbed: bool = False) -> None:
+        subjects = Subjects(NAMESPACE)
+        if any(source.name == sender and message.subject == subjects.box(to, sender) for sender, to in self.slow):
+            self._held.append((source, message))
+        else:
+            super().route(source, message, undisturbed=undisturbed)
+
+    def let_go(self) -> None:
+        self.slow.clear()
+        held, self._held = self._held, []
+        for source, message in held:
+            self.route(source, message)
+
+
+class World:
+    """Workers on one machine, and their clients."""
+
+    def __init__(self, state: Path) -> None:
+        self.hub = SlowHub()
+        self.settings = Settings(
+            broker=BrokerAccess(urls=("nats://nowhere:1",)),
+            namespace=NAMESPACE,
+            node="here",
+            lease_s=1.0,
+            state=str(state),
+            local_store="off",
+        )
+        self.workers: dict[str, Worker] = {}
+
+    async def start(self, name: str) -> None:
+        self.workers[name] = worker = Worker(
+            APP,
+            self.settings,
+            name=name,
+            connect=self.hub.connect,
+            random=random.Random(name),
+            clock=wall_time(),
+            is_simulated=True,
+        )
+        await worker.start()
+
+    async def client(self, name: str) -> Client:
+        chance = random.Random(name)
+        made = connect(settings=self.settings, name=name, connect=self.hub.connect, random=chance, clock=wall_time())
+        return await made.__aenter__()
+
+    def kill(self, name: str) -> None:
+        """As SIGKILL does: nothing more is written or sent, and its stores are free."""
+        self.hub.kill(name)
+        stores = self.workers.pop(name).process.stores
+        assert stores is not None
+        for committer in stores.all:
+            committer._waiting = SimpleQueue()
+            committer._background.clear()
+            committer.store.close()
+
+
+def wall_time() -> Callable[[], float]:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, simulation.SimulatedLoop)
+    return loop.wall_time
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60.0):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+async def begin(world: World, *path: str) -> tuple[Client, Client]:
+    """The owner of a session that has moved along `path`, of which it knows the first step, and who has moved it."""
+    for name in path:
+        await world.start(name)
+    owner, other = await world.client("client-owner"), await world.client("client-other")
+    await other.migrate("Ledger", "ann", to=path[0])
+    await owner.options(session="ann").call("Ledger.apply", "0", [], 0.0)
+    for name in path[1:]:
+        await other.migrate("Ledger", "ann", to=name)
+    return owner, other
+
+
+async def end(world: World, owner: Client, other: Client) -> list[str]:
+    """The calls that have taken effect."""
+    log = (await owner.options(session="ann").call("Ledger.read"))[0]
+    for client in (owner, other):
+        await client.__aexit__(None, None, None)
+    for worker in world.workers.values():
+        await worker.aclose()
+    return list(log)
+
+
+async def lose_calls_that_were_sent_on(state: Path, successor: str) -> list[str]:
+    """1 and 2 are lost with w2, to which w1 sent them on; before their owner hears of that, 3 comes to w1."""
+    world = World(state)
+    owner, other = await begin(world, "w1", "w2")
+    ann, w1 = owner.options(session="ann", timeout_s=None), world.workers["w1"].process
+    store = w1.places.store_known("Ledger.ann")
+    world.hub.slow = {("w1", "client-owner")}
+    calls = [ann.call("Ledger.apply", token, [], LONG_S) for token in ("1", "2")]
+    await until(lambda: world.workers["w2"].running == 2)
+    world.kill("w2")
+    if successor == "w2":
+        await world.start("w2")
+    await until(lambda: (holder := w1.table.holder(store)) is not None and holder == world.workers[successor].process.me)
+    calls.append(ann.call("Ledger.apply", "3", [], 0.0))
+    calls.append(ann.cast("Ledger.apply", "4", [], 0.0))
+    await asyncio.sleep(1.0)
+    world.hub.let_go()
+    calls.append(ann.call("Ledger.apply", "5", [], 0.0))
+    await asyncio.gather(*(call for call in calls if call is not None))
+    return await end(world, owner, other)
+
+
+@pytest.mark.parametrize("successor", ["w1", "w2"])
+def test_later_calls_do_not_overtake_those_that_were_sent_on_and_lost(successor: str, tmp_path: Path) -> None:
+    assert simulation.run(lose_calls_that_were_sent_on(tmp_path, successor)) == list("012345")
+
+
+async def lose_calls_whose_way_is_not_known(state: Path) -> list[str]:
+    """1 goes by w1 and w2 to w3 and is lost there; its owner knows that all had arrived, but not yet that 1 was in w3."""
+    world = World(state)
+    owner, other = await begin(world, "w1", "w2", "w3")
+    ann = owner.options(session="ann", timeout_s=None)
+    world.hub.slow = {("w2", "client-owner")}
+    first = ann.call("Ledger.apply", "1", [], LONG_S)
+    store = world.workers["w3"].process.stores
+    assert store is not None
+    await until(lambda: owner.process.places.store_known("Ledger.ann") == store.ids[0])
+    world.kill("w3")
+    await world.start("w3")
+    later = ann.call("Ledger.apply", "2", [], 0.0)
+    await asyncio.sleep(1.0)
+    world.hub.let_go()
+    await asyncio.gather(first, later)
+    return await end(world, owner, other)
+
+
+def test_later_calls_wait_until_it_is_known_where_former_ones_are(tmp_path: Path) -> None:
+    assert simulation.run(lose_calls_whose_way_is_not_known(tmp_path)) == list("012")
+
+
+async def tell_a_worker_that_has_closed_its_stores(state: Path, patched: pytest.MonkeyPatch) -> None:
+    world = World(state)
+    close = Stores.aclose
+
+    async def aclose(stores: Stores) -> None:
+        await close(stores)
+        world.hub.let_go()
+        await asyncio.sleep(0.1)
+
+    patched.setattr(Stores, "aclose", aclose)
+    owner, other = await begin(world, "w1")
+    w1 = world.workers.pop("w1")
+    me, there = other.process.me, w1.process.me
+    world.hub.slow = {("client-other", "w1")}
+    other.process.calls.tell(there, Crossing(*me, "Ledger", "ann"))
+    other.process.calls.tell(there, Migrate(b"id", "Ledger", "ann", "w2"))
+    other.process.calls.tell(there, Piece(b"id", 1, "", "Ledger", "bob", "store", [], [], 0, {}, {}))
+    await w1.aclose()
+    for client in (owner, other):
+        await client.__aexit__(None, None, None)
+
+
+def test_what_comes_when_the_stores_are_closed_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulation.run(tell_a_worker_that_has_closed_its_stores(tmp_path, monkeypatch))
+    assert "Traceback" not in "".join(capsys.readouterr())
