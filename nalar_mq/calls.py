@@ -466,7 +466,7 @@ class Calls:
             payload = self._as_future(payload, label, deps, context.job)
         if options.init:
             check_size(f"what {actor!r} is made with", len(options.init), label, limit_bytes=INLINE_LIMIT_BYTES)
-        info = self._table.info(actor) or _UNKNOWN
+        info = self._table.last_info(actor) or _UNKNOWN
         now = self.loop.time()
         deadline = self._deadline(context, options, info, now)
         history, root = context.history, options.root

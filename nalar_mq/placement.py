@@ -65,6 +65,7 @@ class RoutingTable:
         self._replicas: dict[str, list[Address]] = {}
         self._leaving: dict[str, list[Address]] = {}
         self._infos: dict[str, ActorInfo] = {}
+        self._last_infos: dict[str, ActorInfo] = {}
         self._holders: dict[str, Address] = {}
         self._buried: dict[str, int] = {}
         self._reports: dict[str, Load] = {}
@@ -141,6 +142,7 @@ class RoutingTable:
         self._leaving = {actor: found for actor, found in leaving.items() if not replicas.get(actor)}
         served = (*replicas.items(), *self._leaving.items())
         self._infos = {actor: self._members[found[0].name].actors[actor] for actor, found in served if found}
+        self._last_infos = {**self._last_infos, **self._infos}
         self._replicas = replicas
         self._divide()
         self.version += 1
@@ -219,6 +221,10 @@ class RoutingTable:
     def info(self, actor: str) -> ActorInfo | None:
         """What the members tell of an actor, workers that are drained if no others serve it; any thread."""
         return self._infos.get(actor)
+
+    def last_info(self, actor: str) -> ActorInfo | None:
+        """What was last told of an actor, though perhaps nobody serves it any more; any thread."""
+        return self._last_infos.get(actor)
 
     def known_actors(self) -> list[str]:
         """Names of all actors that somebody serves."""

@@ -330,6 +330,29 @@ async def test_grace_begins_anew_for_calls_that_wait_anew(runtime: Runtime, monk
     assert loop.time() - waits_anew > 0.5
 
 
+async def test_a_call_that_is_made_while_nobody_serves_its_actor_is_retried_as_often_as_others(tmp_path: Path) -> None:
+    hub, app = MemoryHub(seed=3), load_app(APP.parent / "ledger_app.py")
+    settings = Settings(
+        broker=BrokerAccess(urls=("nats://127.0.0.1:4222",)), namespace="edge", node="here", lease_s=1.0, state=str(tmp_path)
+    )
+
+    def worker(name: str) -> Worker:
+        return Worker(app, settings, name=name, connect=hub.connect, lease_in_thread=False)
+
+    async with asyncio.timeout(PATIENCE_S), connect(settings=settings, connect=hub.connect) as client:
+        async with worker("first"):
+            assert await client.call("later", 1, 0.0) == 1
+        while client.process.table.info("later") is not None:
+            await asyncio.sleep(0.01)
+        future = client.call("later", 2, 0.5)
+        async with worker("second") as second:
+            while not second.running:
+                await asyncio.sleep(0.01)
+            hub.kill("second")
+            async with worker("third"):
+                assert await future == 2
+
+
 async def test_who_ignores_its_cancellation_holds_nobody_up(runtime: Runtime) -> None:
     await runtime.open_client()
     future = runtime.actors.stubborn("s")

@@ -41,6 +41,7 @@ from tests.apps.ledger_app import Picture, Step, play
 APP = load_app(Path(__file__).parent / "apps" / "ledger_app.py")
 NAMESPACE = "model"
 WORKERS = ("w1", "w2", "w3")
+CLIENTS = ("client-c1", "client-c2")
 SESSIONS = ("ann", "bob", "eve")
 SETTLED_S = 90.0
 TURNS_AT_ONCE = 20_000
@@ -152,7 +153,7 @@ class Schedule:
         self.hub = TracedHub(self.seed, faults)
         for name in WORKERS:
             await self.start(name)
-        for name in ("c1", "c2"):
+        for name in CLIENTS:
             self.clients.append(await self.client(name).__aenter__())
         for _ in range(chance.randint(10, 40)):
             self.step()
@@ -214,11 +215,11 @@ class Schedule:
         elif doing < 0.93:
             self.act(self.stand_still(chance.choice(WORKERS), chance.choice([0.05, 0.7, 3.0])))
         elif doing < 0.96:
-            self.act(self.part(*chance.sample([*WORKERS, "c1"], 2), chance.choice([0.05, 0.5, 3.0])))
+            self.act(self.part(*chance.sample([*WORKERS, CLIENTS[0]], 2), chance.choice([0.05, 0.5, 3.0])))
         elif doing < 0.98:
             self.act(self.cut([chance.choice(WORKERS)], chance.choice([0.05, 0.5, 3.0])))
         else:
-            self.act(self.cut([*WORKERS, "c1", "c2"], chance.choice([0.05, 0.5, 3.0])))
+            self.act(self.cut([*WORKERS, *CLIENTS], chance.choice([0.05, 0.5, 3.0])))
 
     def burst(self) -> None:
         chance, session = self.random, self.random.choice(SESSIONS)
