@@ -470,8 +470,8 @@ class Jobs:
         return letter.job
 
     async def drop(self, letter: DeadLetter) -> None:
-        """Removes a dead letter."""
-        await self._dead.purge(self._subjects.dead(letter.key))
+        """Removes a dead letter; one that has come under its key since stays."""
+        await self._dead.purge(self._subjects.dead(letter.key), below=letter.sequence + 1)
 
 
 async def check_durable(transport: Transport) -> None:

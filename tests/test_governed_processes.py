@@ -40,7 +40,7 @@ from nalar_mq.controllers.policy import route
 
 class Mine:
     def decide(self, view):
-        yield route("where", list(view.workers), [1.0] * len(view.workers), reason="to see that it holds on")
+        yield route("where", sorted(view.workers), [1.0] * len(view.workers), reason="to see that it holds on")
 """
 
 

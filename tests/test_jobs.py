@@ -222,6 +222,12 @@ async def test_dead_letters_are_retried_and_dropped(bench: Bench) -> None:
     assert await jobs.retry(letter) == "a"
     result = await bench.result("a")
     assert (result.state, result.value) == ("done", 5)
+    former = await jobs.dead_letter("c")
+    assert former is not None
+    assert await jobs.retry(former) == "c"
+    await bench.result("c")
+    await bench.emptied()
+    await jobs.drop(former)  # it has failed again since: that letter is another one
     other = await jobs.dead_letter("c")
     assert other is not None
     await jobs.drop(other)
