@@ -38,7 +38,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from nalar_mq.address import Address, random_token
+from nalar_mq.address import Address
 from nalar_mq.door import Door
 from nalar_mq.errors import BrokerError, CallError, NalarError, SessionLostError
 from nalar_mq.event_loop import cancel_all
@@ -349,7 +349,7 @@ class Draining:
                 break
             name = min(heirs, key=lambda heir: (self._given[heir], self._table.busy(heir), heir))
             address = Address(name, self._table.members[name].incarnation)
-            bequest = Bequest(random_token("store").encode(), store.id, str(store.folder.resolve()), is_due)
+            bequest = Bequest(self._process.calls.fresh_id(), store.id, str(store.folder.resolve()), is_due)
             refusal = await self._ask(address, bequest)
             if not refusal:
                 self._heirs[store.id] = address
@@ -432,7 +432,7 @@ class Draining:
 
         async def move() -> None:
             try:
-                await migrations.move(Migrate(random_token("drain").encode(), *key, target))
+                await migrations.move(Migrate(self._process.calls.fresh_id(), *key, target))
                 self.moved += 1
             except NalarError as error:
                 self._failed[key] += 1

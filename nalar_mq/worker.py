@@ -187,6 +187,7 @@ class Worker:
             changes,
             self._host.load,
             self._figures(),
+            asyncio.get_running_loop().time if self._is_simulated else time.perf_counter,
         )
         serves = {spec.name: serves_of(spec) for spec in self._app.actors.values()}
         serving = self._serving = Serving(self._process, self._host, changes, stores, self._infos, serves, self._served)

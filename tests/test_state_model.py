@@ -79,15 +79,16 @@ def _plain(picture: Picture) -> tuple[list[str], list[int], list[list[Any]], int
 class TracedHub(MemoryHub):
     """Notes what anybody has published, and when: runs of one seed have the same trace."""
 
-    def __init__(self, seed: int, faults: Faults) -> None:
+    def __init__(self, seed: int, faults: Faults, folder: Path) -> None:
         super().__init__(seed, faults)
+        self._folder = str(folder).encode()
         self.trace = hashlib.blake2b(digest_size=16)
         self.published = 0
 
     def route(self, source: MemoryTransport, message: Delivered, *, undisturbed: bool = False) -> None:
         self.published += 1
         self.trace.update(f"{source.loop.time()!r} {source.name} {message.subject} {len(message.data)} ".encode())
-        self.trace.update(message.data)
+        self.trace.update(message.data.replace(self._folder, b"folder"))
         super().route(source, message, undisturbed=undisturbed)
 
 
@@ -150,7 +151,7 @@ class Schedule:
             reorder=chance.choice([0.0, 0.3]),
             delay_s=chance.choice([(0.0, 0.0), (0.001, 0.01), (0.0, 0.1)]),
         )
-        self.hub = TracedHub(self.seed, faults)
+        self.hub = TracedHub(self.seed, faults, Path(self.settings.state))
         for name in WORKERS:
             await self.start(name)
         for name in CLIENTS:
