@@ -400,6 +400,10 @@ class Migrations:
         kept = self._stores.session(*key)
         if self._left_to(key) is not None or self._standing(key, kept) != HERE or key in self._settling:
             raise MigrationError(f"session {order.session!r} of {order.actor!r} is not in worker {self._me.name!r} any more")
+        if not kept.session.is_kept and self._stores.is_undecided(*key):
+            raise MigrationError(
+                "only the directory knows in which store of this worker the session is: call it once before it moves"
+            )
         return _Leaving(order, None, kept, Address(order.target, member.incarnation))
 
     async def _send_all(self, leaving: _Leaving) -> None:
