@@ -18,7 +18,7 @@ What becomes of the sessions in a store:
 
     by bequest     A worker on the same machine which serves the same agents goes on with the store as a whole. It is asked
                    first (`Bequest`, `Accepted`), and opens the store the moment that it is closed here, or that this process
-                   is killed. Sessions whose call takes long move on their own before that, so that the others need not wait
+                   is killed. One that is drained itself is asked if there is no other, for what it still runs. Sessions whose call takes long move on their own before that, so that the others need not wait
                    for it.
     by migration   If there is no such worker, all sessions move to others, idle ones from the disk, several at a time, each
                    to the one with the least to do (`migration`).
@@ -139,8 +139,8 @@ class Draining:
     def on_bequest(self, sender: Address, bequest: Bequest) -> None:
         """A worker that drains has a store to give away."""
         folder = Path(bequest.folder)
-        if self._is_begun:
-            refusal = f"worker {self._process.name!r} is drained itself"
+        if self._is_closing:
+            refusal = f"worker {self._process.name!r} is about to leave itself"
         elif self._stores is None or not self._stores.may_open(folder):
             refusal = f"worker {self._process.name!r} keeps no sessions in {folder.parent}"
         else:
@@ -501,18 +501,18 @@ class Draining:
 
 
 def heirs_among(members: Mapping[str, Member], name: str, me: Member, kept: Iterable[str]) -> list[str]:
-    """The workers that could go on with a store of the member `me` called `name`: on its machine, with all of its agents."""
+    """The workers that could go on with a store of the member `me` called `name`: on its machine, with all of its agents.
+
+    If all of those are drained themselves, they are named all the same: what they still run may need the sessions.
+    """
 
     def can(member: Member) -> bool:
         is_near = member.node == me.node or (member.folder != "" and member.folder == me.folder)
         infos = [member.actors.get(actor) for actor in kept]
         return is_near and all(info is not None and info.is_kept for info in infos)
 
-    return [
-        other
-        for other, member in members.items()
-        if other != name and member.role == "worker" and not member.draining and can(member)
-    ]
+    able = {other: member for other, member in members.items() if other != name and member.role == "worker" and can(member)}
+    return [other for other, member in able.items() if not member.draining] or list(able)
 
 
 def _is_in_memory(replica: Replica) -> bool:
