@@ -18,7 +18,8 @@ What becomes of the sessions in a store:
 
     by bequest     A worker on the same machine which serves the same agents goes on with the store as a whole. It is asked
                    first (`Bequest`, `Accepted`), and opens the store the moment that it is closed here, or that this process
-                   is killed. One that is drained itself is asked if there is no other, for what it still runs. Sessions whose call takes long move on their own before that, so that the others need not wait
+                   is killed. One that is drained itself is asked if there is no other: what it still runs may need the
+                   sessions. Sessions whose call takes long move on their own before that, so that the others need not wait
                    for it.
     by migration   If there is no such worker, all sessions move to others, idle ones from the disk, several at a time, each
                    to the one with the least to do (`migration`).
