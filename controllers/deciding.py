@@ -82,19 +82,18 @@ async def decider_of(name: str | None) -> Decider:
 
 
 def _shipped(name: str) -> Policy:
-    known = {
-        key: found
-        for key, found in vars(policies).items()
-        if inspect.isclass(found) and found.__module__ == policies.__name__ and _needs_nothing(found)
+    shipped = {
+        key: found for key, found in vars(policies).items() if inspect.isclass(found) and found.__module__ == policies.__name__
     }
-    if name not in known:
-        raise PolicyLoadError(f"{name!r} names no policy: write it as FILE.py:Name, or take one of {', '.join(known)}")
-    return cast(Policy, known[name]())
-
-
-def _needs_nothing(policy: type) -> bool:
-    parameters = inspect.signature(policy).parameters.values()
-    return all(parameter.default is not inspect.Parameter.empty for parameter in parameters)
+    if name in policies.MADE_WITH_ARGUMENTS:
+        raise PolicyLoadError(
+            f"{name} does nothing unless it is told what: write a file with `from {policies.__name__} import {name}` and "
+            f"`Mine = {name}({policies.MADE_WITH_ARGUMENTS[name]})`, and name it as FILE.py:Mine"
+        )
+    if name not in shipped:
+        known = ", ".join(key for key in shipped if key not in policies.MADE_WITH_ARGUMENTS)
+        raise PolicyLoadError(f"{name!r} names no policy: write it as FILE.py:Name, or take one of {known}")
+    return cast(Policy, shipped[name]())
 
 
 async def decision_of(decider: Decider, governor: Governor, view: View, now: float) -> Decision:

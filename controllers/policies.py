@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -196,3 +197,10 @@ class BudgetLimits:
             yield limit(agent, 0, session=session, reason=f"the session has spent {self.per_session:g}")
         for agent, tenant in ((agent, tenant) for tenant in over for agent in view.agents):
             yield limit(agent, 0, tenant=tenant, reason=f"{tenant!r} has spent {self.tenants[tenant]:g}")
+
+
+# Those that say nothing before they are told what about, with an example of it.
+MADE_WITH_ARGUMENTS: Final[Mapping[str, str]] = {
+    "HighPriority": '"ann"',
+    "BudgetLimits": '{"acme": 20.0}, per_session=1.0',
+}

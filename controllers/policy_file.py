@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import inspect
 import itertools
 import sys
 import threading
@@ -185,6 +186,18 @@ class PolicyFile:
         return await self._contained.call(lambda: list(itertools.islice(policy.decide(view), _MOST_ACTIONS)), str(self))
 
 
+def needs_nothing(policy: type) -> bool:
+    """True if a class can be made without arguments."""
+    try:
+        parameters = inspect.signature(policy).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return all(
+        parameter.default is not parameter.empty or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for parameter in parameters
+    )
+
+
 def _loaded(path: Path, name: str) -> Policy | PolicyLoadError:
     """The policy of that name; errors of the user's are returned, since an exception would be taken for one of the file's."""
     try:
@@ -198,11 +211,14 @@ def _loaded(path: Path, name: str) -> Policy | PolicyLoadError:
         exec(compile(source, str(path), "exec"), module.__dict__)
     finally:
         del sys.modules[module.__name__]
-    found = vars(module).get(name)
-    if found is None:
+    if name not in vars(module):
         known = [key for key in vars(module) if not key.startswith("_")]
         close = get_close_matches(name, known, n=1)
         return PolicyLoadError(f"there is no {name!r} in {path}" + (f": did you mean {close[0]!r}?" if close else ""))
+    found = vars(module)[name]
+    if isinstance(found, type) and not needs_nothing(found):
+        advice = f"make it there, as in `made = {name}(...)`, and name `made`"
+        return PolicyLoadError(f"{name!r} in {path} takes arguments: {advice}")
     policy = found() if isinstance(found, type) else found
     if not callable(getattr(policy, "decide", None)):
         return PolicyLoadError(f"{name!r} in {path} is no policy: it has no method `decide(view)`")

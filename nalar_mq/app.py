@@ -108,9 +108,21 @@ def _load_file(path: Path) -> App:
                 f"{path}: two actors have the name {spec.name!r}: {_where(other.target)} and {_where(spec.target)}; "
                 "give one of them another one with `name=`"
             )
+    for spec in actors.values():
+        problem = unbatched(spec)
+        if problem:
+            raise DirectiveError(f"{_where(spec.target)}: {problem}")
     if not actors:
         raise AppError(f"{path}: there is no @agent, @tool or @workflow in it; unmodified Python needs a nalar.toml")
     return App(path, actors)
+
+
+def unbatched(spec: ActorSpec) -> str:
+    """What is wrong with an actor that is `batchable`, and has no function that takes a batch; empty if nothing is."""
+    if not spec.directives.batchable or any(method.batch is not None for method in spec.methods.values()):
+        return ""
+    wanted = " or ".join(f"`{method.function.__name__}_batch`" for method in spec.methods.values())
+    return f"{spec.kind} {spec.name!r}: 'batchable' wants a function {wanted} beside it, which takes a list and returns one"
 
 
 class _ManifestLoader:
@@ -132,6 +144,11 @@ class _ManifestLoader:
         except BaseException:
             self._finder.uninstall()
             raise
+        for entry in self._manifest.actors:
+            problem = unbatched(self._actors[entry.name])
+            if problem:
+                self._finder.uninstall()
+                raise DirectiveError(f"{self._manifest.path}:{entry.line}: {problem}")
         return App(self._manifest.path, self._actors, self._finder)
 
     def _file_of(self, module: str) -> Path | None:

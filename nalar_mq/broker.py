@@ -440,7 +440,7 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
     """What a running runtime tells other commands on this machine.
 
     `started` is the start of process `pid` as the operating system tells it: together with the id it identifies the
-    process, and it is not used as a time.
+    process, and it is not used as a time. `app` is the name of the app's file, in the folder that the runtime file is for.
     """
 
     url: str
@@ -448,6 +448,7 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     pid: int
     started: float = 0.0
+    app: str = ""
 
     def __repr__(self) -> str:
         return f"RuntimeFile(url={self.url!r}, namespace={self.namespace!r}, pid={self.pid})"
@@ -459,7 +460,14 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_runtime_file(
-    folder: Path, *, url: str, token: str, namespace: str = DEFAULT_NAMESPACE, node_key: str = "", pid: int | None = None
+    folder: Path,
+    *,
+    url: str,
+    token: str,
+    namespace: str = DEFAULT_NAMESPACE,
+    node_key: str = "",
+    pid: int | None = None,
+    app: str = "",
 ) -> Path:
     """Writes `.nalar/runtime.json` in `folder`, readable by its owner only, and the node key beside it; returns its path.
 
@@ -467,7 +475,8 @@ def write_runtime_file(
         BrokerStartError: it cannot be written.
     """
     pid = os.getpid() if pid is None else pid
-    content = RuntimeFile(url=url, token=token, namespace=namespace, pid=pid, started=_started(pid) or 0.0)
+    started = _started(pid) or 0.0
+    content = RuntimeFile(url=url, token=token, namespace=namespace, pid=pid, started=started, app=app)
     path = folder / RUNTIME_FOLDER / RUNTIME_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -129,6 +129,10 @@ _log = logger(__name__)
 class Host(Protocol):
     """The part of a worker that runs calls."""
 
+    def refusal(self, actor: str) -> str:
+        """Why sessions of that agent can neither leave nor come; empty if they can."""
+        ...
+
     def on_call(self, owner: Address, call: Call, now: float) -> None:
         """A call has arrived at `now`."""
         ...
@@ -974,7 +978,8 @@ class Calls:
             case Migrated():
                 self._on_migrated(message)
             case Migrate() if moves is None:
-                self.tell(sender, Migrated(message.id, f"process {self.me.name!r} keeps no sessions"))
+                refusal = self.host.refusal(message.actor) if self.host is not None else ""
+                self.tell(sender, Migrated(message.id, refusal or f"process {self.me.name!r} keeps no sessions"))
             case Forward() if not self._is_stateful(message.call.actor):
                 if self.host is not None:
                     self.host.take_forwarded(message)
@@ -1118,14 +1123,16 @@ class Calls:
         """Has a session moved to worker `target`; returns what became of that.
 
         Raises:
-            MigrationError: nobody has the session, or whoever has it was lost meanwhile.
+            MigrationError: there is no such session or worker, or whoever has the session was lost meanwhile.
         """
+        if self._table.info(actor) is None:
+            raise MigrationError(f"nobody serves {actor!r}")
         try:
             address = await self._places.locate(self._places.key_in_store(actor, session), actor)
         except NalarError as error:
             raise MigrationError(str(error)) from error
         if address is None:
-            raise MigrationError(f"nobody serves {actor!r}")
+            raise MigrationError(f"there is no session {session!r} of {actor!r}: one begins with its first call")
         if self._closed is not None:
             raise MigrationError(str(self._closed))
         id = self.fresh_id()

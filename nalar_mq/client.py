@@ -11,12 +11,13 @@ Inside the block the stubs of decorated actors work, too: `await search("...")`,
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 
@@ -47,6 +48,7 @@ from nalar_mq.questions import Question, Questions
 from nalar_mq.traces import Trace, trace_of
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _ADVICE = (
     "start one with `nalar up APP`, or name one by `connect(url)` or NATS_URL; `connect(app=...)` finds that of an app that is "
@@ -151,8 +153,24 @@ class Caller:
         return self.call(name, *args, **kwargs).stream()
 
 
+def _on_its_loop(
+    method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]:
+    """Refuses a call from a program without an event loop, where nobody would await the coroutine."""
+
+    @functools.wraps(method)
+    def checked(client: Client, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        client.check_awaited(method.__name__)
+        return method(client, *args, **kwargs)
+
+    return checked
+
+
 class Client(Caller):
-    """A process that only calls. Made by `connect`."""
+    """A process that only calls. Made by `connect`.
+
+    Its asynchronous methods raise `RuntimeError` if it was opened without an event loop: there they are for `run`.
+    """
 
     def __init__(
         self,
@@ -289,6 +307,7 @@ class Client(Caller):
         if process is not None:
             await process.aclose(CallCancelledError("the client has closed", started=True))
 
+    @_on_its_loop
     async def wait_for(self, name: str, timeout_s: float = 10.0) -> None:
         """Returns once somebody serves the actor of `name`; on the client's loop.
 
@@ -300,6 +319,7 @@ class Client(Caller):
             known = ", ".join(self.process.table.known_actors()) or "nothing"
             raise UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor)
 
+    @_on_its_loop
     async def submit(self, workflow: str, /, *args: Any, job_id: str | None = None, **kwargs: Any) -> JobHandle:
         """Makes a durable call of a workflow; when it returns, the broker has it, and no loss of a process undoes that.
 
@@ -346,10 +366,12 @@ class Client(Caller):
             raise ArgumentError(f"{workflow}: give the arguments of a job by name", actor=workflow)
         return given | kwargs
 
+    @_on_its_loop
     async def job(self, id: str) -> JobHandle:
         """A job that was submitted by anybody, whether it is known or not."""
         return JobHandle(await self.jobs(), id)
 
+    @_on_its_loop
     async def jobs(self, *, to_submit: bool = False) -> Jobs:
         """All jobs of the namespace.
 
@@ -365,10 +387,12 @@ class Client(Caller):
             self._jobs = await Jobs.open(process.transport, process.subjects, is_alive=process.table.is_alive)
         return self._jobs
 
+    @_on_its_loop
     async def questions(self) -> list[Question]:
         """What programs have asked (`nalar_mq.ask`) and nobody has answered yet, the oldest first."""
         return await (await self._open_questions()).waiting(self.process.calls.is_alive)
 
+    @_on_its_loop
     async def answer(self, id: str, value: Any) -> None:
         """Answers a question; when it returns, the answer counts, and no loss of a process undoes that.
 
@@ -388,12 +412,33 @@ class Client(Caller):
     async def _open_questions(self) -> Questions:
         return await Questions.open(self.process.transport, self.process.subjects)
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine of this client on its loop and returns the result, in a program without an event loop."""
+    def run(self, method: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """What an asynchronous method comes to, in a program without an event loop: `client.run(client.submit, "report")`.
+
+        Args:
+            method: of this client, or of a job that it has submitted.
+            args, kwargs: what it takes.
+
+        Raises:
+            RuntimeError: the client runs on an event loop of the program.
+        """
         if self._thread is None:
             raise RuntimeError("this client runs on your own event loop: await the coroutine instead")
-        return self._thread.run(coroutine)
 
+        async def on_the_loop() -> T:
+            return await method(*args, **kwargs)
+
+        return self._thread.run(on_the_loop())
+
+    def check_awaited(self, name: str) -> None:
+        """Raises `RuntimeError` where nobody would await what the asynchronous method of that name returns."""
+        if self._thread is not None and not self._thread.is_current():
+            raise RuntimeError(
+                f"`{name}` is asynchronous, and this client was opened without an event loop: write "
+                f"`client.run(client.{name}, ...)`, or open it with `async with connect()` and await it"
+            )
+
+    @_on_its_loop
     async def trace(self, wanted: Future[Any] | str = "") -> Trace:
         """The calls of one run as a tree: which call made which, where and when each of them ran, and how it ended.
 
@@ -413,6 +458,7 @@ class Client(Caller):
         nodes = {name: member.node for name, member in table.members.items()}
         return trace_of(wanted.id.hex() if isinstance(wanted, Future) else wanted, views, nodes)
 
+    @_on_its_loop
     async def migrate(self, actor: str, session: str, *, to: str, instance: str = "") -> Migration:
         """Moves a session with its state, its waiting calls and the results of its former ones to worker `to`.
 
@@ -426,6 +472,7 @@ class Client(Caller):
             raise MigrationError(migrated.refusal)
         return Migration(migrated.frozen_s, migrated.size)
 
+    @_on_its_loop
     async def drain(
         self, worker: str, *, grace_s: float = 30.0, on_progress: Callable[[Drainage], None] | None = None
     ) -> Drainage:
@@ -453,11 +500,13 @@ class Client(Caller):
             raise DrainError(f"{what}; workers are: {known}", worker)
         return await self.process.calls.drain(Address(worker, member.incarnation), grace_s, on_progress)
 
+    @_on_its_loop
     async def look(self) -> list[View]:
         """How many calls each other live process has in hand; those that do not answer in time are left out."""
         others = [(name, member) for name, member in self.process.table.members.items() if name != self.process.name]
         return await self.process.lookout.ask([Address(name, member.incarnation) for name, member in others])
 
+    @_on_its_loop
     async def members(self) -> list[tuple[str, Member]]:
         """All live processes by name, this one included."""
         return sorted(self.process.table.members.items())
@@ -494,6 +543,9 @@ class _LoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
+
+    def is_current(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

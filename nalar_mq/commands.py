@@ -175,7 +175,7 @@ async def up(
     """
     running = read_runtime_file(app.parent)
     if running is not None:
-        raise ConfigError(f"this app is up already at {running.url} (process {running.pid}): `nalar call` uses it")
+        raise ConfigError(_is_up(running, app))
     load_quietly(app)  # what is wrong with it is said once, and before anything starts
     entry = _runtime_entry(app)
     decider = await _decider(policy) if policy is not None else None
@@ -199,7 +199,7 @@ async def up(
         if broker is None:
             await _reach(settings)
         stack.callback(remove_runtime_file, app.parent)
-        _announce(app.parent, settings)
+        _announce(app, settings)
         show(access.urls[0])
         controllers = [_controller(app, node, entry, workers, log_level, capacities) for node in _nodes(settings, nodes)]
         beside: list[_Work] = [functools.partial(_obey, settings, controller) for controller in controllers]
@@ -384,6 +384,16 @@ async def doctor(choice: BrokerChoice, *, app: Path | None, take: Callable[[Find
 
     async for finding in examine(folder, find, running):
         take(finding)
+
+
+def _is_up(running: RuntimeFile, app: Path) -> str:
+    at = f"at {running.url} (process {running.pid})"
+    if not running.app or running.app == app.name:
+        return f"this app is up already {at}: `nalar call` uses it"
+    return (
+        f"another app of this folder, {running.app}, is up {at}: stop it first, have `nalar worker {app.name}` serve this one "
+        f"beside it, name both in one {MANIFEST_NAME}, or put this one into a folder of its own"
+    )
 
 
 def _folder(state: Path | None) -> str:
@@ -669,11 +679,11 @@ def _known_namespace(running: RuntimeFile | None, entry: RuntimeEntry) -> str:
     return entry.namespace or (running.namespace if running else "")
 
 
-def _announce(folder: Path, settings: Settings) -> None:
+def _announce(app: Path, settings: Settings) -> None:
     access = settings.broker
     if access == BrokerAccess(urls=access.urls[:1], token=access.token, node_key=access.node_key):
         url, token, node_key = access.urls[0], access.token, access.node_key
-        write_runtime_file(folder, url=url, token=token, namespace=settings.namespace, node_key=node_key)
+        write_runtime_file(app.parent, url=url, token=token, namespace=settings.namespace, node_key=node_key, app=app.name)
 
 
 def _node_name() -> str:

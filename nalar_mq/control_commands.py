@@ -33,7 +33,7 @@ from nalar_mq.controllers.recording import Recorded, Recording, read_recording
 from nalar_mq.controllers.rehearsal import Rehearsal
 from nalar_mq.controllers.rehearsal import replay as replay_on
 from nalar_mq.controllers.view import View
-from nalar_mq.errors import BrokerError, UnknownCallError, WireError
+from nalar_mq.errors import BrokerError, ConfigError, WireError
 from nalar_mq.identity import new_secret, presented
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.rules import Admission
@@ -136,12 +136,14 @@ async def explain(choice: BrokerChoice, *, app: Path | None, call: str) -> Expla
     """All that is known to have happened to a call, and why.
 
     Raises:
+        ConfigError: it is not the id of a call.
         UnknownCallError: no process remembers it.
     """
     try:
         id = bytes.fromhex(call)
     except ValueError:
-        raise UnknownCallError(call, "the id of a call is hexadecimal: `nalar trace` and `nalar top` show it") from None
+        advice = "`nalar explain` takes the id of one, which `nalar trace` and `nalar top` show"
+        raise ConfigError(f"{call!r} is no call: {advice}") from None
     async with connect(settings=settings_of(choice, app)) as client:
         process = client.process
         others = [Address(name, member.incarnation) for name, member in await client.members() if name != process.name]

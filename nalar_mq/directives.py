@@ -25,7 +25,7 @@ class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         stateful: calls of one session go, in order, to the same instance, and the session never moves; None lets the
             runtime decide by looking at the class.
         batchable: calls that wait may be run together as one batch: by the function `NAME_batch` beside the function
-            `NAME`, which takes the list of their only arguments and returns the list of results; side by side without one.
+            `NAME`, which takes the list of their only arguments and returns the list of results. An actor has at least one.
         preemptable: name of the function or method that interrupts a running call; empty for none.
         min_instances: replicas that are kept even without load.
         max_instances: replicas that calls are routed to at most, the longest-lived ones; None for no bound.

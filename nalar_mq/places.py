@@ -135,7 +135,7 @@ class Places:
                 lost = lost and not was_told
 
     async def locate(self, key: str, actor: str) -> Address | None:
-        """Where the directory says that it is now; None if nobody serves the actor.
+        """Where the directory says that it is now; None if it has no such session, or nobody serves the actor.
 
         Calls go on to where this process knows it to be: their order is seen to by whoever forwards them.
 
@@ -145,8 +145,14 @@ class Places:
         info = self._table.info(actor)
         if info is None or not info.is_kept:
             return self._table.rank(actor, key)
-        place, _ = await self._decide(key, actor)
+        entry = await (await self._opened()).get(key)
+        place = self._read(entry.value) if entry is not None and entry.value is not None else None
         return await self._holder(place, key) if isinstance(place, str) else place
+
+    async def _opened(self) -> KeyValue:
+        if self._bucket is None:
+            self._bucket = await self._transport.key_value(self._subjects.places_bucket)
+        return self._bucket
 
     async def _holder(self, store: str, key: str) -> Address:
         """Who has the store open, as soon as somebody has."""
@@ -166,10 +172,9 @@ class Places:
 
     async def _decide(self, key: str, actor: str, *, or_leaving: bool = False) -> tuple[Address | str | None, bool]:
         """The place, and whether a former one was lost; None if there is no replica to propose."""
-        if self._bucket is None:
-            self._bucket = await self._transport.key_value(self._subjects.places_bucket)
+        bucket = await self._opened()
         while True:
-            entry = await self._bucket.get(key)
+            entry = await bucket.get(key)
             former = self._read(entry.value) if entry is not None and entry.value is not None else None
             if isinstance(former, str):
                 return former, False
@@ -185,9 +190,9 @@ class Places:
             record = encode_record(place_of(proposed, store))
             try:
                 if entry is None:
-                    await self._bucket.create(key, record)
+                    await bucket.create(key, record)
                 else:
-                    await self._bucket.update(key, record, entry.revision)
+                    await bucket.update(key, record, entry.revision)
             except KeyConflictError:
                 continue
             return store or proposed, entry is not None
@@ -217,11 +222,10 @@ class Places:
             await self._remove(key, address)
 
     async def _remove(self, key: str, address: Address | str) -> None:
-        if self._bucket is None:
-            self._bucket = await self._transport.key_value(self._subjects.places_bucket)
-        entry = await self._bucket.get(key)
+        bucket = await self._opened()
+        entry = await bucket.get(key)
         if entry is not None and entry.value is not None and self._read(entry.value) == address:
-            await self._bucket.delete(key, entry.revision)
+            await bucket.delete(key, entry.revision)
 
     def _read(self, value: bytes) -> Address | str | None:
         try:

@@ -87,6 +87,11 @@ APPS = {
         errors.DirectiveError,
         ["'A'", "batchable", "stateful"],
     ),
+    "no_batch.py": (
+        "from nalar_mq import tool\n@tool(batchable=True)\ndef f(x: int) -> int: return x\n",
+        errors.DirectiveError,
+        ["no_batch.py:2", "tool 'f'", "wants a function `f_batch`"],
+    ),
     "least_above_most.py": (
         "from nalar_mq import tool\n@tool(min_instances=3, max_instances=2)\ndef f(): ...\n",
         errors.DirectiveError,

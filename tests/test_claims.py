@@ -335,7 +335,7 @@ def test_a_program_without_a_loop_takes_large_values(namespace: str, broker_acce
 
     def ask() -> None:
         with connect(settings=settings) as client:
-            client.run(client.wait_for("make"))
+            client.run(client.wait_for, "make")
             assert len(client.call("make", SIZE).value(PATIENCE_S)) == SIZE
             assert [len(piece) for piece in client.stream("pieces", [SIZE, 3])] == [SIZE, 3]
             assert client.call("where", b"x" * SIZE).value(PATIENCE_S)[1] == SIZE

@@ -528,6 +528,15 @@ def test_run_uses_what_is_up(runtime):
 
 def test_up_twice(runtime):
     assert "this app is up already" in nalar("up", ".", cwd=runtime, code=2).stderr
+    said = nalar("up", "small.py", cwd=runtime, code=2).stderr
+    assert "another app of this folder, nalar.toml, is up at nats://" in said
+    assert "`nalar worker small.py`" in said
+
+
+def test_a_session_that_is_not_there_does_not_move(runtime):
+    for _ in range(2):
+        said = nalar("explain", "nonsense", cwd=runtime, code=2).stderr
+        assert "takes the id of one" in said
 
 
 def test_wrong_credentials(runtime):

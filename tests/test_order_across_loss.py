@@ -108,6 +108,7 @@ async def begin(world: World, *path: str) -> tuple[Client, Client]:
     for name in path:
         await world.start(name)
     owner, other = await world.client("client-owner"), await world.client("client-other")
+    await other.options(session="ann").call("Ledger.read")
     await other.migrate("Ledger", "ann", to=path[0])
     await owner.options(session="ann").call("Ledger.apply", "0", [], 0.0)
     for name in path[1:]:

@@ -263,7 +263,7 @@ async def test_a_policy_in_a_file_decides(tmp_path: Path) -> None:
         ("x = 1\n\nraise SystemExit(3)", "Mine", r"cannot be imported: SystemExit: 3 \(line 3\)"),
         (GOOD, "Mien", "did you mean 'Mine'"),
         ("Mine = 3", "Mine", "no method `decide"),
-        ("class Mine:\n  def __init__(self, x): ...", "Mine", "cannot be imported: TypeError"),
+        ("class Mine:\n  def __init__(self, x): ...", "Mine", "takes arguments: make it there"),
         ("while True: pass", "Mine", "did not answer"),
     ],
 )

@@ -153,12 +153,18 @@ def test_a_second_controller_stands_by_and_leads_when_the_first_is_killed(site: 
         ("mine.py", "write it as FILE.py:Name"),
         ("nowhere.py:Mine", "cannot be read"),
         ("mine.py:Mien", "did you mean 'Mine'?"),
+        ("nothing.py:Mine", "'Mine' in nothing.py is no policy"),
+        ("nothing.py:Wants", "takes arguments: make it there"),
+        ("BudgetLimits", "Mine = BudgetLimits("),
+        ("HighPriority", "Mine = HighPriority("),
+        ("Nobody", "HeadOfLine, Reallocation, ShortestRemaining, LongestFirst, SessionAffinity, FairShare, DeadlineFirst\n"),
         ("broken.py:Mine", "broken.py cannot be imported: invalid syntax (line 1)"),
     ],
 )
 def test_a_policy_that_cannot_be_loaded_is_a_mistake_of_the_command_line(site: Site, policy: str, says: str) -> None:
     (site.folder / "mine.py").write_text(POLICY)
     (site.folder / "broken.py").write_text("policy of mine\n")
+    (site.folder / "nothing.py").write_text("class Wants:\n    def __init__(self, what): ...\n\n\nMine = None\n")
     for words in (("controller",), ("up", "mine.py")):
         done = site(*words, "--policy", policy, code=2)
         if words == ("controller",):

@@ -666,6 +666,9 @@ def test_a_plain_program_uses_a_client_without_a_loop(broker_access: BrokerAcces
             assert list(client.stream("numbers", 100)) == list(range(100))
             assert sorted(f.value() for f in nalar_mq.as_completed([actors.add(i) for i in range(3)])) == [0, 1, 2]
             assert actors.add(actors.add(1, 1), 1).value() == 3
+            with pytest.raises(RuntimeError, match=r"`members` is asynchronous.*client\.run\(client\.members, \.\.\.\)"):
+                client.members()
+            assert [name for name, _ in client.run(client.members)] == sorted([client.name, "w"])
 
     asyncio.run(main())
 
