@@ -159,7 +159,7 @@ def _on_its_loop(
     """Refuses a call from a program without an event loop, where nobody would await the coroutine."""
 
     @functools.wraps(method)
-    def checked(client: Client, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+    def checked(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         client.check_awaited(method.__name__)
         return method(client, *args, **kwargs)
 

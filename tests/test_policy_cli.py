@@ -215,7 +215,7 @@ def test_what_is_decided_refused_and_seen_is_told(site: Site) -> None:
     assert ("n1-1", "came from n1-1, priority 0") in steps
     assert ("controller", "wait may be called by chat, tenant acme") in steps
     assert "tenant acme: it is dear" in site("explain", explained["id"]).stdout
-    assert "nalar top" in site("explain", "nonsense", code=1).stderr
+    assert "nalar top" in site("explain", "nonsense", code=2).stderr
 
     (site.folder / "mine.py").write_text(POLICY.replace("acme", "globex") + "        raise ValueError(view.now < 0)\n")
     eventually(lambda: "no answer, all stays as it was" in site("policy", "history").stdout, "its error is not told")
