@@ -5,11 +5,12 @@ View ──▶ policy ──▶ guards ──▶ Decision; with its error where 
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Iterable
 from typing import Final, Protocol, cast
 
-from nalar_mq.errors import PolicyError, PolicyLoadError
+from nalar_mq.errors import PolicyError, PolicyLoadError, PolicyTimeoutError
 from nalar_mq.logs import logger
 
 from . import policies
@@ -19,11 +20,18 @@ from .policy_file import PolicyFile
 from .view import View
 
 PERIOD_S: Final = 0.25
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 10.0
 _log = logger(__name__)
 
 
 class Decider(Protocol):
     """Where decisions come from; `str` says what people call it."""
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with what it asks, though it may still answer; empty if nothing is."""
+        ...
 
     async def decide(self, view: View) -> Iterable[Action]:
         """What is wanted.
@@ -44,26 +52,60 @@ class Trusted:
     def __str__(self) -> str:
         return self._name
 
+    @property
+    def trouble(self) -> str:
+        """Nothing."""
+        return ""
+
     async def decide(self, view: View) -> Iterable[Action]:
         """What the policy says."""
         return self._policy.decide(view)
 
 
 class Reloaded:
-    """The policy in a file, as the file is now; the former one where it cannot be loaded."""
+    """The policy in a file, as the file is now; the former one where it cannot be loaded.
+
+    One that did not answer in time is left alone for a while, each time for longer: its loops take a processor from all others.
+
+    Attributes:
+        trouble: why the file cannot be loaded as it is now; empty if it can.
+    """
 
     def __init__(self, file: PolicyFile) -> None:
+        self.trouble = ""
         self._file = file
+        self._pause_s = _FIRST_PAUSE_S
+        self._rests_until = 0.0
+        self._overdue = ""
 
     def __str__(self) -> str:
         return str(self._file)
 
     async def decide(self, view: View) -> Iterable[Action]:
         """What the policy says."""
+        now = asyncio.get_running_loop().time
         if self._file.has_changed():
+            await self._load()
+        if now() < self._rests_until:
+            raise PolicyTimeoutError(self._overdue)
+        try:
+            actions = await self._file.decide(view)
+        except PolicyTimeoutError as error:
+            self._overdue = str(error)
+            self._rests_until = now() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            raise
+        self._pause_s = _FIRST_PAUSE_S
+        return actions
+
+    async def _load(self) -> None:
+        try:
             await self._file.load()
-            _log.info("policy.loaded", file=str(self._file))
-        return await self._file.decide(view)
+        except PolicyLoadError as error:
+            self.trouble = str(error)
+            raise
+        self.trouble, self._pause_s, self._rests_until = "", _FIRST_PAUSE_S, 0.0
+        _log.info("policy.loaded", file=str(self._file))
 
 
 async def decider_of(name: str | None) -> Decider:

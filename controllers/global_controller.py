@@ -90,6 +90,7 @@ class GlobalController:
         self._subjects = subjects
         self._me = me
         self._decider = decider
+        self._error = ""
         self._lease_s = lease_s
         self._period_s = period_s
         self._is_driven = is_driven
@@ -252,6 +253,7 @@ class GlobalController:
                     await self._seal(leadership)
                 decision = await decision_of(self._decider, self.governor, self.view, self._loop.time())
                 decided = self._loop.time()
+                self._error = decision.error
                 if leadership.is_current:
                     await self._publish(leadership, decision)
                     await self._tell(leadership, decision)
@@ -312,6 +314,7 @@ class GlobalController:
             rounds=self.rounds,
             round_s=self.last.whole_s,
             decisions=self.audit.recent,
+            error=self._error or self._decider.trouble,
         )
         if not self._is_in_round:
             self.observer.release()

@@ -68,6 +68,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         controller, policy, term: who leads.
+        error: why the policy gives no answer, or cannot be loaded as it is now; empty if all is well.
         rounds: it has made.
         round_s: how long the last one took.
         processes, futures, sessions: of which it knows.
@@ -89,10 +90,19 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     agents: tuple[AgentRow, ...]
     waits: tuple[WaitRow, ...]
     decisions: tuple[Decided, ...]
+    error: str = ""
 
 
 def overview_of(
-    view: View, *, controller: str, policy: str, term: int, rounds: int, round_s: float, decisions: Iterable[Decided]
+    view: View,
+    *,
+    controller: str,
+    policy: str,
+    term: int,
+    rounds: int,
+    round_s: float,
+    decisions: Iterable[Decided],
+    error: str = "",
 ) -> Overview:
     """The rows of a view, with who looks at it."""
     return Overview(
@@ -109,6 +119,7 @@ def overview_of(
         agents=agent_rows(view),
         waits=wait_rows(view),
         decisions=tuple(decisions)[-DECISIONS:],
+        error=error,
     )
 
 

@@ -1107,6 +1107,7 @@ async def _shown_live(seen: AsyncGenerator[Overview | None], take: Callable[[Any
                 live.update(shown, refresh=True)
 
 
+_FAILING: Final = "the policy fails, and what was decided before holds on"
 _NOBODY_LEADS: Final = "no global controller answers: start one with `nalar controller`"
 
 
@@ -1126,6 +1127,7 @@ def _overview_parts(overview: Overview) -> list[RenderableType]:
         f"{overview.controller} leads, policy {overview.policy}, round {overview.rounds} took {overview.round_s * 1e3:.1f} ms\n"
         f"{overview.processes} processes, {overview.futures} calls in hand, {overview.sessions} sessions"
         + (f", {unused} reports that could not be used" if unused else "")
+        + (f"\n{_FAILING}: {overview.error}" if overview.error else "")
     )
     nodes = [
         [row.name, str(row.count), str(row.queued), str(row.running), _resources_of(row.resources)] for row in overview.nodes
@@ -1193,6 +1195,8 @@ def show_policy(options: _Options, /, json: bool, app: Path | None, **broker: st
         if found.term
         else "nothing is decided"
     )
+    if found.error:
+        _tell(f"{_FAILING}: {found.error}")
     for state in found.states:
         _show(_with_reason(describe(state), state.reason))
     if found.ranked and found.ranked.sessions:
@@ -1235,7 +1239,7 @@ def explain_access(
 ) -> int:
     """Say whether CALLER, an agent, tool, workflow or client, may call TARGET, and by which rule.
 
-    The exit code is 0 if it may, and 1 if it may not.
+    The exit code is 0 if it may, 1 if it may not, and 2 if nobody serves TARGET and there is no rule about it.
     """
     from nalar_mq import commands, control_commands
     from nalar_mq.actions import describe
@@ -1248,6 +1252,8 @@ def explain_access(
     else:
         rule = _with_reason(describe(found.rule), found.rule.reason) if found.rule else f"there is no rule about {target}"
         _show(f"{caller} {'may' if found.is_allowed else 'may not'} call {target}: {rule}")
+    if not found.is_known:
+        _tell(f"nobody serves {caller!r} now, and no process has that name")
     return EXIT_OK if found.is_allowed else EXIT_CALL_FAILED
 
 

@@ -203,18 +203,25 @@ def find_named_broker(
     if nats and context:
         raise ConfigError("--nats and --context both name a broker: give one of them")
     if nats:
-        return NamedBroker("--nats", _with_environment(access_from_url(nats, "--nats"), env))
+        return _named_by("--nats", nats, runtime, env)
     if context:
         return NamedBroker("--context", _access_from_context(context, env))
     for variable in ("NALAR_NATS_URL", "NATS_URL"):
         if env.get(variable):
-            return NamedBroker(variable, _with_environment(access_from_url(env[variable], variable), env))
+            return _named_by(variable, env[variable], runtime, env)
     if env.get("NATS_CONTEXT"):
         return NamedBroker("NATS_CONTEXT", _access_from_context(env["NATS_CONTEXT"], env))
     if runtime is not None:
         return NamedBroker("the runtime file that `nalar up` wrote", runtime)
     selected = _selected_context(env) if selected_context else ""
     return NamedBroker(f"the selected context {selected!r}", _access_from_context(selected, env)) if selected else None
+
+
+def _named_by(source: str, text: str, runtime: BrokerAccess | None, env: Mapping[str, str]) -> NamedBroker:
+    """The broker at a URL; with the credentials of what is up beside the app if it is that one and none are given."""
+    access = _with_environment(access_from_url(text, source), env)
+    is_running = runtime is not None and access == BrokerAccess(urls=runtime.urls)
+    return NamedBroker(source, runtime if runtime is not None and is_running else access)
 
 
 def access_from_url(text: str, source: str = "the broker's URL") -> BrokerAccess:

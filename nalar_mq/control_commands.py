@@ -1,6 +1,6 @@
 """What the commands about policies do, without the command line: `cli` reads the options, this carries them out.
 
-show, history     read what is kept at the broker; no controller is needed
+show, history     read what is kept at the broker; no controller is needed; show asks it whether its policy fails
 top               asks the controller that leads
 explain           asks the processes, and reads the history
 explain-access    reads what holds
@@ -33,10 +33,12 @@ from nalar_mq.controllers.recording import Recorded, Recording, read_recording
 from nalar_mq.controllers.rehearsal import Rehearsal
 from nalar_mq.controllers.rehearsal import replay as replay_on
 from nalar_mq.controllers.view import View
+from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import BrokerError, ConfigError, WireError
 from nalar_mq.identity import new_secret, presented
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.rules import Admission
+from nalar_mq.transport import Transport
 
 _ANSWERED_WITHIN_S: Final = 3.0
 _STATES: Final = "states"
@@ -50,6 +52,7 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         leader: the controller that decides; empty for none, and then what was decided last holds on.
         policy: what it asks, as far as that is known.
+        error: why that gives no answer, or cannot be loaded as it is now; empty if all is well, or nobody says.
         term, number: which record of which lead this is; 0 and 0 if nothing has ever been decided.
         states: routes, priorities of single sessions, limits and permissions.
         ranked: sessions that were given priorities at once, and why, as told last; None if none were.
@@ -61,6 +64,7 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     states: tuple[State, ...]
     ranked: Ranking | None
+    error: str = ""
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,12 +102,28 @@ async def in_force(choice: BrokerChoice, *, app: Path | None) -> InForce:
         of_term = [entry for entry in entries if entry.term == record.term]
         ranked = next((entry.ranked for entry in reversed(of_term) if entry.ranked), None)
         policy = of_term[-1].policy if of_term else ""
+        seen = await _asked(transport, subjects) if leader else None
         return InForce(
-            leader=leader, policy=policy, term=record.term, number=record.number, states=record.states, ranked=ranked
+            leader=leader,
+            policy=policy,
+            term=record.term,
+            number=record.number,
+            states=record.states,
+            ranked=ranked,
+            error=seen.error if seen is not None else "",
         )
 
 
-async def _states_in(transport: NatsTransport, subjects: Subjects) -> States:
+async def _asked(transport: NatsTransport, subjects: Subjects) -> Overview | None:
+    """What the controller that leads sees; None if none answers."""
+    try:
+        answer = await transport.request(subjects.overview, b"", timeout_s=_ANSWERED_WITHIN_S)
+        return decode_overview(answer.data)
+    except (BrokerError, WireError):
+        return None
+
+
+async def _states_in(transport: Transport, subjects: Subjects) -> States:
     kept = await (await transport.key_value(subjects.control_bucket)).get(_STATES)
     return States(0, 0, 0) if kept is None or kept.value is None else decode_decision(kept.value, States)
 
@@ -116,20 +136,36 @@ async def history(choice: BrokerChoice, *, app: Path | None, limit: int) -> list
 
 
 class Access(msgspec.Struct, frozen=True):
-    """Whether somebody may call an agent, and by which rule; None if there is none about it, and everybody may."""
+    """Whether somebody may call an agent, and by which rule; None if there is none about it, and everybody may.
+
+    Attributes:
+        is_known: the caller is there now: served, or a process.
+    """
 
     is_allowed: bool
     rule: Allow | None
+    is_known: bool = True
 
 
 async def access(choice: BrokerChoice, *, app: Path | None, caller: str, target: str, tenant: str) -> Access:
-    """Whether `caller`, on behalf of a tenant, may call `target` by the rules that hold now."""
-    async with _connected(settings_of(choice, app)) as (transport, subjects):
-        states = (await _states_in(transport, subjects)).states
+    """Whether `caller`, on behalf of a tenant, may call `target` by the rules that hold now.
+
+    Raises:
+        ConfigError: nobody serves the target, and there is no rule about it.
+    """
+    async with connect(settings=settings_of(choice, app)) as client:
+        process = client.process
+        states = (await _states_in(process.transport, process.subjects)).states
+        served, members = process.table.known_actors(), {name for name, _ in await client.members()} - {process.name}
     admission = Admission()
     admission.take_states(states)
     rules = [state for state in states if isinstance(state, Allow) and state.agent == target]
-    return Access(admission.rule_against(target, caller, tenant) is None, rules[-1] if rules else None)
+    if not rules and target not in served:
+        raise ConfigError(
+            f"nobody serves {target!r}: " + (did_you_mean(target, tuple(served)) if served else "nothing is served")
+        )
+    is_known = caller in served or caller in members
+    return Access(admission.rule_against(target, caller, tenant) is None, rules[-1] if rules else None, is_known)
 
 
 async def explain(choice: BrokerChoice, *, app: Path | None, call: str) -> Explained:
@@ -156,11 +192,7 @@ async def overviews(choice: BrokerChoice, *, app: Path | None, every_s: float) -
     """What the controller that leads sees, again and again; None while none answers."""
     async with _connected(settings_of(choice, app)) as (transport, subjects):
         while True:
-            try:
-                answer = await transport.request(subjects.overview, b"", timeout_s=_ANSWERED_WITHIN_S)
-                yield decode_overview(answer.data)
-            except (BrokerError, WireError):
-                yield None
+            yield await _asked(transport, subjects)
             await asyncio.sleep(every_s)
 
 

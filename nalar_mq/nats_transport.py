@@ -1711,7 +1711,12 @@ def _refused(access: BrokerAccess, url: str) -> str:
             f"another client has the name {access.user!r}"
         )
     is_given = access.token or access.user or access.creds_file or access.nkey_seed_file or "@" in url
-    return "the credentials given" if is_given else "a connection without credentials"
+    if is_given:
+        return "the credentials given"
+    return (
+        "a connection without credentials: those of `nalar up` are in .nalar/runtime.json beside its app; "
+        "name the app by --app, or run this in its folder"
+    )
 
 
 def _shown(url: str) -> str:

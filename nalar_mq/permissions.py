@@ -7,7 +7,7 @@ publish anywhere, or keep what others send each other. So the streams are laid o
     worker       serves actors, answers calls and jobs
     client       calls; its name begins with `client-`, by which everybody knows that it serves nothing
     controller   reads all reports, publishes what holds and what is to be done
-    visitor      any other NATS client: publishes jobs, calls and answers, reads results; it is no process of the runtime
+    visitor      any other NATS client: publishes jobs, calls and answers, reads results and decisions; it is no process
 
 Of what processes share, each of them may write all: where sessions live, who has been declared lost, the state of jobs. The
 journal of a process is written by others only when they take its jobs over. What a process is granted there lets it disturb
@@ -169,6 +169,7 @@ def _of_visitors(subjects: Subjects) -> Permissions:
         subjects.job("*"),
         subjects.call(">"),
         subjects.answer("*"),
+        subjects.overview,
         "$SRV.>",
         f"{_API}.INFO",
         f"{_API}.STREAM.NAMES",
@@ -176,9 +177,10 @@ def _of_visitors(subjects: Subjects) -> Permissions:
         *_reading(subjects.results_ledger),
         *_taking(subjects.results_ledger),
         *_reading(subjects.dead_ledger),
+        *_reading(subjects.decisions_ledger),
         *_reading(f"OBJ_{subjects.results_bucket}"),
     )
-    return Permissions(publish, ("_INBOX.>", subjects.result("*")))
+    return Permissions(publish, ("_INBOX.>", subjects.result("*"), subjects.decided))
 
 
 def _bucket(name: str) -> str:

@@ -59,6 +59,16 @@ def test_order_of_the_places(env):
         url(nats="flag:1", context="other")
 
 
+def test_a_url_is_completed_by_the_credentials_of_what_is_up_there(env):
+    up = BrokerAccess(urls=("nats://127.0.0.1:4222",), token="secret")
+    assert find_broker(nats="127.0.0.1:4222", runtime=up, environ=env) == up
+    assert find_broker(runtime=up, environ=env | {"NATS_URL": "nats://127.0.0.1:4222"}) == up
+    for other in ("nats://127.0.0.1:4223", "nats://other@127.0.0.1:4222"):
+        found = find_broker(nats=other, runtime=up, environ=env)
+        assert found is not None
+        assert found.token != "secret"
+
+
 def test_no_broker_says_what_to_do(env):
     with pytest.raises(ConfigError, match=r"nalar up APP.*--nats or NATS_URL"):
         load_settings(environ=env)

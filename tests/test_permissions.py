@@ -114,6 +114,15 @@ async def test_a_runtime_works_within_its_permissions(url: str) -> None:
             await (await client.job("second")).result(timeout=PATIENCE_S)
             kept = await visitor.jetstream().get_last_msg("nalar-results", "nalar.result.second")
             assert json.loads(kept.data or b"")["state"] == "done"
+            heard = await visitor.subscribe("nalar.decided")
+            async with await connected(url, "admin") as admin:
+                served = await admin.subscribe("nalar.overview", lambda asked: admin.publish(asked.reply, b"seen"))
+                assert (await visitor.request("nalar.overview", b"", timeout=PATIENCE_S)).data == b"seen"
+                await served.unsubscribe()
+                admin.publish("nalar.decided", b"{}")
+                assert (await heard.next_msg(timeout=PATIENCE_S)).data == b"{}"
+                await (await admin.ledger("nalar-decisions", ["nalar.decided"])).append("nalar.decided", b"{}")
+            assert (await visitor.jetstream().get_last_msg("nalar-decisions", "nalar.decided")).data == b"{}"
         finally:
             await visitor.close()
 

@@ -13,6 +13,7 @@ import pytest
 from views import World
 
 from nalar_mq.columns import RUNNING, Serves
+from nalar_mq.controllers.deciding import Reloaded
 from nalar_mq.controllers.guards import Bounds, Guards
 from nalar_mq.controllers.policy import (
     Act,
@@ -323,6 +324,40 @@ async def test_an_endless_loop_is_ended_and_the_policy_asked_again(tmp_path: Pat
         await policy.decide(View())
     await until(lambda: not policy.is_stuck)
     assert await policy.decide(View()) == []
+
+
+async def test_one_that_takes_too_long_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    text = f"""
+class Mine:
+    def decide(self, view):
+        with open({str(asked)!r}, "a") as file:
+            file.write("x")
+        while True: pass
+"""
+    file = PolicyFile(f"{written(tmp_path, text)}:Mine", deadline_s=0.05)
+    await file.load()
+    reloaded = Reloaded(file)
+    for _ in range(100):
+        with pytest.raises(PolicyTimeoutError, match="did not answer within"):
+            await reloaded.decide(View())
+    assert len(asked.read_text()) < 10
+    written(tmp_path, GOOD)
+    assert await reloaded.decide(View()) == [set_priority("s", 1, reason="first")]
+
+
+async def test_a_file_that_cannot_be_loaded_again_is_told_while_the_former_policy_decides(tmp_path: Path) -> None:
+    file = PolicyFile(f"{written(tmp_path, GOOD)}:Mine")
+    await file.load()
+    reloaded = Reloaded(file)
+    written(tmp_path, "policy of mine")
+    with pytest.raises(PolicyLoadError):
+        await reloaded.decide(View())
+    assert await reloaded.decide(View()) == [set_priority("s", 1, reason="first")]
+    assert "cannot be imported" in reloaded.trouble
+    written(tmp_path, GOOD)
+    assert await reloaded.decide(View()) == [set_priority("s", 1, reason="first")]
+    assert reloaded.trouble == ""
 
 
 async def test_one_that_cannot_be_ended_is_not_asked_again_until_its_file_changes(tmp_path: Path) -> None:

@@ -207,7 +207,11 @@ def test_what_is_decided_refused_and_seen_is_told(site: Site) -> None:
     assert "chat may call wait: wait may be called by chat" in site("policy", "explain-access", "chat", "wait").stdout
     assert "somebody may not call wait" in site("policy", "explain-access", "somebody", "wait", code=1).stdout
     assert site.json("policy", "explain-access", "somebody", "wait", "--tenant", "acme")["is_allowed"]
-    assert "there is no rule about chat" in site("policy", "explain-access", "anybody", "chat").stdout
+    anybody = site("policy", "explain-access", "anybody", "chat")
+    assert "there is no rule about chat" in anybody.stdout
+    assert "nobody serves 'anybody' now" in anybody.stderr
+    assert not site("policy", "explain-access", "wait", "chat").stderr
+    assert "did you mean 'chat'?" in site("policy", "explain-access", "wait", "chatt", code=2).stderr
 
     (explained,) = (site.json("explain", wait["future"]) for wait in seen["waits"][:1])
     assert (explained["call"], explained["state"]) == ("wait", "queued")
@@ -220,6 +224,9 @@ def test_what_is_decided_refused_and_seen_is_told(site: Site) -> None:
     (site.folder / "mine.py").write_text(POLICY.replace("acme", "globex") + "        raise ValueError(view.now < 0)\n")
     eventually(lambda: "no answer, all stays as it was" in site("policy", "history").stdout, "its error is not told")
     assert "ValueError: False (line 11)" in site("policy", "history").stdout
+    fails = "the policy fails, and what was decided before holds on: ValueError: False (line 11)"
+    eventually(lambda: fails in site("policy", "show").stderr, "it is not shown")
+    assert fails in site("top", "--once").stdout
     assert site.json("policy", "show")["states"] == shown["states"]
 
     gate.touch()
