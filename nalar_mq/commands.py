@@ -318,8 +318,11 @@ async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream
 
 
 async def prepare(choice: BrokerChoice, *, app: Path | None) -> None:
-    """Creates the streams and buckets of a runtime that do not exist yet."""
-    settings = _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    """Creates the streams and buckets of a runtime that do not exist yet; at the broker of `nalar up` all of them do."""
+    folder = app.parent if app else Path.cwd()
+    settings = _settings(folder, choice, RuntimeEntry(), node=_node_name())
+    if _as_node(settings, folder).broker.node_key:
+        return
     async with await NatsTransport.connect(settings.broker, name=settings.node) as transport:
         await lay_out(transport, Subjects(settings.namespace), settings.lease_s)
 

@@ -99,6 +99,11 @@ APPS = {
     ),
     "unknown_directive.toml": ('[tools.f]\nsource = "m:f"\nretrys = 3\n', errors.DirectiveError, [".toml:3", "retries"]),
     "wrong_value.toml": ('[tools.f]\nsource = "m:f"\nretries = "many"\n', errors.ConfigError, [".toml:3", "retries"]),
+    "no_batch.toml": (
+        '[tools.f]\nsource = "m:f"\nbatchable = true\n',
+        errors.DirectiveError,
+        ["no_batch.toml:", "tool 'f'", "wants a function `f_batch`"],
+    ),
     "no_toml.toml": ("[tools.f\n", errors.ManifestError, ["no_toml.toml:1"]),
     "same_name.toml": (
         '[tools.f]\nsource = "m:f"\n[workflows.f]\nsource = "m:g"\n',

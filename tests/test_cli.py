@@ -533,10 +533,15 @@ def test_up_twice(runtime):
     assert "`nalar worker small.py`" in said
 
 
-def test_a_session_that_is_not_there_does_not_move(runtime):
-    for _ in range(2):
-        said = nalar("explain", "nonsense", cwd=runtime, code=2).stderr
-        assert "takes the id of one" in said
+def test_what_is_no_call_is_not_explained(runtime):
+    assert "takes the id of one" in nalar("explain", "nonsense", cwd=runtime, code=2).stderr
+
+
+def test_the_url_of_what_is_up_in_this_folder_is_enough(runtime, tmp_path):
+    url = json.loads((runtime / ".nalar" / "runtime.json").read_text())["url"]
+    assert "serving" in nalar("ps", "--nats", url, cwd=runtime).stdout
+    nalar("prepare", "--nats", url, cwd=runtime)
+    assert "name the app by --app" in nalar("ps", "--nats", url, cwd=tmp_path, code=3).stderr
 
 
 def test_wrong_credentials(runtime):

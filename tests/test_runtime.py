@@ -219,6 +219,14 @@ async def test_two_clients_agree_on_the_place_of_a_session(runtime: Runtime) -> 
     assert sorted(values) == sorted([n for n in range(1, 21) for _ in range(7)])
 
 
+async def test_a_session_of_a_stateful_agent_never_moves(runtime: Runtime) -> None:
+    client = await runtime.client()
+    assert await client.options(session="s").call("Counter.add", 1) == 1
+    with pytest.raises(errors.MigrationError, match="sessions of 'Counter' never move: it is stateful"):
+        await client.migrate("Counter", "s", to=runtime.second.name)
+    assert await client.options(session="s").call("Counter.add", 1) == 2
+
+
 async def test_an_agent_without_state_has_one_instance_per_replica(runtime: Runtime) -> None:
     await runtime.client()
     runtime.actors.Desk.made = 0
