@@ -1123,7 +1123,7 @@ class Calls:
         """Has a session moved to worker `target`; returns what became of that.
 
         Raises:
-            MigrationError: there is no such session or worker, or whoever has the session was lost meanwhile.
+            MigrationError: nobody has the session, or whoever has it was lost meanwhile.
         """
         if self._table.info(actor) is None:
             raise MigrationError(f"nobody serves {actor!r}")
@@ -1132,7 +1132,7 @@ class Calls:
         except NalarError as error:
             raise MigrationError(str(error)) from error
         if address is None:
-            raise MigrationError(f"there is no session {session!r} of {actor!r}: one begins with its first call")
+            raise MigrationError(f"nobody serves {actor!r}")
         if self._closed is not None:
             raise MigrationError(str(self._closed))
         id = self.fresh_id()

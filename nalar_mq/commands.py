@@ -55,7 +55,7 @@ from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
 from nalar_mq.doctor import examine
-from nalar_mq.errors import BrokerAuthError, BrokerError, ConfigError, UnknownCallError
+from nalar_mq.errors import BrokerAuthError, BrokerError, ConfigError, MigrationError, UnknownCallError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
@@ -367,12 +367,16 @@ async def migrate(choice: BrokerChoice, agent: str, session: str, target: str, *
     """Moves a session to another worker.
 
     Raises:
-        MigrationError: it is where it was.
+        MigrationError: it is where it was, or there is none.
         UnknownActorError: nobody serves the agent.
     """
     settings = settings_of(choice, app)
     async with connect(settings=settings) as client:
         await client.wait_for(agent, _SERVED_WITHIN_S)
+        info, places = client.process.table.info(agent), client.process.places
+        key = places.key(agent, session, instance)
+        if info is not None and info.is_kept and not await places.is_known(key):
+            raise MigrationError(f"there is no session {session!r} of {agent!r}: one begins with its first call")
         return await client.migrate(agent, session, to=target, instance=instance)
 
 

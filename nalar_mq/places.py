@@ -135,7 +135,7 @@ class Places:
                 lost = lost and not was_told
 
     async def locate(self, key: str, actor: str) -> Address | None:
-        """Where the directory says that it is now; None if it has no such session, or nobody serves the actor.
+        """Where the directory says that it is now, or where it begins; None if nobody serves the actor.
 
         Calls go on to where this process knows it to be: their order is seen to by whoever forwards them.
 
@@ -145,9 +145,17 @@ class Places:
         info = self._table.info(actor)
         if info is None or not info.is_kept:
             return self._table.rank(actor, key)
-        entry = await (await self._opened()).get(key)
-        place = self._read(entry.value) if entry is not None and entry.value is not None else None
+        place, _ = await self._decide(key, actor)
         return await self._holder(place, key) if isinstance(place, str) else place
+
+    async def is_known(self, key: str) -> bool:
+        """True if the directory says where it is; it is not put anywhere for that.
+
+        Raises:
+            NalarError: the directory cannot be read.
+        """
+        entry = await (await self._opened()).get(key)
+        return entry is not None and entry.value is not None
 
     async def _opened(self) -> KeyValue:
         if self._bucket is None:

@@ -253,10 +253,13 @@ async def test_what_cannot_move_says_why_and_is_served_on(runtime: Runtime) -> N
     assert await ann.call("Notebook.note", "b") == 2
 
 
-async def test_a_session_that_was_never_called_cannot_move_and_is_not_begun(runtime: Runtime) -> None:
-    for _ in range(2):
-        with pytest.raises(MigrationError, match="there is no session 'new' of 'Notebook'"):
-            await runtime.client.migrate("Notebook", "new", to="second")
+async def test_a_session_that_was_never_called_cannot_move_or_begins_there(runtime: Runtime) -> None:
+    places = runtime.client.process.places
+    assert not await places.is_known("Notebook.new")
+    moved = await runtime.client.migrate("Notebook", "new", to="second")
+    assert moved.size_bytes == 0
+    assert await places.is_known("Notebook.new")
+    assert await runtime.holder("new") == "second"
     assert await runtime.client.options(session="new").call("Notebook.note", "a") == 1
 
 
