@@ -448,6 +448,8 @@ class Intake:
     async def _on_error(self, job: _Job, error: Exception, ran_s: float) -> None:
         if self._is_closing:
             await self._give_back(job)
+        elif isinstance(error, UnknownActorError) and not self._table.replicas(job.spec.name):
+            await self._give_back(job, self._options.back_off_s)  # it was taken while this worker began to drain
         elif isinstance(error, StateLostError) and job.losses - job.excused < self._options.losses:
             job.losses += 1
             self._settle(job)
