@@ -12,6 +12,10 @@ that finds its workers there, and they find it. Each connects and says who it is
     worker -> successor      one line of JSON, `Rejoin`
     successor -> worker      an empty line: it is taken over. From then on both go on as above.
 
+What a worker serves is decided anew while it runs (`nalar_mq.serving`). It reports that before it tells anybody else; the next
+process in its place begins with it, and so does one that a successor of this controller starts: the `NodeRecord` has it,
+together with the workers that were added to the node and those that were stopped for good.
+
 The settings go through that socket, not through the command line, since they hold secrets: the credentials of this worker, not
 those that they were made of (`nalar_mq.identity`). Each child leads a session of its own, so that an interrupt at the terminal
 reaches this process alone, and what a child started ends with it.
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -44,7 +49,7 @@ from nalar_mq.permissions import Role
 
 from .adoption import AdoptedProcess, Link, peer_of
 from .node_folder import NodeFolder, NodeRecord, Running, start_of
-from .supervision import Action, Event, Exited, Heard, Limits, Moving, Phase, Ready, Slot, Stop, Tick, decide
+from .supervision import Action, Event, Exited, Heard, Leaving, Limits, Moving, Phase, Ready, Slot, Stop, Tick, decide
 
 WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "nalar_mq.controllers.worker_process")
 
@@ -53,7 +58,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker process is told when it starts.
 
     `place` is its number among the `workers` of the node, from 0; `capacities` is what those may reserve together, and if that
-    is empty each of them serves the whole app. One that was added to them has no place: it is there for `agent`.
+    is empty each of them serves the whole app. One that was added to them has no place: it is there for `agent`. `serves` is
+    what its predecessor served, if that was decided while it ran; then it counts and nothing else.
     """
 
     app: str
@@ -68,6 +74,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     capacities: dict[str, float] = {}
     agent: str | None = None
+    serves: tuple[str, ...] | None = None
 
 
 class Rejoin(msgspec.Struct, frozen=True):
@@ -84,12 +91,16 @@ class Report(msgspec.Struct, frozen=True):
         code: with which it ends then.
         keeps_state: sessions are kept in a store of its own.
         is_moving: it is drained, and has moved some more of them to other workers.
+        is_leaving: it drains since it had no controller, and will be gone.
+        serves: the actors that it serves from now on.
     """
 
     failure: str = ""
     code: int = 0
     keeps_state: bool = False
     is_moving: bool = False
+    is_leaving: bool = False
+    serves: tuple[str, ...] | None = None
 
 
 class _Child:
@@ -156,6 +167,7 @@ class LocalController:
         self._slots = {name: Slot(name=name) for name in names}
         self._planned = workers
         self._added: dict[str, str] = {}
+        self._serves: dict[str, tuple[str, ...]] = {}
         self._children: dict[str, _Child] = {}
         self._spare: _Child | None = None
         self._wants_spare = False
@@ -227,6 +239,7 @@ class LocalController:
             return ""
         name = stopped[0] if stopped else f"{self._settings.node}-{len(self._slots) + 1}"
         self._added[name] = agent
+        self._serves.pop(name, None)
         self._slots[name] = Slot(name=name, has_served=True)  # the node goes on, whatever becomes of it
         self._events.put_nowait((name, Tick()))
         return name
@@ -281,6 +294,8 @@ class LocalController:
     async def _adopt(self, folder: NodeFolder, watchers: asyncio.TaskGroup) -> None:
         """Takes what lives and can stay for its own; ends what cannot before it starts anything under the same names."""
         found, record = folder.found, self._record()
+        if found is not None and found.has_workers and found.serves_like(record):
+            self._go_on_with(found)
         strangers: list[AdoptedProcess] = []
         adopted: dict[str, AdoptedProcess] = {}
         for name, running in found.workers.items() if found is not None else ():
@@ -294,9 +309,23 @@ class LocalController:
         await asyncio.gather(*(self._end(process) for process in strangers))
         due = asyncio.get_running_loop().time() + self._limits.rejoin_s  # they find the door from now on
         for name, process in adopted.items():
-            self._slots[name] = Slot(name=name, phase=Phase.STARTING, due=due, has_served=True)
+            if self._slots[name].phase is Phase.STOPPED:  # it drains
+                leaves = due - self._limits.rejoin_s + self._limits.drain_timeout_s + self._limits.closing_s
+                self._slots[name] = Slot(name=name, phase=Phase.STOPPING, due=leaves, has_served=True)
+            else:
+                self._slots[name] = Slot(name=name, phase=Phase.STARTING, due=due, has_served=True)
             child = self._children[name] = _Child(process, None)
             watchers.create_task(self._watch(name, child), name=f"watch-{name}")
+
+    def _go_on_with(self, found: NodeRecord) -> None:
+        """What was decided about the workers of the node since it began holds on."""
+        for name, agent in found.added.items():
+            self._added[name] = agent
+            self._slots[name] = Slot(name=name, has_served=True)
+        for name in set(found.stopped) & self._slots.keys():
+            self._slots[name] = Slot(name=name, phase=Phase.STOPPED, due=math.inf)
+            self._is_reduced = True
+        self._serves |= {name: serves for name, serves in found.serves.items() if name in self._slots}
 
     async def _open_door(self, folder: NodeFolder) -> asyncio.Server | None:
         """Where workers rejoin; None, and then they end with this process, if there cannot be such a thing."""
@@ -340,6 +369,9 @@ class LocalController:
             urls=settings.broker.urls,
             namespace=settings.namespace,
             workers={name: Running(pid, start) for name, (pid, start) in started.items() if start is not None},
+            serves=self._serves,
+            added=self._added,
+            stopped=() if self._is_ending else tuple(name for name, slot in self._slots.items() if slot.is_unwanted),
         )
 
     def _keep_record(self) -> None:
@@ -363,6 +395,8 @@ class LocalController:
         self._slots[name], action = decide(before, event, now, self._limits)
         self._is_reduced |= self._slots[name].phase is Phase.STOPPED and not self._is_ending
         self._tell(before, self._slots[name], event)
+        if self._slots[name].is_unwanted is not before.is_unwanted:
+            self._keep_record()
         child = self._children.get(name)
         if action is Action.START:
             await self._start_child(name, watchers)
@@ -445,8 +479,15 @@ class LocalController:
                 if line == b"\n":
                     continue
                 report = msgspec.json.decode(line, type=Report)
+                if report.serves is not None:
+                    self._serves[name] = report.serves
+                    self._keep_record()
+                    continue
                 if report.is_moving:
                     self._events.put_nowait((name, Moving()))
+                    continue
+                if report.is_leaving:
+                    self._events.put_nowait((name, Leaving(self._limits.drain_timeout_s + self._limits.closing_s)))
                     continue
                 child.failure, child.code = report.failure, report.code
                 self._wants_spare |= report.keeps_state
@@ -483,6 +524,7 @@ class LocalController:
             workers=self._planned,
             agent=self._added.get(name),
             capacities=self._capacities,
+            serves=self._serves.get(name),
         )
 
     def _tell(self, before: Slot, after: Slot, event: Event) -> None:

@@ -5,8 +5,9 @@
                                                                   there is one, and none of those that run is named for it
 
 What a worker is to serve, one agent more or one less, it sees to itself (`nalar_mq.serving`). Each act is done at most once.
-What was published before the node began to listen was for others, or has been done by a former controller of the node; if it is
-still wanted, it is said again.
+What was published before the node first listened was for others, or has been done by a former controller of the node; if it is
+still wanted, it is said again. What is published while the node has lost its connection it finds with the next one, for as long
+as it is there.
 """
 
 from __future__ import annotations
@@ -46,19 +47,16 @@ class Workers(Protocol):
 
 
 class NodeActs:
-    """Obeys for one node.
+    """Obeys for one node, through one connection after the other.
 
     Args:
-        transport, subjects: where acts are published.
+        subjects: where acts are published.
         node: its name.
         workers: what it acts on.
         lease_s: how long an act is there.
     """
 
-    def __init__(
-        self, transport: Transport, subjects: Subjects, node: str, workers: Workers, *, lease_s: float = LEASE_S
-    ) -> None:
-        self._transport = transport
+    def __init__(self, subjects: Subjects, node: str, workers: Workers, *, lease_s: float = LEASE_S) -> None:
         self._subjects = subjects
         self._node = node
         self._workers = workers
@@ -66,14 +64,14 @@ class NodeActs:
         self._standing = Standing(node, 0)
         self._has_begun = False
 
-    async def run(self) -> None:
+    async def run(self, transport: Transport) -> None:
         """Obeys until it is cancelled.
 
         Raises:
-            BrokerError: the broker does not answer; it may be run again.
+            BrokerError: the broker does not answer; it may be run again, with another connection.
         """
-        acts = await self._transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
-        members = await self._transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
+        acts = await transport.key_value(self._subjects.acts_bucket, ttl_s=self._lease_s)
+        members = await transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
         while True:
             async for entry in acts.watch():
                 if entry is None:

@@ -49,12 +49,23 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
         app: the file that it serves.
         urls, namespace: of its broker.
         workers: the processes, by the names of the workers.
+        serves: the actors of those workers of which it was decided since they began.
+        added: the workers that came to those it began with, with the agents that they came for.
+        stopped: the workers that are not wanted any more.
     """
 
     app: str
     urls: tuple[str, ...]
     namespace: str
     workers: dict[str, Running] = {}
+    serves: dict[str, tuple[str, ...]] = {}
+    added: dict[str, str] = {}
+    stopped: tuple[str, ...] = ()
+
+    @property
+    def has_workers(self) -> bool:
+        """True if one of them lives."""
+        return any(worker.is_alive for worker in self.workers.values())
 
     def serves_like(self, other: NodeRecord) -> bool:
         """True if the workers of one can be those of the other."""
@@ -103,12 +114,9 @@ class NodeFolder:
             if folder is None:
                 continue
             found = folder.found
-            if found is not None and any(worker.is_alive for worker in found.workers.values()):
-                if found.serves_like(wanted):
-                    return folder
-                folder.leave()
-            else:
-                folder.remove()
+            if found is not None and found.has_workers and found.serves_like(wanted):
+                return folder
+            folder.give_up()
         return None
 
     def write(self, record: NodeRecord) -> None:
@@ -140,6 +148,13 @@ class NodeFolder:
     def leave(self) -> None:
         """Gives the lock back; all that is there stays."""
         os.close(self._lock)
+
+    def give_up(self) -> None:
+        """There is to be no node: what a former controller has left stays for the next one, and else nothing does."""
+        if self.found is not None and self.found.has_workers:
+            self.leave()
+        else:
+            self.remove()
 
     def remove(self) -> None:
         """The node is no more; also removes the folders above it that are empty then."""

@@ -22,7 +22,8 @@ A slot that never had a process that served is given up after `max_failures` of 
 with `EXIT_CONFIG`, which says that another start would not help. A slot that has served goes on for ever: what ends its
 processes may pass, and between two of them it serves. One that ends with `EXIT_REPLACED` is given up in any case: somebody
 else has its name, and two that take it from each other would serve nobody. One that ends with `EXIT_LOST` stood still for so
-long that the others gave it up; its successor is started like that of any other process that has served.
+long that the others gave it up; its successor is started like that of any other process that has served. One that has lost its
+controller and drains for that when the next one comes is `Leaving`: it gets the time of a drain, and then a successor.
 """
 
 from __future__ import annotations
@@ -103,6 +104,11 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         return self.phase in (Phase.STOPPED, Phase.FAILED)
 
     @property
+    def is_unwanted(self) -> bool:
+        """True if it is to be empty, or has become so at somebody's wish."""
+        return self.phase in (Phase.STOPPING, Phase.STOPPED)
+
+    @property
     def stands_still(self) -> bool:
         """True if its process has been silent for longer than it may be."""
         return self.silent_for > _PERIODS
@@ -124,6 +130,12 @@ class Moving(msgspec.Struct, frozen=True):
     """The process drains, and gets on with it."""
 
 
+class Leaving(msgspec.Struct, frozen=True):
+    """The process drains since it had no controller; it may take `timeout_s`, and is to have a successor."""
+
+    timeout_s: float
+
+
 class Exited(msgspec.Struct, frozen=True):
     """The process is gone; `spread`, between 0 and 1, keeps slots from starting again all at once."""
 
@@ -138,7 +150,7 @@ class Stop(msgspec.Struct, frozen=True):
     timeout_s: float
 
 
-Event: TypeAlias = Tick | Ready | Heard | Moving | Exited | Stop
+Event: TypeAlias = Tick | Ready | Heard | Moving | Leaving | Exited | Stop
 
 
 class Action(Enum):
@@ -161,7 +173,9 @@ def decide(slot: Slot, event: Event, now: float, limits: Limits) -> tuple[Slot, 
             return _to(slot, Phase.READY, due=now + limits.period_s, ready_at=now), Action.NONE
         case Heard():
             return msgspec.structs.replace(slot, silent_for=0), Action.NONE
-        case Moving() if slot.phase is Phase.STOPPING and math.isfinite(slot.due):
+        case Leaving() if slot.phase is Phase.STARTING:
+            return msgspec.structs.replace(slot, due=now + event.timeout_s), Action.NONE
+        case Moving() if slot.phase in (Phase.STARTING, Phase.STOPPING) and math.isfinite(slot.due):
             return msgspec.structs.replace(slot, due=max(slot.due, now + limits.closing_s)), Action.NONE
         case Exited():
             return _on_exit(slot, event, now, limits), Action.NONE

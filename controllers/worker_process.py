@@ -4,7 +4,7 @@ Started as `python -m nalar_mq.controllers.worker_process FD`, where FD is its e
 `local_controller` describes. SIGTERM drains, as `nalar drain` does; a second one ends the process at once. When the
 controller is gone the process ends at once, too: on Linux the kernel sees to it, elsewhere the end of the stream does. Where
 the node has a folder it goes on, and looks there for a successor of the controller; if none has come within `orphan_s`, it
-drains.
+drains. A successor that comes while it drains is told so, and starts another one in its place when it has left.
 
 All that it needs in any case is imported before it takes its order, which a spare waits for. That it lives is told by a
 thread of its own: code that blocks the event loop, for however long, does not stand still.
@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Final, cast
@@ -100,14 +101,20 @@ async def _serve(order: Order, link: socket.socket) -> bool:
     loop.add_signal_handler(signal.SIGINT, on_signal)
     link.setblocking(False)
     app = load_app(Path(order.app))
-    serves = None
-    if order.capacities:
+    serves: Iterable[str] | None = order.serves
+    if serves is None and order.capacities:
         actors = {name: serves_of(spec) for name, spec in app.actors.items()}
         if order.agent is None:
             serves = assigned(actors, order.place, order.workers, order.capacities)
         else:
             serves = added(actors, order.agent, order.capacities)
-    worker = Worker(app, order.settings, name=order.name, serves=serves, resources=order.capacities)
+    standing = _Standing(order.serves)
+
+    def on_serving(actors: frozenset[str]) -> None:
+        standing.serves = tuple(sorted(actors))
+        _report(link, Report(serves=standing.serves))
+
+    worker = Worker(app, order.settings, name=order.name, serves=serves, on_serving=on_serving, resources=order.capacities)
     tasks: list[asyncio.Task[None]] = []
     try:
         await worker.start()
@@ -117,7 +124,7 @@ async def _serve(order: Order, link: socket.socket) -> bool:
         _report(link, Report(keeps_state=worker.process.stores is not None))
         drained = loop.create_task(_drain(worker, draining, order.drain_timeout_s))
         ends = (
-            _orphaned(order, link, Report(keeps_state=worker.process.stores is not None), draining),
+            _orphaned(order, link, Report(keeps_state=worker.process.stores is not None), draining, standing),
             _closed(worker),
             _set(stopping),
             _tell_moves(worker, link),
@@ -130,13 +137,29 @@ async def _serve(order: Order, link: socket.socket) -> bool:
             raise _Replaced
         if worker.process.declared_lost.done():
             raise _DeclaredLost
+        if standing.is_abandoned:
+            _report(link, Report("it had lost its controller, and has drained"))
+            return False
         return worker.was_drained
     finally:
         await cancel_all(tasks)
         await worker.aclose()
 
 
-async def _orphaned(order: Order, link: socket.socket, report: Report, draining: asyncio.Event) -> None:
+class _Standing:
+    """How a worker stands with its controller.
+
+    Attributes:
+        serves: the actors that it serves, if that was decided while it ran, or while its predecessor did.
+        is_abandoned: it had none for so long that it drains.
+    """
+
+    def __init__(self, serves: tuple[str, ...] | None) -> None:
+        self.serves = serves
+        self.is_abandoned = False
+
+
+async def _orphaned(order: Order, link: socket.socket, report: Report, draining: asyncio.Event, standing: _Standing) -> None:
     """Returns when the controller is gone; where workers go on without, has this one drained if no successor comes in time."""
     loop = asyncio.get_running_loop()
     while True:
@@ -150,10 +173,13 @@ async def _orphaned(order: Order, link: socket.socket, report: Report, draining:
             async with asyncio.timeout(order.orphan_s):
                 await _rejoin(order, link)
         except TimeoutError:
+            standing.is_abandoned = not draining.is_set()
             draining.set()
-            await asyncio.Event().wait()
+            await _rejoin(order, link)
         _log.info("worker.rejoined", worker=order.name)
-        _report(link, report)
+        if standing.serves is not None:
+            _report(link, Report(serves=standing.serves))
+        _report(link, Report(is_leaving=True) if standing.is_abandoned else report)
 
 
 async def _rejoin(order: Order, link: socket.socket) -> None:

@@ -238,13 +238,13 @@ async def worker(
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else "")
     settings = _as_node(settings, app.parent)
     folder = _node_folder(app, settings) if orphan_s > 0 else None
-    settings = msgspec.structs.replace(settings, state=_folder(state))
     settings = msgspec.structs.replace(settings, node=settings.node or (folder.name if folder is not None else _node_name()))
     try:
+        settings = msgspec.structs.replace(settings, state=_folder(state))
         await _reach(settings)
     except BaseException:
         if folder is not None:
-            folder.leave()
+            folder.give_up()
         raise
     controller = _controller(app, settings, entry, workers, log_level, capacities, folder, orphan_s)
     show(settings.broker.urls[0])
@@ -475,8 +475,10 @@ async def govern(settings: Settings, decider: Decider | None, tell: Show) -> Non
 async def _obey(settings: Settings, controller: LocalController) -> None:
     """Has a node do what is decided about its workers, for as long as it is let, through losses of the broker."""
 
-    async def obey(transport: NatsTransport, subjects: Subjects) -> None:
-        await NodeActs(transport, subjects, controller.node, controller, lease_s=settings.lease_s).run()
+    acts = NodeActs(Subjects(settings.namespace), controller.node, controller, lease_s=settings.lease_s)
+
+    async def obey(transport: NatsTransport, _subjects: Subjects) -> None:
+        await acts.run(transport)
 
     await _connected_again_and_again(settings, random_token(f"{controller.node[:96]}-node"), obey)
 

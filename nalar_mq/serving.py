@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from nalar_mq.actions import Act, Kill, Provision
@@ -38,6 +38,7 @@ class Serving:
         process, host, changes, stores: of the worker.
         infos, serves: what is told of each actor of its app.
         served: those that it serves at first.
+        on_change: is told what it serves from now on, before anybody else is.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Serving:
         infos: Mapping[str, ActorInfo],
         serves: Mapping[str, Serves],
         served: Iterable[str],
+        on_change: Callable[[frozenset[str]], None] | None = None,
     ) -> None:
         self._process = process
         self._host = host
@@ -57,6 +59,7 @@ class Serving:
         self._infos = infos
         self._serves = serves
         self._served = set(served)
+        self._on_change = on_change
         self._turn = asyncio.Lock()
         host.retired = set(infos) - self._served
         changes.set_serves({actor: serves[actor] for actor in sorted(self._served)})
@@ -107,6 +110,8 @@ class Serving:
         _log.info("actor.retired", actor=actor, reason=reason, sessions=moved)
 
     async def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.actors)
         self._changes.set_serves({actor: self._serves[actor] for actor in sorted(self._served)})
         await self._process.membership.serve({actor: self._infos[actor] for actor in sorted(self._served)})
 

@@ -49,6 +49,7 @@ class Worker:
         intake: how it takes jobs in.
         high_water: calls it holds before it gives back those of the lowest priority with `OverloadedError`.
         serves: the actors that it serves at first; all of the app if None.
+        on_serving: is told which it serves whenever that is decided anew.
         resources: what its machine has beside what it finds there, by name.
         connect, lease_in_thread, random, clock: as for `Process`.
         is_simulated: it has no threads: synchronous code and commits run on the loop, which may be one in virtual time.
@@ -63,6 +64,7 @@ class Worker:
         intake: IntakeOptions | None = None,
         high_water: int = HIGH_WATER,
         serves: Iterable[str] | None = None,
+        on_serving: Callable[[frozenset[str]], None] | None = None,
         resources: Mapping[str, float] | None = None,
         connect: Connect | None = None,
         lease_in_thread: bool = True,
@@ -75,6 +77,7 @@ class Worker:
         self._served = frozenset(self._infos if serves is None else serves) & self._infos.keys()
         self._resources = {name: (0.0, amount) for name, amount in (resources or {}).items()}
         self._serving: Serving | None = None
+        self._on_serving = on_serving
         self._process = Process(
             settings,
             name=name,
@@ -190,7 +193,9 @@ class Worker:
             asyncio.get_running_loop().time if self._is_simulated else time.perf_counter,
         )
         serves = {spec.name: serves_of(spec) for spec in self._app.actors.values()}
-        serving = self._serving = Serving(self._process, self._host, changes, stores, self._infos, serves, self._served)
+        serving = self._serving = Serving(
+            self._process, self._host, changes, stores, self._infos, serves, self._served, self._on_serving
+        )
         self._process.on_close(reporter.aclose)
         await reporter.start()
         await self._process.enforcement.start(self._host, changes, serving.act)

@@ -12,14 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
+from nalar_mq.actions import Acts, Kill, Order, Provision, encode_decision
+from nalar_mq.address import Subjects
 from nalar_mq.client import connect
-from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.config import LEASE_S, BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord, Running, connect_to, start_of
 from nalar_mq.controllers.supervision import Limits
+from nalar_mq.messages import WIRE_VERSION
+from nalar_mq.nats_transport import NatsTransport
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 90.0
@@ -33,6 +38,14 @@ from nalar_mq import tool
 @tool
 def pid(pause_s: float = 0.0) -> int:
     time.sleep(pause_s)
+    return os.getpid()
+
+
+@tool
+def wait_for(gate: str) -> int:
+    open(gate + ".waits", "w").close()
+    while not os.path.exists(gate):
+        time.sleep(0.01)
     return os.getpid()
 """
 
@@ -141,12 +154,101 @@ async def test_calls_go_on_when_a_controller_is_killed_and_its_successor_starts_
     assert not (tmp_path / ".nalar" / "nodes").exists()
 
 
+@pytest.mark.parametrize("options", [("--node", "n"), ()])
+def test_a_node_that_the_broker_refuses_leaves_nothing(
+    tmp_path: Path, broker_access: BrokerAccess, namespace: str, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "flow.py").write_text(APP)
+    stranger = msgspec.structs.replace(broker_access, token="wrong")
+    node = Node(tmp_path, stranger, namespace, *options)
+    assert node.process.wait(PATIENCE_S) != 0
+    assert not (tmp_path / ".nalar" / "nodes").exists(), node.said
+
+
 def test_without_a_successor_workers_finish_and_end(start: Callable[..., Node]) -> None:
     node = start("--workers", "1", "--outlive", "1")
     (worker,) = node.workers()
     node.end(signal.SIGKILL)
     eventually(lambda: is_gone(worker), "it is left for ever")
     assert "worker.orphaned" in node.said
+
+
+async def order(transport: NatsTransport, subjects: Subjects, *orders: Order) -> None:
+    """As a leader does."""
+    acts = await transport.key_value(subjects.acts_bucket, ttl_s=LEASE_S)
+    await acts.put("acts", encode_decision(Acts(WIRE_VERSION, 1, len(orders), orders)))
+
+
+async def test_what_was_decided_about_workers_holds_under_the_next_controller(
+    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    """One actor less at a worker that dies while there is no controller, one worker more, and one that is not wanted."""
+    first = await asyncio.to_thread(start, "--workers", "3", "--node", "n")
+    record = tmp_path / ".nalar" / "nodes" / "n" / "node.json"
+    kept = lambda: msgspec.json.decode(record.read_bytes(), type=NodeRecord)  # noqa: E731
+    async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
+        table, transport, subjects = client.process.table, client.process.transport, client.process.subjects
+        assert isinstance(transport, NatsTransport)
+
+        async def until(condition: Callable[[], object], what: str) -> None:
+            await asyncio.to_thread(eventually, condition, what)
+
+        def pids() -> dict[str, int]:
+            return {name: running.pid for name, running in kept().workers.items() if running.is_alive}
+
+        def serves(name: str) -> list[str]:
+            return sorted(table.members[name].actors) if name in table.members else []
+
+        await client.wait_for("pid")
+        await until(lambda: len(table.replicas("pid")) == 3, "a worker is missing")
+        was = {name: table.members[name].incarnation for name in ("n-1", "n-2", "n-3")}
+        asked = [
+            Order(1, Provision("pid", "n")),
+            Order(2, Kill("n-1", "pid"), {"n-1": was["n-1"]}),
+            Order(3, Kill("n-2"), {"n-2": was["n-2"]}),
+        ]
+        await order(transport, subjects, *asked)
+        await until(lambda: kept().stopped == ("n-2",) and set(pids()) == {"n-1", "n-3", "n-4"}, "it is not obeyed")
+        await until(lambda: serves("n-1") == ["wait_for"], "it is not obeyed")
+        await until(lambda: serves("n-4") == ["pid", "wait_for"], "it does not serve")
+        before = pids()
+        await asyncio.to_thread(first.end, signal.SIGKILL)
+        os.kill(before["n-1"], signal.SIGKILL)
+        second = await asyncio.to_thread(start, "--workers", "3", "--node", "n")
+        assert second.said.count("worker.adopted") == 2
+        assert {name: pid for name, pid in pids().items() if name != "n-1"} == {
+            name: pid for name, pid in before.items() if name != "n-1"
+        }
+        await until(lambda: "n-1" in table.members and table.members["n-1"].incarnation != was["n-1"], "it does not join")
+        assert serves("n-1") == ["wait_for"]
+        assert second.said.count("worker.launched") == 1
+        assert (await asyncio.to_thread(second.end)) == 0
+
+
+async def test_a_successor_that_comes_while_workers_drain_starts_others_in_their_place(
+    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    first = await asyncio.to_thread(start, "--workers", "1", "--outlive", "0.5", "--node", "n")
+    (worker,) = first.workers()
+    async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
+        await client.wait_for("wait_for")
+        lasts = client.call("wait_for", str(tmp_path / "gate"))
+        await asyncio.to_thread(eventually, lambda: (tmp_path / "gate.waits").exists(), "it does not run")
+        await asyncio.to_thread(first.end, signal.SIGKILL)
+        await asyncio.to_thread(eventually, lambda: client.process.table.members["n-1"].draining, "it does not drain")
+        starts = asyncio.create_task(asyncio.to_thread(start, "--workers", "1", "--node", "n"))
+        await asyncio.to_thread(eventually, lambda: "worker.adopted" in said(tmp_path), "it is not adopted")
+        assert not is_gone(worker)
+        (tmp_path / "gate").touch()
+        assert await lasts == worker.pid
+        second = await starts
+        assert is_gone(worker)
+        assert second.said.count("worker.launched") == 1
+        assert await client.call("pid") != worker.pid
+
+
+def said(folder: Path) -> str:
+    return "".join(path.read_text() for path in folder.glob("stderr-*"))
 
 
 @pytest.mark.slow

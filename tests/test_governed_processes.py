@@ -22,7 +22,7 @@ from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.guards import Bounds
 from nalar_mq.controllers.local_controller import LocalController
-from nalar_mq.controllers.policy import Action, allow, limit, migrate, route, set_priority
+from nalar_mq.controllers.policy import Action, allow, kill, limit, migrate, provision, route, set_priority
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import NotAllowedError
 from nalar_mq.future import Future
@@ -195,6 +195,30 @@ async def test_a_limit_keeps_and_who_is_not_allowed_is_refused(site: Site) -> No
     await site.decide()
     assert await held in site.node.pids.values()
     assert (await site.client.options(session="refused").call("Desk.add", "y"))[1][-1] == "y"
+
+
+async def test_a_worker_that_dies_comes_back_with_what_was_decided_for_it(site: Site) -> None:
+    one, table = site.node.names[0], site.client.process.table
+    serves = lambda: {actor for actor, info in members(one).items() if info}  # noqa: E731
+    members = lambda name: table.members[name].actors if name in table.members else {}  # noqa: E731
+
+    async def dies() -> None:
+        incarnation, pid = table.members[one].incarnation, site.pid(one)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: site.node.pids.get(one, pid) != pid, "it has no successor")
+        await until(lambda: one in table.members and table.members[one].incarnation != incarnation, "it does not join")
+
+    before = serves()
+    await site.decide(kill(one, "where", reason="the test wants it"))
+    await until(lambda: serves() == before - {"where"}, "it is not obeyed")
+    await site.decide()
+    await dies()
+    assert serves() == before - {"where"}
+    await site.decide(provision("where", "here", reason="the test wants it back"))
+    await site.decide()
+    await until(lambda: serves() == before, "it is not obeyed")
+    await dies()
+    assert serves() == before
 
 
 class Controllers:

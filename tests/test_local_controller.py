@@ -16,13 +16,27 @@ import pytest
 
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
-from nalar_mq.controllers.supervision import Action, Exited, Heard, Limits, Moving, Phase, Ready, Slot, Stop, Tick, decide
+from nalar_mq.controllers.supervision import (
+    Action,
+    Exited,
+    Heard,
+    Leaving,
+    Limits,
+    Moving,
+    Phase,
+    Ready,
+    Slot,
+    Stop,
+    Tick,
+    decide,
+)
 from nalar_mq.errors import ConfigError, WorkerStartError
 
 LIMITS = Limits(start_timeout_s=5, drain_timeout_s=7, healthy_after_s=10, first_pause_s=1, longest_pause_s=8, max_failures=3)
 WAITING = Slot(name="w")
 STARTING = Slot(name="w", phase=Phase.STARTING, due=105)
 READY = Slot(name="w", phase=Phase.READY, due=math.inf, ready_at=100, has_served=True)
+STARTING_AGAIN = Slot(name="w", phase=Phase.STARTING, due=105, has_served=True)
 STOPPING = Slot(name="w", phase=Phase.STOPPING, due=107, has_served=True)
 STOPPED = Slot(name="w", phase=Phase.STOPPED, due=math.inf)
 
@@ -50,6 +64,9 @@ DECISIONS = [
     ("and never takes shorter for that", STOPPING, Moving(), 91, Phase.STOPPING, 107, Action.NONE),
     ("moving changes nothing that is not to stop", READY, Moving(), 105, Phase.READY, math.inf, Action.NONE),
     ("what somebody else has drained stays away", READY, Exited(6), 101, Phase.STOPPED, math.inf, Action.NONE),
+    ("one that leaves for want of a controller may take its time", STARTING, Leaving(9), 101, Phase.STARTING, 110, Action.NONE),
+    ("and gets more while it gets on", STARTING, Moving(), 104, Phase.STARTING, 119, Action.NONE),
+    ("and has a successor", STARTING_AGAIN, Exited(1), 104, Phase.WAITING, 105, Action.NONE),
     ("ready too late to matter", STOPPING, Ready(), 103, Phase.STOPPING, 107, Action.NONE),
     ("over is over", STOPPED, Tick(), 1e9, Phase.STOPPED, math.inf, Action.NONE),
     ("over is over, whoever exits", STOPPED, Exited(1), 1e9, Phase.STOPPED, math.inf, Action.NONE),

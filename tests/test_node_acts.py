@@ -38,7 +38,8 @@ class Node:
         for name, serves in {"n-1": ("a",), "n-2": ("a", "b"), "m-1": ("a",)}.items():
             actors = {actor: ActorInfo("agent", {}) for actor in serves}
             await members.put(name, encode_record(Member(WIRE_VERSION, 7, "worker", "n", 1, actors=actors)))
-        return asyncio.create_task(NodeActs(transport, SUBJECTS, "n", self, lease_s=LEASE_S).run())
+        self.obeys = NodeActs(SUBJECTS, "n", self, lease_s=LEASE_S)
+        return asyncio.create_task(self.obeys.run(transport))
 
     async def publish(self, *acts: tuple[Act, dict[str, int]]) -> None:
         """As a leader does: with those of the last lease."""
@@ -84,3 +85,24 @@ def test_what_a_worker_is_to_serve_it_sees_to_itself() -> None:
 
 def test_what_was_published_before_the_node_listened_is_not_done() -> None:
     assert played([], before=[(Provision("a", "n"), {}), (Kill("n-1"), {"n-1": 7})]) == []
+
+
+def test_with_another_connection_it_does_what_it_has_missed_and_nothing_twice() -> None:
+    async def play() -> list[str]:
+        node = Node(MemoryHub(1))
+        task = await node.join()
+        await asyncio.sleep(0.1)
+        await node.publish((Provision("a", "n"), {}))
+        await ended(task)
+        await node.publish((Kill("n-1"), {"n-1": 7}))
+        task = asyncio.create_task(node.obeys.run(await node.hub.connect("node-again")))
+        await asyncio.sleep(0.1)
+        await node.publish()
+        await ended(task)
+        return node.done
+
+    async def ended(task: asyncio.Task[None]) -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    assert simulation.run(play()) == ["add a", "stop n-1"]
