@@ -233,8 +233,8 @@ class Process:
         """Returns True once somebody serves `actor`, False after `timeout_s`."""
         return await self.until(lambda: bool(self.table.replicas(actor)), timeout_s)
 
-    async def until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Returns True once the routing table is as `holds` says, False after `timeout_s`."""
+    async def until(self, holds: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Returns True once the routing table is as `holds` says, False after `timeout_s` if there is one."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not holds():

@@ -6,7 +6,13 @@
                 disk included; what runs goes on to its end. A session in the memory of an instance cannot move: its calls are
                 served here until it ends, and new ones begin elsewhere.
 
-The last instance that is known is never retired. That a worker ends is for the controller of its node.
+    serving ──▶ its record says no more that it serves it ──▶ nothing of it waits here that could be elsewhere
+       ▲                         │
+       └── nobody else serves it ┘
+
+The last instance that is known is never retired, nor are the last ones at the same time: all see records change in the same
+order, so whoever of them finds no other when its own has changed serves it again. A broker that does not answer is waited for,
+and sessions that did not move meanwhile are tried again. That a worker ends is for the controller of its node.
 """
 
 from __future__ import annotations
@@ -19,15 +25,16 @@ from typing import Final
 from nalar_mq.actions import Act, Kill, Provision
 from nalar_mq.changes import Changes
 from nalar_mq.columns import Serves
-from nalar_mq.errors import NalarError
+from nalar_mq.errors import BrokerError, NalarError
 from nalar_mq.host import Host
 from nalar_mq.logs import logger
 from nalar_mq.messages import ActorInfo, Migrate
 from nalar_mq.process import Process
-from nalar_mq.store import HERE, Store
+from nalar_mq.store import HERE, LEAVING, STAGED, Store
 from nalar_mq.stores import Stores
 
 _AT_ONCE: Final = 8  # sessions that move at a time
+_TRIES: Final = 3  # of sessions that could move and did not
 _log = logger(__name__)
 
 
@@ -88,7 +95,7 @@ class Serving:
                 return
             self._served.add(actor)
             self._host.retired.discard(actor)
-            await self._tell()
+            await self._tell(actor)
         _log.info("actor.provisioned", actor=actor, reason=reason)
 
     async def retire(self, actor: str, reason: str = "") -> None:
@@ -101,19 +108,31 @@ class Serving:
                 return
             self._served.discard(actor)
             self._host.retired.add(actor)
-            await self._tell()
-            me, table = self._process.me, self._process.table
-            # As this process hears of its own record, so do others.
-            await self._process.until(lambda: me not in table.replicas(actor), self._process.settings.lease_s)
-            self._host.empty(actor, reason)
-            moved = await self._move_sessions(actor, self._stores) if self._stores is not None else 0
+            await self._tell(actor)
+            if not self._others(actor):
+                self._served.add(actor)
+                self._host.retired.discard(actor)
+                await self._tell(actor)
+                _log.warning("actor.not_retired", actor=actor, error="nobody else serves it any more")
+                return
+        self._host.empty(actor, reason)
+        moved = await self._move_sessions(actor, self._stores) if self._stores is not None else 0
         _log.info("actor.retired", actor=actor, reason=reason, sessions=moved)
 
-    async def _tell(self) -> None:
+    async def _tell(self, actor: str) -> None:
+        """Says whether it serves the actor; returns when that has changed the record, and what changed before is known."""
         if self._on_change is not None:
             self._on_change(self.actors)
         self._changes.set_serves({actor: self._serves[actor] for actor in sorted(self._served)})
-        await self._process.membership.serve({actor: self._infos[actor] for actor in sorted(self._served)})
+        try:
+            await self._process.membership.serve({actor: self._infos[actor] for actor in sorted(self._served)})
+        except BrokerError as error:
+            _log.warning("actors.not_told", actor=actor, error=str(error))  # the next renewal of the record tells it
+        await self._process.until(lambda: self._is_told(actor), None)
+
+    def _is_told(self, actor: str) -> bool:
+        mine = self._process.table.members.get(self._process.me.name)
+        return mine is not None and (actor in mine.actors) == (actor in self._served)
 
     def _others(self, actor: str) -> list[str]:
         me = self._process.me
@@ -125,24 +144,43 @@ class Serving:
         """Moves them to those with the fewest; one that cannot move is served here."""
         if self._host.migrations is None or not self._infos[actor].is_kept:
             return 0
-        room = asyncio.Semaphore(_AT_ONCE)
         given: Counter[str] = Counter()
         moved = 0
+        for _ in range(_TRIES):
+            outcomes = await self._sweep(actor, stores, given)
+            moved += outcomes[True]
+            if not outcomes[False] or actor in self._served:
+                break
+            await self._pause()
+        return moved
+
+    async def _pause(self) -> None:
+        """Returns after a while, if the broker is there then."""
+        while True:
+            await asyncio.sleep(self._process.settings.lease_s)
+            if self._process.transport.is_connected:
+                return
+
+    async def _sweep(self, actor: str, stores: Stores, given: Counter[str]) -> Counter[bool]:
+        """How many sessions have moved, and how many that are here have not."""
+        room = asyncio.Semaphore(_AT_ONCE)
+        outcomes: Counter[bool] = Counter()
 
         async def move(key: str) -> None:
-            nonlocal moved
             async with room:
+                if actor in self._served:
+                    return  # it is wanted here again
                 target = min(self._keepers(actor), key=lambda name: (given[name], name), default="")
-                if target:
-                    given[target] += 1
-                    moved += await self._move(actor, key, target)
+                given[target] += 1
+                outcomes[target != "" and await self._move(actor, key, target)] += 1
 
         for store in stores.stores_of(actor):
             after: str | None = None
-            while keys := await asyncio.to_thread(_some_here, store, actor, after):
-                await asyncio.gather(*(move(key) for key, is_here in keys if is_here))
+            while keys := await asyncio.to_thread(_some, store, actor, after):
+                await asyncio.gather(*(move(key) for key, standing in keys if standing == HERE))
+                outcomes[False] += sum(standing in (STAGED, LEAVING) for _, standing in keys)  # on their way, yet
                 after = keys[-1][0]
-        return moved
+        return outcomes
 
     def _keepers(self, actor: str) -> list[str]:
         """Who could take its sessions."""
@@ -160,6 +198,6 @@ class Serving:
         return True
 
 
-def _some_here(store: Store, actor: str, after: str | None) -> list[tuple[str, bool]]:
-    """Sessions of an actor that stand in a store, from the one after `after`, and whether they are served there."""
-    return [(session.name, session.standing == HERE) for session in store.sessions_from(actor, "", after)]
+def _some(store: Store, actor: str, after: str | None) -> list[tuple[str, str]]:
+    """Sessions of an actor that stand in a store, from the one after `after`, and how."""
+    return [(session.name, session.standing) for session in store.sessions_from(actor, "", after)]

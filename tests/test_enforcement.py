@@ -633,6 +633,52 @@ async def test_the_sessions_of_an_instance_that_is_killed_move_idle_ones_too(fol
 
 
 @simulated
+async def test_the_last_instances_are_not_killed_at_once(folder: Path) -> None:
+    async with world(folder, "w1", "w2") as scene:
+        shut("held")
+        held = [scene.call("one_by_one", "held", f"h{number}") for number in range(2)]
+        queued = [scene.call("one_by_one", f"q{number}", f"s{number}") for number in range(6)]
+        await scene.rounds()
+        both = [worker._serving for worker in scene.workers.values() if worker._serving is not None]
+        await asyncio.gather(*(each.retire("one_by_one") for each in both))  # as for an agent that needs no instances
+        await scene.rounds()
+        assert serving(scene, "one_by_one")
+        later = scene.call("one_by_one", "later", "l")
+        open_all()
+        assert await asyncio.gather(*held, *queued, later)
+
+
+@simulated
+async def test_an_instance_is_killed_while_the_broker_is_away(folder: Path) -> None:
+    async with world(folder, "w1", "w2") as scene:
+        for number in range(10):
+            await scene.client.options(session=f"s{number}").call("Ledger.note", "one")
+        worker = scene.workers["w1"]
+        for outage in ("before it has told", "while sessions move"):
+            assert worker._serving is not None
+            if outage == "before it has told":
+                scene.hub.cut("w1")
+            retiring = asyncio.create_task(worker._serving.retire("Ledger"))
+            if outage == "while sessions move":
+                while "Ledger" in scene.client.process.table.members["w1"].actors:
+                    await asyncio.sleep(0.001)
+                scene.hub.cut("w1")
+            await asyncio.sleep(LEASE_S / 2)
+            assert not retiring.done()
+            scene.hub.restore("w1")
+            await retiring
+            await scene.rounds()
+            for number in range(10):
+                await scene.client.options(session=f"s{number}").call("Ledger.note", "two")
+            stores, places = scene.workers["w2"].process.stores, scene.client.process.places
+            assert stores is not None
+            assert {places.store_known(f"Ledger.s{number}") for number in range(10)} == set(stores.ids)
+            await worker._serving.provision("Ledger")
+            for number in range(10):
+                await scene.client.migrate("Ledger", f"s{number}", to="w1")
+
+
+@simulated
 async def test_calls_never_fail_while_instances_come_and_go(folder: Path) -> None:
     async with world(folder, "w1", "w2", "w3") as scene:
         ended: list[str] = []
