@@ -1,7 +1,8 @@
 """What stands between a policy and the world: every action is valid, in reason, and not too soon, or is refused. Pure.
 
-* *Validity*: agents, workers, nodes and sessions are in the view; an instance serves the agent; a session of a `stateful` agent
-  never moves, and one whose state is somewhere is not routed away from it; bounds on instances and resources hold.
+* *Validity*: agents, workers, nodes and sessions are in the view; an instance serves the agent, and the app of a node has
+  it; a session of a `stateful` agent never moves, and one whose state is somewhere is not routed away from it; bounds on
+  instances and resources hold.
 * *Rate*: of each sort of act only so many are admitted in a while.
 * *Cooldown*: what an act has been about is left alone for a while.
 * *Floods*: of more actions than can be meant, the rest is refused at once.
@@ -307,6 +308,8 @@ class _Round:
         node = self._nodes.get(action.node)
         if node is None:
             return f"there is no node {action.node!r}"
+        if not self._view.could_serve(action.agent, action.node):
+            return f"the app of {action.node!r} has no {action.agent!r}"
         serves = self._agents[action.agent]
         starting = sum(count for (agent, _), count in self._starting.items() if agent == action.agent)
         if serves.max_instances is not None and len(self._view.replicas(action.agent)) + starting >= serves.max_instances:

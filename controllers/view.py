@@ -163,6 +163,7 @@ class _Process:
         self.tenants: dict[str, float] = {}
         self.held: set[tuple[int, int]] = set()
         self.serves: dict[str, Serves] = {}
+        self.able: frozenset[str] | None = None
         self.queues: dict[str, tuple[int, int]] = {}
         self.resources: dict[str, tuple[float, float]] = {}
 
@@ -195,6 +196,10 @@ class _Process:
     @property
     def address(self) -> Address:
         return Address(self.name, self.incarnation)
+
+    def could_serve(self, agent: str) -> bool:
+        """True if its app has the agent, as far as it has told."""
+        return self.able is None or agent in self.able
 
 
 def _read(columns: Columns, table: Mapping[str, str]) -> dict[str, _Column]:
@@ -640,6 +645,8 @@ class View:
             process.serves = report.serves
             for actor in report.serves:
                 self._agent(actor)
+        if report.able is not None:
+            process.able = frozenset(report.able)
         if report.queues is not None:
             process.queues = report.queues
         if report.resources is not None:
@@ -822,9 +829,13 @@ class View:
         found = [
             (len(process.serves), process.name, process.address)
             for process in self._processes.values()
-            if process.node == node and agent not in process.serves and not process.is_draining
+            if process.node == node and agent not in process.serves and not process.is_draining and process.could_serve(agent)
         ]
         return [address for _, _, address in sorted(found)]
+
+    def could_serve(self, agent: str, node: str) -> bool:
+        """True if a worker of the node has the agent in its app, or does not tell what is there: others of it would have it."""
+        return any(process.node == node and process.could_serve(agent) for process in self._processes.values())
 
     def node_of(self, worker: str) -> str:
         """The node of a worker; empty if it is not known."""

@@ -146,6 +146,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
         resources: used and available amounts, by name; None if that has not changed.
         kinds_before: kinds told of before.
         kinds: further kinds, as actor and method.
+        able: the actors of its app, which it could serve; None if that has not changed.
     """
 
     version: int
@@ -176,6 +177,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
     let_go: Columns = _ABSENT
     spent: Columns = _ABSENT
     tenants: dict[str, float] = {}
+    able: tuple[str, ...] | None = None
 
 
 class Again(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=231):
@@ -253,7 +255,7 @@ def _check_head(report: Report) -> None:
         raise MalformedReportError(f"piece {report.piece} of {report.pieces}")
     if report.kinds_before < 0 or report.kinds_before + len(report.kinds) > MOST_KINDS:
         raise MalformedReportError(f"more than {MOST_KINDS} kinds")
-    actors = (*(report.serves or ()), *(report.queues or ()), *report.tenants)
+    actors = (*(report.serves or ()), *(report.queues or ()), *(report.able or ()), *report.tenants)
     strings = (report.name, report.node, *(name for kind in report.kinds for name in kind), *actors)
     if any(len(name) > LONGEST_NAME for name in strings):
         raise MalformedReportError(f"a name of more than {LONGEST_NAME} characters")

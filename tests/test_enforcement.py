@@ -16,7 +16,7 @@ import pytest
 
 from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
-from nalar_mq.app import load_app
+from nalar_mq.app import App, load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.global_controller import GlobalController, Trusted
@@ -96,9 +96,9 @@ class World:
         await self.controller.start()
         await self.rounds()
 
-    async def add(self, name: str, serves: Iterable[str] | None = None) -> Worker:
+    async def add(self, name: str, serves: Iterable[str] | None = None, app: App = APP) -> Worker:
         worker = self.workers[name] = Worker(
-            APP, self.settings, name=name, serves=serves, connect=self.hub.connect, random=Random(name), is_simulated=True
+            app, self.settings, name=name, serves=serves, connect=self.hub.connect, random=Random(name), is_simulated=True
         )
         await worker.start()
         return worker
@@ -630,6 +630,18 @@ async def test_the_sessions_of_an_instance_that_is_killed_move_idle_ones_too(fol
         for number in range(40):
             await scene.client.options(session=f"new{number}").call("Ledger.note", "one")
         assert scene.workers["w1"].process.calls.host.completed == before  # type: ignore[union-attr]
+
+
+@simulated
+async def test_an_agent_is_given_to_a_worker_whose_app_has_it(folder: Path) -> None:
+    async with world(folder) as scene:
+        await scene.add("w1", serves=["side_by_side"])
+        await scene.add("w2", serves=["ask", "where", "Clerk", "Ledger"])
+        await scene.add("w3", app=load_app(Path(__file__).parent / "apps" / "drain_app.py"), serves=["echo"])
+        await scene.rounds()
+        scene.mind.want_once(provision("side_by_side", "here"))
+        await scene.rounds()
+        assert serving(scene, "side_by_side") == ["w1", "w2"]
 
 
 @simulated

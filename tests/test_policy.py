@@ -104,6 +104,18 @@ def busy_world(max_instances: int | None = 3) -> World:
     return world
 
 
+def test_an_agent_goes_to_no_node_whose_app_does_not_have_it() -> None:
+    world = World()
+    world.worker("w1", "n1", able=("a", "b"), a=None, b=None)
+    world.worker("w2", "n2", able=("b",), b=None)
+    verdict = Guards().check(world.tick(), [provision("a", "n2")], 100.0)
+    assert [refusal.reason for refusal in verdict.refusals] == ["the app of 'n2' has no 'a'"]
+    world.worker("w3", "n2", able=("a", "b", "c"), b=None, c=None)
+    view = world.tick()
+    assert Guards().check(view, [provision("a", "n2")], 100.0).acts == (provision("a", "n2"),)
+    assert [address.name for address in view.spare("a", "n2")] == ["w3"], "not the one that serves less and could not serve it"
+
+
 @pytest.mark.parametrize(
     ("action", "words"),
     [

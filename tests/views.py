@@ -25,12 +25,15 @@ class World:
         name: str,
         node: str = "n1",
         resources: dict[str, tuple[float, float]] | None = None,
+        able: tuple[str, ...] | None = None,
         **serves: Serves | None,
     ) -> None:
-        """A process that serves these agents."""
+        """A process that serves these agents; `able` are those of its app, if it tells them."""
         changes = self.changes[name] = Changes(name, 1, node)
         changes.set_serves({agent: what or Serves("agent") for agent, what in serves.items()})
         changes.set_resources(resources or {})
+        if able is not None:
+            changes.set_able(able)
         self._queues[name] = {}
 
     def queue(self, name: str, **queues: tuple[int, int]) -> None:
