@@ -770,8 +770,8 @@ class Calls:
 
     def _send(self, entry: Entry, call: Call, address: Address) -> None:
         entry.address = address
-        if self._hops and not entry.place:
-            self._hops.pop(entry.future.id, None)  # it is sent anew, and has been passed on by nobody
+        if self._hops and not entry.place and entry.future.id in self._hops:
+            self._hops[entry.future.id] = (call.attempt, 0), None  # it is sent anew, and has been passed on by nobody
         name, in_flight = address.name, self.in_flight.get(entry.actor)
         if in_flight is None:
             in_flight = self.in_flight[entry.actor] = {}
@@ -814,23 +814,31 @@ class Calls:
         if not returned.store and self._table.drain(sender):
             self.on_table_changed()
         entry = self._entries.get(call.id) or (self._cast_again(sender, call) if call.cast else None)
+        session = f"{call.session}/{call.instance}" if call.instance else call.session
+        question = Crossing(*self.me, call.actor, session)
         if returned.store and entry is not None and entry.place not in self._crossing:
-            session = f"{call.session}/{call.instance}" if call.instance else call.session
-            self._begin_crossing(entry.place, sender, Crossing(*self.me, call.actor, session), returned.store)
+            self._begin_crossing(entry.place, sender, question, returned.store)
         if entry is None or entry.address is None or entry.is_kept:
             return
-        if entry.call is not None and call.attempt < entry.call.attempt:
+        if call.attempt < self._attempt(entry):
             return  # it was sent anew meanwhile, and is elsewhere
-        if returned.store:
+        store = self._places.store_known(entry.place) if entry.place else ""
+        is_unheard_of = sender != entry.address  # it came there from another process, whose `Forwarded` is still on its way
+        if is_unheard_of and entry.place and entry.place not in self._crossing:
+            self._begin_crossing(entry.place, entry.address, question, store)
+        if returned.store or is_unheard_of:
             again = msgspec.structs.replace(call, attempt=call.attempt + 1)
             self._hops[call.id] = (again.attempt, 0), None
             self._move_on(entry, again)
             return
-        store = self._places.store_known(entry.place) if entry.place else ""
         if store and self._table.holder(store) == sender:
             self._returned.setdefault(sender, {})[call.id] = call
         else:
             self._move_on(entry, call)
+
+    def _attempt(self, entry: Entry) -> int:
+        """Which attempt of the call is under way: what is heard of former ones tells where it was, not where it is."""
+        return self._hops.get(entry.future.id, _NO_HOPS)[0][0] if entry.call is None else entry.call.attempt
 
     def _cast_again(self, sender: Address, call: Call) -> Entry:
         """An entry for a cast, which was over here when it had been sent."""
@@ -1035,6 +1043,8 @@ class Calls:
         step = forwarded.attempt, forwarded.hops
         if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= step:
             return
+        if forwarded.attempt < self._attempt(entry):
+            return  # it was sent anew meanwhile
         self._hops[forwarded.id] = step, sender
         self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
 
@@ -1074,6 +1084,7 @@ class Calls:
         crossing = self._crossing.get(key)
         if crossing is not None:
             crossing.store = store
+            self._places.learn(key, store)
             crossing.elsewhere = [entry for entry in self._entries.values() if entry.place == key]
             self._look_over(key)
 
@@ -1695,6 +1706,7 @@ class Calls:
             call = entry.call
             known = (*call.lost, str(lost)) if call.job else ()
             entry.call = msgspec.structs.replace(call, attempt=call.attempt + 1, lost=known)
+            self._hops[entry.future.id] = (call.attempt + 1, 0), None
             if self._places.store_known(entry.place):  # in their order, and not before somebody has opened the store again
                 self._again(entry)
                 return
