@@ -335,17 +335,20 @@ class _Crossing:
 
     Attributes:
         source: who forwards them.
-        question: what follows them.
+        actor, session: as stores name it.
         store: where the session is.
+        number: of the question that follows them.
         waiting: calls that go when it has come back, and all others are where the session is.
         elsewhere: those that were not there when it had come back; None before that.
         is_looked_over: those will be looked over soon.
     """
 
-    def __init__(self, source: Address, question: Crossing, store: str) -> None:
+    def __init__(self, source: Address, actor: str, session: str, store: str) -> None:
         self.source = source
-        self.question = question
+        self.actor = actor
+        self.session = session
         self.store = store
+        self.number = 0
         self.waiting: list[Entry] = []
         self.elsewhere: list[Entry] | None = None
         self.is_looked_over = False
@@ -423,6 +426,7 @@ class Calls:
         self._root = random.getrandbits(64).to_bytes(8, "big")
         self._numbers = itertools.count(1)
         self._epochs = itertools.count(1)
+        self._questions = itertools.count(1)
         self._inbox = LoopInbox(self.loop)
         self._entries: dict[bytes, Entry] = {}
         self._children: dict[bytes, dict[bytes, None]] = {}
@@ -770,8 +774,6 @@ class Calls:
 
     def _send(self, entry: Entry, call: Call, address: Address) -> None:
         entry.address = address
-        if self._hops and not entry.place and entry.future.id in self._hops:
-            self._hops[entry.future.id] = (call.attempt, 0), None  # it is sent anew, and has been passed on by nobody
         name, in_flight = address.name, self.in_flight.get(entry.actor)
         if in_flight is None:
             in_flight = self.in_flight[entry.actor] = {}
@@ -814,10 +816,8 @@ class Calls:
         if not returned.store and self._table.drain(sender):
             self.on_table_changed()
         entry = self._entries.get(call.id) or (self._cast_again(sender, call) if call.cast else None)
-        session = f"{call.session}/{call.instance}" if call.instance else call.session
-        question = Crossing(*self.me, call.actor, session)
         if returned.store and entry is not None and entry.place not in self._crossing:
-            self._begin_crossing(entry.place, sender, question, returned.store)
+            self._begin_crossing(entry.place, sender, call, returned.store)
         if entry is None or entry.address is None or entry.is_kept:
             return
         if call.attempt < self._attempt(entry):
@@ -825,11 +825,10 @@ class Calls:
         store = self._places.store_known(entry.place) if entry.place else ""
         is_unheard_of = sender != entry.address  # it came there from another process, whose `Forwarded` is still on its way
         if is_unheard_of and entry.place and entry.place not in self._crossing:
-            self._begin_crossing(entry.place, entry.address, question, store)
+            self._begin_crossing(entry.place, entry.address, call, store)
         if returned.store or is_unheard_of:
-            again = msgspec.structs.replace(call, attempt=call.attempt + 1)
-            self._hops[call.id] = (again.attempt, 0), None
-            self._move_on(entry, again)
+            self._hops.setdefault(call.id, _NO_HOPS)
+            self._move_on(entry, call)
             return
         if store and self._table.holder(store) == sender:
             self._returned.setdefault(sender, {})[call.id] = call
@@ -978,9 +977,7 @@ class Calls:
         moves = self.migrations
         match message:
             case Arrived():
-                key = self._places.key_in_store(message.actor, message.session)
-                self._places.learn(key, message.store)
-                self._on_arrived(key, message.store)
+                self._on_arrived(message)
             case Forwarded():
                 self._on_forwarded(sender, message)
             case Migrated():
@@ -1039,7 +1036,7 @@ class Calls:
         if self._places.store_known(key) != forwarded.store and key not in self._crossing:
             # Heard of its second step before the first, the call and all that follow it go by where it was sent.
             source = sender if forwarded.hops == 1 or entry is None or entry.address is None else entry.address
-            self._begin_crossing(key, source, Crossing(*self.me, forwarded.actor, forwarded.session), forwarded.store)
+            self._cross(key, _Crossing(source, forwarded.actor, forwarded.session, forwarded.store))
         step = forwarded.attempt, forwarded.hops
         if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= step:
             return
@@ -1048,10 +1045,14 @@ class Calls:
         self._hops[forwarded.id] = step, sender
         self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
 
-    def _begin_crossing(self, key: str, source: Address, question: Crossing, store: str) -> None:
-        self._places.learn(key, store)
-        self._crossing[key] = _Crossing(source, question, store)
-        self.tell(source, question)
+    def _begin_crossing(self, key: str, source: Address, call: Call, store: str) -> None:
+        session = f"{call.session}/{call.instance}" if call.instance else call.session
+        self._cross(key, _Crossing(source, call.actor, session, store))
+
+    def _cross(self, key: str, crossing: _Crossing) -> None:
+        self._places.learn(key, crossing.store)
+        self._crossing[key] = crossing
+        self._ask_crossing(crossing)
         for sender, returned in self._returned.items():  # what has come back from there goes after the session, too
             here = [entry for id in returned if (entry := self._entries.get(id)) is not None and entry.place == key]
             for entry in here:
@@ -1079,12 +1080,13 @@ class Calls:
         for dep in entry.depends or ():
             self._lend(dep, address, entry.deadline)
 
-    def _on_arrived(self, key: str, store: str) -> None:
+    def _on_arrived(self, arrived: Arrived) -> None:
         """All that was on its way has come to somebody; those calls that are not where the session is may be lost with him."""
+        key = self._places.key_in_store(arrived.actor, arrived.session)
         crossing = self._crossing.get(key)
-        if crossing is not None:
-            crossing.store = store
-            self._places.learn(key, store)
+        if crossing is not None and crossing.number == arrived.number:
+            crossing.store = arrived.store
+            self._places.learn(key, arrived.store)
             crossing.elsewhere = [entry for entry in self._entries.values() if entry.place == key]
             self._look_over(key)
 
@@ -1110,16 +1112,21 @@ class Calls:
             if entry.future.id in self._entries and entry.call is not None:
                 self._again(entry)
 
-    def _ask_crossings_again(self, lost: Address) -> None:
+    def _ask_crossing(self, crossing: _Crossing) -> None:
+        """Answers to what was asked before do not count: of what has gone another way since, they say nothing."""
+        crossing.number = next(self._questions)
+        self.tell(crossing.source, Crossing(*self.me, crossing.actor, crossing.session, crossing.number))
+
+    def _ask_crossings_again(self, lost: Address, was_settled: bool) -> None:
         """The lost process may have had them in its hands: to pass on, or to answer.
 
-        Calls that it was to pass on are like calls that it had. Those that are elsewhere are asked after there, if it was the
-        one to ask.
+        Calls that it was to pass on are like calls that it had, unless all was read that it had sent. Those that are elsewhere
+        are asked after there, if it was the one to ask.
         """
         for key, crossing in list(self._crossing.items()):
             sent = [entry for entry in self._entries.values() if entry.place == key and entry.address is not None]
             for entry in sent:
-                if self._hops.get(entry.future.id, _NO_HOPS)[1] == lost:
+                if not was_settled and self._hops.get(entry.future.id, _NO_HOPS)[1] == lost:
                     self._move_on(entry, None)
             left = [entry.address for entry in sent if entry.address is not None]
             if not left:
@@ -1128,7 +1135,7 @@ class Calls:
             if crossing.source == lost:
                 crossing.source = left[0]
             crossing.elsewhere = None
-            self.tell(crossing.source, crossing.question)
+            self._ask_crossing(crossing)
 
     async def migrate(self, actor: str, session: str, target: str) -> Migrated:
         """Has a session moved to worker `target`; returns what became of that.
@@ -1643,8 +1650,11 @@ class Calls:
 
     # Losses.
 
-    def on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
-        """That incarnation is gone: its calls run elsewhere or fail, and nobody there wants ours any more."""
+    def on_lost(self, address: Address, unsent: list[Message], unknown: list[Message], *, was_settled: bool = False) -> None:
+        """That incarnation is gone: its calls run elsewhere or fail, and nobody there wants ours any more.
+
+        With `was_settled`, calls that it has passed on are where it said.
+        """
         self._places.forget(address)
         never_left = {message.id: message for message in unsent if type(message) is Call}
         never_left |= self._returned.pop(address, {})
@@ -1656,7 +1666,7 @@ class Calls:
         for in_flight in self.in_flight.values():
             if not in_flight.get(address.name):  # a successor of the same name may have calls by now
                 in_flight.pop(address.name, None)
-        self._ask_crossings_again(address)
+        self._ask_crossings_again(address, was_settled)
         for drained in self._draining.values():
             if drained.address == address:
                 drained.lose()
@@ -1700,6 +1710,9 @@ class Calls:
         if entry.cancelling:
             self._end_with(entry, CallCancelledError("cancelled; its worker was lost", started=unsent is None))
         elif unsent is not None:
+            if entry.future.id in self._hops:  # it was passed on: what is yet to be heard of that is told apart by the attempt
+                unsent = msgspec.structs.replace(unsent, attempt=unsent.attempt + 1)
+                self._hops[unsent.id] = (unsent.attempt, 0), None
             entry.call = unsent
             self._again(entry)
         elif entry.call is not None and self._may_retry(entry):

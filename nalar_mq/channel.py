@@ -40,7 +40,8 @@ Incarnations
     for a higher incarnation than mine              ignored: a successor of mine is meant, which answers for itself
 
     `Gone` ends the channel to `target` if `source` is higher, or if `answered` is me. `Bye` ends the channel to its source, and
-    says which frames that has taken: those after it were read by nobody, like those that never left. Between taking its leave
+    says which frames that has taken: those after it were read by nobody, like those that never left; and whether all that it
+    had sent to anybody was read, so that what it has passed on for others is where they were told. Between taking its leave
     and closing, a process answers every frame with a `Bye`. A first frame (one that opens a channel) acknowledges nothing; one
     that does, or any frame that acknowledges what was never sent, is malformed.
 
@@ -104,7 +105,7 @@ _GONE_EVERY_S = 0.1
 _WITHOUT_ID = Locate | Located | Release | Forward | Crossing | Arrived | Returned
 
 OnMessages = Callable[[Address, Sequence[Message]], None]
-OnLost = Callable[[Address, list[Message], list[Message]], None]
+OnLost = Callable[[Address, list[Message], list[Message], bool], None]
 
 
 class ChannelStats(msgspec.Struct):
@@ -264,7 +265,8 @@ class Endpoint:
     """The channels of one incarnation of a process.
 
     All methods are called on the event loop the endpoint was started on. `on_messages` gets the messages of one frame, in
-    order; `on_lost` gets the messages that never left and those of unknown fate. Both may call the endpoint; what they raise
+    order; `on_lost` gets the messages that never left and those of unknown fate, and whether all that the lost process had
+    sent to anybody was read. Both may call the endpoint; what they raise
     is logged and changes nothing.
 
     Args:
@@ -272,7 +274,8 @@ class Endpoint:
         subjects: of the namespace.
         me: name and incarnation of this process.
         on_messages: called with the sender and its messages.
-        on_lost: called with an incarnation that is lost, the messages that never left, and those of unknown fate.
+        on_lost: called with an incarnation that is lost, the messages that never left, those of unknown fate, and True if it
+            took its leave when all it had sent had been read.
         window_calls: calls that may be on the way to one process without being acknowledged.
         ack_delay_s: longest time that a received frame stays unacknowledged.
         resend_after_s: time after which a frame that is not acknowledged is sent again, at first.
@@ -303,6 +306,7 @@ class Endpoint:
         self._box = subjects.box(me.name, "")
         self._on_messages = on_messages
         self._on_lost = on_lost
+        self._was_settled = False
         self._window_calls = window_calls
         self._ack_messages = window_calls // 2
         self._ack_delay_s = ack_delay_s
@@ -386,15 +390,18 @@ class Endpoint:
         channel = self._channel(to)
         return channel.calls_out + len(channel.waiting) if channel is not None else 0
 
-    def lose(self, address: Address) -> None:
-        """Holds `address`, and every earlier incarnation of that name, to be lost; `on_lost` is called before it returns."""
+    def lose(self, address: Address, *, was_settled: bool = False) -> None:
+        """Holds `address`, and every earlier incarnation of that name, to be lost; `on_lost` is called before it returns.
+
+        With `was_settled`, it has said that all it had sent was read.
+        """
         channel = self._channels.get(address.name)
         was_lost = self._lost.get(address.name, -1) >= address.incarnation
         self._remember_lost(address)
         if channel is not None and channel.incarnation <= address.incarnation:
-            self._lose(channel)
+            self._lose(channel, was_settled=was_settled)
         elif not was_lost:
-            self._give_back(address, [], [])  # what others have sent there for us is lost, too
+            self._give_back(address, [], [], was_settled)  # what others have sent there for us is lost, too
 
     async def drain(self, timeout_s: float) -> bool:
         """Waits until everything sent is acknowledged or lost; False if `timeout_s` pass first."""
@@ -421,6 +428,7 @@ class Endpoint:
             return
         self._end_lingering()
         self._flush()
+        self._was_settled = all(channel.is_settled() for channel in self._channels.values())
         self._is_closed = True
         for timer in (self._flushing, self._linger_timer, self._ack_timer, self._resend_timer):
             if timer is not None:
@@ -433,7 +441,7 @@ class Endpoint:
         self._note_progress()
 
     def _say_bye(self, subject: str, received: int) -> None:
-        self._publish(subject, encode_packet(Bye(WIRE_VERSION, self.me.incarnation, received)))
+        self._publish(subject, encode_packet(Bye(WIRE_VERSION, self.me.incarnation, received, self._was_settled)))
 
     async def aclose(self) -> None:
         """Takes leave of everybody, and stops listening; idempotent."""
@@ -472,9 +480,9 @@ class Endpoint:
         if not self._is_closed:
             self._loop.call_soon(self._give_back, to, [message], nothing)
 
-    def _give_back(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
+    def _give_back(self, address: Address, unsent: list[Message], unknown: list[Message], was_settled: bool = False) -> None:
         try:
-            self._on_lost(address, unsent, unknown)
+            self._on_lost(address, unsent, unknown, was_settled)
         except Exception:
             _log.exception("channel.handler_failed", process=address.name)
 
@@ -484,7 +492,7 @@ class Endpoint:
         if len(self._lost) > _REMEMBERED_NAMES:
             del self._lost[next(iter(self._lost))]
 
-    def _lose(self, channel: _Channel) -> None:
+    def _lose(self, channel: _Channel, *, was_settled: bool = False) -> None:
         if channel.is_lost:
             return
         channel.is_lost = True
@@ -496,7 +504,7 @@ class Endpoint:
         unknown = [message for frame in frames if frame.seq <= channel.read for message in frame.messages]
         unread = [message for frame in frames if frame.seq > channel.read for message in frame.messages]
         wrapped = encode_frame(0, 0, 0, 0, list(channel.unsent()))
-        self._give_back(channel.address, [*unread, *salvage_frame(wrapped)[0].messages], unknown)
+        self._give_back(channel.address, [*unread, *salvage_frame(wrapped)[0].messages], unknown, was_settled)
         self._note_progress()
 
     def _note_progress(self) -> None:
@@ -780,7 +788,7 @@ class Endpoint:
         channel = self._channels.get(sender)
         if channel is not None and channel.incarnation == bye.source and bye.received is not None:
             channel.read = bye.received
-        self.lose(Address(sender, bye.source))
+        self.lose(Address(sender, bye.source), was_settled=bye.was_settled)
 
 
 def _salvaged(data: bytes) -> Frame | None:

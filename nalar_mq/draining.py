@@ -326,6 +326,8 @@ class Draining:
         for asker, id in self._askers:
             self._calls.tell(asker, self.progress(id, is_over=True))
         endpoint = self._process.endpoint
+        if self._migrations is not None:
+            self._migrations.give_back_parked()
         await endpoint.drain(_LAST_WORDS_S)  # who hears that a session has moved answers, which is passed on
         endpoint.stop_reading()
         await endpoint.drain(_ANSWER_S)

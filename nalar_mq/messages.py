@@ -343,12 +343,14 @@ class Crossing(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=28):
     Attributes:
         name, incarnation: of the owner.
         actor, session: as in `Migrate`.
+        number: of the question; its owner asks anew when it hears that somebody was lost.
     """
 
     name: str
     incarnation: int
     actor: str
     session: str
+    number: int = 0
 
 
 class Arrived(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=29):
@@ -357,11 +359,13 @@ class Arrived(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=29):
     Attributes:
         actor, session: as in `Migrate`.
         store: where the session is.
+        number: of the question.
     """
 
     actor: str
     session: str
     store: str
+    number: int = 0
 
 
 class Forwarded(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=30):
@@ -544,11 +548,13 @@ class Bye(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=103):
         version: `WIRE_VERSION` of the sender.
         source: incarnation of the sender.
         received: the highest frame that it took from the receiver, later ones were read by nobody; None if it does not say.
+        was_settled: all that it had sent, to anybody, was read.
     """
 
     version: int
     source: int
     received: int | None = None
+    was_settled: bool = False
 
 
 Packet = Frame | Gone | Bye

@@ -27,7 +27,9 @@ source may have sent is refused from then on.
 Order. Who forwards a call tells its owner where to (`Forwarded`). The owner sends nothing more of that session until a
 `Crossing`, which goes the same way as its former calls, has come back as `Arrived` from where the session is: then all of
 those are there. If one of those who pass on is lost meanwhile, what it had in its hands counts as lost with it and is sent
-again under the same ids, and the question is asked anew.
+again under the same ids, and the question is asked anew, with another number: what comes in answer to the former one does not
+count. A call that comes back from a worker of which its owner has not yet heard that it was sent there (`Returned` has
+overtaken `Forwarded`) waits for such a question too, and goes again as another attempt: by that, late notices are told apart.
 
     owner                        source                       target, lost with 1 and 2               its successor
       │── 1, 2 ─────────────────▶│── Forward 1, 2 ───────────▶╳
@@ -311,7 +313,7 @@ class Migrations:
         for message in given_back:
             if isinstance(message, Crossing):
                 key = message.actor, message.session
-                self._tell(Address(message.name, message.incarnation), Arrived(*key, self._store_of(key)))
+                self._tell(Address(message.name, message.incarnation), Arrived(*key, self._store_of(key), message.number))
         for passed in [passed for passed in self._passed_to if passed[1] == address]:
             del self._passed_to[passed]
         for leaving in [leaving for leaving in self._leaving.values() if leaving.target == address]:
@@ -609,6 +611,14 @@ class Migrations:
             key = _key_of(call)
             self._tell(owner, Forwarded(call.id, holder.name, holder.incarnation, message.hops, *key, store, call.attempt))
 
+    def give_back_parked(self) -> None:
+        """This worker leaves: calls that wait for somebody to open the store of their session wait at their owners."""
+        parked, self._parked = self._parked, {}
+        for store, messages in parked.items():
+            for message in messages:
+                if isinstance(message, Forward):
+                    self._tell(Address(message.name, message.incarnation), Returned(message.call, store))
+
     async def _look_further(self, store: str, key: Key) -> None:
         """Nobody has that store open, and perhaps nobody ever will: the session may have gone on from there before."""
         try:
@@ -890,13 +900,13 @@ class Migrations:
         if passed_to != owner or store is not None:  # what was given back waits for this worker's end, if the session stays
             self._passed_to.pop((key, owner), None)
         if passed_to == owner or self._table.is_lost(passed_to):
-            self._tell(owner, Arrived(*key, self._store_of(key)))
+            self._tell(owner, Arrived(*key, self._store_of(key), crossing.number))
         elif passed_to != self._me:
             self._tell(passed_to, crossing)
         elif store is not None:
             self._send_on(store, crossing)
         else:
-            self._tell(owner, Arrived(*key, self._store_of(key)))
+            self._tell(owner, Arrived(*key, self._store_of(key), crossing.number))
 
     async def aclose(self) -> None:
         """Gives up what is on its way; what is in doubt is found out by whoever opens the store next."""

@@ -185,10 +185,10 @@ class Process:
         self.endpoint.lose(address)
         self.claims.on_lost(address)
 
-    def _on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
+    def _on_lost(self, address: Address, unsent: list[Message], unknown: list[Message], was_settled: bool) -> None:
         self.table.leave(address)
         self.recall.on_lost(address)
-        self.calls.on_lost(address, unsent, unknown)
+        self.calls.on_lost(address, unsent, unknown, was_settled=was_settled)
 
     def _hold_lost(self, address: Address) -> None:
         """Others hold it to be lost: so does this process, whatever it has heard itself."""

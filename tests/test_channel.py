@@ -46,6 +46,7 @@ class Process:
         self.transport = transport
         self.got: dict[Address, list[Message]] = {}
         self.lost: dict[Address, tuple[list[Message], list[Message]]] = {}
+        self.settled: dict[Address, bool] = {}
         self.endpoint = Endpoint(
             transport, subjects, me, on_messages=self.on_messages, on_lost=self.on_lost, window_calls=window_calls
         )
@@ -59,10 +60,11 @@ class Process:
     def on_messages(self, sender: Address, messages: Sequence[Message]) -> None:
         self.got.setdefault(sender, []).extend(messages)
 
-    def on_lost(self, address: Address, unsent: list[Message], unknown: list[Message]) -> None:
+    def on_lost(self, address: Address, unsent: list[Message], unknown: list[Message], was_settled: bool) -> None:
         before = self.lost.setdefault(address, ([], []))
         before[0].extend(unsent)
         before[1].extend(unknown)
+        self.settled[address] = was_settled
 
     def ids_from(self, sender: Address) -> list[int]:
         return [number_of(message) for message in self.got.get(sender, [])]
@@ -392,6 +394,25 @@ def test_bye_ends_the_channel_at_once():
         b.endpoint.send(a.me, call(2))
         await asyncio.sleep(1)
         assert a.ids_from(b.me) == [1]
+
+    simulation.run(main())
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_who_takes_leave_says_whether_all_was_read_that_it_had_sent(is_read: bool):
+    async def main() -> None:
+        hub = MemoryHub()
+        a, b, c = await Process.start(hub, "a"), await Process.start(hub, "b"), await Process.start(hub, "c")
+        b.endpoint.send(a.me, call(1))
+        assert await b.endpoint.drain(1)
+        if not is_read:
+            hub.partition("b", "c")
+        b.endpoint.send(c.me, call(2))
+        assert await b.endpoint.drain(1) is is_read
+        b.endpoint.leave()
+        await until(lambda: b.me in a.lost)
+        assert a.settled == {b.me: is_read}
+        await b.endpoint.aclose()
 
     simulation.run(main())
 

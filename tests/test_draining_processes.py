@@ -135,7 +135,6 @@ async def test_a_worker_drained_by_command_under_load(settings: Settings, client
         assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.slow  # on a loaded machine a session stands still now and then, after it has moved: an open fault
 async def test_one_of_two_nodes_is_stopped(settings: Settings, client: Client, tmp_path: Path) -> None:
     """The nodes have folders of their own, as on two machines: sessions move from one to the other."""
     nodes: dict[str, subprocess.Popen[bytes]] = {}

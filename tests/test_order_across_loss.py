@@ -15,8 +15,9 @@ from nalar_mq.address import Subjects
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.errors import WorkerLostError
 from nalar_mq.memory_transport import MemoryHub, MemoryTransport
-from nalar_mq.messages import Crossing, Migrate, Piece
+from nalar_mq.messages import Crossing, Forwarded, Migrate, Piece, Returned
 from nalar_mq.stores import Stores
 from nalar_mq.transport import Delivered
 from nalar_mq.worker import Worker
@@ -32,9 +33,11 @@ class SlowHub(MemoryHub):
     def __init__(self) -> None:
         super().__init__(seed=1)
         self.slow: set[tuple[str, str]] = set()
+        self.routed = 0
         self._held: list[tuple[MemoryTransport, Delivered]] = []
 
     def route(self, source: MemoryTransport, message: Delivered, *, undisturbed: bool = False) -> None:
+        self.routed += 1
         subjects = Subjects(NAMESPACE)
         if any(source.name == sender and message.subject == subjects.box(to, sender) for sender, to in self.slow):
             self._held.append((source, message))
@@ -174,6 +177,124 @@ async def lose_calls_whose_way_is_not_known(state: Path) -> list[str]:
 
 def test_later_calls_wait_until_it_is_known_where_former_ones_are(tmp_path: Path) -> None:
     assert simulation.run(lose_calls_whose_way_is_not_known(tmp_path)) == list("012")
+
+
+async def answer_a_question_that_has_been_asked_anew(state: Path) -> list[str]:
+    """2 goes by w3 and w1 to w2 and is lost there; that all had come to w1 is heard later, in answer to a former question."""
+    world = World(state)
+    await world.start("w2")
+    owner, other = await begin(world, "w3", "w1")
+    ann, w1 = owner.options(session="ann", timeout_s=None), world.workers["w1"].process
+    world.hub.slow = {("w1", "client-owner")}
+    calls = [ann.call("Ledger.apply", "1", [], 0.5), ann.call("Ledger.apply", "2", [], LONG_S)]
+    await until(lambda: "Ledger.ann" in owner.process.calls._crossing)
+    moving = asyncio.create_task(other.migrate("Ledger", "ann", to="w2"))
+    calls.append(ann.call("Ledger.apply", "3", [], 0.0))
+    await moving
+    store = w1.places.store_known("Ledger.ann")
+    await until(lambda: world.workers["w2"].running == 1)
+    lost = world.workers["w2"].process.me
+    world.kill("w2")
+    await world.start("w2")
+    await until(lambda: w1.table.is_lost(lost) and owner.process.table.is_lost(lost) and w1.table.holder(store) is not None)
+    await asyncio.sleep(0.5)
+    world.hub.let_go()
+    await asyncio.gather(*calls)
+    return await end(world, owner, other)
+
+
+def test_an_answer_to_a_former_question_does_not_count(tmp_path: Path) -> None:
+    assert simulation.run(answer_a_question_that_has_been_asked_anew(tmp_path)) == list("0123")
+
+
+async def leave_before_it_is_known_that_calls_have_arrived(state: Path, *, is_killed: bool) -> list[str]:
+    """w1 has sent 1 on to w2 and leaves; what w2 says of it comes later."""
+    world = World(state)
+    owner, other = await begin(world, "w1", "w2")
+    ann = owner.options(session="ann", timeout_s=None)
+    world.hub.slow = {("w2", "client-owner")}
+    call = ann.options(retries=0).call("Ledger.apply", "1", [], 0.1)
+    await until(lambda: "Ledger.ann" in owner.process.calls._crossing)
+    if is_killed:
+        world.kill("w1")
+        await until(lambda: "w1" not in owner.process.table.members)
+    else:
+        w1 = world.workers.pop("w1")
+        await w1.drain(0.1)
+        await w1.aclose()
+    await asyncio.sleep(0.5)
+    world.hub.let_go()
+    await call
+    return await end(world, owner, other)
+
+
+def test_calls_that_were_sent_on_do_not_fail_when_who_did_it_leaves(tmp_path: Path) -> None:
+    assert simulation.run(leave_before_it_is_known_that_calls_have_arrived(tmp_path, is_killed=False)) == list("01")
+
+
+def test_calls_that_were_perhaps_sent_on_fail_when_who_did_it_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(WorkerLostError):
+        simulation.run(leave_before_it_is_known_that_calls_have_arrived(tmp_path, is_killed=True))
+
+
+async def give_back_what_nobody_knows_was_sent_on(state: Path) -> tuple[list[str], int]:
+    """w1 sends 1 and 2 on to w2, which leaves while 1 runs; their owner hears from w2 that 2 comes back, nothing from w1."""
+    world = World(state)
+    owner, other = await begin(world, "w1", "w2")
+    ann = owner.options(session="ann", timeout_s=None)
+    world.hub.slow = {("w1", "client-owner")}
+    calls = [ann.call("Ledger.apply", token, [], 0.5) for token in ("1", "2")]
+    await until(lambda: world.workers["w2"].running == 2)
+    before = world.hub.routed
+    w2 = world.workers.pop("w2")
+    leaving = asyncio.create_task(w2.drain(0.1))
+    await until(lambda: owner.process.table.members["w2"].draining)
+    await asyncio.sleep(0.3)
+    sent = world.hub.routed - before
+    calls.append(ann.call("Ledger.apply", "3", [], 0.0))
+    await leaving
+    await w2.aclose()
+    await asyncio.sleep(1.0)
+    world.hub.let_go()
+    await asyncio.gather(*calls)
+    return await end(world, owner, other), sent
+
+
+def test_what_comes_back_unexpectedly_waits_for_its_session(tmp_path: Path) -> None:
+    log, sent = simulation.run(give_back_what_nobody_knows_was_sent_on(tmp_path))
+    assert log == list("0123")
+    assert sent < 500, "it has been sent to and fro"
+
+
+async def pass_on_a_call_whose_owner_hears_of_it_late(state: Path) -> None:
+    """A worker says that it has passed a call on to another; when that is heard the call has come back and is elsewhere."""
+    world = World(state)
+    for name in ("w1", "w2", "w3"):
+        await world.start(name)
+    owner, other = await world.client("client-owner"), await world.client("client-other")
+    future = owner.call("later", 1, 1.0)
+    calls = owner.process.calls
+    (entry,) = calls._entries.values()
+    await until(lambda: entry.address is not None)
+    first, call = entry.address, entry.call
+    assert first is not None
+    assert call is not None
+    second = next(worker.process.me for name, worker in world.workers.items() if name != first.name)
+    calls._on_returned(second, Returned(call))
+    await until(lambda: entry.address not in (None, second) and entry.call is not call)
+    third = entry.address
+    calls._on_forwarded(second, Forwarded(call.id, *second, 1, "later", call.session, "", 0))
+    assert entry.address == third
+    world.kill(second.name)
+    assert await future == 1
+    for client in (owner, other):
+        await client.__aexit__(None, None, None)
+    for worker in world.workers.values():
+        await worker.aclose()
+
+
+def test_a_late_notice_of_a_former_attempt_moves_nothing(tmp_path: Path) -> None:
+    simulation.run(pass_on_a_call_whose_owner_hears_of_it_late(tmp_path))
 
 
 async def tell_a_worker_that_has_closed_its_stores(state: Path, patched: pytest.MonkeyPatch) -> None:
