@@ -4,6 +4,7 @@ What happens to each of them is decided in `supervision`; here it is carried out
 `worker_process`, joined to this one by a socket pair:
 
     controller -> worker     one line of JSON, the `Order`; the end of the stream means that the controller is gone
+    controller -> worker     one line of JSON for each `Act` that it is to do now
     worker -> controller     one line of JSON for each `Report`; an empty line, several times a lease, from one that serves
 
 A worker that loses its controller goes on for a while where it is told to: a node that keeps a `NodeFolder` has a successor
@@ -41,6 +42,7 @@ from typing import Final, Self
 
 import msgspec
 
+from nalar_mq.actions import Act
 from nalar_mq.config import Settings
 from nalar_mq.errors import ConfigError, WorkerStartError
 from nalar_mq.identity import issued
@@ -109,6 +111,7 @@ class _Child:
     def __init__(self, process: asyncio.subprocess.Process | AdoptedProcess, link: socket.socket | None) -> None:
         self.process = process
         self.link = link
+        self.writer: asyncio.StreamWriter | None = None
         self.rejoined: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
         self.failure = ""
         self.code = 0
@@ -243,6 +246,14 @@ class LocalController:
         self._slots[name] = Slot(name=name, has_served=True)  # the node goes on, whatever becomes of it
         self._events.put_nowait((name, Tick()))
         return name
+
+    def act(self, name: str, act: Act) -> bool:
+        """Has the present process of a worker that serves do something once; False if there is none."""
+        child, slot = self._children.get(name), self._slots.get(name)
+        if child is None or child.writer is None or slot is None or slot.phase is not Phase.READY:
+            return False
+        child.writer.write(msgspec.json.encode(act) + b"\n")
+        return True
 
     async def drain(self, timeout_s: float | None = None) -> None:
         """Has every worker drained (`nalar_mq.draining`), ends those that take longer than `timeout_s`, and returns then."""
@@ -474,6 +485,7 @@ class LocalController:
         reader, writer = link
         try:
             writer.write(b"\n" if child.link is None else msgspec.json.encode(self._order(name)) + b"\n")
+            child.writer = writer
             while line := await reader.readline():
                 self._events.put_nowait((name, Heard()))
                 if line == b"\n":
@@ -497,6 +509,7 @@ class LocalController:
         except (OSError, ValueError) as error:
             self._log.debug("worker.link_lost", worker=name, error=str(error))
         finally:
+            child.writer = None
             writer.close()
 
     async def _linked(self, child: _Child) -> Link | None:

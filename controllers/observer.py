@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Self
 
 from nalar_mq.actions import Unused
@@ -92,6 +92,7 @@ class Observer:
         transport, subjects: where reports come from.
         lease_s: a process of which nothing is heard for two of them is forgotten.
         tap: is handed every report as it comes: its sender, its bytes, and the time on the loop's clock.
+        processes: whose reports; those of all, unless told otherwise.
 
     Attributes:
         is_informed: it has listened for long enough to know everybody, and has been told all that it had missed; or it has
@@ -100,7 +101,15 @@ class Observer:
         waiting: reports that have come since the last `collect`.
     """
 
-    def __init__(self, transport: Transport, subjects: Subjects, *, lease_s: float = LEASE_S, tap: Tap | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        subjects: Subjects,
+        *,
+        lease_s: float = LEASE_S,
+        tap: Tap | None = None,
+        processes: Iterable[str] = ("*",),
+    ) -> None:
         self._transport = transport
         self._subjects = subjects
         self._lease_s = lease_s
@@ -111,7 +120,8 @@ class Observer:
         self._is_still = True
         self._asked: dict[str, float] = {}
         self._folding = Folding(View(), lease_s)
-        self._subscription: Subscription | None = None
+        self._processes = tuple(processes)
+        self._subscriptions: dict[str, Subscription] = {}
         self._listens_since = math.inf
         self.is_informed = False
         self.dropped = 0
@@ -127,12 +137,18 @@ class Observer:
     async def start(self) -> None:
         """Begins to listen."""
         self._listens_since = self._loop.time()
-        self._subscription = await self._transport.subscribe(self._subjects.report("*"), self._on_report)
+        await self.listen(self._processes)
+
+    async def listen(self, processes: Iterable[str]) -> None:
+        """Hears these processes, too."""
+        for name in processes:
+            if name not in self._subscriptions:
+                self._subscriptions[name] = await self._transport.subscribe(self._subjects.report(name), self._on_report)
 
     async def aclose(self) -> None:
         """Ends; idempotent."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
+        subscriptions, self._subscriptions = self._subscriptions, {}
+        for subscription in subscriptions.values():
             await subscription.unsubscribe()
 
     @property

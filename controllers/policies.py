@@ -98,6 +98,23 @@ class Reallocation:
             yield kill(idlest.worker, giver, reason=f"{reason}, {giver!r} has {loads[giver]:.1f}")
 
 
+class Overload:
+    """An agent that cannot follow gets another instance on a node of which a worker that does not serve it has room."""
+
+    def __init__(self, busy: float = 2.0) -> None:
+        self.busy = busy
+
+    def decide(self, view: View) -> Iterable[Action]:
+        """One instance on a node, for each agent of which one there has too much, and none has room."""
+        reserving = [agent for agent, serves in view.agents.items() if serves.resources]
+        for node, agent in ((node, agent) for node in view.nodes for agent in reserving):
+            loads = [replica.load for replica in view.serving(agent) if replica.node == node]
+            if not loads or max(loads) < self.busy or min(loads) < 1:
+                continue
+            if view.spare(agent, node) and view.has_room(node, agent):
+                yield provision(agent, node, reason=f"one of {node!r} has {max(loads):.1f} calls for each that it can run")
+
+
 def default() -> Composed:
     """Route by load, move what waits behind long calls, give instances to those who need them."""
     return Composed(LeastLoaded(), HeadOfLine(), Reallocation())

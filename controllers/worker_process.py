@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Final, cast
@@ -30,6 +30,7 @@ from typing import Final, cast
 import msgspec
 
 from nalar_mq import event_loop
+from nalar_mq.actions import Act
 from nalar_mq.app import load_app
 from nalar_mq.errors import BrokerError, ConfigError, StoreError
 from nalar_mq.event_loop import cancel_all
@@ -47,6 +48,7 @@ _BEATS_OF_A_LEASE: Final = 6
 _LOOK_EVERY_S: Final = 0.2
 _TELL_MOVES_S: Final = 1.0
 _IMPORTED_LATER: Final = ("nalar_mq.nats_transport",)  # by what serves, when it is first needed
+_acts: Final = msgspec.json.Decoder(Act)
 _log = logger(__name__)
 
 
@@ -124,7 +126,14 @@ async def _serve(order: Order, link: socket.socket) -> bool:
         _report(link, Report(keeps_state=worker.process.stores is not None))
         drained = loop.create_task(_drain(worker, draining, order.drain_timeout_s))
         ends = (
-            _orphaned(order, link, Report(keeps_state=worker.process.stores is not None), draining, standing),
+            _attached(
+                order,
+                link,
+                Report(keeps_state=worker.process.stores is not None),
+                draining,
+                standing,
+                worker.process.enforcement.do,
+            ),
             _closed(worker),
             _set(stopping),
             _tell_moves(worker, link),
@@ -159,13 +168,21 @@ class _Standing:
         self.is_abandoned = False
 
 
-async def _orphaned(order: Order, link: socket.socket, report: Report, draining: asyncio.Event, standing: _Standing) -> None:
-    """Returns when the controller is gone; where workers go on without, has this one drained if no successor comes in time."""
-    loop = asyncio.get_running_loop()
+async def _attached(
+    order: Order,
+    link: socket.socket,
+    report: Report,
+    draining: asyncio.Event,
+    standing: _Standing,
+    do: Callable[[Act], None],
+) -> None:
+    """Does what the controller wants, and returns when that is gone.
+
+    Where workers go on without, it looks for a successor; if none comes in time, it has this one drained.
+    """
     while True:
         with contextlib.suppress(OSError):
-            while await loop.sock_recv(link, 64):
-                pass
+            await _obey(link, do)
         if not order.node_folder:
             return
         _log.warning("worker.orphaned", worker=order.name, for_s=order.orphan_s)
@@ -180,6 +197,18 @@ async def _orphaned(order: Order, link: socket.socket, report: Report, draining:
         if standing.serves is not None:
             _report(link, Report(serves=standing.serves))
         _report(link, Report(is_leaving=True) if standing.is_abandoned else report)
+
+
+async def _obey(link: socket.socket, do: Callable[[Act], None]) -> None:
+    """Does what the controller says until it is gone; what makes no sense is left out."""
+    loop, rest = asyncio.get_running_loop(), b""
+    while data := await loop.sock_recv(link, 65536):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in filter(None, lines):
+            try:
+                do(_acts.decode(line))
+            except msgspec.DecodeError as error:
+                _log.warning("act.unreadable", error=str(error))
 
 
 async def _rejoin(order: Order, link: socket.socket) -> None:

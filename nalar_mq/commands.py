@@ -52,6 +52,7 @@ from nalar_mq.config import (
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.node_acts import NodeActs
 from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
+from nalar_mq.controllers.reflexes import Reflexes
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
 from nalar_mq.doctor import examine
@@ -473,12 +474,14 @@ async def govern(settings: Settings, decider: Decider | None, tell: Show) -> Non
 
 
 async def _obey(settings: Settings, controller: LocalController) -> None:
-    """Has a node do what is decided about its workers, for as long as it is let, through losses of the broker."""
+    """Has a node do what is decided about its workers, and decide by itself while nobody else does; until it is cancelled."""
 
-    acts = NodeActs(Subjects(settings.namespace), controller.node, controller, lease_s=settings.lease_s)
+    subjects = Subjects(settings.namespace)
+    acts = NodeActs(subjects, controller.node, controller, lease_s=settings.lease_s)
+    reflexes = Reflexes(subjects, controller.node, controller, lease_s=settings.lease_s)
 
     async def obey(transport: NatsTransport, _subjects: Subjects) -> None:
-        await acts.run(transport)
+        await _all((acts.run(transport), reflexes.run(transport)))
 
     await _connected_again_and_again(settings, random_token(f"{controller.node[:96]}-node"), obey)
 

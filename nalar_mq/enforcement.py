@@ -87,6 +87,7 @@ class Enforcement:
         self._subscriptions: list[Subscription] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._acting: set[asyncio.Task[None]] = set()
+        self._act: Acting | None = None
         self.standing = Standing(me.name, me.incarnation)
 
     async def start(self, enforcer: Enforcer | None = None, changes: Changes | None = None, act: Acting | None = None) -> None:
@@ -100,7 +101,7 @@ class Enforcement:
         Raises:
             BrokerError: what holds cannot be read.
         """
-        self._enforcer, self._changes = enforcer, changes
+        self._enforcer, self._changes, self._act = enforcer, changes, act
         await self._listen(self._subjects.states, self._on_states)
         self._control = await self._transport.key_value(self._subjects.control_bucket)
         await self._read()
@@ -125,6 +126,11 @@ class Enforcement:
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
             await subscription.unsubscribe()
+
+    def do(self, act: Act) -> None:
+        """Does something once that no leader has ordered; the caller means this very process."""
+        if self._act is not None:
+            self._begin_act(self._act, act)
 
     # What holds.
 
@@ -209,9 +215,12 @@ class Enforcement:
 
     def _take_acts(self, data: bytes, act: Acting) -> None:
         for due in self.standing.take_acts(data, self._incarnation_of):
-            task = self._loop.create_task(self._do(act, due))
-            self._acting.add(task)
-            task.add_done_callback(self._acting.discard)
+            self._begin_act(act, due)
+
+    def _begin_act(self, act: Acting, due: Act) -> None:
+        task = self._loop.create_task(self._do(act, due))
+        self._acting.add(task)
+        task.add_done_callback(self._acting.discard)
 
     async def _do(self, act: Acting, due: Act) -> None:
         try:

@@ -157,7 +157,10 @@ def test_a_second_controller_stands_by_and_leads_when_the_first_is_killed(site: 
         ("nothing.py:Wants", "takes arguments: make it there"),
         ("BudgetLimits", "Mine = BudgetLimits("),
         ("HighPriority", "Mine = HighPriority("),
-        ("Nobody", "HeadOfLine, Reallocation, ShortestRemaining, LongestFirst, SessionAffinity, FairShare, DeadlineFirst\n"),
+        (
+            "Nobody",
+            "HeadOfLine, Reallocation, Overload, ShortestRemaining, LongestFirst, SessionAffinity, FairShare, DeadlineFirst\n",
+        ),
         ("broken.py:Mine", "broken.py cannot be imported: invalid syntax (line 1)"),
     ],
 )
