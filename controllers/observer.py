@@ -4,8 +4,9 @@
     NS.again.<process> ◀── a report is missing
 
               collect
-    moving ────────────▶ still      moving: reports are folded as they come, and the view is of use to nobody
-       ▲                   │        still: they are kept, and the view is as of `collect`
+    moving ────────────▶ still      moving: reports are folded soon, those of one turn of the loop together, and the view is
+       ▲                   │                of use to nobody
+       │                   │        still: they are kept, and the view is as of `collect`
        └───── release ─────┘
 
 Folding takes most of the time of a round, so whoever releases the view when he has seen it has it sooner the next time. It
@@ -29,6 +30,7 @@ from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION
 from nalar_mq.transport import Delivered, Subscription, Transport, is_direct
 
+from .reported import Incoming
 from .view import View
 
 FIRST_SIGHT_S: Final = 0.8  # whoever is there has reported three times by then
@@ -55,15 +57,12 @@ class Folding:
         self._lease_s = lease_s
         self._complaints: dict[tuple[str, str], Unused] = {}
 
-    def take(self, sender: str, data: bytes, at: float) -> None:
-        """A report has come."""
-        try:
-            self.view.fold(sender, data, at)
-        except MissedReportError:
-            self.unused += 1  # messages get lost: it is asked again
-        except WireError as error:
+    def take(self, reports: Iterable[Incoming]) -> None:
+        """Reports have come."""
+        for sender, error in self.view.fold_all(reports):
             self.unused += 1
-            self._note(sender, error)
+            if not isinstance(error, MissedReportError):  # messages get lost: it is asked again
+                self._note(sender, error)
 
     def _note(self, sender: str, error: WireError) -> None:
         key = sender, type(error).__name__
@@ -115,7 +114,7 @@ class Observer:
         self._lease_s = lease_s
         self._tap = tap
         self._loop = asyncio.get_running_loop()
-        self._inbox: list[tuple[str, bytes, float]] = []
+        self._inbox: list[Incoming] = []
         self._inbox_bytes = 0
         self._is_still = True
         self._asked: dict[str, float] = {}
@@ -165,26 +164,31 @@ class Observer:
         if self._inbox_bytes > _INBOX_BYTES or not is_direct(message, self._subjects.report("")):
             self.dropped += 1
             return
-        sender, now = message.subject.rpartition(".")[2], self._loop.time()
+        report = Incoming(message.subject.rpartition(".")[2], message.data, self._loop.time())
         self.waiting += 1
-        if self._is_still:
-            self._inbox_bytes += len(message.data)
-            self._inbox.append((sender, message.data, now))
-        else:
-            self._folding.take(sender, message.data, now)
+        if not self._inbox and not self._is_still:
+            self._loop.call_soon(self._fold_moving)
+        self._inbox.append(report)
+        self._inbox_bytes += len(report.data)
         if self._tap is not None:
-            self._tap(sender, message.data, now)
+            self._tap(*report)
+
+    def _fold_moving(self) -> None:
+        if not self._is_still:
+            self._fold()
+
+    def _fold(self) -> None:
+        inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
+        self._folding.take(inbox)
 
     def release(self) -> None:
         """Lets the view move until the next `collect`; idempotent."""
-        inbox, self._inbox, self._inbox_bytes = self._inbox, [], 0
         self._is_still = False
-        for report in inbox:
-            self._folding.take(*report)
+        self._fold()
 
     def collect(self) -> int:
         """Folds what has come, and has the view stand still from now on; returns how many reports have come."""
-        self.release()
+        self._fold()
         self._is_still = True
         waiting, self.waiting = self.waiting, 0
         now = self._loop.time()

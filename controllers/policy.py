@@ -131,16 +131,13 @@ def by_rank(view: View, keys: Floats, *, reason: str = "", levels: int = LEVELS)
         levels: how many priorities there are, from 0.
     """
     futures = view.futures.session[view.live]
-    # A partition at a few bounds, and one comparison of all keys with each, take half of the time of an argsort.
+    # numpy sorts whole columns with wide instructions: several times as fast as it partitions them at a few bounds.
     places = np.arange(1, levels) * len(keys) // levels
-    bounds = np.partition(keys, places)[places] if len(keys) else keys
-    ranks = np.full(len(keys), levels - 1, np.int16)
-    for bound in bounds:
+    ranks = np.full(len(keys), levels - 1, np.int32)
+    for bound in np.sort(keys)[places] if len(keys) else keys:
         ranks -= keys >= bound
     values = np.full(view.sessions.room, -1, np.int32)
-    # Of several futures of a session the last one is kept: the one with the highest rank.
-    order = np.argsort(ranks, kind="stable")
-    values[futures[order]] = ranks[order]
+    np.maximum.at(values, futures, ranks)
     sessions = np.flatnonzero(values >= 0).astype(np.int32)
     return SetPriorities(sessions, values[sessions], reason)
 

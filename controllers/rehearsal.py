@@ -17,6 +17,7 @@ from .governing import Governor
 from .guards import Bounds
 from .observer import FIRST_SIGHT_S, Folding
 from .recording import Recorded
+from .reported import Incoming
 from .view import View
 
 
@@ -67,7 +68,7 @@ async def replay(rehearsal: Rehearsal, recorded: Iterable[Recorded], view: View)
             for entry in await rehearsal.step(view, due, folding.complaints()):
                 yield entry
             due += PERIOD_S
-        folding.take(report.sender, report.data, report.at_s)
+        folding.take([Incoming(report.sender, report.data, report.at_s)])
     folding.settle(due)
     for entry in await rehearsal.step(view, due, folding.complaints()):
         yield entry

@@ -1,4 +1,4 @@
-"""Rows of numpy columns: the live futures, an index of them by id, and names with numbers. Pure.
+"""Rows of numpy columns: the live futures, an index of them by id, names with numbers, and what waits for what. Pure.
 
 Every operation takes arrays of rows and does its work in a few passes over them, whatever else is in the table.
 """
@@ -10,6 +10,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from nalar_mq.columns import CREATED
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
@@ -275,19 +277,22 @@ class Names:
         """Numbers of all names."""
         return rows_of(self._numbers.values())
 
-    def open(self, names: Sequence[str]) -> tuple[Ints, list[int]]:
-        """Numbers of names, each of which is used once more; and which of the numbers are newly given."""
-        numbers, newly = self._numbers, list[int]()
-        found: list[int] = []
-        for name in names:
-            number = numbers.get(name)
+    def open(self, names: Sequence[str]) -> tuple[Ints, Ints]:
+        """Numbers of names, each of which is used once more; and the places in `names` of those that have newly got theirs."""
+        numbers = self._numbers
+        found = list(map(numbers.get, names))
+        newly: list[int] = []
+        for place, number in enumerate(found):
             if number is None:
-                number = numbers[name] = self._take(name)
-                newly.append(number)
-            found.append(number)
-        rows = rows_of(found)
+                name = names[place]
+                known = numbers.get(name)  # it may have come twice
+                if known is None:
+                    known = numbers[name] = self._take(name)
+                    newly.append(place)
+                found[place] = known
+        rows = np.array(found, np.int32)
         self._used.append(rows)
-        return rows, newly
+        return rows, rows_of(newly)
 
     def _take(self, name: str) -> int:
         if self._free:
@@ -323,3 +328,46 @@ class Names:
             del numbers[names[number]]
             names[number] = ""
         self._free += gone
+
+
+class Edges:
+    """Which future waits for which id as an argument."""
+
+    def __init__(self) -> None:
+        self.waiter: Ints = np.zeros(0, np.int32)
+        self.birth: Longs = np.zeros(0, np.int64)
+        self.high: Words = np.zeros(0, np.uint64)
+        self.low: Words = np.zeros(0, np.uint64)
+        self._further: list[tuple[Ints, Longs, Words, Words]] = []
+        self._live = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what has been taken in."""
+        return self.waiter.nbytes + self.birth.nbytes + self.high.nbytes + self.low.nbytes
+
+    def add(self, waiter: Ints, birth: Longs, high: Words, low: Words) -> None:
+        """Rows that wait, with their births, and the ids they wait for."""
+        self._further.append((waiter, birth, high, low))
+
+    def settle(self, futures: Futures) -> None:
+        """Takes in what was added; drops what waits no more when that is half of it."""
+        if self._further:
+            parts = [(self.waiter, self.birth, self.high, self.low), *self._further]
+            self._further = []
+            columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            self.waiter, self.birth, self.high, self.low = columns
+        if len(self.waiter) > 2 * self._live + 4096:
+            kept = self.waits(futures)
+            self.waiter, self.birth, self.high, self.low = (
+                self.waiter[kept],
+                self.birth[kept],
+                self.high[kept],
+                self.low[kept],
+            )
+            self._live = len(self.waiter)
+
+    def waits(self, futures: Futures) -> Mask:
+        """Which of them still wait."""
+        still: Mask = (futures.birth[self.waiter] == self.birth) & (futures.state[self.waiter] == CREATED)
+        return still

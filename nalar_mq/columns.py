@@ -208,7 +208,7 @@ def width_of(column: str) -> int:
 
 
 _WIDTHS: Final = {name: tuple(map(width_of, table.values())) for name, table in _TABLES.items()}
-_BEGUN_WIDTHS: Final = {name: width_of(column) for name, column in BEGUN.items()}
+_BEGUN_WIDTHS: Final = tuple(width_of(BEGUN[name]) for name in Begun.__struct_fields__ if name != "deps")
 
 
 def encode_report(report: Report | Again) -> bytes:
@@ -274,12 +274,12 @@ def _check_columns(report: Report) -> None:
         if named.tenants and max(map(len, named.tenants)) > LONGEST_NAME:
             raise MalformedReportError(f"a tenant of more than {LONGEST_NAME} characters")
     for table, widths in _WIDTHS.items():
-        columns = getattr(report, table).columns
-        if columns and not _fit(columns, widths):
+        told: Columns = getattr(report, table)
+        if told is not _ABSENT and told.columns and not _fit(told.columns, widths):
             raise MalformedReportError(f"columns of {table!r} differ in length")
     if report.begun is not None:
-        columns = tuple(getattr(report.begun, name) for name in _BEGUN_WIDTHS)
-        if not _fit(columns, tuple(_BEGUN_WIDTHS.values())) or len(report.begun.deps) % 16:
+        columns = msgspec.structs.astuple(report.begun)
+        if not _fit(columns, _BEGUN_WIDTHS) or len(report.begun.deps) % 16:
             raise MalformedReportError("columns of 'begun' differ in length")
 
 
@@ -287,7 +287,7 @@ def _fit(columns: Sequence[bytes], widths: Sequence[int]) -> bool:
     if len(columns) < len(widths):
         return False
     count = len(columns[0]) // widths[0]
-    return all(len(column) == count * width for column, width in zip(columns, widths, strict=False))
+    return [count * width for width in widths] == list(map(len, columns[: len(widths)]))
 
 
 def bucket_of(seconds: float) -> int:

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from nalar_mq.controllers.slots import Stretch, Stretches
 from nalar_mq.controllers.tables import Futures, Index, Names, rows_of
 
 
@@ -60,7 +61,8 @@ def test_names_keep_their_numbers_while_somebody_uses_them() -> None:
     for _ in range(300):
         opened = [f"n{random.randrange(3000)}" for _ in range(random.randrange(30))]
         found, newly = names.open(opened)
-        assert len(newly) == len({name for name in opened if not uses.get(name)})
+        fresh = [opened[place] for place in newly.tolist()]
+        assert sorted(fresh) == sorted({name for name in opened if not uses.get(name)})
         for name, number in zip(opened, found.tolist(), strict=True):
             assert numbers.setdefault(name, number) == number
             uses[name] = uses.get(name, 0) + 1
@@ -79,6 +81,43 @@ def test_names_keep_their_numbers_while_somebody_uses_them() -> None:
         assert all(names.number(name) == number and names.name(number) == name for name, number in numbers.items())
         assert names.number("nobody") == -1
         assert set(names.used().tolist()) == set(numbers.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_keep_what_they_stand_for_wherever_their_stretches_are(seed: int) -> None:
+    random = Random(seed)
+    table = Stretches({"number": (np.int32, -1, ()), "counts": (np.uint32, 0, (3,))})
+    expected: dict[Stretch, dict[int, int]] = {}
+    for _ in range(400):
+        match random.randrange(4):
+            case 0:
+                expected[table.add(random.randrange(1, 40))] = {}
+            case 1 if expected:
+                stretch = random.choice(list(expected))
+                table.widen(stretch, random.randrange(1, 300))
+            case 2 if len(expected) > 5:
+                stretch = random.choice(list(expected))
+                table.remove(stretch)
+                del expected[stretch]
+            case 3 if expected:
+                stretch = random.choice(list(expected))
+                slot, value = random.randrange(stretch.size), random.randrange(1000)
+                table.of(stretch, "number")[slot] = value
+                table.of(stretch, "counts")[slot] = value
+                expected[stretch][slot] = value
+        for stretch, slots in expected.items():
+            numbers = table.of(stretch, "number")
+            assert len(numbers) == stretch.size
+            assert {slot: int(numbers[slot]) for slot in np.flatnonzero(numbers >= 0).tolist()} == slots
+            assert {slot for slot in range(stretch.size) if table.of(stretch, "counts")[slot].any()} <= slots.keys()
+    stretches = list(expected)
+    counts = np.array([len(expected[stretch]) for stretch in stretches])
+    slots = np.array([slot for stretch in stretches for slot in expected[stretch]], np.int64)
+    places = table.reach(stretches).places(counts, slots)
+    assert places is not None
+    assert table["number"][places].tolist() == [value for stretch in stretches for value in expected[stretch].values()]
+    outside = table.reach(stretches[:1]).places(np.array([1]), np.array([stretches[0].size]))
+    assert outside is None
 
 
 def test_a_worker_reports_and_obeys_without_numpy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from nalar_mq import columns
 from nalar_mq.changes import Changes, Tracked
 from nalar_mq.columns import CREATED, DONE, FAILED, NO_JOB, QUEUED, RUNNING, WAITING, Report, Serves, decode_report
+from nalar_mq.controllers.reported import Incoming
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import (
     ForgedReportError,
@@ -266,14 +268,39 @@ class Sender:
         self.live.append(self.changes.begin(call, self.clock_s, random.choice([CREATED, QUEUED, RUNNING]), tenant))
 
 
+class Network:
+    """What has been sent and is not folded yet; it is folded together."""
+
+    def __init__(self) -> None:
+        self.view, self.model = View(), Model()
+        self._waiting: list[Incoming] = []
+
+    def send(self, sender: str, data: bytes, now: float) -> None:
+        self._waiting.append(Incoming(sender, data, now))
+
+    def deliver(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        outcomes = {"late": LateReportError, "missed": MissedReportError}
+        folded = [(report.sender, self.model.fold(decode_report(report.data), report.at)) for report in waiting]
+        expected = Counter((sender, outcomes[outcome]) for sender, outcome in folded if outcome in outcomes)
+        assert Counter((sender, type(error)) for sender, error in self.view.fold_all(waiting)) == expected
+
+    def settle(self, now: float) -> None:
+        self.deliver()
+        self.view.settle(now)
+        agree(self.view, self.model)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 60))
 def test_whatever_happens_to_reports_the_view_is_what_the_model_is(seed: int, steps: int) -> None:
     random = Random(seed)
-    view, model = View(), Model()
+    network = Network()
+    view = network.view
     senders = [Sender(random, name) for name in "pqr"]
     ids: list[bytes] = []
     held_up: list[tuple[str, bytes]] = []
+    together = random.random()
     now = 5000.0
     for step in range(steps):
         now += random.random()
@@ -293,29 +320,31 @@ def test_whatever_happens_to_reports_the_view_is_what_the_model_is(seed: int, st
                     held_up.append((sender.name, data))
                     continue
                 case 2:
-                    deliver(view, model, sender.name, data, now)
-            deliver(view, model, sender.name, data, now)
+                    network.send(sender.name, data, now)
+            network.send(sender.name, data, now)
             if held_up and random.random() < 0.3:
-                deliver(view, model, *held_up.pop(), now)
+                network.send(*held_up.pop(), now)
+            if random.random() > together:
+                network.deliver()
         if random.random() < 0.1:
             place = random.randrange(len(senders))
             senders[place] = Sender(random, senders[place].name, step + 2)
         if random.random() < 0.3:
-            view.settle(now)
-            agree(view, model)
+            network.settle(now)
+    network.deliver()
     for address in view.stale():
         sender = next(sender for sender in senders if sender.name == address.name)
         for data in sender.changes.whole(sender.clock_s, LIMIT):
-            deliver(view, model, sender.name, data, now)
+            network.send(sender.name, data, now)
     for sender in senders:
         for data in sender.changes.reports(sender.clock_s, LIMIT):
-            deliver(view, model, sender.name, data, now)
+            network.send(sender.name, data, now)
+    network.deliver()
     for sender in senders:  # one that lost its last report, or its first, has noticed by now
         if any(address.name == sender.name for address in view.stale()):
             for data in sender.changes.whole(sender.clock_s, LIMIT):
-                deliver(view, model, sender.name, data, now)
-    view.settle(now)
-    agree(view, model)
+                network.send(sender.name, data, now)
+    network.settle(now)
     assert not view.stale()
     truth = {(sender.name, future.call.id): future for sender in senders for future in sender.live}
     found = seen_by(view)
@@ -328,16 +357,6 @@ def test_whatever_happens_to_reports_the_view_is_what_the_model_is(seed: int, st
     assert len(view.futures) == len(view.sessions) == len(view.jobs) == 0
     assert not view.session_live.any()
     assert not view.waits()[0].size
-
-
-def deliver(view: View, model: Model, sender: str, data: bytes, now: float) -> None:
-    expected = model.fold(decode_report(data), now)
-    kinds = {"late": LateReportError, "missed": MissedReportError}
-    if expected in kinds:
-        with pytest.raises(kinds[expected]):
-            view.fold(sender, data, now)
-    else:
-        view.fold(sender, data, now)
 
 
 def call(number: int, actor: str = "a", **fields: Any) -> Call:
@@ -527,6 +546,78 @@ def test_what_contradicts_itself_is_refused_and_healed(fields: dict[str, Any]) -
     view.settle(104.0)
     assert not view.stale()
     assert [view.sessions.name(int(view.futures.session[row])) for row in view.live] == ["s"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ended": columns.Columns((b"\x63\0\0\0", b"\0"))},
+        {"ended": columns.Columns((b"\0\0\0\0\0\0\0\0", b"\0\0"))},
+        {"changed": columns.Columns((b"\0\0\0\0", b"\x02", struct.pack("<d", 1e9)))},
+        {"sessions_closed": b"\x09\0\0\0"},
+        {"tallies": columns.Columns((b"\0\0", b"\0" * 4, b"\0" * 4, struct.pack("<d", math.inf), b"\0" * 8))},
+        {"tenants": {"acme": math.nan}},
+        {"held": columns.Columns((b"\x09\0", b"\0\0\0\0"))},
+        {"name": "nobody"},
+        {"number": 7},
+        {"now_s": 500.0},
+    ],
+)
+def test_of_reports_that_come_together_a_bad_one_is_refused_alone(fields: dict[str, Any]) -> None:
+    """And what the good ones say is folded once, as if the bad one had said nothing."""
+    view, reference = View(), View()
+    workers = {name: Changes(name, 1, "n") for name in "pqrs"}
+    first = {
+        name: changes.begin(call(number, session=f"s{number}"), 1.0) for number, (name, changes) in enumerate(workers.items())
+    }
+    together: list[Incoming] = []
+    for name, changes in workers.items():
+        (data,) = changes.reports(2.0, 1 << 20)
+        assert not view.fold_all([Incoming(name, data, 102.0)])
+        reference.fold(name, data, 102.0)
+        number = 10 + ord(name)
+        if name == "s":
+            changes.hold("a", "held")
+        else:
+            future = changes.begin(call(number, "b", session=f"t{number}", job=f"j{number}", deps=(call(3).id,)), 2.5)
+            changes.spend(future, 1.0)
+        changes.change(first[name], RUNNING, 2.5)
+        changes.end(changes.begin(call(1), 2.5), DONE, 2.5)
+        if name != "p":
+            changes.end(first[name], DONE, 2.6)
+        (data,) = changes.reports(3.0, 1 << 20)
+        if name == "r":
+            together.append(Incoming(name, columns.encode_report(altered(data, **fields)), 103.0))
+        else:
+            together.append(Incoming(name, data, 103.0))
+            reference.fold(name, data, 103.0)
+    ((sender, error),) = view.fold_all(together)
+    assert (sender, view.refused) == ("r", Counter([type(error).__name__]))
+    with pytest.raises(type(error)):
+        reference.fold(*together[2])
+    for each in (view, reference):
+        each.settle(104.0)
+    assert picture_of(view) == picture_of(reference)
+    assert view.stale() == reference.stale()
+    for name in workers:
+        view.forget(name)
+    view.settle(105.0)
+    assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
+
+
+def picture_of(view: View) -> dict[str, Any]:
+    sessions = sorted(view.sessions.name(number) for number in view.sessions.used().tolist())
+    numbers = [view.sessions.number(name) for name in sessions]
+    return {
+        "futures": seen_by(view),
+        "sessions": sessions,
+        "live": view.session_live[numbers].tolist(),
+        "spent": view.session_spent[numbers].tolist(),
+        "tenants": dict(view.tenant_spent),
+        "jobs": len(view.jobs),
+        "holder": bool(view.holder("held", "a")),
+        "times": {kind: (view.service_s[n], view.wait_s[n], view.quantile(*kind, 0.5)) for n, kind in enumerate(view.kinds)},
+    }
 
 
 @given(st.binary(max_size=300))

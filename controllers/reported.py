@@ -1,0 +1,754 @@
+"""What all processes have reported, folded into numpy columns. Pure.
+
+    Report ──fold──▶ process: slots, kinds, sessions, jobs ──▶ futures, a row each
+                        │  a number is missing, or it contradicts itself
+                        ▼
+                     its rows stay as they are until a whole, in pieces, replaces all of them
+
+* A report is checked before it is used. One that is malformed, forged, late or from the future is refused with a typed error
+  and counted, and changes nothing; so is one after a gap. What cannot be trusted any more is in `stale` until everything has
+  been told anew.
+* Reports that have come together are folded together: the first one that waits of each process, then the second ones, and so
+  on. Those of one process keep their order; between processes there is none. What is done for each report alone is to read it
+  and to see whether its number is the next; then the columns of all are checked and folded end to end. If one of them is
+  refused, what has been done for the others is taken back and each is folded by itself, so that it is the only one.
+* Times of a process become times of the view by the smallest difference between the two clocks that a report has shown.
+
+    fold_all ──▶ one report of each process ──▶ checks, in the order of the parts of a report ──▶ effects
+                              ▲                      │ refused
+                              └───── one by one ◀────┴ what has been written into slots is taken back
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nalar_mq.address import Address
+from nalar_mq.columns import (
+    BUCKETS,
+    CHANGED,
+    ENDED,
+    HELD,
+    MOVED,
+    NO_JOB,
+    RUNNING,
+    SPENT,
+    TALLIES,
+    Report,
+    Serves,
+    decode_report,
+)
+from nalar_mq.errors import ForgedReportError, FutureReportError, LateReportError, MissedReportError, WireError
+
+from .batches import Batch, Told, check_states, highest_of, refuse
+from .slots import Reach, Stretches
+from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Words, rows_of
+
+FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
+_AT_ONCE_BYTES: Final = 1 << 20  # reports that are folded together: more of them would only take memory
+_MEMORY: Final = 1000  # calls of a kind that its mean times remember
+_CODES: Final = 512  # buckets of waiting, then those of work
+_UNKNOWN_COUNT: Final = 0xFFFF_FFFF  # more than any count but itself: the next one begins anew
+_UNKNOWN_ENDED: Final = 1 << 40
+
+_Numbers = npt.NDArray[Any]
+
+
+class Incoming(NamedTuple):
+    """A report: who has sent it, its bytes, and when it came on the clock of the view."""
+
+    sender: str
+    data: bytes
+    at: float
+
+
+class Process:
+    """One incarnation of a process that reports. Its own numbers for everything are slots of its stretches."""
+
+    def __init__(self, place: int, report: Report, ahead_s: float, slots: _Slots) -> None:
+        self.place = place
+        self.name = report.name
+        self.incarnation = report.incarnation
+        self.node = report.node
+        self.number = 0
+        self.heard_at = 0.0
+        self.ahead_s = ahead_s
+        self.is_stale = report.number != 1
+        self.is_draining = False
+        self.pieces: list[Report] = []
+        self.former: Ints | None = None
+        self.rows = slots.futures.add(64)
+        self.kinds = slots.kinds.add(4)
+        self.sessions = slots.sessions.add(64)
+        self.jobs = slots.jobs.add(8)
+        self.kind_count = 0
+        self.tenants: dict[str, float] = {}
+        self.held: set[tuple[int, int]] = set()
+        self.serves: dict[str, Serves] = {}
+        self.able: frozenset[str] | None = None
+        self.queues: dict[str, tuple[int, int]] = {}
+        self.resources: dict[str, tuple[float, float]] = {}
+
+    @property
+    def address(self) -> Address:
+        """Which incarnation of which process it is."""
+        return Address(self.name, self.incarnation)
+
+    def could_serve(self, agent: str) -> bool:
+        """True if its app has the agent, as far as it has told."""
+        return self.able is None or agent in self.able
+
+
+class _Slots:
+    """What the slots of all processes stand for; -1 for nothing.
+
+    Attributes:
+        futures: the row of each.
+        sessions: the number of each, and what the process has said that it has cost.
+        jobs: the number of each.
+        kinds: the number of each; and of which kind the process has counted what, the last time.
+    """
+
+    def __init__(self) -> None:
+        number = (np.int32, -1, ())
+        self.futures = Stretches({"number": number})
+        self.sessions = Stretches({"number": number, "spent": (np.float64, 0.0, ())})
+        self.jobs = Stretches({"number": number})
+        self.kinds = Stretches(
+            {
+                "number": number,
+                "counted": number,
+                "ended": (np.int64, 0, ()),
+                "waited_s": (np.float64, 0.0, ()),
+                "ran_s": (np.float64, 0.0, ()),
+                "buckets": (np.uint32, 0, (_CODES,)),
+            }
+        )
+
+
+class _Fold:
+    """Reports of different processes on their way: what to do when all have been found good, and what to take back if not."""
+
+    def __init__(self, slots: _Slots, taken: Sequence[tuple[Process, Report]]) -> None:
+        self._slots = slots
+        self.processes = [process for process, _ in taken]
+        self.batch = Batch([report for _, report in taken])
+        self.undo = ExitStack()
+        self.effects: list[Callable[[], None]] = []
+
+    def reach(self, what: str) -> tuple[Stretches, Reach]:
+        """Columns of slots, and where those of the processes are."""
+        table: Stretches = getattr(self._slots, what)
+        name = "rows" if what == "futures" else what
+        return table, table.reach([getattr(process, name) for process in self.processes])
+
+    def looked_up(self, what: str, counts: Longs, slots: Longs) -> tuple[Longs, Ints]:
+        """Places of slots that are in use, and what they stand for."""
+        table, reach = self.reach(what)
+        places = reach.places(counts, slots)
+        if places is None:
+            refuse(True, f"one of the {what} that was never named")
+        assert places is not None
+        found: Ints = table["number"][places]
+        refuse(len(found) and int(found.min()) < 0, f"one of the {what} that has no name")
+        return places, found
+
+    def take(self, what: str, counts: Longs, slots: Longs) -> tuple[Longs, _Numbers]:
+        """Places of slots that are free, and the column to write into."""
+        table: Stretches = getattr(self._slots, what)
+        name = "rows" if what == "futures" else what
+        for number, highest in highest_of(slots, counts):
+            table.widen(getattr(self.processes[number], name), highest + 1)
+        _, reach = self.reach(what)
+        places = reach.places(counts, slots)
+        assert places is not None
+        column = table["number"]
+        refuse((column[places] >= 0).any() or not _are_distinct(column, places), f"one of the {what} in a slot that has one")
+        self.undo.callback(column.__setitem__, places, -1)
+        return places, column
+
+    def leave(self, what: str, counts: Longs, slots: Longs) -> tuple[Longs, Ints]:
+        """Frees slots; their places, and what they stood for."""
+        places, found = self.looked_up(what, counts, slots)
+        column = getattr(self._slots, what)["number"]
+        refuse(not _are_distinct(column, places), f"one of the {what} that ends twice")
+        self.undo.callback(column.__setitem__, places, found)
+        column[places] = -1
+        return places, found
+
+    def then(self, effect: Callable[..., None], *args: Any) -> None:
+        """Does it when all reports have been found good."""
+        self.effects.append(partial(effect, *args))
+
+    def each(self, counts: Longs, values: Sequence[float]) -> Floats:
+        """A value of each process, for each of its rows."""
+        return np.repeat(np.array(values, np.float64), counts)
+
+
+class Reported:
+    """All processes, agents, sessions, jobs and live futures, as far as they have been reported.
+
+    Attributes:
+        futures: a row for each live future.
+        sessions, jobs: their names.
+        session_live, session_tenant, session_spent: by number of the session: live futures, number of the tenant, cost.
+        kinds: actor and method by number.
+        kind_agent: number of its agent, by number of the kind.
+        service_s, wait_s: mean time of work and of waiting, by number of the kind.
+        tenants: their names by number; the first one is empty.
+        refused: reports that were not used, by the name of the error.
+    """
+
+    def __init__(self) -> None:
+        self.futures = Futures()
+        self.sessions = Names()
+        self.jobs = Names()
+        self.session_live = np.zeros(self.sessions.room, np.int32)
+        self.session_tenant = np.zeros(self.sessions.room, np.int32)
+        self.session_spent = np.zeros(self.sessions.room)
+        self.kinds: list[tuple[str, str]] = []
+        self.kind_agent = np.zeros(0, np.int32)
+        self.service_s: Floats = np.zeros(0)
+        self.wait_s: Floats = np.zeros(0)
+        self.tenants: list[str] = [""]
+        self.tenant_spent: defaultdict[str, float] = defaultdict(float)
+        self.refused: Counter[str] = Counter()
+        self._slots = _Slots()
+        self._processes: dict[str, Process] = {}
+        self._places: list[Process | None] = []
+        self._kind_numbers: dict[tuple[str, str], int] = {}
+        self._agents: dict[str, int] = {}
+        self._tenant_numbers: dict[str, int] = {"": 0}
+        self._counted: Floats = np.zeros(0)
+        self._ahead_s: Floats = np.zeros(0)
+        self._histogram = np.zeros((0, _CODES), np.int64)
+        self._last_kind = np.full(self.sessions.room, -1, np.int32)
+        self._came: list[Ints] = []
+        self._went: list[Ints] = []
+        self._edges = Edges()
+        self._held: dict[tuple[int, int], str] = {}
+
+    # Folding.
+
+    def fold(self, sender: str, data: bytes, now: float) -> None:
+        """Takes a report that came from `sender`.
+
+        Raises:
+            ReportError, UnsupportedVersionError: it is not used; the type says why, and `refused` counts it.
+        """
+        for _, error in self.fold_all([Incoming(sender, data, now)]):
+            raise error
+
+    def fold_all(self, reports: Iterable[Incoming]) -> list[tuple[str, WireError]]:
+        """Takes reports, those of each sender in their order; returns who has sent those that are not used, and why."""
+        waiting: dict[str, deque[Incoming]] = {}
+        for report in reports:
+            waiting.setdefault(report.sender, deque()).append(report)
+        refused: list[tuple[str, WireError]] = []
+        while waiting:
+            refused += self._fold_wave([queue.popleft() for queue in waiting.values()])
+            waiting = {sender: queue for sender, queue in waiting.items() if queue}
+        self.refused.update(type(error).__name__ for _, error in refused)
+        return refused
+
+    def _fold_wave(self, wave: list[Incoming]) -> list[tuple[str, WireError]]:
+        """Takes reports of different senders."""
+        refused: list[tuple[str, WireError]] = []
+        taken: list[tuple[Process, Report]] = []
+        size = 0
+        for incoming in wave:
+            try:
+                report = decode_report(incoming.data)
+                process = self._admit(incoming.sender, report, incoming.at)
+                if not self._is_plain(process, report):
+                    continue
+            except WireError as error:
+                refused.append((incoming.sender, error))
+                continue
+            if size + len(incoming.data) > _AT_ONCE_BYTES:
+                refused += self._fold_together(taken)
+                taken, size = [], 0
+            taken.append((process, report))
+            size += len(incoming.data)
+        return refused + self._fold_together(taken)
+
+    def _fold_together(self, taken: list[tuple[Process, Report]]) -> list[tuple[str, WireError]]:
+        """Takes reports of different processes that are the next ones; where one is refused, each of them by itself."""
+        try:
+            self._apply(taken)
+        except WireError as error:
+            if len(taken) > 1:
+                return [refused for each in taken for refused in self._fold_together([each])]
+            process = taken[0][0]
+            process.is_stale = True
+            return [(process.name, error)]
+        return []
+
+    def _admit(self, sender: str, report: Report, now: float) -> Process:
+        if report.name != sender:
+            raise ForgedReportError(f"{sender!r} reports as {report.name!r}")
+        process = self._processes.get(sender)
+        if process is None or process.incarnation < report.incarnation:
+            self.forget(sender)
+            process = self._join(report, now)
+        is_late = report.number <= process.number and not (process.is_stale and report.piece)
+        if report.incarnation < process.incarnation or is_late:
+            raise LateReportError(f"report {report.number} of {report.name}/{report.incarnation} came too late")
+        if report.node != process.node:
+            raise ForgedReportError(f"{sender!r} is on node {process.node!r}, and reports for {report.node!r}")
+        ahead_s = now - report.now_s
+        if ahead_s < process.ahead_s - FUTURE_S:
+            raise FutureReportError(f"report {report.number} of {sender!r} is {process.ahead_s - ahead_s:.0f} s early")
+        process.ahead_s = min(process.ahead_s, ahead_s)
+        process.heard_at = now
+        return process
+
+    def _join(self, report: Report, now: float) -> Process:
+        try:
+            place = self._places.index(None)
+        except ValueError:
+            place = len(self._places)
+            self._places.append(None)
+        process = Process(place, report, now - report.now_s, self._slots)
+        self._processes[process.name] = self._places[place] = process
+        return process
+
+    def _is_plain(self, process: Process, report: Report) -> bool:
+        """Takes note of the report's number; True if it tells of changes since the one before, False if it has been taken."""
+        is_next = report.number == process.number + 1
+        process.number = report.number
+        if not is_next:
+            process.is_stale = True
+            process.pieces = []
+        if report.piece:
+            self._take_piece(process, report)
+            return False
+        if process.is_stale:
+            raise MissedReportError(f"reports of {process.name!r} before number {report.number} are missing")
+        return True
+
+    def _take_piece(self, process: Process, piece: Report) -> None:
+        if piece.piece == 1:
+            process.pieces = []
+        if piece.piece != len(process.pieces) + 1 or (process.pieces and process.pieces[0].pieces != piece.pieces):
+            process.pieces = []
+            process.is_stale = True
+            raise MissedReportError(f"piece {piece.piece} of {piece.pieces} of {process.name!r} came without those before it")
+        process.pieces.append(piece)
+        if piece.piece == piece.pieces:
+            pieces, process.pieces = process.pieces, []
+            self._replace(process, pieces)
+
+    def _replace(self, process: Process, pieces: list[Report]) -> None:
+        """Everything that is known of the process is what the pieces say; rows of futures that are still there stay."""
+        slots = self._slots
+        sessions, jobs = self._used(process)
+        self._forget_states(process)
+        before: Ints = slots.futures.of(process.rows, "number").copy()
+        process.former = before.copy()
+        process.kind_count = 0
+        process.is_stale = False
+        slots.futures.clear(process.rows)
+        slots.kinds.clear(process.kinds, "number")
+        slots.sessions.clear(process.sessions)
+        slots.jobs.clear(process.jobs)
+        try:
+            for piece in pieces:
+                self._apply([(process, piece)])
+            self._remove(process.former[process.former >= 0])
+        except WireError:
+            left: Ints = slots.futures.of(process.rows, "number")
+            self._remove(np.union1d(left[left >= 0], before[before >= 0]))
+            slots.futures.clear(process.rows)
+            process.is_stale = True
+            raise
+        finally:
+            process.former = None
+            self.sessions.close(sessions)
+            self.jobs.close(jobs)
+
+    def _used(self, process: Process) -> tuple[Ints, Ints]:
+        """The numbers of its sessions and jobs."""
+        sessions: Ints = self._slots.sessions.of(process.sessions, "number")
+        jobs: Ints = self._slots.jobs.of(process.jobs, "number")
+        return sessions[sessions >= 0], jobs[jobs >= 0]
+
+    def _apply(self, taken: Sequence[tuple[Process, Report]]) -> None:
+        """Takes reports of different processes: all of them, or none.
+
+        Raises:
+            ReportError: one of them contradicts itself, or what was reported before.
+        """
+        if not taken:
+            return
+        fold = _Fold(self._slots, taken)
+        with fold.undo:
+            self._take_names(fold)
+            self._take_futures(fold)
+            self._take_held(fold)
+            self._take_ended(fold)
+            self._take_counts(fold)
+            fold.undo.pop_all()
+        for effect in fold.effects:
+            effect()
+        for process, report in taken:
+            self._take_facts(process, report)
+
+    def _take_names(self, fold: _Fold) -> None:
+        for process, report in zip(fold.processes, fold.batch.reports, strict=True):
+            before = report.kinds_before
+            refuse(before > process.kind_count or (report.kinds and before < process.kind_count), "kinds")
+            if report.kinds:
+                fold.undo.callback(self._unname_kinds, process, before)
+                self._name_kinds(process, [self._kind(kind) for kind in report.kinds])
+        for what, names in (("sessions", self.sessions), ("jobs", self.jobs)):
+            named = fold.batch.names(what)
+            if named is None:
+                continue
+            places, column = fold.take(what, named.counts, named.slots)
+            numbers, newly = names.open(named.names)
+            fold.undo.callback(names.close, numbers)
+            column[places] = numbers
+            if names is self.sessions and len(newly):
+                self._add_sessions(numbers[newly], [named.tenants[place] for place in newly.tolist()])
+
+    def _name_kinds(self, process: Process, numbers: list[int]) -> None:
+        """Takes further kinds. If they are others than before, what was counted for those is not known any more."""
+        kinds, before = self._slots.kinds, process.kind_count
+        process.kind_count += len(numbers)
+        kinds.widen(process.kinds, process.kind_count)
+        part = slice(before, process.kind_count)
+        kinds.of(process.kinds, "number")[part] = numbers
+        counted = kinds.of(process.kinds, "counted")[part]
+        others = before + np.flatnonzero((counted >= 0) & (counted != numbers))
+        kinds.of(process.kinds, "buckets")[others] = _UNKNOWN_COUNT
+        kinds.of(process.kinds, "ended")[others] = _UNKNOWN_ENDED
+        counted[:] = numbers
+
+    def _unname_kinds(self, process: Process, count: int) -> None:
+        self._slots.kinds.of(process.kinds, "number")[count : process.kind_count] = -1
+        process.kind_count = count
+
+    def _add_sessions(self, numbers: Ints, tenants: list[str]) -> None:
+        """Sessions get rows of their own."""
+        if self.sessions.room > len(self.session_live):
+            more = self.sessions.room - len(self.session_live)
+            self.session_live = np.concatenate((self.session_live, np.zeros(more, np.int32)))
+            self.session_tenant = np.concatenate((self.session_tenant, np.zeros(more, np.int32)))
+            self.session_spent = np.concatenate((self.session_spent, np.zeros(more)))
+            self._last_kind = np.concatenate((self._last_kind, np.full(more, -1, np.int32)))
+        self.session_spent[numbers] = 0.0
+        self._last_kind[numbers] = -1
+        self.session_tenant[numbers] = list(map(self._tenant, tenants))
+
+    def _tenant(self, name: str) -> int:
+        number = self._tenant_numbers.get(name)
+        if number is None:
+            number = self._tenant_numbers[name] = len(self.tenants)
+            self.tenants.append(name)
+        return number
+
+    def _kind(self, kind: tuple[str, str]) -> int:
+        number = self._kind_numbers.get(kind)
+        if number is None:
+            number = self._kind_numbers[kind] = len(self.kinds)
+            self.kinds.append(kind)
+            self.kind_agent = np.append(self.kind_agent, np.int32(self._agent(kind[0])))
+            self.service_s, self.wait_s = np.append(self.service_s, 0.0), np.append(self.wait_s, 0.0)
+            self._counted, self._ahead_s = np.append(self._counted, 0.0), np.append(self._ahead_s, 0.0)
+            self._histogram = np.concatenate((self._histogram, np.zeros((1, _CODES), np.int64)))
+        return number
+
+    def _agent(self, name: str) -> int:
+        return self._agents.setdefault(name, len(self._agents))
+
+    def _take_futures(self, fold: _Fold) -> None:
+        self._take_begun(fold)
+        told = fold.batch.told("changed", CHANGED)
+        if told is not None:
+            _, rows = fold.looked_up("futures", told.counts, told.places("slots"))
+            states, at = told.columns["states"], told.times("at")
+            check_states(states)
+            fold.batch.check_times(told.counts, at)
+            at += fold.each(told.counts, [process.ahead_s for process in fold.processes])
+            fold.then(self._change, rows, states, at)
+        told = fold.batch.told("moved", MOVED)
+        if told is not None:
+            _, rows = fold.looked_up("futures", told.counts, told.places("slots"))
+            fold.then(self.futures.priority.__setitem__, rows, told.columns["priorities"])
+
+    def _change(self, rows: Ints, states: Bytes, at: Floats) -> None:
+        futures = self.futures
+        futures.state[rows], futures.since[rows] = states, at
+        begins = (states == RUNNING) & (futures.began[rows] == 0.0)
+        futures.began[rows[begins]] = at[begins]
+
+    def _take_begun(self, fold: _Fold) -> None:
+        begun = fold.batch.begun()
+        if begun is None:
+            return
+        told, ids, parents, deps = begun
+        slots, counts = told.places("slots"), told.counts
+        places, column = fold.take("futures", counts, slots)
+        _, kinds = fold.looked_up("kinds", counts, told.places("kinds"))
+        _, sessions = fold.looked_up("sessions", counts, told.places("sessions"))
+        jobs = self._jobs_of(fold, told)
+        states = told.columns["states"].astype(np.uint8)
+        check_states(states)
+        arrived, began, deadlines = (told.times(name) for name in ("arrived", "began", "deadlines"))
+        fold.batch.check_times(counts, arrived, began)
+        refuse(np.isnan(deadlines).any(), "a deadline that is no time")
+
+        numbers = (kinds, sessions, jobs)
+        rows, is_new = self._place(fold.processes[0].former, slots, ids, numbers)
+        added = self.futures.add(ids[is_new, 0], ids[is_new, 1], states[is_new])
+        fold.undo.callback(self.futures.remove, added)
+        rows[is_new] = added
+        column[places] = rows
+        owners = fold.each(counts, [process.place for process in fold.processes]).astype(np.int32)
+        self.futures.process[added], self.futures.slot[added] = owners[is_new], slots[is_new]
+        ahead_s = fold.each(counts, [process.ahead_s for process in fold.processes])
+        times = (arrived + ahead_s, np.where(began > 0.0, began + ahead_s, 0.0), deadlines + ahead_s)
+        fold.then(self._begin, rows, is_new, numbers, states, times, told)
+        fold.then(self._connect, rows, is_new, parents, told.places("dep_counts"), deps)
+
+    def _jobs_of(self, fold: _Fold, told: Told) -> Ints:
+        slots = told.places("jobs")
+        has_job = slots != NO_JOB
+        jobs = np.full(len(slots), -1, np.int32)
+        if has_job.any():
+            owners = np.repeat(np.arange(len(told.counts)), told.counts)
+            counts = np.bincount(owners[has_job], minlength=len(told.counts))
+            _, jobs[has_job] = fold.looked_up("jobs", counts, slots[has_job])
+        return jobs
+
+    def _place(self, former: Ints | None, slots: Longs, ids: Words, numbers: tuple[Ints, Ints, Ints]) -> tuple[Ints, Mask]:
+        """The rows of futures that were known before everything is told anew, and which of the futures were not."""
+        rows = np.full(len(slots), -1, np.int32)
+        if former is None:
+            return rows, rows < 0
+        futures, (kinds, sessions, jobs) = self.futures, numbers
+        inside = np.flatnonzero(slots < len(former))
+        old = former[slots[inside]]
+        same = (old >= 0) & (futures.high[old] == ids[inside, 0]) & (futures.low[old] == ids[inside, 1])
+        same &= (futures.kind[old] == kinds[inside]) & (futures.session[old] == sessions[inside])
+        same &= futures.job[old] == jobs[inside]
+        rows[inside[same]] = old[same]
+        former[slots[inside[same]]] = -1
+        return rows, rows < 0
+
+    def _begin(
+        self,
+        rows: Ints,
+        is_new: Mask,
+        numbers: tuple[Ints, Ints, Ints],
+        states: Bytes,
+        times: tuple[Floats, Floats, Floats],
+        told: Told,
+    ) -> None:
+        futures, added = self.futures, rows[is_new]
+        kinds, sessions, jobs = (column[is_new] for column in numbers)
+        futures.kind[added], futures.session[added], futures.job[added] = kinds, sessions, jobs
+        self._came.append(sessions)
+        self.sessions.use(sessions)
+        self.jobs.use(jobs[jobs >= 0])
+        futures.state[rows] = states
+        futures.arrived[rows], futures.began[rows], futures.deadline[rows] = times
+        futures.since[rows] = np.where(times[1] > 0.0, times[1], times[0])
+        futures.priority[rows] = told.columns["priorities"]
+        futures.budget[rows] = told.columns["budgets"]
+
+    def _connect(self, rows: Ints, is_new: Mask, parents: Words, dep_counts: Longs, deps: Words) -> None:
+        futures, added = self.futures, rows[is_new]
+        futures.parent_high[added], futures.parent_low[added] = parents[is_new, 0], parents[is_new, 1]
+        if len(deps):
+            wanted = np.repeat(is_new, dep_counts)
+            waiters = np.repeat(rows, dep_counts)[wanted]
+            self._edges.add(waiters, futures.birth[waiters], deps[wanted, 0], deps[wanted, 1])
+
+    def _take_held(self, fold: _Fold) -> None:
+        for table, act in (("held", self._hold), ("let_go", self._let_go)):
+            told = fold.batch.told(table, HELD)
+            if told is None:
+                continue
+            _, kinds = fold.looked_up("kinds", told.counts, told.places("kinds"))
+            _, sessions = fold.looked_up("sessions", told.counts, told.places("sessions"))
+            keys = list(zip(self.kind_agent[kinds].tolist(), sessions.tolist(), strict=True))
+            for number, rows in told.runs():
+                fold.then(act, fold.processes[number], keys[rows])
+
+    def _hold(self, process: Process, keys: list[tuple[int, int]]) -> None:
+        newly = set(keys) - process.held
+        process.held |= newly
+        self.sessions.use(rows_of(session for _, session in newly))
+        self._held.update(dict.fromkeys(keys, process.name))
+
+    def _let_go(self, process: Process, keys: list[tuple[int, int]]) -> None:
+        gone = set(keys) & process.held
+        process.held -= gone
+        self.sessions.close(rows_of(session for _, session in gone))
+        for key in keys:
+            if self._held.get(key) == process.name:
+                del self._held[key]
+                self._held.update((key, other.name) for other in self._processes.values() if key in other.held)
+
+    def _take_ended(self, fold: _Fold) -> None:
+        told = fold.batch.told("ended", ENDED)
+        if told is not None:
+            _, rows = fold.leave("futures", told.counts, told.places("slots"))
+            fold.then(self._remove, rows)
+        for what, names in (("sessions", self.sessions), ("jobs", self.jobs)):
+            told = fold.batch.slots(f"{what}_closed")
+            if told is not None:
+                places, numbers = fold.leave(what, told.counts, told.places("slots"))
+                fold.then(names.close, numbers)
+                if names is self.sessions:
+                    fold.then(self._slots.sessions["spent"].__setitem__, places, 0.0)
+
+    def _remove(self, rows: Ints) -> None:
+        sessions, jobs = self.futures.session[rows], self.futures.job[rows]
+        self.futures.remove(rows)
+        self._went.append(sessions)
+        self.sessions.close(sessions)
+        self.jobs.close(jobs[jobs >= 0])
+
+    def _take_counts(self, fold: _Fold) -> None:
+        """What has been counted."""
+        told = fold.batch.told("tallies", TALLIES)
+        if told is not None:
+            places, kinds = fold.looked_up("kinds", told.counts, told.places("kinds"))
+            refuse(not _are_distinct(self._slots.kinds["counted"], places), "a kind that is counted twice")
+            sums = tuple(told.times(name) for name in ("ended", "waited_s", "ran_s"))
+            refuse(not all(np.isfinite(each).all() for each in sums), "sums that are none")
+            fold.then(self._count, places, kinds, *sums)
+        told = fold.batch.told("buckets", BUCKETS)
+        if told is not None:
+            places, kinds = fold.looked_up("kinds", told.counts, told.places("kinds"))
+            refuse((told.columns["is_work"] > np.uint8(1)).any(), "a bucket of nothing")
+            codes = told.places("is_work") << 8 | told.places("buckets")
+            fold.then(self._count_times, places, kinds, codes, told.places("counts"))
+        self._take_spent(fold)
+
+    def _count(self, places: Longs, kinds: Ints, ended: Floats, waited_s: Floats, ran_s: Floats) -> None:
+        """Mean times that follow what has come lately."""
+        slots, size = self._slots.kinds, len(self.kinds)
+        more = ended - slots["ended"][places]
+        counts = more > 0
+        waited, ran = (now - slots[name][places] for name, now in (("waited_s", waited_s), ("ran_s", ran_s)))
+        for name, now in (("ended", ended), ("waited_s", waited_s), ("ran_s", ran_s)):
+            slots[name][places] = now
+        kinds = kinds[counts]
+        further = np.bincount(kinds, weights=more[counts], minlength=size)
+        before = self._counted
+        seen = further > 0
+        total = (before + further)[seen]
+        for means, lately in ((self.service_s, ran), (self.wait_s, waited)):
+            added = np.bincount(kinds, weights=np.maximum(lately[counts], 0.0), minlength=size)
+            means[seen] = (means * before + added)[seen] / total
+        self._counted[seen] = np.minimum(total, _MEMORY)
+
+    def _count_times(self, places: Longs, kinds: Ints, codes: Longs, counts: Longs) -> None:
+        """How many calls took how long; what was long ago weighs less."""
+        told = self._slots.kinds["buckets"]
+        more = counts - told[places, codes].astype(np.int64)
+        told[places, codes] = counts
+        np.add.at(self._histogram, (kinds, codes), np.maximum(more, 0))
+        seen = np.unique(kinds)
+        full = seen[self._histogram[seen].sum(axis=1) > 40 * _MEMORY]
+        self._histogram[full] //= 2
+
+    def _take_spent(self, fold: _Fold) -> None:
+        told = fold.batch.told("spent", SPENT)
+        if told is not None:
+            places, numbers = fold.looked_up("sessions", told.counts, told.places("sessions"))
+            amounts = told.times("amounts")
+            refuse(not np.isfinite(amounts).all(), "a cost that is none")
+            refuse(not _are_distinct(self._slots.sessions["number"], places), "a cost that is told twice")
+            fold.then(self._spend, places, numbers, amounts)
+        for process, report in zip(fold.processes, fold.batch.reports, strict=True):
+            if report.tenants:
+                refuse(not all(abs(amount) < float("inf") for amount in report.tenants.values()), "a cost that is none")
+                fold.then(self._spend_of_tenants, process, report.tenants)
+
+    def _spend(self, places: Longs, numbers: Ints, amounts: Floats) -> None:
+        spent = self._slots.sessions["spent"]
+        np.add.at(self.session_spent, numbers, amounts - spent[places])
+        spent[places] = amounts
+
+    def _spend_of_tenants(self, process: Process, amounts: dict[str, float]) -> None:
+        for tenant, amount in amounts.items():
+            self.tenant_spent[tenant] += amount - process.tenants.get(tenant, 0.0)
+            process.tenants[tenant] = amount
+
+    def _take_facts(self, process: Process, report: Report) -> None:
+        process.is_draining = report.draining
+        if report.serves is not None:
+            process.serves = report.serves
+            for actor in report.serves:
+                self._agent(actor)
+        if report.able is not None:
+            process.able = frozenset(report.able)
+        if report.queues is not None:
+            process.queues = report.queues
+        if report.resources is not None:
+            process.resources = report.resources
+
+    # Processes that are gone, or of which something is missing.
+
+    def forget(self, name: str) -> None:
+        """A process is gone, and with it all that it has reported; idempotent."""
+        process = self._processes.pop(name, None)
+        if process is None:
+            return
+        slots = self._slots
+        self._places[process.place] = None
+        rows: Ints = slots.futures.of(process.rows, "number")
+        self._remove(rows[rows >= 0])
+        self._forget_states(process)
+        sessions, jobs = self._used(process)
+        self.sessions.close(sessions)
+        self.jobs.close(jobs)
+        for table, stretch in (
+            (slots.futures, process.rows),
+            (slots.kinds, process.kinds),
+            (slots.sessions, process.sessions),
+            (slots.jobs, process.jobs),
+        ):
+            table.remove(stretch)
+
+    def _forget_states(self, process: Process) -> None:
+        sessions: Ints = self._slots.sessions.of(process.sessions, "number")
+        spent: Floats = self._slots.sessions.of(process.sessions, "spent")
+        opened = sessions >= 0
+        np.subtract.at(self.session_spent, sessions[opened], spent[opened])
+        self._let_go(process, list(process.held))
+
+    def sessions_of(self, worker: str) -> tuple[int, int, Ints]:
+        """The incarnation of a process, its last report, and the numbers of its sessions by their slots there, -1 for none."""
+        process = self._processes[worker]
+        return process.incarnation, process.number, self._slots.sessions.of(process.sessions, "number")
+
+    def stale(self) -> list[Address]:
+        """Processes of which reports are missing: everything has to be told anew."""
+        return [process.address for process in self._processes.values() if process.is_stale]
+
+    def silent(self, since_s: float) -> list[Address]:
+        """Processes of which nothing that was admitted has been heard since then."""
+        return [process.address for process in self._processes.values() if process.heard_at < since_s]
+
+
+def _are_distinct(column: _Numbers, places: Longs) -> bool:
+    """True if no place is named twice; the column is as before."""
+    marks = np.arange(len(places), dtype=np.int32)
+    former = column[places]
+    column[places] = marks
+    distinct = bool((column[places] == marks).all())
+    column[places] = former
+    return distinct
