@@ -730,6 +730,9 @@ class Calls:
         return [entry for entry in self._unrouted.pop(actor) if entry.future.id in self._entries]
 
     def _give_up_unrouted(self, actor: str) -> None:
+        if not self._endpoint.is_connected:  # somebody may serve it whom this process cannot hear of
+            self._grace[actor] = self.loop.call_later(GRACE_S, self._give_up_unrouted, actor)
+            return
         for entry in self._pop_unrouted(actor):
             known = ", ".join(self._table.known_actors()) or "nothing"
             self._end_with(entry, UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor))

@@ -385,6 +385,11 @@ class Endpoint:
         self._note_progress()
         return True
 
+    @property
+    def is_connected(self) -> bool:
+        """False while the broker cannot be reached: then nothing is heard of others either."""
+        return self._transport.is_connected
+
     def pending_calls(self, to: Address) -> int:
         """Calls to `to` that wait for the window or are not acknowledged."""
         channel = self._channel(to)

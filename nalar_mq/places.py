@@ -38,6 +38,7 @@ OnPlaced = Callable[[bytes, Address | None, CallError | None], bool]
 
 _PLACES_KEPT = 200_000
 PATIENCE_S = 30.0  # for a store that nobody has open: its worker may be on its way back
+_READ_AGAIN_S = 1.0
 _RETRY_AFTER_S = 5.0
 _log = logger(__name__)
 
@@ -114,7 +115,10 @@ class Places:
         lost = False
         try:
             place, lost = await self._decide(key, actor, or_leaving=or_leaving)
-            address = await self._holder(place, key) if isinstance(place, str) else place
+            if isinstance(place, str):
+                place, address = await self._holder(place, key)
+            else:
+                address = place
         except CallError as cause:
             error = cause
         except NalarError as cause:
@@ -146,7 +150,7 @@ class Places:
         if info is None or not info.is_kept:
             return self._table.rank(actor, key)
         place, _ = await self._decide(key, actor)
-        return await self._holder(place, key) if isinstance(place, str) else place
+        return (await self._holder(place, key))[1] if isinstance(place, str) else place
 
     async def is_known(self, key: str) -> bool:
         """True if the directory says where it is; it is not put anywhere for that.
@@ -162,16 +166,25 @@ class Places:
             self._bucket = await self._transport.key_value(self._subjects.places_bucket)
         return self._bucket
 
-    async def _holder(self, store: str, key: str) -> Address:
-        """Who has the store open, as soon as somebody has."""
+    async def _holder(self, store: str, key: str) -> tuple[str, Address]:
+        """The store, and who has it open as soon as somebody has.
+
+        The session may have moved on before its worker left, and after the directory was read: it is read again meanwhile.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 while True:
                     self._changed.clear()
                     holder = self._table.holder(store)
                     if holder is not None:
-                        return holder
-                    await self._changed.wait()
+                        return store, holder
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), _READ_AGAIN_S)
+                        continue
+                    with contextlib.suppress(BrokerError):
+                        entry = await (await self._opened()).get(key)
+                        named = self._read(entry.value) if entry is not None and entry.value is not None else None
+                        store = named if isinstance(named, str) else store
         raise SessionUnavailableError(
             f"nobody has the state of {key} open (store {store}): its worker or its machine is gone; it is kept there and "
             f"served again when that is back",

@@ -6,12 +6,14 @@ import asyncio
 from random import Random
 from typing import Any, cast
 
+import msgspec
+
 from nalar_mq.address import Address, Subjects
 from nalar_mq.errors import CallError, StateLostError, WorkerLostError
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, encode_record
 from nalar_mq.placement import RoutingTable
-from nalar_mq.places import Places
+from nalar_mq.places import Places, place_of
 from nalar_mq.transport import Transport
 
 SUBJECTS = Subjects("places")
@@ -97,6 +99,19 @@ async def test_nobody_waits_for_ever_if_the_store_fails_or_another_asker_does() 
 
     working.places.find("agent.s", "agent", b"0", fails)
     assert await working.ask("agent.s", b"1") == [(b"1", Address("a", 1), None)]
+
+
+async def test_a_session_that_has_moved_on_before_its_worker_left_is_found() -> None:
+    hub = MemoryHub(seed=1)
+    asker = Asker(await hub.connect("one"))
+    bucket = await (await hub.connect("two")).key_value(SUBJECTS.places_bucket)
+    entry = await bucket.create("agent.s", encode_record(place_of(Address("gone", 1), "left")))
+    asking = asyncio.create_task(asker.ask("agent.s", b"1"))
+    await asyncio.sleep(0.1)
+    await bucket.update("agent.s", encode_record(place_of(Address("b", 1), "here")), entry)
+    asker.table.join("b", msgspec.structs.replace(_member(1), stores=("here",)))
+    assert await asking == [(b"1", Address("b", 1), None)]
+    assert asker.places.store_known("agent.s") == "here"
 
 
 async def test_without_a_replica_there_is_no_place() -> None:
