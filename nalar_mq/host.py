@@ -213,7 +213,7 @@ class Host:
         self._forget_at = self._loop.time() + _FORGET_EVERY_S
         self._is_closing = False
         self._threads = threads or Threads(f"{name}-call")
-        self._runner = Runner(self._loop, calls.flush)
+        self._runner = Runner(self._loop, calls.flush, clock)
         self._inbox = LoopInbox(self._loop)
         self._moving: set[asyncio.Task[None]] = set()
         self._base = contextvars.copy_context()

@@ -20,7 +20,10 @@ from typing import Any, Final
 
 from nalar_mq.logs import logger
 
-_PER_TURN: Final = 64  # coroutines that run before others on the loop get their turn
+# What runs before others on the loop get their turn: so many coroutines, or as many as end in that time. All that they send
+# to one process in one turn is one frame, and a frame costs its three processes as much as some ten of the calls in it.
+_PER_TURN: Final = 256
+_TURN_S: Final = 0.003
 _log = logger(__name__)
 
 OnSuspend = Callable[["asyncio.Task[None]"], None]
@@ -29,12 +32,14 @@ OnSuspend = Callable[["asyncio.Task[None]"], None]
 class Runner:
     """Runs coroutines in the order in which they were given, each until it ends or first suspends; all on one loop.
 
-    `on_pause` is called when one has ended that had a task to itself, or all that were ready have been run.
+    `on_pause` is called when one has ended that had a task to itself, or all that were ready have been run. `clock` is asked
+    how long a turn takes: that of the loop may stand still meanwhile.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_pause: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_pause: Callable[[], None], clock: Callable[[], float]) -> None:
         self._loop = loop
         self._on_pause = on_pause
+        self._clock = clock
         self._ready: deque[tuple[Coroutine[Any, Any, None], contextvars.Context, OnSuspend]] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -50,7 +55,8 @@ class Runner:
     async def _work(self) -> None:
         task = self._task
         assert task is not None
-        left = _PER_TURN
+        clock = self._clock
+        left, until = _PER_TURN, clock() + _TURN_S
         try:
             while self._ready and not task.cancelling():
                 coroutine, variables, on_suspend = self._ready.popleft()
@@ -66,9 +72,9 @@ class Runner:
                     await self._rest(coroutine, variables, awaited)
                     return
                 left -= 1
-                if not left:
-                    left = _PER_TURN
+                if not left or clock() > until:
                     await asyncio.sleep(0)
+                    left, until = _PER_TURN, clock() + _TURN_S
         finally:
             if self._task is task:
                 self._hand_over()
