@@ -56,6 +56,7 @@ from nalar_mq.stores import Stores
 
 GRACE_S: Final = 30.0
 _LOOK_S: Final = 0.02
+_LOOK_SHARE: Final = 20.0  # a look at 100,000 calls takes longer: the pause after it is so many times as long
 _TELL_S: Final = 0.2
 _QUIET_S: Final = 1.0  # a session in memory that nobody has called for so long is not in use
 _LONG_S: Final = 0.25  # a session whose call has run for so long moves on its own
@@ -268,7 +269,7 @@ class Draining:
                 ready_at = min(ready_at, now)
                 if is_late or now - ready_at >= _LULL_S or not self._is_used():
                     return
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(max(_LOOK_S, _LOOK_SHARE * (self._loop.time() - now)))
 
     def _is_waiting(self) -> bool:
         """True if something has to end before this worker can close."""

@@ -18,6 +18,7 @@ from nalar_mq.client import Client, connect
 from nalar_mq.commands import BrokerChoice
 from nalar_mq.config import load_settings
 from nalar_mq.errors import ConfigError, MalformedMessageError, UnknownJobError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed
 from nalar_mq.interchange import write_value
 from nalar_mq.jobs import DeadLetter, JobResult, Jobs, JobStatus, Overview, value_of
@@ -231,9 +232,7 @@ async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[T]:
             yield await running[0]
             running.popleft()
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await cancel_all(running)
 
 
 def client_of(choice: BrokerChoice, app: Path | None) -> Client:

@@ -1476,9 +1476,7 @@ class _Service:
         if self._tasks:
             limit_s = self._transport.request_timeout_s if patience_s is None else patience_s
             _, late = await asyncio.wait(self._tasks, timeout=limit_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await cancel_all(late)
 
     def _on_request(self, endpoint: _Endpoint) -> Handler:
         def answer(message: Delivered) -> None:
