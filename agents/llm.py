@@ -6,6 +6,9 @@
 They reach the engine that the environment names (`NALAR_ENGINE_URL` or `OPENAI_BASE_URL`, see `nalar_mq.config`), else the
 embedded model of this machine, which starts with the first call and is shared by all processes.
 
+What the engine says of the tokens it has read and written counts as spent by the running call (`nalar_mq.spend`); of an answer
+that is cut while it is streamed, only its pieces do.
+
     Llm           asynchronous, keeps nothing between calls
     BlockingLlm   the same for programs without `await`
     Chat          asynchronous, remembers its conversation
@@ -21,6 +24,7 @@ from typing import TypeAlias
 from nalar_mq.config import EngineAccess
 from nalar_mq.engines import ChatClient, Completion, Engine, Messages, node_engine
 from nalar_mq.errors import EngineUnreachableError
+from nalar_mq.spending import spend
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
 
@@ -173,16 +177,18 @@ class _Line:
     async def complete(self, messages: Messages, max_tokens: int, stop: Sequence[str]) -> Completion:
         client = await self._dial()
         try:
-            return await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
+            answer = await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
         except EngineUnreachableError:
             client = await self._redial(client)
-            return await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
+            answer = await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
+        _spend(answer.prompt_tokens, answer.completion_tokens)
+        return answer
 
     async def stream(self, messages: Messages, max_tokens: int, stop: Sequence[str]) -> AsyncGenerator[str, None]:
         client = await self._dial()
         has_begun = False
         try:
-            async with aclosing(client.stream(messages, max_tokens=max_tokens, stop=stop, options=self._options)) as pieces:
+            async with aclosing(self._pieces(client, messages, max_tokens, stop)) as pieces:
                 async for piece in pieces:
                     has_begun = True
                     yield piece
@@ -191,9 +197,14 @@ class _Line:
             if has_begun:
                 raise
             client = await self._redial(client)
-        async with aclosing(client.stream(messages, max_tokens=max_tokens, stop=stop, options=self._options)) as pieces:
+        async with aclosing(self._pieces(client, messages, max_tokens, stop)) as pieces:
             async for piece in pieces:
                 yield piece
+
+    def _pieces(
+        self, client: ChatClient, messages: Messages, max_tokens: int, stop: Sequence[str]
+    ) -> AsyncGenerator[str, None]:
+        return client.stream(messages, max_tokens=max_tokens, stop=stop, options=self._options, on_tokens=_spend)
 
     async def hang_up(self) -> None:
         """Closes the connection and keeps the engine."""
@@ -224,6 +235,10 @@ class _Line:
             if self._client is failed:
                 self._client = None
         return await self._dial()
+
+
+def _spend(tokens_read: int, tokens_written: int) -> None:
+    spend(tokens_read + tokens_written)
 
 
 def _messages(prompt: Prompt, system: str) -> Messages:

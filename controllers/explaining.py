@@ -140,7 +140,7 @@ def _is_about(state: State, record: CallRecord) -> bool:
         case SetPriority():
             return state.session == record.session and state.agent in ("", record.actor)
         case Limit():
-            return state.agent == record.actor and state.session in ("", record.session)
+            return state.agent == record.actor and state.session in ("", record.session) and state.job in ("", record.job)
         case Weights() | Allow():
             return state.agent == record.actor
 

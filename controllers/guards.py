@@ -273,6 +273,8 @@ class _Round:
     def _limit(self, action: Limit) -> str:
         if action.running < 0:
             return f"{action.running} calls at once: 0 is the least"
+        if action.job and action.job not in self._view.jobs:
+            return f"there is no job {action.job!r}"
         return self._agent(action.agent) or (self._session(action.session) if action.session else "")
 
     def _migrate(self, action: Migrate) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -199,25 +200,29 @@ class DeadlineFirst:
 
 
 class BudgetLimits:
-    """Tenants and sessions that have spent what they may begin nothing more."""
+    """Tenants, sessions and jobs that have spent what they may begin nothing more."""
 
-    def __init__(self, tenants: Mapping[str, float] | None = None, per_session: float = np.inf) -> None:
-        self.tenants = tenants or {}
-        self.per_session = per_session
+    def __init__(
+        self,
+        tenants: Mapping[str, float] | None = None,
+        per_session: float = np.inf,
+        per_job: float = np.inf,
+        unit: str = "tokens",
+    ) -> None:
+        self.tenants, self.per_session, self.per_job, self.unit = tenants or {}, per_session, per_job, unit
 
     def decide(self, view: View) -> Iterable[Action]:
-        """Nothing of theirs runs any more at any agent."""
-        over = [tenant for tenant, budget in self.tenants.items() if view.tenant_spent.get(tenant, 0.0) >= budget]
-        sessions = view.sessions.used()
-        names = map(view.sessions.name, sessions[view.session_spent[sessions] >= self.per_session].tolist())
-        for agent, session in ((agent, session) for session in names for agent in view.agents):
-            yield limit(agent, 0, session=session, reason=f"the session has spent {self.per_session:g}")
-        for agent, tenant in ((agent, tenant) for tenant in over for agent in view.agents):
-            yield limit(agent, 0, tenant=tenant, reason=f"{tenant!r} has spent {self.tenants[tenant]:g}")
+        """Nothing of theirs begins any more at any agent: it waits, until its deadline or until they may spend more."""
+        spent, unit = view.spending, self.unit
+        over = [("tenant", name, most) for name, most in self.tenants.items() if spent.total("tenant", name, unit) >= most]
+        for scope, most, names in ("session", self.per_session, view.sessions), ("job", self.per_job, view.jobs):
+            over += [(scope, name, most) for name in spent.over(scope, most, unit) if name in names]
+        for (scope, name, most), agent in product(over, view.agents):
+            yield limit(agent, 0, **{scope: name}, reason=f"{scope} {name!r} has spent {most:g} {unit}")
 
 
 # Those that say nothing before they are told what about, with an example of it.
 MADE_WITH_ARGUMENTS: Final[Mapping[str, str]] = {
     "HighPriority": '"ann"',
-    "BudgetLimits": '{"acme": 20.0}, per_session=1.0',
+    "BudgetLimits": '{"acme": 1e6}, per_job=20_000',
 }

@@ -94,9 +94,9 @@ def set_priority(session: str, value: int, agent: str = "", *, reason: str = "")
     return SetPriority(session, value, agent, reason)
 
 
-def limit(agent: str, running: int, *, session: str = "", tenant: str = "", reason: str = "") -> Limit:
-    """At most `running` calls at once at each instance; of a session or tenant, if one is named."""
-    return Limit(agent, running, session, tenant, reason)
+def limit(agent: str, running: int, *, session: str = "", tenant: str = "", job: str = "", reason: str = "") -> Limit:
+    """At most `running` calls at once at each instance; of a session, tenant or job, if one is named."""
+    return Limit(agent, running, session, tenant, reason, job)
 
 
 def allow(agent: str, *, callers: Iterable[str] = (), tenants: Iterable[str] = (), reason: str = "") -> Allow:
@@ -154,7 +154,7 @@ def key_of(action: Action) -> tuple[str, ...]:
         case SetPriorities():
             return ("priorities",)
         case Limit():
-            return "limit", action.agent, action.session, action.tenant
+            return "limit", action.agent, action.session, action.tenant, action.job
         case Allow():
             return "allow", action.agent
         case Migrate():

@@ -21,7 +21,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -49,6 +49,7 @@ from nalar_mq.errors import ForgedReportError, FutureReportError, LateReportErro
 
 from .batches import Batch, Told, check_states, highest_of, refuse
 from .slots import Reach, Stretches
+from .spending import Accounts, Spending
 from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Words, rows_of
 
 FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
@@ -89,7 +90,7 @@ class Process:
         self.sessions = slots.sessions.add(64)
         self.jobs = slots.jobs.add(8)
         self.kind_count = 0
-        self.tenants: dict[str, float] = {}
+        self.accounts = Accounts()
         self.held: set[tuple[int, int]] = set()
         self.serves: dict[str, Serves] = {}
         self.able: frozenset[str] | None = None
@@ -119,7 +120,7 @@ class _Slots:
     def __init__(self) -> None:
         number = (np.int32, -1, ())
         self.futures = Stretches({"number": number})
-        self.sessions = Stretches({"number": number, "spent": (np.float64, 0.0, ())})
+        self.sessions = Stretches({"number": number})
         self.jobs = Stretches({"number": number})
         self.kinds = Stretches(
             {
@@ -174,14 +175,14 @@ class _Fold:
         self.undo.callback(column.__setitem__, places, -1)
         return places, column
 
-    def leave(self, what: str, counts: Longs, slots: Longs) -> tuple[Longs, Ints]:
-        """Frees slots; their places, and what they stood for."""
+    def leave(self, what: str, counts: Longs, slots: Longs) -> Ints:
+        """Frees slots; what they stood for."""
         places, found = self.looked_up(what, counts, slots)
         column = getattr(self._slots, what)["number"]
         refuse(not _are_distinct(column, places), f"one of the {what} that ends twice")
         self.undo.callback(column.__setitem__, places, found)
         column[places] = -1
-        return places, found
+        return found
 
     def then(self, effect: Callable[..., None], *args: Any) -> None:
         """Does it when all reports have been found good."""
@@ -198,11 +199,12 @@ class Reported:
     Attributes:
         futures: a row for each live future.
         sessions, jobs: their names.
-        session_live, session_tenant, session_spent: by number of the session: live futures, number of the tenant, cost.
+        session_live, session_tenant: by number of the session: live futures, number of the tenant.
         kinds: actor and method by number.
         kind_agent: number of its agent, by number of the kind.
         service_s, wait_s: mean time of work and of waiting, by number of the kind.
         tenants: their names by number; the first one is empty.
+        spending: what sessions, jobs, workflows, agents and tenants have cost.
         refused: reports that were not used, by the name of the error.
     """
 
@@ -212,13 +214,12 @@ class Reported:
         self.jobs = Names()
         self.session_live = np.zeros(self.sessions.room, np.int32)
         self.session_tenant = np.zeros(self.sessions.room, np.int32)
-        self.session_spent = np.zeros(self.sessions.room)
         self.kinds: list[tuple[str, str]] = []
         self.kind_agent = np.zeros(0, np.int32)
         self.service_s: Floats = np.zeros(0)
         self.wait_s: Floats = np.zeros(0)
         self.tenants: list[str] = [""]
-        self.tenant_spent: defaultdict[str, float] = defaultdict(float)
+        self.spending = Spending()
         self.refused: Counter[str] = Counter()
         self._slots = _Slots()
         self._processes: dict[str, Process] = {}
@@ -442,9 +443,7 @@ class Reported:
             more = self.sessions.room - len(self.session_live)
             self.session_live = np.concatenate((self.session_live, np.zeros(more, np.int32)))
             self.session_tenant = np.concatenate((self.session_tenant, np.zeros(more, np.int32)))
-            self.session_spent = np.concatenate((self.session_spent, np.zeros(more)))
             self._last_kind = np.concatenate((self._last_kind, np.full(more, -1, np.int32)))
-        self.session_spent[numbers] = 0.0
         self._last_kind[numbers] = -1
         self.session_tenant[numbers] = list(map(self._tenant, tenants))
 
@@ -602,15 +601,13 @@ class Reported:
     def _take_ended(self, fold: _Fold) -> None:
         told = fold.batch.told("ended", ENDED)
         if told is not None:
-            _, rows = fold.leave("futures", told.counts, told.places("slots"))
+            rows = fold.leave("futures", told.counts, told.places("slots"))
             fold.then(self._remove, rows)
         for what, names in (("sessions", self.sessions), ("jobs", self.jobs)):
             told = fold.batch.slots(f"{what}_closed")
             if told is not None:
-                places, numbers = fold.leave(what, told.counts, told.places("slots"))
+                numbers = fold.leave(what, told.counts, told.places("slots"))
                 fold.then(names.close, numbers)
-                if names is self.sessions:
-                    fold.then(self._slots.sessions["spent"].__setitem__, places, 0.0)
 
     def _remove(self, rows: Ints) -> None:
         sessions, jobs = self.futures.session[rows], self.futures.job[rows]
@@ -665,27 +662,13 @@ class Reported:
         self._histogram[full] //= 2
 
     def _take_spent(self, fold: _Fold) -> None:
-        told = fold.batch.told("spent", SPENT)
-        if told is not None:
-            places, numbers = fold.looked_up("sessions", told.counts, told.places("sessions"))
-            amounts = told.times("amounts")
-            refuse(not np.isfinite(amounts).all(), "a cost that is none")
-            refuse(not _are_distinct(self._slots.sessions["number"], places), "a cost that is told twice")
-            fold.then(self._spend, places, numbers, amounts)
         for process, report in zip(fold.processes, fold.batch.reports, strict=True):
-            if report.tenants:
-                refuse(not all(abs(amount) < float("inf") for amount in report.tenants.values()), "a cost that is none")
-                fold.then(self._spend_of_tenants, process, report.tenants)
-
-    def _spend(self, places: Longs, numbers: Ints, amounts: Floats) -> None:
-        spent = self._slots.sessions["spent"]
-        np.add.at(self.session_spent, numbers, amounts - spent[places])
-        spent[places] = amounts
-
-    def _spend_of_tenants(self, process: Process, amounts: dict[str, float]) -> None:
-        for tenant, amount in amounts.items():
-            self.tenant_spent[tenant] += amount - process.tenants.get(tenant, 0.0)
-            process.tenants[tenant] = amount
+            if report.spent.columns:
+                columns = zip(SPENT.values(), report.spent.columns, strict=False)
+                numbers, amounts = (np.frombuffer(data, kind).tolist() for kind, data in columns)
+                spent = dict(zip(numbers, amounts, strict=True))
+                process.accounts.check(report.accounts, spent)
+                fold.then(self.spending.take, process.accounts, report.accounts, report.accounts_from, spent)
 
     def _take_facts(self, process: Process, report: Report) -> None:
         process.is_draining = report.draining
@@ -724,10 +707,6 @@ class Reported:
             table.remove(stretch)
 
     def _forget_states(self, process: Process) -> None:
-        sessions: Ints = self._slots.sessions.of(process.sessions, "number")
-        spent: Floats = self._slots.sessions.of(process.sessions, "spent")
-        opened = sessions >= 0
-        np.subtract.at(self.session_spent, sessions[opened], spent[opened])
         self._let_go(process, list(process.held))
 
     def sessions_of(self, worker: str) -> tuple[int, int, Ints]:

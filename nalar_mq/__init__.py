@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from nalar_mq.people import ask
     from nalar_mq.questions import Question
     from nalar_mq.schema import upgrade
+    from nalar_mq.spending import spend
     from nalar_mq.state import ManagedDict, ManagedList, ManagedValue
     from nalar_mq.traces import Trace, TracedCall
 
@@ -124,6 +125,7 @@ _HOMES: Final = {
     "people": ("ask",),
     "questions": ("Question",),
     "schema": ("upgrade",),
+    "spending": ("spend",),
     "state": (
         "ManagedDict",
         "ManagedList",
@@ -193,6 +195,7 @@ __all__ = [
     "now",
     "random",
     "sleep",
+    "spend",
     "tool",
     "upgrade",
     "wait",

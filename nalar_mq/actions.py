@@ -49,13 +49,14 @@ class SetPriority(msgspec.Struct, frozen=True, tag="priority"):
 
 
 class Limit(msgspec.Struct, frozen=True, tag="limit"):
-    """At most so many calls run at once at each instance of an agent: all of them, or those of a session or tenant."""
+    """At most so many calls run at once at each instance of an agent: all of them, or those of a session, tenant or job."""
 
     agent: str
     running: int
     session: str = ""
     tenant: str = ""
     reason: str = ""
+    job: str = ""
 
 
 class Allow(msgspec.Struct, frozen=True, tag="allow"):
@@ -281,9 +282,8 @@ def describe(action: State | Act) -> str:
         case SetPriority():
             return f"session {action.session} has priority {action.value}" + (f" at {action.agent}" if action.agent else "")
         case Limit():
-            whose = (
-                f" of session {action.session}" if action.session else f" of tenant {action.tenant}" if action.tenant else ""
-            )
+            groups = {"session": action.session, "tenant": action.tenant, "job": action.job}
+            whose = "".join(f" of {what} {name}" for what, name in groups.items() if name)
             return f"at most {action.running} calls{whose} run at once at each instance of {action.agent}"
         case Allow():
             known = [*action.callers, *(f"tenant {tenant}" for tenant in action.tenants)]

@@ -29,6 +29,10 @@ class Slot(Protocol):
         """The call goes on. Any thread."""
         ...
 
+    def spend(self, amount: float, unit: str) -> None:
+        """The call has cost so much. Any thread."""
+        ...
+
 
 class Caller(Protocol):
     """Makes calls: the runtime of this process as stubs see it."""
@@ -206,6 +210,7 @@ class CallContext(msgspec.Struct, eq=False):
         history: what it has made and seen, if it belongs to a job.
         actor: the agent, tool or workflow that runs; empty in a program outside.
         tenant: on whose behalf; inherited by children.
+        workflow: the outermost one that it is part of, itself included; empty where there is none.
     """
 
     caller: Caller
@@ -224,6 +229,7 @@ class CallContext(msgspec.Struct, eq=False):
     history: History | None = None
     actor: str = ""
     tenant: str = ""
+    workflow: str = ""
 
     def check_cancelled(self) -> None:
         """Raises `CallCancelledError` if this call must stop."""

@@ -511,6 +511,7 @@ class Calls:
             epoch=next(self._epochs) if context.job else 0,
             caller=context.actor,
             tenant=context.tenant if options.tenant is None else options.tenant,
+            workflow=context.workflow,
         )
         if root is not None or (history is not None and history.memory is not None):
             call = _tried_again(call, root, history)

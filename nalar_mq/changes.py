@@ -23,12 +23,15 @@ from nalar_mq.columns import (
     CREATED,
     FAILED,
     LONGEST_NAME,
+    MOST_ACCOUNTS,
     MOST_KINDS,
     MOST_SLOTS,
     NO_JOB,
     NOBODY,
     QUEUED,
     RUNNING,
+    SCOPES,
+    Account,
     Begun,
     Columns,
     Named,
@@ -112,6 +115,17 @@ def _counted(times_s: list[float], offset: int) -> dict[int, int]:
     return found
 
 
+class _Sum:
+    """What has been spent for one account."""
+
+    __slots__ = ("account", "amount", "is_named")
+
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self.amount = 0.0
+        self.is_named = False
+
+
 class _Interned:
     """Names with slots for as long as somebody uses them."""
 
@@ -124,10 +138,6 @@ class _Interned:
         self._opened: dict[int, None] = {}
         self._closed: list[int] = []
         self._since: list[int] = []
-
-    def find(self, name: str) -> int | None:
-        """The slot of a name that is used."""
-        return self._slots.get(name)
 
     def name_at(self, slot: int, number: int) -> str | None:
         """The name that has a slot, if it has had it since before report `number`."""
@@ -251,9 +261,9 @@ class Changes:
         self._held: dict[tuple[str, str], int] = {}
         self._newly_held: dict[tuple[str, str], int] = {}
         self._let_go: list[tuple[int, int]] = []
-        self._spent: dict[str, float] = {}
-        self._tenants: dict[str, float] = {}
-        self._newly_spent: set[str] = set()
+        self._accounts: dict[tuple[str, str, str], _Sum] = {}
+        self._opened_accounts = 0
+        self._newly_spent: dict[int, _Sum] = {}
         self._draining = False
         self._facts: dict[str, Any] = {}
         self._new_facts: dict[str, Any] = {}
@@ -301,12 +311,22 @@ class Changes:
         else:
             future.call = _OVER  # it stays in `_fresh` until the next report: its arguments need not
 
-    def spend(self, future: Tracked, amount: float) -> None:
-        """It has cost something."""
-        session, tenant = future.call.session, future.tenant
-        self._spent[session] = self._spent.get(session, 0.0) + amount
-        self._tenants[tenant] = self._tenants.get(tenant, 0.0) + amount
-        self._newly_spent.add(session)
+    def spend(self, call: Call, workflow: str, amount: float, unit: str) -> None:
+        """A call that is part of a workflow, or of none, has cost something."""
+        names = (call.session, call.job, workflow, call.actor, call.tenant)
+        for scope, name in zip(SCOPES, names, strict=True):
+            if name:
+                self._spend((scope, name, unit), amount)
+
+    def _spend(self, account: tuple[str, str, str], amount: float) -> None:
+        found = self._accounts.get(account)
+        if found is None:
+            if len(self._accounts) >= MOST_ACCOUNTS:
+                del self._accounts[next(iter(self._accounts))]
+            found = self._accounts[account] = _Sum(Account(self._opened_accounts, *account))
+            self._opened_accounts += 1
+        found.amount += amount
+        self._newly_spent[found.account.number] = found
 
     def hold(self, agent: str, session: str, tenant: str = "") -> None:
         """The state of the session is here."""
@@ -385,7 +405,9 @@ class Changes:
             self._sessions.open_again(slot)
         self._add_begun(parcels, [*rows, *self._take_fresh()], limit)
         self._add_held(parcels, list(self._held.items()), limit)
-        self._newly_spent = set(self._spent)
+        self._newly_spent |= {found.account.number: found for found in self._accounts.values()}
+        for found in self._newly_spent.values():
+            found.is_named = False
         self._add_counts(parcels, limit, whole=True)
         return self._encoded(now, parcels, is_whole=True)
 
@@ -507,20 +529,26 @@ class Changes:
             parcels.add(26 * len(part), tallies=_columns("HIIdd", [tally.row() for tally in part]), **self._new_kinds())
         for counted in _slices(buckets, max(1, limit // 16)):
             parcels.add(8 * len(counted), buckets=_columns("HBBI", counted))
-        self._add_spent(parcels, limit, whole=whole)
+        self._add_spent(parcels, limit)
 
-    def _add_spent(self, parcels: _Parcels, limit: int, *, whole: bool) -> None:
-        newly, self._newly_spent = self._newly_spent, set()
-        slots = {session: self._sessions.find(session) for session in newly}
-        spent = [(slot, self._spent[session]) for session, slot in slots.items() if slot is not None]
-        for session, slot in slots.items():
-            if slot is None:
-                del self._spent[session]
-        for sums in _slices(spent, max(1, limit // 16)):
-            parcels.add(12 * len(sums), spent=_columns("Id", sums))
-        tenants = list(self._tenants.items()) if newly or whole else []
-        for some in _slices(tenants, max(1, limit // (4 * LONGEST_NAME))):
-            parcels.add(sum(16 + _name_bytes(tenant) for tenant, _ in some), tenants=dict(some))
+    def _add_spent(self, parcels: _Parcels, limit: int) -> None:
+        newly, self._newly_spent = self._newly_spent, {}
+        per_report = max(1, limit // (8 * LONGEST_NAME))
+        # In the order of their numbers, so that those that have been dropped meanwhile can be left behind one after the other.
+        rest = sorted(newly.values(), key=lambda one: one.account.number)
+        oldest = next(iter(self._accounts.values())).account.number if rest else 0
+        while rest:
+            sums, rest = rest[:per_report], rest[per_report:]
+            named = tuple(one.account for one in sums if not one.is_named)
+            for one in sums:
+                one.is_named = True
+            size = 12 * len(sums) + sum(32 + sum(map(_name_bytes, account.texts)) for account in named)
+            parcels.add(
+                size,
+                spent=_columns("Id", [(one.account.number, one.amount) for one in sums]),
+                accounts=named,
+                accounts_from=min(rest[0].account.number, oldest) if rest else oldest,
+            )
 
     def _encoded(self, now: float, parcels: _Parcels, *, is_whole: bool) -> list[bytes]:
         first = self._number + 1

@@ -17,7 +17,8 @@ methods, has a number for the life of the process.
       tallies, buckets    calls that have ended in this process's life, by kind: how many, seconds of waiting and of work, and
                           how many of them waited and worked for how long; those numbers that have changed
       held, let_go        sessions whose state is here, by agent
-      spent               what sessions that are told of, and all calls of a tenant, have cost in this process's life
+      accounts, spent     what calls have cost in this process's life, by account: what it is for, and those sums that have
+                          changed
 
 Who misses a number knows it, and asks for everything anew: the answer is reports like any other that are marked as pieces 1 to
 n of a whole, which replaces all that was known of the process. Times are seconds on the clock of the process; the report says
@@ -50,6 +51,7 @@ NO_JOB: Final = 0xFFFF_FFFF
 MOST_SLOTS: Final = 1 << 22
 MOST_KINDS: Final = 4096
 MOST_PIECES: Final = 4096
+MOST_ACCOUNTS: Final = 16_384
 LONGEST_NAME: Final = 256
 
 
@@ -99,6 +101,27 @@ class Begun(msgspec.Struct, array_like=True, frozen=True, gc=False):
     deps: bytes
 
 
+class Account(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What spending is summed for, from 0 on; named once, by a number that no other account of the process ever has.
+
+    Attributes:
+        number: grows from account to account; one that was dropped to make room is opened again under another number.
+        scope: one of `SCOPES`.
+        name: of the session, job and so on.
+        unit: of the amounts, such as `tokens`.
+    """
+
+    number: int
+    scope: str
+    name: str
+    unit: str
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """All that is text in it."""
+        return self.scope, self.name, self.unit
+
+
 class Columns(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The columns of everything else, by their names in `CHANGED`, `QUEUES` and so on."""
 
@@ -126,7 +149,8 @@ ENDED: Final = {"slots": "<u4", "outcomes": "<u1"}
 TALLIES: Final = {"kinds": "<u2", "ended": "<u4", "failed": "<u4", "waited_s": "<f8", "ran_s": "<f8"}
 BUCKETS: Final = {"kinds": "<u2", "is_work": "<u1", "buckets": "<u1", "counts": "<u4"}
 HELD: Final = {"kinds": "<u2", "sessions": "<u4"}
-SPENT: Final = {"sessions": "<u4", "amounts": "<f8"}
+SPENT: Final = {"accounts": "<u4", "amounts": "<f8"}
+SCOPES: Final = ("session", "job", "workflow", "agent", "tenant")
 _ABSENT: Final = Columns(())
 NOBODY: Final = Named(b"", ())
 
@@ -146,7 +170,9 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
         resources: used and available amounts, by name; None if that has not changed.
         kinds_before: kinds told of before.
         kinds: further kinds, as actor and method.
+        accounts: further accounts.
         able: the actors of its app, which it could serve; None if that has not changed.
+        accounts_from: those of lower numbers are not told of any more.
     """
 
     version: int
@@ -176,8 +202,9 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
     held: Columns = _ABSENT
     let_go: Columns = _ABSENT
     spent: Columns = _ABSENT
-    tenants: dict[str, float] = {}
+    accounts: tuple[Account, ...] = ()
     able: tuple[str, ...] | None = None
+    accounts_from: int = 0
 
 
 class Again(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=231):
@@ -255,7 +282,8 @@ def _check_head(report: Report) -> None:
         raise MalformedReportError(f"piece {report.piece} of {report.pieces}")
     if report.kinds_before < 0 or report.kinds_before + len(report.kinds) > MOST_KINDS:
         raise MalformedReportError(f"more than {MOST_KINDS} kinds")
-    actors = (*(report.serves or ()), *(report.queues or ()), *(report.able or ()), *report.tenants)
+    accounts = tuple(text for one in report.accounts for text in one.texts)
+    actors = (*(report.serves or ()), *(report.queues or ()), *(report.able or ()), *accounts)
     strings = (report.name, report.node, *(name for kind in report.kinds for name in kind), *actors)
     if any(len(name) > LONGEST_NAME for name in strings):
         raise MalformedReportError(f"a name of more than {LONGEST_NAME} characters")

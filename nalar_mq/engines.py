@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
@@ -342,21 +342,36 @@ class ChatClient:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         options: Mapping[str, object] | None = None,
+        on_tokens: Callable[[int, int], None] | None = None,
     ) -> AsyncGenerator[str, None]:
         """The answer in pieces, as they are written. Close the iterator (`aclosing`) to stop the server early.
+
+        Args:
+            messages, max_tokens, temperature, stop, options: as in `complete`.
+            on_tokens: called once with the tokens read and written, when the answer ends in whatever way; if the server has
+                not said how many, such as of one that is cut, with 0 and the number of pieces.
 
         Raises:
             EngineUnreachableError, EngineRequestError: as in `complete`, also after some pieces.
         """
         request = await self._request(messages, max_tokens, temperature, stop, options)
-        async with self._post("/chat/completions", {**request, "stream": True}) as response:
-            parser = EventParser()
-            async for data in response.content.iter_any():
-                for event in parser.feed(data):
-                    if event == "[DONE]":
-                        return
-                    if text := _read_piece(event):
-                        yield text
+        tokens, pieces = (0, 0), 0
+        try:
+            wanted = {"stream": True, "stream_options": {"include_usage": True}}
+            async with self._post("/chat/completions", {**wanted, **request}) as response:
+                parser = EventParser()
+                async for data in response.content.iter_any():
+                    for event in parser.feed(data):
+                        if event == "[DONE]":
+                            return
+                        text, told = _read_piece(event)
+                        tokens = told or tokens
+                        if text:
+                            pieces += 1
+                            yield text
+        finally:
+            if on_tokens is not None:
+                on_tokens(*(tokens if any(tokens) else (0, pieces)))
         raise EngineUnreachableError(f"{self.base_url} broke off in the middle of an answer", self.base_url)
 
     async def models(self) -> list[str]:
@@ -494,12 +509,14 @@ def _read_completion(data: bytes) -> Completion:
     )
 
 
-def _read_piece(event: str) -> str:
+def _read_piece(event: str) -> tuple[str, tuple[int, int] | None]:
+    """What an event has of the answer, and the tokens read and written if it says so."""
     answer: _Answer = _decode(_Answer, event)
     if answer.error is not None:
         raise EngineRequestError(f"the model server failed: {_shown(msgspec.json.encode({'error': answer.error}))}", 200)
     delta = answer.choices[0].delta if answer.choices else None
-    return (delta.content if delta else "") or ""
+    tokens = None if answer.usage is None else (answer.usage.prompt_tokens, answer.usage.completion_tokens)
+    return (delta.content if delta else "") or "", tokens
 
 
 def _refusal(status: int, body: bytes, retry_after: str) -> EngineRequestError:

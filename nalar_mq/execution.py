@@ -43,10 +43,20 @@ class Pump(Protocol):
         """A call waits no more."""
         ...
 
+    def on_spent(self, execution: Execution, amount: float, unit: str) -> None:
+        """A call has cost something."""
+        ...
+
 
 def session_key_of(call: Call) -> str:
     """What the mailbox keeps apart: a session, or one instance within it."""
     return f"{call.session}/{call.instance}" if call.instance else call.session
+
+
+def workflow_of(execution: Execution) -> str:
+    """The outermost workflow that a call is part of, itself included; empty where there is none."""
+    call, spec = execution.call, execution.replica.spec
+    return call.workflow or (spec.name if spec.kind == "workflow" else "")
 
 
 class Resumed(msgspec.Struct, eq=False):
@@ -189,6 +199,10 @@ class Execution(msgspec.Struct, eq=False):
     def take_back(self) -> None:
         """It goes on. Any thread."""
         self.host.on_loop(self._resume)
+
+    def spend(self, amount: float, unit: str) -> None:
+        """It has cost something. Any thread."""
+        self.host.on_loop(lambda: self.host.on_spent(self, amount, unit))
 
     def _wait(self) -> None:
         self.waits += 1

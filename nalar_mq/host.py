@@ -72,7 +72,7 @@ from nalar_mq.errors import (
     path_of,
 )
 from nalar_mq.event_loop import cancel_all
-from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of
+from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of, workflow_of
 from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
@@ -104,6 +104,7 @@ from nalar_mq.replica import Replica
 from nalar_mq.rules import Admission, Priorities
 from nalar_mq.runner import Runner
 from nalar_mq.session_state import SessionState
+from nalar_mq.spending import spent_by
 from nalar_mq.state import Arrival, state_of
 from nalar_mq.store import Outcome
 from nalar_mq.stores import Kept, Stores
@@ -129,7 +130,7 @@ HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB 
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _NOTHING = values.encode(None)
 _MOVED = "it moved with its session"
-_ALL: Group = ("", "")
+_ALL: Group = ("", "", "")
 _log = logger(__name__)
 
 
@@ -313,6 +314,7 @@ class Host:
             reentrant=reentrant,
             batch=_batch_key(call) if replica.spec.directives.batchable else "",
             tenant=call.tenant,
+            job=call.job,
         )
         if not is_new:
             self._answer_error(execution, CallExpiredError(f"session {call.session!r} has had this call already"))
@@ -321,6 +323,10 @@ class Host:
         self.pump(replica)
         if len(self._executions) > self._high_water:
             self._shed(replica)
+
+    def on_spent(self, execution: Execution, amount: float, unit: str) -> None:
+        """A call has cost something."""
+        self._changes.spend(execution.call, workflow_of(execution), amount, unit)
 
     def _is_known(self, owner: Address, call: Call, hops: int) -> bool:
         """True if the call is here already: of a job that is tried again, it has another owner from now on.
@@ -531,7 +537,7 @@ class Host:
         former, limits = self._limits, dict[str, dict[Group, actions.Limit]]()
         for state in states:
             if isinstance(state, actions.Limit):
-                limits.setdefault(state.agent, {})[state.session, state.tenant] = state
+                limits.setdefault(state.agent, {})[state.session, state.tenant, state.job] = state
         self._limits = limits
         for actor in former.keys() | limits.keys():
             replica, now = self._replicas.get(actor), limits.get(actor, {})
@@ -540,7 +546,7 @@ class Host:
             groups = {group: limit.running for group, limit in now.items()}
             replica.mailbox.limit(groups.pop(_ALL, None), groups)
             for group, limit in now.items():
-                whose = f" of tenant {group[1]}" if group[1] else ""
+                whose = f" of job {group[2]}" if group[2] else f" of tenant {group[1]}" if group[1] else ""
                 self._note(f"at most {limit.running}{whose} at once", limit.reason, session=group[0], actor=actor)
             self.pump(replica)
 
@@ -1045,7 +1051,8 @@ class Host:
         label = executions[0].label
         try:
             function = self._bound_in_thread(executions[0], batch)
-            results = _results_of_batch(completed(function(arguments)), len(arguments), label)
+            with spent_by(functools.partial(_spend_together, executions)):
+                results = _results_of_batch(completed(function(arguments)), len(arguments), label)
             payloads = [_checked_size(values.encode(result, None, f"a result of {label}"), executions[0]) for result in results]
         except BaseException as cause:
             error = cause
@@ -1132,6 +1139,7 @@ class Host:
             history=_history_of(execution) if call.job else None,
             actor=call.actor,
             tenant=call.tenant,
+            workflow=workflow_of(execution),
         )
 
     def _variables(self, execution: Execution) -> contextvars.Context:
@@ -1790,6 +1798,11 @@ def _names(consumers: list[Address] | None) -> tuple[str, ...]:
 def _path(execution: Execution, below: tuple[str, ...]) -> tuple[str, ...]:
     """The calls that an error has come through; of very many the lower ones."""
     return (execution.label, *below[-_PATH_SHOWN:])
+
+
+def _spend_together(executions: list[Execution], amount: float, unit: str) -> None:
+    for execution in executions:
+        execution.spend(amount / len(executions), unit)
 
 
 def _results_of_batch(results: Any, count: int, label: str) -> list[Any]:

@@ -25,6 +25,7 @@ import msgspec
 
 from nalar_mq import values
 from nalar_mq.errors import WorkerLostError
+from nalar_mq.spending import spend, spent_by
 
 _IDLE_CHILDREN = 4
 
@@ -39,10 +40,11 @@ class Job(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True):
-    """What became of it: a value, or the parts of a `Fail`."""
+    """What became of it: a value, or the parts of a `Fail`; and what it has cost, by unit."""
 
     payload: bytes
     failure: tuple[str, str, bytes, str] | None = None
+    costs: dict[str, float] = {}
 
 
 class Children:
@@ -73,6 +75,8 @@ class Children:
             label = f"{actor}.{method}" if method else actor
             raise WorkerLostError(f"the child process that ran {label} ended with {child.exit_code()}", actor=label) from None
         self._keep(child)
+        for unit, amount in outcome.costs.items():
+            spend(amount, unit)
         if outcome.failure is not None:
             kind, text, details, traceback = outcome.failure
             raise values.decode_error(kind, text, details, traceback, "", actor)
@@ -92,6 +96,18 @@ class Children:
             idle, self._idle = self._idle, []
         for child in idle:
             child.end()
+
+
+class _Costs:
+    """What a call in this child has spent, by unit."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def add(self, amount: float, unit: str) -> None:
+        with self._lock:
+            self.sums[unit] = self.sums.get(unit, 0.0) + amount
 
 
 class _Child:
@@ -162,16 +178,19 @@ def serve(app_path: Path) -> None:
             job = msgspec.msgpack.decode(_read(requests), type=Job)
         except EOFError:
             return
+        costs = _Costs()
         try:
             spec = app.actors[job.actor]
             function = spec.methods[job.method].function
             if spec.kind == "agent":
                 function = function.__get__(_instance(instances, spec.target, job))
             args, kwargs = values.decode_arguments(job.payload)
-            outcome = Outcome(values.encode(completed(function(*args, **kwargs)), None, f"the result of {job.actor}"))
+            with spent_by(costs.add):
+                value = completed(function(*args, **kwargs))
+            outcome = Outcome(values.encode(value, None, f"the result of {job.actor}"), costs=costs.sums)
         except BaseException as error:
             failure = values.encode_error(error)
-            outcome = Outcome(b"", (failure.kind, failure.text, failure.payload, failure.traceback))
+            outcome = Outcome(b"", (failure.kind, failure.text, failure.payload, failure.traceback), costs.sums)
         _write(answers, msgspec.msgpack.encode(outcome))
 
 

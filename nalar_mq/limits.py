@@ -1,17 +1,18 @@
-"""How many calls of a session or of a tenant may run at once in one mailbox. Pure.
+"""How many calls of a session, a tenant or a job may run at once in one mailbox. Pure.
 
-A group of calls is named by its session and its tenant; an empty one stands for all. A call is in every group that fits it, and
-runs while all of them have room. One that waits for others does not count; it resumes at once, even if that makes one too many
-for a while.
+A group of calls is named by its session, its tenant and its job; an empty one stands for all. A call is in every group that
+fits it, and runs while all of them have room. One that waits for others does not count; it resumes at once, even if that makes
+one too many for a while.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import TypeAlias
 
-Group: TypeAlias = tuple[str, str]
-"""Session and tenant; empty for all."""
+Group: TypeAlias = tuple[str, str, str]
+"""Session, tenant and job; empty for all."""
 
 
 class Limits:
@@ -25,9 +26,10 @@ class Limits:
         self._limits = dict(limits)
         self._counts: dict[Group, int] = dict.fromkeys(limits, 0)
 
-    def groups_of(self, session: str, tenant: str) -> tuple[Group, ...]:
+    def groups_of(self, session: str, tenant: str, job: str) -> tuple[Group, ...]:
         """The limited groups that a call is in."""
-        candidates = ((session, ""), ("", tenant), (session, tenant)) if tenant else ((session, ""),)
+        sessions, tenants, jobs = [("", name) if name else ("",) for name in (session, tenant, job)]
+        candidates = product(sessions, tenants, jobs)
         return tuple(group for group in candidates if group in self._limits)
 
     def room_in(self, group: Group) -> int:

@@ -21,8 +21,8 @@ Which call is next:
   ranks as its best call. Since all age alike, the rank `arrival - priority * aging_s` never changes while a call waits.
 * A session that is frozen, since it moves to another worker, begins no call; those that run go on.
 * A re-entrant call (its own ancestor holds the session) runs at once, beside its ancestor and outside all limits.
-* Where the calls of a session or a tenant are limited (`limits`), one whose turn comes while there is no room is held back, and
-  others pass it; when there is room, the best of those that are held back competes again.
+* Where the calls of a session, a tenant or a job are limited (`limits`), one whose turn comes while there is no room is held
+  back, and others pass it; when there is room, the best of those that are held back competes again.
 
 Numbers: a session remembers per sender which of the last numbers it had, so that a duplicate is told from a latecomer, which
 goes before the higher numbers still queued. With `hold_gaps` a number that has not come holds the higher ones back until it
@@ -91,6 +91,7 @@ class _Entry(msgspec.Struct, eq=False, gc=False):
     is_moved: bool = False
     state: _State = _QUEUED
     tenant: str = ""
+    job: str = ""
     is_held: bool = False
     groups: tuple[Group, ...] = ()
 
@@ -759,6 +760,7 @@ class Mailbox:
         reentrant: bool = False,
         batch: str = "",
         tenant: str = "",
+        job: str = "",
     ) -> bool:
         """Queues a call; False, and nothing is changed, if it is a duplicate by its key or number.
 
@@ -772,7 +774,7 @@ class Mailbox:
             ready: False if it waits for arguments, until `mark_ready`.
             reentrant: an ancestor of the call holds the session.
             batch: what it may share a batch with, if not empty; without `per_session` only.
-            tenant: on whose behalf it is made, for limits.
+            tenant, job: on whose behalf and in which job it is made, for limits.
         """
         if call_key in self._entries or (number and not self._queue.note(session, sender, number)):
             return False
@@ -785,6 +787,8 @@ class Mailbox:
         self._queued += 1
         if tenant:
             entry.tenant = tenant
+        if job:
+            entry.job = job
         if self._queued_of is not None:
             self._queued_of.setdefault(_whole(session), {})[call_key] = entry
         if self._worst is not None and not reentrant:
@@ -889,7 +893,7 @@ class Mailbox:
         if not entry.is_reentrant:
             self._queue.leave(entry)
         if self._limits is not None:  # it may have been let compete, and nobody else in its place
-            for group in self._limits.groups_of(_whole(entry.session), entry.tenant):
+            for group in self._limits.groups_of(_whole(entry.session), entry.tenant, entry.job):
                 self._release(group, self._limits)
         return True
 
@@ -935,7 +939,7 @@ class Mailbox:
 
         Args:
             running: calls that may run at once at most, if that is fewer than `concurrency`; None for no limit.
-            groups: the same for the calls of a session, of a tenant, or of a tenant in a session.
+            groups: the same for the calls of a session, a tenant or a job, or of what is in several of them.
         """
         self.concurrency = self._own_concurrency if running is None else min(self._own_concurrency, running)
         if not groups and self._limits is None:
@@ -960,7 +964,7 @@ class Mailbox:
         """True if all its groups have room: it counts in them from now on. Else it is held back until they have."""
         limits = self._limits
         assert limits is not None
-        groups = limits.groups_of(_whole(entry.session), entry.tenant)
+        groups = limits.groups_of(_whole(entry.session), entry.tenant, entry.job)
         full = limits.full_among(groups)
         if not full:
             limits.enter(groups)
@@ -977,7 +981,7 @@ class Mailbox:
 
     def _enter_groups(self, entry: _Entry, limits: Limits) -> None:
         """A call that runs counts in its groups, whether they have room or not."""
-        entry.groups = limits.groups_of(_whole(entry.session), entry.tenant)
+        entry.groups = limits.groups_of(_whole(entry.session), entry.tenant, entry.job)
         limits.enter(entry.groups)
 
     def _note_held(self, entry: _Entry, groups: tuple[Group, ...]) -> None:
@@ -1004,7 +1008,7 @@ class Mailbox:
             entry = ranked[2]
             if not entry.is_held or not _is_current(ranked):
                 continue
-            full = limits.full_among(limits.groups_of(_whole(entry.session), entry.tenant))
+            full = limits.full_among(limits.groups_of(_whole(entry.session), entry.tenant, entry.job))
             if full:
                 self._note_held(entry, full)
                 continue
@@ -1079,7 +1083,7 @@ class Mailbox:
         entry.rank = entry.arrived_s - priority * self._aging_s
         entry.is_moved = True
         if entry.is_held and self._limits is not None:
-            self._note_held(entry, self._limits.groups_of(_whole(entry.session), entry.tenant))
+            self._note_held(entry, self._limits.groups_of(_whole(entry.session), entry.tenant, entry.job))
         if self._worst is not None and not entry.is_reentrant:
             self._note_worst(priority, entry)
 

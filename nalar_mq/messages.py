@@ -61,6 +61,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         epoch: in a job, which making of this id by its owner it is; 0 outside jobs.
         caller: the agent, tool or workflow that makes it; empty for a program outside.
         tenant: on whose behalf; empty for nobody's.
+        workflow: the outermost one that made it, itself or by others; empty where there is none.
     """
 
     id: bytes
@@ -86,6 +87,7 @@ class Call(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
     epoch: int = 0
     caller: str = ""
     tenant: str = ""
+    workflow: str = ""
 
 
 class Resolve(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):

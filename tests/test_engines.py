@@ -22,6 +22,7 @@ from nalar_mq.agents.tools import Library, calculate, highlight, now, search
 from nalar_mq.config import EngineAccess
 from nalar_mq.engines import ChatClient, Completion, EventParser, LocalEngine, RemoteEngine
 from nalar_mq.errors import EngineError, EngineRequestError, EngineUnreachableError
+from nalar_mq.spending import spent_by
 
 QUESTION = [{"role": "user", "content": "hi"}]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -111,6 +112,27 @@ async def test_the_first_model_of_the_server_is_taken_if_none_is_named(server: F
         assert await client.models() == ["first", "second"]
     assert server.requests[0]["model"] == "first"
     assert "Authorization" not in server.headers[0]
+
+
+async def test_tokens_count_as_spent(server: FakeServer) -> None:
+    spent: list[tuple[float, str]] = []
+    llm = Llm(engine=RemoteEngine(EngineAccess(url=server.url)))
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 30, "completion_tokens": 12}}\n\n'
+    with spent_by(lambda amount, unit: spent.append((amount, unit))):
+        await llm.chat("hi")
+        server.streams(event(content="a"), event(content="b"), usage, b"data: [DONE]\n\n")
+        _ = [piece async for piece in llm.stream("hi")]
+        server.streams(event(content="a"), event(content="b"), b"data: [DONE]\n\n")
+        _ = [piece async for piece in llm.stream("hi")]
+        server.streams(event(content="a"), hang=True)
+        async with contextlib.aclosing(llm.stream("hi")) as pieces:
+            assert await anext(pieces) == "a"
+        server.says(500, "out of order")
+        with pytest.raises(EngineRequestError):
+            await llm.chat("hi")
+    await llm.on_stop()
+    assert spent == [(5.0, "tokens"), (42.0, "tokens"), (2.0, "tokens"), (1.0, "tokens")]
+    assert server.requests[1]["stream_options"] == {"include_usage": True}
 
 
 async def test_pieces_of_a_stream_come_in_order(server: FakeServer) -> None:

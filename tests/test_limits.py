@@ -22,7 +22,7 @@ class Play:
         self.per_session = per_session
         self.concurrency = concurrency
         self.limits: dict[Group, int] = {}
-        self.calls: dict[bytes, tuple[str, str]] = {}
+        self.calls: dict[bytes, tuple[str, str, str]] = {}
         self.queued: set[bytes] = set()
         self.unready: set[bytes] = set()
         self.running: set[bytes] = set()
@@ -31,8 +31,8 @@ class Play:
         self.numbers = 0
 
     def groups_of(self, key: bytes) -> list[Group]:
-        session, tenant = self.calls[key]
-        return [group for group in {(session, ""), ("", tenant), (session, tenant)} if any(group) and group in self.limits]
+        mine = self.calls[key]
+        return [group for group in self.limits if all(name in ("", own) for name, own in zip(group, mine, strict=True))]
 
     def has_room(self, key: bytes) -> bool:
         counts = Counter(group for other in self.running for group in self.groups_of(other))
@@ -74,9 +74,10 @@ class Play:
     def put(self) -> None:
         self.numbers += 1
         key, session, tenant = b"%06d" % self.numbers, self.chance.choice("abc"), self.chance.choice(["", "t", "u"])
+        job = self.chance.choice(["", "", "j", "k"])
         instance = self.chance.choice(["", "/1"]) if self.per_session else ""
         is_ready = self.chance.random() < 0.8
-        self.calls[key] = session, tenant
+        self.calls[key] = session, tenant, job
         sender = self.chance.choice("xy")
         assert self.mailbox.put(
             key,
@@ -87,6 +88,7 @@ class Play:
             now=self.now,
             ready=is_ready,
             tenant=tenant,
+            job=job,
         )
         self.queued.add(key)
         if not is_ready:
@@ -101,7 +103,8 @@ class Play:
         elif act == 1:
             self.mailbox.set_priority(self.chance.choice("abc"), self.chance.choice([None, -2, 4]))
         elif act == 2:
-            groups: list[Group] = [("a", ""), ("", "t"), ("", "u"), ("b", "t"), ("c", "")]
+            groups: list[Group] = [("a", "", ""), ("", "t", ""), ("", "u", ""), ("b", "t", ""), ("c", "", "")]
+            groups += [("", "", "j"), ("", "t", "k"), ("b", "", "j")]
             self.limits = {group: self.chance.choice([0, 1, 1, 2, 3]) for group in groups if self.chance.random() < 0.5}
             self.mailbox.limit(None, self.limits)
         elif self.queued:
@@ -161,7 +164,7 @@ def test_limits_are_kept_and_nothing_is_left_behind(per_session: bool, seed: int
 
 def test_the_best_of_those_that_are_held_back_is_next() -> None:
     mailbox = Mailbox(concurrency=10, per_session=False)
-    mailbox.limit(None, {("", "t"): 1})
+    mailbox.limit(None, {("", "t", ""): 1})
     for number in range(6):
         key = b"%d" % number
         mailbox.put(key, session=f"s{number}", sender="x", priority=number, now=0.0, tenant="t")
@@ -176,7 +179,7 @@ def test_the_best_of_those_that_are_held_back_is_next() -> None:
 
 def test_a_call_that_waits_for_others_gives_its_place_to_them() -> None:
     mailbox = Mailbox(concurrency=10, per_session=False)
-    mailbox.limit(None, {("s", ""): 1})
+    mailbox.limit(None, {("s", "", ""): 1})
     mailbox.put(b"outer", session="s", sender="x", now=0.0)
     assert mailbox.take(0.0) == b"outer"
     mailbox.put(b"inner", session="s", sender="x", now=0.0)

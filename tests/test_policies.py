@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from views import World
 
-from nalar_mq.columns import RUNNING, Serves
+from nalar_mq.columns import DONE, RUNNING, Serves
 from nalar_mq.controllers import policies
 from nalar_mq.controllers import policy as actions
 from nalar_mq.controllers.guards import Guards
@@ -248,16 +248,33 @@ def test_who_has_spent_the_budget_begins_nothing_more() -> None:
     world = two_workers(a=None, b=None)
     poor = world.call("w1", "a", "s1", tenant="poor")
     rich = world.call("w2", "a", "s2", tenant="rich")
-    world.changes["w1"].spend(poor, 3.0)
-    world.changes["w2"].spend(rich, 3.0)
+    world.spend("w1", poor, 3.0)
+    world.spend("w2", rich, 3.0)
+    world.spend("w2", rich, 100.0, "usd")
     limits = decided(BudgetLimits({"poor": 3.0, "rich": 3.5}), world.tick())
     assert {(one.agent, one.tenant, one.running) for one in limits if isinstance(one, Limit)} == {
         ("a", "poor", 0),
         ("b", "poor", 0),
     }
-    world.changes["w2"].spend(rich, 4.0)
+    assert {one.reason for one in limits} == {"tenant 'poor' has spent 3 tokens"}
+    world.spend("w2", rich, 4.0)
     limits = decided(BudgetLimits(per_session=5.0), world.tick())
     assert {(one.agent, one.session) for one in limits if isinstance(one, Limit)} == {("a", "s2"), ("b", "s2")}
+    limits = decided(BudgetLimits(per_session=99.0, unit="usd"), world.tick())
+    assert {one.reason for one in limits} == {"session 's2' has spent 99 usd"}
+
+
+def test_a_job_that_has_spent_its_budget_and_no_other_begins_nothing_more() -> None:
+    world = two_workers(a=None)
+    dear = world.call("w1", "a", "shared", job="dear")
+    cheap = world.call("w2", "a", "shared", job="cheap")
+    world.spend("w1", dear, 60.0)
+    world.spend("w2", dear, 50.0)
+    world.spend("w2", cheap, 90.0)
+    limits = decided(BudgetLimits(per_job=100.0), world.tick())
+    assert {(one.agent, one.job, one.session) for one in limits if isinstance(one, Limit)} == {("a", "dear", "")}
+    world.changes["w1"].end(dear, DONE, world.now)
+    assert decided(BudgetLimits(per_job=100.0), world.tick()) == [], "nothing of it is left that could be limited"
 
 
 async def test_the_policy_in_the_readme_does_what_it_says(tmp_path: Path) -> None:

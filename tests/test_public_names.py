@@ -66,6 +66,7 @@ PUBLIC = [
     "now",
     "random",
     "sleep",
+    "spend",
     "tool",
     "upgrade",
     "wait",

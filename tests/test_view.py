@@ -457,19 +457,6 @@ def test_quantiles_and_means_of_calls_that_were_never_told_of() -> None:
     assert view.quantile("a", "m", 0.95) == pytest.approx(10.0, rel=0.3)
 
 
-def test_what_sessions_and_tenants_have_cost() -> None:
-    changes, view = Changes("w", 1, "n"), View()
-    future = changes.begin(call(1), 0.0, tenant="acme")
-    for total in (1.5, 4.0):
-        changes.spend(future, total - float(view.tenant_spent["acme"]))
-        for data in changes.reports(1.0, 1 << 20):
-            view.fold("w", data, 1.0)
-        assert view.session_spent[view.sessions.number("s")] == view.tenant_spent["acme"] == total
-    for data in changes.whole(1.0, 1 << 20):
-        view.fold("w", data, 1.0)
-    assert view.session_spent[view.sessions.number("s")] == view.tenant_spent["acme"] == 4.0
-
-
 def test_calls_behind_long_ones_are_found() -> None:
     changes, view = Changes("w", 1, "n"), View()
     changes.set_serves({"a": Serves("agent")})
@@ -532,7 +519,7 @@ def test_reports_from_the_future_are_refused() -> None:
         {"held": columns.Columns((b"\x09\0", b"\0\0\0\0"))},
         {"tallies": columns.Columns((b"\0\0", b"\0" * 4, b"\0" * 4, struct.pack("<d", math.inf), b"\0" * 8))},
         {"buckets": columns.Columns((b"\0\0", b"\x02", b"\0", b"\0" * 4))},
-        {"tenants": {"acme": math.nan}},
+        {"spent": columns.Columns((b"\0\0\0\0", struct.pack("<d", 1.0)))},
     ],
 )
 def test_what_contradicts_itself_is_refused_and_healed(fields: dict[str, Any]) -> None:
@@ -556,7 +543,7 @@ def test_what_contradicts_itself_is_refused_and_healed(fields: dict[str, Any]) -
         {"changed": columns.Columns((b"\0\0\0\0", b"\x02", struct.pack("<d", 1e9)))},
         {"sessions_closed": b"\x09\0\0\0"},
         {"tallies": columns.Columns((b"\0\0", b"\0" * 4, b"\0" * 4, struct.pack("<d", math.inf), b"\0" * 8))},
-        {"tenants": {"acme": math.nan}},
+        {"spent": columns.Columns((b"\0\0\0\0", struct.pack("<d", math.nan)))},
         {"held": columns.Columns((b"\x09\0", b"\0\0\0\0"))},
         {"name": "nobody"},
         {"number": 7},
@@ -580,7 +567,7 @@ def test_of_reports_that_come_together_a_bad_one_is_refused_alone(fields: dict[s
             changes.hold("a", "held")
         else:
             future = changes.begin(call(number, "b", session=f"t{number}", job=f"j{number}", deps=(call(3).id,)), 2.5)
-            changes.spend(future, 1.0)
+            changes.spend(future.call, "w", 1.0, "tokens")
         changes.change(first[name], RUNNING, 2.5)
         changes.end(changes.begin(call(1), 2.5), DONE, 2.5)
         if name != "p":
@@ -612,8 +599,7 @@ def picture_of(view: View) -> dict[str, Any]:
         "futures": seen_by(view),
         "sessions": sessions,
         "live": view.session_live[numbers].tolist(),
-        "spent": view.session_spent[numbers].tolist(),
-        "tenants": dict(view.tenant_spent),
+        "spent": {scope: view.spending.totals(scope) for scope in columns.SCOPES},
         "jobs": len(view.jobs),
         "holder": bool(view.holder("held", "a")),
         "times": {kind: (view.service_s[n], view.wait_s[n], view.quantile(*kind, 0.5)) for n, kind in enumerate(view.kinds)},

@@ -45,11 +45,15 @@ class World:
         """A call that has come."""
         self._calls += 1
         id = fields.pop("id", self._calls.to_bytes(16, "big"))
-        call = Call(id, agent, "run", b"", **{"session": session, **fields})
+        call = Call(id, agent, "run", b"", **{"session": session, "tenant": tenant, **fields})
         future = self.changes[worker].begin(call, self.now, QUEUED, tenant)
         if state != QUEUED:
             self.changes[worker].change(future, state, self.now)
         return future
+
+    def spend(self, worker: str, future: Tracked, amount: float, unit: str = "tokens") -> None:
+        """A call in a worker has cost something."""
+        self.changes[worker].spend(future.call, "", amount, unit)
 
     def teach(self, worker: str, agent: str, seconds: float, session: str = "", times: int = 20) -> None:
         """Calls of an agent that take so long have been seen before; in one session, one after the other."""

@@ -1,0 +1,321 @@
+"""What calls have cost: summed by whom it is for, told in reports, and what a budget makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nalar_mq import changes as changes_module
+from nalar_mq import spend
+from nalar_mq.actions import Limit
+from nalar_mq.address import Address, Subjects
+from nalar_mq.changes import Changes
+from nalar_mq.client import Client, connect
+from nalar_mq.columns import MOST_ACCOUNTS, Account, decode_report
+from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.controllers import spending as spending_module
+from nalar_mq.controllers.global_controller import GlobalController, Trusted
+from nalar_mq.controllers.local_controller import LocalController
+from nalar_mq.controllers.policies import BudgetLimits
+from nalar_mq.controllers.policy import Action
+from nalar_mq.controllers.spending import Accounts, Spending
+from nalar_mq.controllers.view import View
+from nalar_mq.errors import MalformedReportError, MissedReportError
+from nalar_mq.messages import Call
+from nalar_mq.nats_transport import NatsTransport
+from nalar_mq.spending import spent_by
+
+APP = Path(__file__).parent / "apps" / "spending_app.py"
+LEASE_S = 3.0
+PATIENCE_S = 90.0
+
+
+class Play:
+    """Processes that spend, a view that hears of it or does not, and the sums that there should be."""
+
+    def __init__(self, seed: int, *, loses: bool) -> None:
+        self.chance = Random(seed)
+        self.loses = loses
+        self.view = View()
+        self.processes = {name: Changes(name, 1, "n") for name in ("w1", "w2")}
+        self.lives = dict.fromkeys(self.processes, 1)
+        self.sums: dict[tuple[str, str, str], float] = defaultdict(float)
+        self.untold: list[tuple[str, tuple[str, str, str], float]] = []
+
+    def spend(self, name: str) -> None:
+        chance = self.chance
+        call = Call(b"", chance.choice("ab"), "", b"", session=f"s{chance.randrange(12)}", tenant=chance.choice(["", "t"]))
+        amount, unit, workflow = float(chance.randrange(5)), chance.choice(["tokens", "usd"]), chance.choice(["", "w"])
+        self.processes[name].spend(call, workflow, amount, unit)
+        for scope, whose in (("session", call.session), ("workflow", workflow), ("agent", call.actor), ("tenant", call.tenant)):
+            if whose:
+                self.untold.append((name, (scope, whose, unit), amount))
+
+    def report(self, name: str, *, is_lost: bool = False, whole: bool = False) -> None:
+        changes = self.processes[name]
+        for data in changes.whole(1.0, 2_000) if whole else changes.reports(1.0, 2_000):
+            if not is_lost:
+                self.hear(name, data)
+        for told in [told for told in self.untold if told[0] == name]:
+            self.untold.remove(told)
+            self.sums[told[1]] += told[2]
+
+    def hear(self, name: str, data: bytes) -> None:
+        try:
+            self.view.fold(name, data, 1.0)
+        except MissedReportError:
+            assert self.loses
+
+    def restart(self, name: str) -> None:
+        """What it has not told goes with it."""
+        self.lives[name] += 1
+        self.processes[name] = Changes(name, self.lives[name], "n")
+        self.untold = [told for told in self.untold if told[0] != name]
+
+    def step(self) -> None:
+        name = self.chance.choice(["w1", "w2"])
+        act = self.chance.choice(["spend", "spend", "spend", "report", "whole", "restart", "lose"])
+        if act == "spend":
+            self.spend(name)
+        elif act == "restart":
+            self.report(name, whole=True)
+            self.restart(name)
+        else:
+            self.report(name, is_lost=self.loses and act == "lose", whole=act == "whole")
+
+    def check(self) -> None:
+        for name in self.processes:
+            self.report(name, whole=True)
+        told = {
+            (scope, whose, unit): amount
+            for scope in ("session", "workflow", "agent", "tenant")
+            for unit in ("tokens", "usd")
+            for whose, amount in self.view.spending.totals(scope, unit).items()
+        }
+        assert told == {account: amount for account, amount in self.sums.items() if account in told or amount}
+        assert not self.view.refused.keys() - {"MissedReportError"}
+
+
+@given(seed=st.integers(0, 1 << 32), steps=st.integers(1, 100), loses=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_sums_are_right_whatever_is_told_when(seed: int, steps: int, loses: bool) -> None:
+    play = Play(seed, loses=loses)
+    for _ in range(steps):
+        play.step()
+    play.check()
+
+
+@given(seed=st.integers(0, 1 << 32), steps=st.integers(1, 200))
+@settings(max_examples=60, deadline=None)
+def test_sums_stay_right_when_accounts_are_dropped_to_make_room(seed: int, steps: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changes_module, "MOST_ACCOUNTS", 3)
+        patch.setattr(spending_module, "MOST_ACCOUNTS", 3)
+        play = Play(seed, loses=False)
+        for _ in range(steps):
+            play.step()
+        play.check()
+
+
+def test_of_many_sessions_those_that_spent_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spending_module, "MOST_NAMES", 2)
+    spending, accounts = Spending(), Accounts()
+    for number, name in enumerate(["a", "b", "c"]):
+        spending.take(accounts, (Account(number, "session", name, "tokens"),), 0, {number: 1.0})
+        spending.take(accounts, (), 0, {0: 2.0 + number})
+    assert spending.totals("session") == {"c": 1.0, "a": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("accounts", "spent"),
+    [
+        ((), {1: 1.0}),
+        ((Account(1, "planet", "mars", "tokens"),), {1: 1.0}),
+        ((Account(1, "agent", "b", "tokens"), Account(1, "agent", "c", "tokens")), {1: 1.0}),
+        ((Account(0, "agent", "b", "tokens"),), {0: 3.0}),
+        ((), {0: 1.0}),
+        ((), {0: float("inf")}),
+        ((), {0: float("nan")}),
+        (tuple(Account(number, "agent", f"a{number}", "tokens") for number in range(1, 2 * MOST_ACCOUNTS + 1)), {}),
+    ],
+)
+def test_accounts_that_contradict_themselves(accounts: tuple[Account, ...], spent: dict[int, float]) -> None:
+    known = Accounts()
+    Spending().take(known, (Account(0, "agent", "a", "tokens"),), 0, {0: 2.0})
+    known.check((), {0: 2.0})
+    with pytest.raises(MalformedReportError):
+        known.check(accounts, spent)
+
+
+def test_names_travel_once() -> None:
+    changes = Changes("w", 1, "n")
+    call = Call(b"", "agent", "", b"", session="s")
+    told: list[int] = []
+    for _ in range(3):
+        changes.spend(call, "", 1.0, "tokens")
+        (data,) = changes.reports(1.0, 1 << 20)
+        told.append(len(decode_report(data).accounts))
+    assert told == [2, 0, 0]
+
+
+@pytest.mark.parametrize("amount", [-1.0, float("nan"), float("inf")])
+def test_an_amount_that_is_none(amount: float) -> None:
+    with pytest.raises(ValueError, match="finite and not negative"):
+        spend(amount)
+
+
+@pytest.mark.parametrize("unit", ["", "x" * 33])
+def test_a_unit_that_is_none(unit: str) -> None:
+    with pytest.raises(ValueError, match="characters"):
+        spend(1, unit)
+
+
+def test_outside_of_calls_nothing_is_counted() -> None:
+    spend(3)
+    spent: list[tuple[float, str]] = []
+    with spent_by(lambda amount, unit: spent.append((amount, unit))):
+        spend(3)
+        spend(0)
+    spend(3)
+    assert spent == [(3.0, "tokens")]
+
+
+# With real processes.
+
+
+class Mind:
+    """A policy of which the budgets may change."""
+
+    def __init__(self) -> None:
+        self.limits = BudgetLimits()
+
+    def decide(self, view: View) -> Iterable[Action]:
+        return self.limits.decide(view)
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        pytest.fail(what)
+
+
+class Site:
+    """Two workers, a client, and a controller that minds budgets."""
+
+    def __init__(self, folder: Path, client: Client, controller: GlobalController, mind: Mind) -> None:
+        self.folder = folder
+        self.client = client
+        self.controller = controller
+        self.mind = mind
+
+    @property
+    def bought(self) -> list[str]:
+        path = self.folder / "bought"
+        return path.read_text().split() if path.exists() else []
+
+    def spent(self, scope: str, name: str, unit: str = "tokens") -> float:
+        return self.controller.view.spending.total(scope, name, unit)
+
+    def open(self, gate: str) -> None:
+        (self.folder / gate).touch()
+
+    async def limited(self, **whose: str) -> list[Limit]:
+        """Returns when those are limited, and every process of ours knows it."""
+        wanted = [Limit(agent, 0, **whose) for agent in ("buy", "wait_for")]
+        states = lambda: [  # noqa: E731
+            Limit(state.agent, state.running, state.session, state.tenant, job=state.job)
+            for state in self.client.process.enforcement.standing.states
+            if isinstance(state, Limit)
+        ]
+        await until(lambda: all(limit in states() for limit in wanted), f"never limited: {self.controller.governor.history}")
+        await asyncio.sleep(LEASE_S)  # within which each worker has heard of it, whatever becomes of messages
+        return [state for state in self.client.process.enforcement.standing.states if isinstance(state, Limit)]
+
+
+@asynccontextmanager
+async def running(access: BrokerAccess, namespace: str, folder: Path) -> AsyncIterator[Site]:
+    settings = Settings(broker=access, namespace=namespace, node="here", lease_s=LEASE_S, state=str(folder / "state"))
+    transport, mind = await NatsTransport.connect(access, name="control"), Mind()
+    try:
+        async with (
+            LocalController(APP, settings, workers=2, variables={"SPENDING_FOLDER": str(folder)}, log_level="warning") as node,
+            connect(settings=settings) as client,
+            GlobalController(
+                transport, Subjects(namespace), Address("control", 1), Trusted(mind), lease_s=LEASE_S
+            ) as controller,
+        ):
+            await node.ready()
+            await client.wait_for("buy")
+            await until(lambda: controller.is_leader and len(controller.view.workers) == 2, "nobody has reported")
+            yield Site(folder, client, controller, mind)
+    finally:
+        await transport.aclose()
+
+
+@pytest.fixture
+async def site(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> AsyncIterator[Site]:
+    async with running(broker_access, namespace, tmp_path) as found:
+        yield found
+
+
+async def test_what_a_call_spends_is_counted_for_all_that_it_belongs_to(site: Site) -> None:
+    client = site.client.options(session="s", tenant="acme")
+    await client.call("outer", 5.0)
+    await client.call("buy", "usd", 2.0, "usd")
+    with pytest.raises(ValueError, match="paid for nothing"):
+        await client.call("buy_and_fail", 7.0)
+    await client.call("buy_apart", 11.0)
+    await client.call("Shop.buy_in_thread", 13.0)
+    await until(lambda: site.spent("session", "s") == 36.0, "it was never told, or wrongly")
+    assert site.spent("tenant", "acme") == 36.0
+    agents = {name: site.spent("agent", name) for name in ("buy", "buy_and_fail", "buy_apart", "Shop")}
+    assert agents == {"buy": 5.0, "buy_and_fail": 7.0, "buy_apart": 11.0, "Shop": 13.0}
+    assert (site.spent("workflow", "outer"), site.spent("workflow", "inner")) == (5.0, 0.0)
+    assert (site.spent("tenant", "acme", "usd"), site.spent("agent", "buy_apart", "searches")) == (2.0, 11.0)
+
+
+async def test_calls_that_run_as_a_batch_bear_equal_parts(site: Site) -> None:
+    calls = [site.client.options(session=f"s{number}").call("buy_together", 1.0) for number in range(40)]
+    await asyncio.gather(*calls)
+    await until(lambda: site.spent("agent", "buy_together") == pytest.approx(40.0), "it was never told, or wrongly")
+    assert sum(site.controller.view.spending.totals("session").values()) == pytest.approx(40.0)
+
+
+async def test_a_job_over_its_budget_begins_nothing_more_and_others_do(site: Site) -> None:
+    site.mind.limits = BudgetLimits(per_job=100.0)
+    dear = await site.client.submit("shop", "dear", 100.0, "open", job_id="dear")
+    cheap = await site.client.submit("shop", "cheap", 99.0, "open", job_id="cheap")
+    limits = await site.limited(job="dear")
+    assert {limit.job for limit in limits} == {"dear"}
+    site.open("open")
+    assert await cheap.result(timeout=PATIENCE_S) == ["cheap-1", "cheap-2"]
+    told = [state for decision in site.controller.governor.history for state in decision.began if isinstance(state, Limit)]
+    assert "job 'dear' has spent 100 tokens" in {state.reason for state in told if state.job == "dear"}
+    assert "dear-2" not in site.bought
+    site.mind.limits = BudgetLimits(per_job=1000.0)
+    assert await dear.result(timeout=PATIENCE_S) == ["dear-1", "dear-2"]
+
+
+async def test_a_tenant_over_its_budget_begins_nothing_more_and_others_do(site: Site) -> None:
+    site.mind.limits = BudgetLimits({"poor": 10.0, "rich": 1000.0})
+    poor, rich = (site.client.options(tenant=tenant) for tenant in ("poor", "rich"))
+    await asyncio.gather(poor.call("buy", "poor-1", 10.0), rich.call("buy", "rich-1", 10.0))
+    limits = await site.limited(tenant="poor")
+    assert {(limit.tenant, limit.reason) for limit in limits} == {("poor", "tenant 'poor' has spent 10 tokens")}
+    held = poor.call("buy", "poor-2", 0.0)
+    assert await rich.call("buy", "rich-2", 0.0) == "rich-2"
+    assert await site.client.call("buy", "nobody's", 0.0) == "nobody's"
+    assert "poor-2" not in site.bought
+    site.mind.limits = BudgetLimits()
+    assert await held == "poor-2"
