@@ -51,6 +51,7 @@ _REMEMBERED_NUMBERS = 256
 _ALL_NUMBERS = (1 << _REMEMBERED_NUMBERS) - 1
 _REMEMBERED_SESSIONS = 100_000
 _SLACK = 64
+_FEW = 64  # so many entries are moved within a list faster than a block of a deque is made, and take a tenth of its memory
 
 
 class _State(enum.Enum):
@@ -97,6 +98,7 @@ class _Entry(msgspec.Struct, eq=False, gc=False):
 
 
 _Ranked = tuple[float, int, _Entry]
+_Plain = list[_Entry] | deque[_Entry]
 _Admits = Callable[[_Entry], bool]
 """False for an entry that may not run now; it is held back then."""
 
@@ -333,25 +335,43 @@ class _Lane:
     Where numbers hold back higher ones it is always a tangle, which remembers them.
     """
 
-    __slots__ = ("_plain", "_tangle", "busy", "hold_gaps", "is_frozen", "is_held", "numbers", "offered", "queued")
+    __slots__ = (
+        *("_first_numbers", "_first_sender", "_highest_rank", "_other_numbers", "_plain", "_tangle"),
+        *("busy", "hold_gaps", "is_frozen", "is_held", "offered", "queued"),
+    )
 
     def __init__(self, hold_gaps: bool) -> None:
         self.hold_gaps = hold_gaps
-        self.numbers: dict[str, _Numbers] = {}
         self.busy: _Entry | None = None
         self.is_frozen = False
         self.is_held = False
         self.offered: tuple[float, int] | None = None
         self.queued = 0
-        self._plain: deque[_Entry] | None = None
+        # Most sessions have one sender: a dictionary for it would take more than all else that is here.
+        self._first_sender: str | None = None
+        self._first_numbers = _Numbers()
+        self._other_numbers: dict[str, _Numbers] | None = None
+        self._plain: _Plain | None = None
+        self._highest_rank = -math.inf  # of what is plain; looking for it in the last entry would cost a few cache misses
         self._tangle: _Tangle | None = _Tangle(hold_gaps) if hold_gaps else None
 
     def note(self, sender: str, number: int) -> bool:
         """Notes that the sender's `number` has come; False if it had before."""
-        numbers = self.numbers.get(sender)
-        if numbers is None:
-            numbers = self.numbers[sender] = _Numbers()
-        return numbers.add(number)
+        return self._numbers(sender).add(number)
+
+    def _numbers(self, sender: str) -> _Numbers:
+        if sender == self._first_sender:
+            return self._first_numbers
+        if self._first_sender is None:
+            self._first_sender = sender
+            return self._first_numbers
+        others = self._other_numbers
+        if others is None:
+            others = self._other_numbers = {}
+        found = others.get(sender)
+        if found is None:
+            found = others[sender] = _Numbers()
+        return found
 
     def add(self, entry: _Entry) -> bool:
         """Queues a call; False if the call to run next and the best one are what they were."""
@@ -360,16 +380,26 @@ class _Lane:
             self._tangle.add(entry, self.queued)
             return True
         plain = self._plain
-        if plain is None:
-            plain = self._plain = deque()
-        is_in_order = not entry.number or self.numbers[entry.sender].highest == entry.number
-        if is_in_order and entry.is_ready and (not plain or plain[-1].rank <= entry.rank):
-            plain.append(entry)
-            if len(plain) > 2 * self.queued + _SLACK:
-                self._plain = deque(entry for entry in plain if entry.state is _QUEUED)
+        number, rank = entry.number, entry.rank
+        is_in_order = not number or self._numbers(entry.sender).highest == number
+        if is_in_order and entry.is_ready and (not plain or self._highest_rank <= rank):
+            if plain is None:
+                self._plain = [entry]
+            else:
+                plain.append(entry)
+                if len(plain) > _FEW:
+                    self._tidy(plain)
+            self._highest_rank = rank
             return self.queued == 1
         self._tangled().add(entry, self.queued)
         return True
+
+    def _tidy(self, plain: _Plain) -> None:
+        """Drops those that have been removed when they are half of it; many are in a deque."""
+        if len(plain) > 2 * self.queued + _SLACK:
+            self._plain = deque(entry for entry in plain if entry.state is _QUEUED)
+        elif isinstance(plain, list):
+            self._plain = deque(plain)
 
     def _tangled(self) -> _Tangle:
         """Its queued calls as a tangle."""
@@ -396,18 +426,19 @@ class _Lane:
         """Notes that the entry's rank has changed."""
         self._tangled().rank(entry, self.queued)
 
-    def rank_all(self) -> None:
+    def rank_all(self, entries: list[_Entry]) -> None:
         """Notes that the ranks of all its queued calls have changed; they may still be in order."""
         if self._tangle is not None:
-            for entry in self.entries():
+            for entry in entries:
                 self._tangle.rank(entry, self.queued)
             return
         last = -math.inf
-        for entry in self.entries():
+        for entry in entries:
             if entry.rank < last:
                 self._tangled()
                 return
             last = entry.rank
+        self._highest_rank = last
 
     def entries(self) -> list[_Entry]:
         """Its queued calls."""
@@ -438,7 +469,8 @@ class _Lane:
             return entry
         plain = self._plain
         while plain:
-            entry = plain.popleft()
+            entry = plain[0]
+            del plain[0]
             if entry.state is _QUEUED:
                 entry.state = _RUNNING
                 self.queued -= 1
@@ -456,7 +488,7 @@ class _Lane:
             first = plain[0]
             if first.state is _QUEUED:
                 return first.rank, first.serial
-            plain.popleft()
+            del plain[0]
         return None
 
 
@@ -481,9 +513,7 @@ class _BySession:
 
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
-        lane = self._lanes.get(session) or self._lane(session)
-        numbers = lane.numbers.get(sender)
-        return numbers.add(number) if numbers is not None else lane.note(sender, number)
+        return (self._lanes.get(session) or self._lane(session)).note(sender, number)
 
     def add(self, entry: _Entry) -> None:
         lane = self._lanes.get(entry.session) or self._lane(entry.session)
@@ -554,10 +584,10 @@ class _BySession:
         here = [session] if session in self._lanes else []
         return [*here, *self._instances.get(session, ())]
 
-    def rank_session(self, session: str) -> None:
+    def rank_session(self, session: str, entries: list[_Entry]) -> None:
         """The ranks of all queued calls of a session, or of one instance within it, have changed."""
         lane = self._lanes[session]
-        lane.rank_all()
+        lane.rank_all(entries)
         self._offer(lane)
 
     def skip(self, session: str, sender: str, number: int) -> None:
@@ -685,7 +715,7 @@ class _ByCall:
 
 def _whole(session: str) -> str:
     """The session of which it is, or is one instance."""
-    return session.partition("/")[0]
+    return session.partition("/")[0] if "/" in session else session
 
 
 class Mailbox:
@@ -922,9 +952,9 @@ class Mailbox:
             for part in self._queue.parts(session):
                 entries = self._queue.queued(part)
                 for entry in entries:
-                    self._change_rank(entry)
+                    self._change_rank(entry, entry.priority if value is None else value)
                 if entries:
-                    self._queue.rank_session(part)
+                    self._queue.rank_session(part, entries)
             return
         if self._queued_of is None:
             self._queued_of = {}
@@ -1073,13 +1103,12 @@ class Mailbox:
         return self._priorities.get(_whole(entry.session), entry.priority)
 
     def _set_rank(self, entry: _Entry) -> None:
-        self._change_rank(entry)
+        self._change_rank(entry, self._priority(entry))
         if not entry.is_reentrant:
             self._queue.rank(entry)
 
-    def _change_rank(self, entry: _Entry) -> None:
+    def _change_rank(self, entry: _Entry, priority: int) -> None:
         """Gives an entry the rank of its present priority; the queue has to be told."""
-        priority = self._priority(entry)
         entry.rank = entry.arrived_s - priority * self._aging_s
         entry.is_moved = True
         if entry.is_held and self._limits is not None:

@@ -341,6 +341,33 @@ def test_two_hundred_nested_calls_run_with_a_concurrency_of_one() -> None:
     assert mailbox.running == 0
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_long_session_keeps_its_order_whatever_becomes_of_its_priority(seed: int) -> None:
+    """It grows and shrinks past the length from which its calls are kept otherwise; some of them are removed."""
+    chance = random.Random(seed)
+    mailbox = Mailbox(concurrency=1, per_session=True)
+    queued: list[bytes] = []
+    number = 0
+    for length in (3, 200, 40, 90, 0):
+        while len(queued) < length:
+            number += 1
+            key = b"%d" % number
+            assert put(mailbox, key, number=number, now=number / 100, priority=chance.choice([0, 0, 0, number % 3]))
+            queued.append(key)
+        while len(queued) > length:
+            if chance.random() < 0.4:
+                key = queued.pop(chance.randrange(len(queued)))
+                assert mailbox.remove(key)
+            else:
+                taken = mailbox.take(number / 100)
+                assert taken == queued.pop(0)
+                mailbox.finish(taken)
+            if chance.random() < 0.1:
+                mailbox.set_priority("s", chance.choice([None, 0, 5]))
+        assert len(mailbox) == len(queued)
+    assert not put(mailbox, b"late", number=number)
+
+
 def test_a_call_that_waits_for_arguments_holds_back_its_own_sender_only() -> None:
     mailbox = Mailbox(concurrency=9, per_session=True)
     put(mailbox, b"x1", sender="x", number=1, ready=False)
