@@ -1020,7 +1020,8 @@ def drop_state(options: _Options, /, agent: str, session: str, folder: Path | No
 def adopt_state(options: _Options, /, folder: Path | None, app: Path | None, **broker: str | None) -> None:
     """Enter the sessions of the stores in the directory of a broker, so that its workers may serve them.
 
-    For stores that were written under another broker, or into which sessions were imported.
+    For stores that were written under another broker, or into which sessions were imported; and for a copy of a store that is
+    to go on in place of it.
     """
     from nalar_mq import commands, state_commands
 

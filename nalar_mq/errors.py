@@ -222,6 +222,10 @@ class StoreForeignError(StoreError):
     """The store belongs to another directory of sessions than that of the broker and the namespace."""
 
 
+class StoreCopiedError(StoreError):
+    """The folder is a copy of that of a store which is open elsewhere, or has gone on elsewhere since."""
+
+
 class StoreFullError(StoreError):
     """There is no room for what the store is to keep; what it has can be read, and goes on when there is room again."""
 

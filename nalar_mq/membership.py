@@ -90,7 +90,7 @@ class Register:
         return entry is not None and _lost_in(entry) >= address.incarnation
 
 
-def _incarnation_in(entry: KeyEntry) -> int | None:
+def incarnation_in(entry: KeyEntry) -> int | None:
     """Of the process that wrote the record; None if it cannot be read."""
     try:
         return decode_member(entry.value or b"").incarnation
@@ -463,7 +463,7 @@ class Membership:
             # It may have come back in between, without having seen the declaration: then it is not gone.
             entry = await self._bucket.get(address.name)
         if entry is not None:
-            incarnation = _incarnation_in(entry)
+            incarnation = incarnation_in(entry)
             if incarnation is None or incarnation < address.incarnation:
                 return False  # a record that cannot be read says that somebody lives
             if incarnation == address.incarnation:

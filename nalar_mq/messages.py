@@ -958,6 +958,26 @@ class StoreHolder(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=22
     incarnation: int
 
 
+class StoreOpening(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=223):
+    """Value of a key in the places bucket, by the copy of a store: who has opened it last.
+
+    Attributes:
+        version: `WIRE_VERSION`.
+        token: of the opening; the store has it, too.
+        name, incarnation: of the process.
+        host, folder: where the store was, for people; the machine, for those who open it, too.
+        file: device and inode of the folder.
+    """
+
+    version: int
+    token: str
+    name: str
+    incarnation: int
+    host: str
+    folder: str
+    file: str
+
+
 ReplicaMessage = Shipment | StoreSeal
 
 JournalMessage = Pack | Seal
@@ -971,10 +991,11 @@ _looks = msgspec.msgpack.Decoder(Look)
 _seen = msgspec.msgpack.Decoder(Seen)
 _replicas: msgspec.msgpack.Decoder[ReplicaMessage] = msgspec.msgpack.Decoder(ReplicaMessage)
 _holders = msgspec.msgpack.Decoder(StoreHolder)
+_openings = msgspec.msgpack.Decoder(StoreOpening)
 _journals: msgspec.msgpack.Decoder[JournalMessage] = msgspec.msgpack.Decoder(JournalMessage)
 
 
-Record = Member | Place | Lost | Running | Load | Look | Seen | Pack | Seal | Shipment | StoreSeal | StoreHolder
+Record = Member | Place | Lost | Running | Load | Look | Seen | Pack | Seal | Shipment | StoreSeal | StoreHolder | StoreOpening
 
 
 def encode_record(record: Record) -> bytes:
@@ -998,6 +1019,15 @@ def decode_holder(data: bytes) -> StoreHolder:
         MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
     """
     return _record(_holders, data)
+
+
+def decode_opening(data: bytes) -> StoreOpening:
+    """Reads a `StoreOpening`.
+
+    Raises:
+        MalformedMessageError, UnsupportedVersionError: as in `decode_packet`.
+    """
+    return _record(_openings, data)
 
 
 def decode_member(data: bytes) -> Member:
@@ -1089,7 +1119,7 @@ def decode_journal(data: bytes) -> JournalMessage:
     return record
 
 
-_R = TypeVar("_R", Member, Place, Lost, Running, Load, Look, Seen, ReplicaMessage, StoreHolder)
+_R = TypeVar("_R", Member, Place, Lost, Running, Load, Look, Seen, ReplicaMessage, StoreHolder, StoreOpening)
 
 
 def _record(decoder: msgspec.msgpack.Decoder[_R], data: bytes) -> _R:

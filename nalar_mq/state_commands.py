@@ -6,6 +6,7 @@ Reading works while workers have the stores open. Writing does not: it takes a s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any, Final
 import msgspec
 
 from nalar_mq.commands import BrokerChoice
-from nalar_mq.errors import ConfigError, StateDamagedError, StoreError, UnknownClassError
+from nalar_mq.errors import ConfigError, StateDamagedError, StoreCopiedError, StoreError, UnknownClassError
 from nalar_mq.job_commands import client_of
+from nalar_mq.openings import Openings
 from nalar_mq.session_state import cell_from, pair_from, value_of
 from nalar_mq.state_export import ExportWriter, SessionFrame, read_export
 from nalar_mq.store import (
@@ -299,15 +301,22 @@ async def adopt(choice: BrokerChoice, app: Path | None, state: Path) -> list[tup
 
     Raises:
         StoreBusyError: a process has one of them open.
+        StoreCopiedError: one is a copy of another one, or of one that is open elsewhere.
     """
     done: list[tuple[str, int, int]] = []
     with contextlib.ExitStack() as stack:
         opened = [_taken(stack, folder) for folder in _folders(state)]
+        for one, other in itertools.combinations(opened, 2):
+            if one.id == other.id:
+                text = f"{one.folder} and {other.folder} are copies of one store: remove that which is not to go on"
+                raise StoreCopiedError(text, str(other.folder))
         async with client_of(choice, app) as client:
             transport, subjects = client.process.transport, client.process.subjects
             directory = await directory_of(transport, subjects)
             bucket = await transport.key_value(subjects.places_bucket)
+            openings = Openings(transport, subjects, client.process.me, client.process.settings.lease_s)
             for store in opened:
+                await openings.note(store, anyway=True)
                 left_out = await adopt_store(store, bucket, directory)
                 done.append((store.folder.name, store.count(), left_out))
     return done

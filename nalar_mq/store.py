@@ -6,7 +6,7 @@ or not at all.
 
 What is in it (all numbers big-endian, so that they sort):
 
-    about      format, id, copy, directory, counts -> crc, what it is; owner: who may write
+    about      format, id, copy, directory, openings, counts -> crc, what it is; owner: who may write
     sessions   actor NUL session             -> crc, header: number, by field how many entries and the xor of their crcs, and
                                                 the keys of its last records
     names      hash of the same key          -> number; a session that only one of the two trees knows is damaged
@@ -287,6 +287,7 @@ class Store:
         folder: where it is.
         directory: the directory of sessions that it belongs to; empty until `belong_to`.
         copy: of this folder; another one, made of what was shipped elsewhere, has the same id and another copy.
+        openings: tokens of the last ones, as the directory may know them (`openings`).
         commits: transactions that have changed sessions so far.
         is_read_only: it was opened by `read`, and nothing can be written.
     """
@@ -296,6 +297,7 @@ class Store:
         self.id = ""
         self.directory = ""
         self.copy = ""
+        self.openings: tuple[str, ...] = ()
         self.is_read_only = is_read_only
         self._env = env
         self._lock = lock
@@ -450,6 +452,8 @@ class Store:
         self.id = self._about(txn, b"id").decode()
         self.copy = self._about(txn, b"copy").decode()
         self.directory = self._about(txn, b"directory").decode()
+        if txn.get(b"openings", db=self._trees["about"]) is not None:  # not before it was opened under a broker
+            self.openings = tuple(self._about(txn, b"openings").decode().split())
         self._counts = _Counts.unpacked(self._about(txn, b"counts"))
         commits = self._counts.commits
         if commits < commits_seen:
@@ -488,6 +492,11 @@ class Store:
         """Says that the store belongs to that directory from now on, whatever it belonged to."""
         self._write_once(lambda txn: self._put_about(txn, b"directory", directory.encode()))
         self.directory = directory
+
+    def note_openings(self, tokens: tuple[str, ...]) -> None:
+        """Keeps the tokens of the last openings."""
+        self._write_once(lambda txn: self._put_about(txn, b"openings", " ".join(tokens).encode()))
+        self.openings = tokens
 
     def rename(self, folder: Path) -> None:
         """Gives its folder another name, which must be free; it stays open.

@@ -10,7 +10,8 @@ All stores of a runtime belong to one directory of sessions, the places bucket, 
 directory is not opened: sessions would be served there that others know elsewhere. With `adopts`, which a broker that belongs
 to the app allows, its sessions are entered in the directory instead. Where several are open, a session that none of them
 knows is put where the directory says. There it begins, whatever stores are opened before its first commit: a copy in one of
-those was on its way to another worker, and the directory does not name it.
+those was on its way to another worker, and the directory does not name it. Of a folder that was copied one is refused
+(`openings`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Place, encode_record
+from nalar_mq.openings import Openings
 from nalar_mq.replication import Replication, Shipper, set_aside
 from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Entries, Record, Removal, Session, Store
 from nalar_mq.transport import KeyValue, Transport
@@ -102,6 +104,8 @@ class Stores:
         self._open: dict[bool, dict[str, Committer]] = {False: {}, True: {}}
         self._shippers: list[Shipper] = []
         self._replication: Replication | None = None
+        self._openings: Openings | None = None
+        self._refused: set[str] = set()
         self._free: set[str] = set()
         self._assigned: dict[tuple[str, str], str] = {}
         self._looked_at: dict[tuple[str, str], str | None] = {}
@@ -116,15 +120,19 @@ class Stores:
         """Ids of the replicated ones, that for new sessions first."""
         return tuple(self._open[True])
 
-    async def open(self, transport: Transport, subjects: Subjects, me: Address, actors: Iterable[str], *, adopts: bool) -> None:
+    async def open(
+        self, transport: Transport, subjects: Subjects, me: Address, actors: Iterable[str], *, adopts: bool, lease_s: float
+    ) -> None:
         """Opens the first free store of each kind that `actors` need, or makes one.
 
         Raises:
+            StoreCopiedError: the folder of one was copied, and the other one goes on.
             StoreForeignError: one belongs to another directory than that of this broker and namespace.
             StoreError: the folder cannot be used.
             BrokerError: the broker does not answer.
         """
         self._replication = Replication(transport, subjects, me, self._on_lost)
+        self._openings = Openings(transport, subjects, me, lease_s)
         bucket = await transport.key_value(subjects.places_bucket)
         directory = await _directory_of(bucket, self._random)
         for is_replicated in sorted({actor in self._replicated for actor in actors}):
@@ -170,6 +178,11 @@ class Stores:
         if adopts and store.directory not in ("", directory):
             await adopt(store, bucket, directory)
         await asyncio.to_thread(store.belong_to, directory)
+        await self._note_opening(store)
+
+    async def _note_opening(self, store: Store) -> None:
+        assert self._openings is not None
+        await self._openings.note(store, has_other=store.id in (*self.ids, *self.replicated_ids))
 
     async def take_free_ones(self, transport: Transport, subjects: Subjects, *, adopts: bool) -> bool:
         """Opens the stores that nobody had open at this call and at the one before; True if there were any."""
@@ -196,7 +209,9 @@ class Stores:
         except StoreLostError as error:
             await asyncio.to_thread(self._set_aside, store, error)
         except (StoreError, BrokerError) as error:
-            _log.error("store.not_opened", folder=str(store.folder), error=str(error))
+            if str(error) not in self._refused:  # it is tried again and again: the other copy may end
+                self._refused.add(str(error))
+                _log.error("store.not_opened", folder=str(store.folder), error=str(error))
             await asyncio.to_thread(store.close)
         else:
             _log.info("store.opened", store=store.id, folder=str(store.folder))
@@ -280,6 +295,7 @@ class Stores:
             try:
                 await asyncio.to_thread(store.move_to, directory)
                 await asyncio.to_thread(self._name, store)
+                await self._note_opening(store)
                 await self._add(store, is_replicated=True)
             except BaseException:
                 await asyncio.to_thread(store.close)

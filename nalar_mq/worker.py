@@ -226,7 +226,8 @@ class Worker:
         committer = functools.partial(LoopCommitter if self._is_simulated else Committer, clock=self._clock)
         stores = process.stores = Stores(folder, self.name, replicated, on_lost, committer, self._random)
         process.on_close(stores.aclose)
-        await stores.open(process.transport, process.subjects, process.me, kept, adopts=process.settings.adopts_state)
+        adopts, lease_s = process.settings.adopts_state, process.settings.lease_s
+        await stores.open(process.transport, process.subjects, process.me, kept, adopts=adopts, lease_s=lease_s)
         return stores
 
     async def _look_for_free_stores(self, stores: Stores) -> None:

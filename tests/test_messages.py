@@ -56,6 +56,7 @@ from nalar_mq.messages import (
     Seal,
     Seen,
     Settled,
+    StoreOpening,
     Taken,
     Thaw,
     Unseen,
@@ -323,6 +324,7 @@ def _samples() -> dict[str, bytes]:
             [encode_call_record(RECORD)],
         ),
         "place": encode_record(Place(WIRE_VERSION, "w", 2, "b")),
+        "storeopening": encode_record(StoreOpening(WIRE_VERSION, "t", "w", 2, "h", "/f/1", "3.4")),
         "member": encode_record(
             Member(WIRE_VERSION, 2, "n", "worker", 7, {"a": ActorInfo("tool", {"": "(q: str) -> str"})}, True, "f", ("b",))
         ),
@@ -397,6 +399,7 @@ GOLDEN = {
         "6564a36d3a459193cb4012000000000000a973656e7420746f2077a3776879"
     ),
     "place": "95ccca01a17702a162",
+    "storeopening": "98ccdf01a174a17702a168a42f662f31a3332e34",
     "member": (
         "9bccc90102a16ea6776f726b65720781a1619aa4746f6f6c81a0af28713a2073747229202d3e20737472c2a0cb4082c000000000000000"
         "c0c2c2c3a16691a16290"
@@ -410,7 +413,7 @@ def test_the_bytes_of_each_kind_are_pinned(kind: str) -> None:
 
 
 def test_every_kind_has_its_bytes_pinned() -> None:
-    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load, Look, Seen, Pack, Seal]
+    kinds = [*Message.__args__, *Packet.__args__, Place, Member, Lost, Running, Load, Look, Seen, Pack, Seal, StoreOpening]
     assert sorted(GOLDEN) == sorted(kind.__name__.lower() for kind in kinds)
 
 
