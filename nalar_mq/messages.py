@@ -281,6 +281,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=23):
         outcomes: of former calls: id, result, seconds since 1970, whether of a job.
         schema, kinds: of the session, as in its header.
         sums: of the last part: by field how many entries there are, and the xor of their checksums.
+        rows: entries as they stand in that store, each with its checksum, in the order of their keys.
     """
 
     id: bytes
@@ -294,6 +295,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=23):
     schema: int = 0
     kinds: dict[str, str] = {}
     sums: dict[str, tuple[int, int]] = {}
+    rows: list[tuple[bytes, bytes]] = []
 
 
 class Taken(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=24):

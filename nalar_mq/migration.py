@@ -15,8 +15,10 @@
       │── Thaw ───────────────────────────────────────▶│  serves
       │  deletes its copy in pieces; a mark stays, and calls that still come are forwarded
 
-Others are served meanwhile. A piece has about 128 KB, so that neither loop is held by one for long. They are written in the
-background of the target's store (`committer`), several in one transaction; each is durable before it is `Taken`, and what
+Others are served meanwhile. A piece has about 128 KB, so that neither loop is held by one for long. Those before "prepare" have
+rows: entries as they stand in the source's store, each with its checksum, in the order of their keys. The source takes them out
+without looking into them, and the target compares them with their checksums and puts them side by side. Pieces are written in
+the background of the target's store (`committer`), several in one transaction; each is durable before it is `Taken`, and what
 calls commit goes first. The first piece has the version of the agent, so that a target that cannot serve it says so at once.
 
 Only the source changes the directory, and when it does not hear what became of that, it reads until it knows. A copy that is
@@ -86,13 +88,27 @@ from nalar_mq.messages import (
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.state import Arrival
-from nalar_mq.store import HERE, LEAVING, LEFT, STAGED, Change, Commit, Departure, Outcome, Session, Write
+from nalar_mq.store import (
+    CHECKSUM_BYTES,
+    HERE,
+    LEAVING,
+    LEFT,
+    STAGED,
+    Change,
+    Commit,
+    Departure,
+    Outcome,
+    Row,
+    Session,
+    Write,
+    by_field,
+    change_of,
+)
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.transport import KeyValue, Transport
 
 PIECE_BYTES: Final = 128 * 1024
 _MESSAGE_BYTES: Final = 512 * 1024
-_READ_BYTES: Final = 512 * 1024
 _ON_THE_WAY: Final = 16
 _ENTRY_BYTES: Final = 128  # what an entry counts beside its data
 _FEW_BYTES: Final = 64 * 1024  # of changed entries that may wait for the freeze
@@ -415,9 +431,12 @@ class Migrations:
         outcomes = await asyncio.to_thread(store.outcomes, session)
         await self._send(leaving, [], outcomes, session=session)
         while True:
-            changes, after = await asyncio.to_thread(store.piece, session, after, _READ_BYTES)
-            for some in _pieces(changes):
-                await self._send(leaving, some)
+            rows, after = await asyncio.to_thread(store.rows, session, after, PIECE_BYTES)
+            large = [change_of(rows.pop())] if rows and len(rows[-1][1]) > _MESSAGE_BYTES else []
+            if rows:
+                await self._send_piece(leaving, [], rows=rows)
+            if large:
+                await self._send(leaving, large)
             if not after:
                 break
         await self._send(leaving, [], step="prepare", waits=True, session=session)
@@ -472,6 +491,7 @@ class Migrations:
         step: str = "",
         waits: bool = False,
         session: Session | None = None,
+        rows: list[Row] | None = None,
     ) -> None:
         await leaving.room.acquire()
         if leaving.failure is not None:
@@ -479,7 +499,9 @@ class Migrations:
         leaving.number += 1
         taken: asyncio.Future[None] = self._loop.create_future()
         leaving.taken[leaving.number] = taken
+        rows = rows or []
         leaving.size += sum(len(data) for _, _, data in changes if data is not None)
+        leaving.size += sum(len(value) - CHECKSUM_BYTES for _, value in rows)
         header = None if session is None else session.header
         actor, name = leaving.key
         self._tell(
@@ -496,6 +518,7 @@ class Migrations:
                 0 if header is None else header.schema,
                 {} if header is None else header.kinds,
                 {} if session is None else session.sums,
+                rows,
             ),
         )
         if waits:
@@ -568,7 +591,7 @@ class Migrations:
             await self._write(kept, Departure(kept.session, store, standing), in_background=True)
             if kept.session.standing != LEFT:
                 return  # it has come back meanwhile
-            rest, _ = await asyncio.to_thread(kept.committer.store.piece, kept.session, b"", 1)
+            rest, _ = await asyncio.to_thread(kept.committer.store.rows, kept.session, b"", 1)
             if not rest:
                 return
 
@@ -800,9 +823,12 @@ class Migrations:
             field, order, data = piece.changes[0]
             piece.changes[0], coming.begun = (field, order, coming.begun + (data or b"")), b""
         outcomes = [Outcome(*outcome) for outcome in piece.outcomes]
-        write = Commit(session, piece.changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes)
+        changes, rows = piece.changes, piece.rows
+        write = Commit(session, changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes, rows)
         if coming.arrival is not None:
-            coming.arrival.take(piece.changes)
+            for field, entries in by_field(rows):
+                coming.arrival.take_field(field, entries)
+            coming.arrival.take(changes)
         if piece.step == "":
             coming.kept.committer.put(write, self._when_taken(id, coming, piece.number), in_background=True)
             return

@@ -20,7 +20,7 @@ any session, such as a unit test that makes an agent itself, has state that nobo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -32,6 +32,10 @@ from nalar_mq.stores import Kept
 
 _PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
 _SHOWN: Final = 60
+# Of what MessagePack writes with a first byte from 0xC0 on: nil, booleans, floating-point numbers and integers; 0 for the rest.
+_SIZES: Final = (1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9)
+
+_decode_array: Final = msgspec.msgpack.Decoder(list[Any]).decode
 
 Entries = Mapping[str, list[tuple[int, bytes]]]
 """By field the entries of a session, in their order."""
@@ -237,12 +241,41 @@ def pair_from(data: bytes) -> tuple[Any, Any]:
     return values.decode(data[:size]), cell_from(data[size:])
 
 
+def cells_from(entries: Sequence[bytes]) -> list[Any]:
+    """`cell_from` of each; plain values are read all at once."""
+    return _plain_in(entries, 1) or [cell_from(data) for data in entries]
+
+
+def pairs_from(entries: Sequence[bytes]) -> list[tuple[Any, Any]]:
+    """`pair_from` of each; plain keys and values are read all at once."""
+    found = _plain_in(entries, 2)
+    return list(zip(found[::2], found[1::2], strict=True)) if found else [pair_from(data) for data in entries]
+
+
+def _plain_in(entries: Sequence[bytes], parts: int) -> list[Any]:
+    """The values that the entries consist of, each of so many; empty if one of them is not plain."""
+    count = len(entries) * parts
+    if (
+        not count
+        or (parts == 1 and type(cell_from(entries[0])) is Nested)
+        or (parts == 2 and type(pair_from(entries[0])[1]) is Nested)
+    ):
+        return []
+    try:
+        found = _decode_array(b"".join((b"\xdd", count.to_bytes(4, "big"), *entries)))
+    except Exception:  # the attempt at the one that is wrong says what is wrong with it
+        return []
+    return found if _PLAIN.issuperset(map(type, found)) else []
+
+
 def _size_of_first(data: bytes) -> int:
     first = data[0] if data else 0xC1
     if first < 0x80 or first >= 0xE0:
         return 1
     if 0xA0 <= first <= 0xBF:
         return 1 + (first & 0x1F)
+    if 0xC0 <= first <= 0xD3 and (size := _SIZES[first - 0xC0]):
+        return size
     key, _ = msgspec.msgpack.decode(b"\x92" + data, type=tuple[msgspec.Raw, msgspec.Raw])
     return len(bytes(key))
 

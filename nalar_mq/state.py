@@ -40,11 +40,11 @@ from collections.abc import (
     ValuesView,
 )
 from collections.abc import ItemsView as AbstractItemsView
-from typing import Any, Final, Generic, Protocol, Self, SupportsIndex, TypeVar, cast, overload
+from typing import Any, Final, Generic, NamedTuple, Protocol, Self, SupportsIndex, TypeVar, cast, overload
 
 from nalar_mq import values
 from nalar_mq.errors import DirectiveError, StateSchemaError
-from nalar_mq.session_state import Entries, SessionState, bytes_of, cell_from, hold, pair_from, value_of
+from nalar_mq.session_state import Entries, SessionState, bytes_of, cell_from, cells_from, hold, pair_from, pairs_from, value_of
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -59,8 +59,22 @@ _REACH: Final = 16
 _MISSING: Final[Any] = object()
 _NONE: Final[Any] = None
 
-_Follow = Callable[[Iterable[tuple[int, bytes | None]]], None]
+_Follow = Callable[[Sequence[tuple[int, bytes | None]]], None]
 """Has a field take the entries of a session that is on its way: order, and data, which is missing where the entry is gone."""
+
+
+class _New(NamedTuple):
+    """Entries that a field has not had, in their order."""
+
+    orders: Sequence[int]
+    entries: Sequence[bytes]
+
+
+def _new_after(last: int, changes: Sequence[tuple[int, bytes | None]]) -> _New | None:
+    """The changes, if they are nothing but new entries, in their order, after the one at `last`."""
+    orders, entries = [order for order, _ in changes], [data for _, data in changes if data is not None]
+    is_new = len(entries) == len(orders) > 0 and orders[0] > last
+    return _New(orders, entries) if is_new and all(map(operator.lt, orders, orders[1:])) else None
 
 
 class ManagedList(MutableSequence[T]):
@@ -86,7 +100,11 @@ class ManagedList(MutableSequence[T]):
     def _follower(self) -> _Follow:
         return self._take
 
-    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
+    def _take(self, changes: Sequence[tuple[int, bytes | None]]) -> None:
+        if new := _new_after(self._orders[-1] if self._orders else -1, changes):
+            self._cells.extend(cells_from(new.entries))
+            self._orders.extend(new.orders)
+            return
         for order, data in changes:
             if data is not None and (not self._orders or order > self._orders[-1]):
                 self._cells.append(cell_from(data))
@@ -435,8 +453,10 @@ class ManagedDict(MutableMapping[K, V]):
     def _follower(self) -> _Follow:
         return functools.partial(self._take, {slot.order: slot for slot in self._slots.values()})
 
-    def _take(self, by_order: dict[int, _Slot], changes: Iterable[tuple[int, bytes | None]]) -> None:
+    def _take(self, by_order: dict[int, _Slot], changes: Sequence[tuple[int, bytes | None]]) -> None:
         slots, is_in_order = self._slots, True
+        if (new := _new_after(self._next - 1, changes)) and self._take_new(by_order, new):
+            return
         for order, data in changes:
             former = by_order.pop(order, None)
             key, cell = (_MISSING, None) if data is None else pair_from(data)
@@ -453,6 +473,18 @@ class ManagedDict(MutableMapping[K, V]):
             self._next = max(self._next, order + 1)
         if not is_in_order:
             self._put_in_order()
+
+    def _take_new(self, by_order: dict[int, _Slot], new: _New) -> bool:
+        """Takes entries that come after all others, all at once; False if one of the keys is there already."""
+        pairs = pairs_from(new.entries)
+        keys = [key for key, _ in pairs]
+        if len({*keys}) < len(keys) or not self._slots.keys().isdisjoint(keys):
+            return False
+        slots = [_Slot(key, order, cell) for (key, cell), order in zip(pairs, new.orders, strict=True)]
+        self._slots.update(zip(keys, slots, strict=True))
+        by_order.update(zip(new.orders, slots, strict=True))
+        self._next = new.orders[-1] + 1
+        return True
 
     def _put_in_order(self) -> None:
         self._slots = {slot.key: slot for slot in sorted(self._slots.values(), key=lambda slot: slot.order)}
@@ -626,7 +658,7 @@ class ManagedValue(Generic[T]):
     def _follower(self) -> _Follow:
         return self._take
 
-    def _take(self, changes: Iterable[tuple[int, bytes | None]]) -> None:
+    def _take(self, changes: Sequence[tuple[int, bytes | None]]) -> None:
         for _, data in changes:
             self._cell = _MISSING if data is None else cell_from(data)
 
@@ -902,14 +934,18 @@ class Arrival:
         self._parts: dict[str, Any] = {declared.name: declared.made() for declared in _declared_in(cls)}
         self._followers: dict[str, _Follow] = {name: part._follower() for name, part in self._parts.items()}
 
+    def take_field(self, field: str, entries: Sequence[tuple[int, bytes | None]]) -> None:
+        """`take`, for entries of one field: order, and data unless it is gone."""
+        if field in self._followers:
+            self._followers[field](entries)
+
     def take(self, changes: Iterable[tuple[str, int, bytes | None]]) -> None:
         """Has the fields be what they are where they come from, after changes: field, order, and data unless it is gone."""
         by_field: dict[str, list[tuple[int, bytes | None]]] = {}
         for field, order, data in changes:
             by_field.setdefault(field, []).append((order, data))
         for field, some in by_field.items():
-            if field in self._followers:
-                self._followers[field](some)
+            self.take_field(field, some)
 
     def bind(self, instance: object, state: SessionState) -> None:
         """Gives the fields to an instance that has just been made, and goes on taking changes for them."""

@@ -29,6 +29,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import operator
 import os
 import shutil
 import struct
@@ -71,6 +72,7 @@ _LARGEST_MAP: Final = 1 << 40
 _EXPIRED_AT_ONCE: Final = 4  # for each record that is written
 _PIECE: Final = 2_000
 DEPARTED_AT_ONCE: Final = 500
+_ROW_BYTES: Final = 128  # what a row counts beside its data
 _LOCK_FILE: Final = "owner"
 _COMMITS_FILE: Final = "commits"
 _DATA_FILE: Final = "data.mdb"
@@ -82,6 +84,8 @@ _CRC: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
 _RECORD_KEY: Final = struct.Struct(">cQI")
 _COUNTS: Final = struct.Struct(">QQ13s13s")
+CHECKSUM_BYTES: Final = _CRC.size
+_SHORTEST_KEY: Final = 17  # of an entry
 _KINDS: Final = (b"c", b"j")
 
 Entries = dict[str, list[tuple[int, bytes]]]
@@ -89,6 +93,9 @@ Entries = dict[str, list[tuple[int, bytes]]]
 
 Change = tuple[str, int, bytes | None]
 """Field, order and data of one entry; no data where it is gone."""
+
+Row = tuple[bytes, bytes]
+"""One entry as it stands in a store: its key, which begins with the number of its session there; its checksum and its data."""
 
 if TYPE_CHECKING:
     Txn = lmdb.Transaction[bytes]
@@ -194,7 +201,8 @@ class Outcome(NamedTuple):
 class Commit(NamedTuple):
     """What one call has changed, and what it came to; both become durable at once.
 
-    A part of a session that comes from another store is written in the same way, with the outcomes of its former calls.
+    A part of a session that comes from another store is written in the same way, with the outcomes of its former calls, and
+    with rows of that store, which are checked: they come before the changes.
     """
 
     session: Session
@@ -207,6 +215,7 @@ class Commit(NamedTuple):
     standing: str = HERE
     other: str = ""
     records: Sequence[Outcome] = ()
+    rows: Sequence[Row] = ()
 
 
 class Whole(NamedTuple):
@@ -240,6 +249,18 @@ Write = Commit | Removal | Departure
 def key_of(actor: str, session: str) -> bytes:
     """The key of a session; names of actors and sessions contain no NUL."""
     return f"{actor}\0{session}".encode()
+
+
+def change_of(row: Row) -> Change:
+    """What a row says of its session."""
+    key, value = row
+    return key[8:-9].decode(), _U64.unpack(key[-8:])[0], value[4:]
+
+
+def by_field(rows: Iterable[Row]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
+    """The same of many rows that are in the order of their keys: of each field the orders and data."""
+    for field, some in itertools.groupby(rows, _field_of):
+        yield field.decode(errors="replace"), [(int.from_bytes(key[-8:], "big"), value[4:]) for key, value in some]
 
 
 def names_in(key: bytes) -> tuple[str, str]:
@@ -653,33 +674,33 @@ class Store:
                     raise self._session_damaged(key, "what one of its calls came to is missing")
                 last = before[last]
 
-    def _entries(self, txn: Txn, key: bytes, number: int, after: bytes = b"") -> Iterator[tuple[str, int, int, bytes]]:
+    def _entries(self, txn: Txn, key: bytes, number: int) -> Iterator[tuple[str, int, int, bytes]]:
         prefix = _U64.pack(number)
-        for entry_key, value in _with_prefix(txn, self._trees["entries"], prefix, after):
+        for entry_key, value in _with_prefix(txn, self._trees["entries"], prefix):
             crc = zlib.crc32(value[4:], zlib.crc32(entry_key[8:]))
-            if len(value) < 4 or _CRC.unpack_from(value)[0] != crc or len(entry_key) < 17:
+            if len(value) < 4 or _CRC.unpack_from(value)[0] != crc or len(entry_key) < _SHORTEST_KEY:
                 raise self._session_damaged(key, "an entry does not match its checksum")
             yield entry_key[8:-9].decode(), _U64.unpack(entry_key[-8:])[0], crc, value[4:]
 
-    def piece(self, session: Session, after: bytes, limit_bytes: int) -> tuple[list[Change], bytes]:
-        """Entries of a session from the one after the position `after`, at least one, and the position of the last.
+    def rows(self, session: Session, after: bytes, limit_bytes: int) -> tuple[list[Row], bytes]:
+        """Entries of a session as they stand, unchecked, from the one after the key `after`, at least one; and the last key.
 
-        The position is empty when there are no more.
-
-        Raises:
-            StateDamagedError: an entry is not what was written.
+        It is empty when there are no more. What is read takes about `limit_bytes`, and with that what its last row has.
         """
-        header = session.header
-        if header is None:
-            return [], b""
-        found: list[Change] = []
-        size, prefix = 0, _U64.pack(header.number)
-        with self._reading() as txn:
-            for field, order, _, data in self._entries(txn, session.key, header.number, after):
-                found.append((field, order, data))
-                size += len(data) + len(field) + 16
-                if size >= limit_bytes:
-                    return found, prefix + field.encode() + b"\0" + _U64.pack(order)
+        found: list[Row] = []
+        if session.header is None:
+            return found, b""
+        size, prefix = 0, _U64.pack(session.header.number)
+        with self._reading() as txn, txn.cursor(db=self._trees["entries"]) as cursor:
+            if cursor.set_range(after + b"\0" if after else prefix):
+                for row in cursor:
+                    key, value = row
+                    if key[:8] != prefix:
+                        break
+                    found.append(row)
+                    size += len(value) + _ROW_BYTES
+                    if size >= limit_bytes:
+                        return found, key
         return found, b""
 
     def entries(self, session: Session, wanted: Iterable[tuple[str, int]]) -> list[Change]:
@@ -1013,6 +1034,8 @@ class _Batch:
             where = f"session {commit.session.name!r} of {commit.session.actor!r} is in store {draft.other}"
             raise StoreError(f"{where}: nothing is written of it here", str(self._store.folder))
         draft.schema, draft.kinds, draft.standing, draft.other = commit.schema, commit.kinds, commit.standing, commit.other
+        if commit.rows:
+            self._apply_rows(txn, commit, draft)
         self._apply_changes(txn, commit.changes, draft)
         if commit.call:
             outcome = Outcome(commit.call, commit.payload, self._now_s, commit.is_job)
@@ -1034,6 +1057,24 @@ class _Batch:
             if old is not None:
                 count, sum_ = count - 1, sum_ ^ _CRC.unpack_from(old)[0]
             sums[field] = count, sum_
+
+    def _apply_rows(self, txn: Txn, commit: Commit, draft: _Draft) -> None:
+        """Puts rows of another store, now with its own number, at the end of the tree if that is free, else one by one."""
+        prefix, session = draft.prefix, commit.session
+        sums = _sums_of(commit.rows)
+        if sums is None:
+            what = f"session {session.name!r} of {session.actor!r} is damaged where it comes from"
+            raise StoreError(f"{what}: an entry does not match its checksum", str(self._store.folder))
+        rows = [(prefix + key[8:], value) for key, value in commit.rows]
+        with txn.cursor(db=self._trees["entries"]) as cursor:
+            is_free = not cursor.last() or cursor.key() < rows[0][0]
+            if not is_free or not all(map(operator.lt, rows, itertools.islice(rows, 1, None))):
+                self._apply_changes(txn, map(change_of, rows), draft)
+                return
+            cursor.putmulti(rows, append=True)
+        for field, (count, sum_) in sums.items():
+            former = draft.sums.get(field, (0, 0))
+            draft.sums[field] = former[0] + count, former[1] ^ sum_
 
     def _record(self, txn: Txn, draft: _Draft, outcome: Outcome, commit: int, place: int) -> None:
         """One that is there already stays as it is: what was shipped may be applied again."""
@@ -1057,8 +1098,12 @@ class _Batch:
         elif draft.standing not in (departure.standing, LEFT):
             return
         tree = self._trees["entries"]
-        for entry in [entry for entry, _ in itertools.islice(_with_prefix(txn, tree, draft.prefix), DEPARTED_AT_ONCE)]:
-            txn.delete(entry, db=tree)
+        with txn.cursor(db=tree) as cursor:
+            cursor.set_range(draft.prefix)
+            for _ in range(DEPARTED_AT_ONCE):
+                if not cursor.key().startswith(draft.prefix):  # after the last one there is no key
+                    break
+                cursor.delete()
         draft.sums, draft.schema, draft.kinds, draft.standing, draft.other = {}, 0, {}, LEFT, departure.other
 
     def _put_headers(self, txn: Txn) -> None:
@@ -1172,6 +1217,25 @@ def _checked(value: bytes, key: bytes) -> bytes | None:
     return data if value[:4] == _sum(key, data) else None
 
 
+def _sums_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]] | None:
+    """By field how many rows there are, and the xor of their checksums; None if one does not match."""
+    found: dict[bytes, tuple[int, int]] = {}
+    crc32, unpack = zlib.crc32, _CRC.unpack_from
+    for name, some in itertools.groupby(rows, _field_of):
+        count, sum_ = found.get(name, (0, 0))
+        for key, value in some:
+            crc = crc32(value[4:], crc32(key[8:]))
+            if len(value) < 4 or len(key) < _SHORTEST_KEY or unpack(value)[0] != crc:
+                return None
+            count, sum_ = count + 1, sum_ ^ crc
+        found[name] = count, sum_
+    return {name.decode(): sums for name, sums in found.items()}
+
+
+def _field_of(row: Row) -> bytes:
+    return row[0][8:-9]
+
+
 def _put(txn: Txn, tree: Tree, key: bytes, value: Header | Record) -> None:
     data = msgspec.msgpack.encode(value)
     txn.put(key, _sum(key, data) + data, db=tree)
@@ -1192,9 +1256,9 @@ def _digest(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=16).digest()
 
 
-def _with_prefix(txn: Txn, tree: Tree, prefix: bytes, after: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+def _with_prefix(txn: Txn, tree: Tree, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
     with txn.cursor(db=tree) as cursor:
-        if cursor.set_range(after + b"\0" if after else prefix):
+        if cursor.set_range(prefix):
             for key, value in cursor:
                 if not key.startswith(prefix):
                     return

@@ -104,6 +104,7 @@ def _fields(struct: type[Message]) -> st.SearchStrategy[Message]:
         "list[tuple[bytes, bytes, float, bool]]": st.lists(
             st.tuples(st.binary(max_size=8), st.binary(max_size=8), st.floats(allow_nan=False), st.booleans()), max_size=3
         ),
+        "list[tuple[bytes, bytes]]": st.lists(st.tuples(st.binary(max_size=8), st.binary(max_size=8)), max_size=3),
         "Call": st.builds(Call, integers.map(str).map(str.encode), st.text(max_size=8), st.text(max_size=8), st.binary()),
     }
     names = struct.__struct_fields__
@@ -282,6 +283,7 @@ def _samples() -> dict[str, bytes]:
                 4,
                 {"f": "list"},
                 {"f": (1, 2)},
+                [(b"k", b"v")],
             )
         ),
         "taken": encode_message(Taken(ID, 1, "no", "b")),
@@ -357,8 +359,8 @@ GOLDEN = {
     "migrate": "9515c410000102030405060708090a0b0c0d0e0fa161a173a177",
     "migrated": "9516c410000102030405060708090a0b0c0d0e0fa26e6fcb3fe000000000000007",
     "piece": (
-        "9c17c410000102030405060708090a0b0c0d0e0f01a46c617374a161a173a1629293a16602c4016493a16603c09194c40163c40172cb3f"
-        "f8000000000000c30481a166a46c69737481a166920102"
+        "9d17c410000102030405060708090a0b0c0d0e0f01a46c617374a161a173a1629293a16602c4016493a16603c09194c40163c40172cb"
+        "3ff8000000000000c30481a166a46c69737481a1669201029192c4016bc40176"
     ),
     "taken": "9518c410000102030405060708090a0b0c0d0e0f01a26e6fa162",
     "thaw": "9219c410000102030405060708090a0b0c0d0e0f",

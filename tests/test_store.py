@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nalar_mq.committer import Committer
-from nalar_mq.errors import StoreBusyError, StoreForeignError, StoreLostError
-from nalar_mq.store import JOB_RECORD_S, RECORD_S, STAGED, Commit, Removal, Store, examine
+from nalar_mq.errors import StoreBusyError, StoreError, StoreForeignError, StoreLostError
+from nalar_mq.store import HERE, JOB_RECORD_S, LEFT, RECORD_S, STAGED, Commit, Departure, Removal, Row, Store, examine
 
 FIRST = 1 << 63
 
@@ -145,6 +145,72 @@ def test_the_committer_tells_everybody_in_order(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "1", "w-1")
     assert [len(store.load(store.session("notes", f"s{n}"))["items"]) for n in range(10)] == [50] * 10
     store.close()
+
+
+def _rows_of(store: Store, limit_bytes: int) -> list[list[Row]]:
+    """All of a session, in parts."""
+    session, after, parts = store.session("notes", "ann"), b"", []
+    while True:
+        rows, after = store.rows(session, after, limit_bytes)
+        parts.append(rows)
+        if not after:
+            return parts
+
+
+@pytest.mark.parametrize("other", ["none", "before", "after"])
+def test_rows_are_in_another_store_what_they_are_here(store: Store, tmp_path: Path, other: str) -> None:
+    """Whether they can go to its end, or others stand behind them, or some of them are there already."""
+    items = [("items", FIRST + n, b"%d" % n * (n % 50)) for n in range(1_000)]
+    changes = [*items, ("large", FIRST, b"x" * 1_000_000), ("title", FIRST, b"t")]
+    store.write(
+        [Commit(store.session("notes", "bob"), items, b"", b""), Commit(store.session("notes", "ann"), changes, b"", b"")]
+    )
+    parts = _rows_of(store, 5_000)
+    assert len(parts) > 10
+    assert max(sum(len(value) for _, value in rows[:-1]) for rows in parts) < 5_000
+    there = Store.open(tmp_path / "2", "w-2")
+    if other == "before":
+        there.write([Commit(there.session("notes", "bob"), items, b"", b"")])
+    session = there.session("notes", "ann")
+    for number, rows in enumerate(parts):
+        assert there.write([Commit(session, [], b"", b"", standing=STAGED, other="1", rows=rows)]) == [None]
+        if other == "after" and number == 3:
+            there.write([Commit(there.session("notes", "bob"), items, b"", b"")])
+            assert there.write([Commit(session, [], b"", b"", standing=STAGED, other="1", rows=rows)]) == [None]
+    assert there.load(session) == store.load(store.session("notes", "ann"))
+    assert session.sums == store.session("notes", "ann").sums
+    assert list(there.findings()) == []
+    there.close()
+    assert examine(tmp_path / "2") == []
+
+
+@pytest.mark.parametrize("byte", [12, -1, None])
+def test_a_row_that_is_damaged_comes_into_no_store(store: Store, tmp_path: Path, byte: int | None) -> None:
+    store.write([Commit(store.session("notes", "ann"), [("items", FIRST + n, b"%d" % n) for n in range(9)], b"", b"")])
+    ((*rows, (key, value)),) = _rows_of(store, 5_000)
+    damaged = bytearray(key + value)
+    if byte is not None:
+        damaged[byte] ^= 1
+    data = bytes(damaged) if byte is not None else key + value[:2]
+    there = Store.open(tmp_path / "2", "w-2")
+    session = there.session("notes", "ann")
+    (error,) = there.write([Commit(session, [], b"", b"", rows=[*rows, (data[: len(key)], data[len(key) :])])])
+    assert isinstance(error, StoreError) and "damaged where it comes from" in str(error)
+    assert not there.session("notes", "ann").is_kept
+    there.close()
+
+
+def test_what_departs_leaves_the_entries_of_others(store: Store) -> None:
+    items = [("items", FIRST + n, b"%d" % n) for n in range(1_200)]
+    sessions = [store.session("notes", name) for name in ("ann", "bob", "cid")]
+    store.write([Commit(session, items, b"", b"") for session in sessions])
+    for session in sessions[1:]:
+        for left in (True, True, False, False):
+            assert store.write([Departure(session, "2", HERE)]) == [None]
+            assert bool(store.rows(session, b"", 1)[0]) == left
+        assert session.standing == LEFT
+    assert len(store.load(store.session("notes", "ann"))["items"]) == 1_200
+    assert list(store.findings()) == []
 
 
 def test_what_calls_have_changed_does_not_wait_for_the_background(tmp_path: Path) -> None:
