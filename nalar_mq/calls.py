@@ -58,6 +58,7 @@ from nalar_mq.errors import (
     ValueTooLargeError,
     WireError,
     WorkerLostError,
+    nobody_serves,
     path_of,
 )
 from nalar_mq.explanations import Explanations
@@ -735,8 +736,7 @@ class Calls:
             self._grace[actor] = self.loop.call_later(GRACE_S, self._give_up_unrouted, actor)
             return
         for entry in self._pop_unrouted(actor):
-            known = ", ".join(self._table.known_actors()) or "nothing"
-            self._end_with(entry, UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor))
+            self._end_with(entry, UnknownActorError(nobody_serves(actor, self._table.known_actors()), actor=actor))
 
     def on_table_changed(self) -> None:
         """The routing table has changed: calls that found no replica look again."""

@@ -455,6 +455,8 @@ class Endpoint:
         if subscription is None:
             return
         await subscription.unsubscribe()
+        if not self._transport.is_connected:
+            return
         try:
             await self._transport.flush()
         except BrokerError:

@@ -35,6 +35,7 @@ from nalar_mq.errors import (
     DrainError,
     MigrationError,
     UnknownActorError,
+    nobody_serves,
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
@@ -316,8 +317,7 @@ class Client(Caller):
         """
         actor = name.partition(".")[0]
         if not await self.process.wait_for(actor, timeout_s):
-            known = ", ".join(self.process.table.known_actors()) or "nothing"
-            raise UnknownActorError(f"nobody serves {actor!r}; served are: {known}", actor=actor)
+            raise UnknownActorError(nobody_serves(actor, self.process.table.known_actors()), actor=actor)
 
     @_on_its_loop
     async def submit(self, workflow: str, /, *args: Any, job_id: str | None = None, **kwargs: Any) -> JobHandle:

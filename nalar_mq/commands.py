@@ -132,6 +132,18 @@ def load_quietly(app: Path) -> App:
         return load_app(app)
 
 
+def _tell_unshared(app: App, capacities: Mapping[str, float], tell: Show) -> None:
+    """Says which resources actors want of which nobody has said how much there is: then they are not shared out."""
+    wanted: dict[str, list[str]] = {}
+    for name, spec in sorted(app.actors.items()):
+        for resource in spec.directives.resources:
+            wanted.setdefault(resource, []).append(name)
+    for resource, actors in sorted(wanted.items()):
+        if resource not in capacities:
+            hint = f"say how much there is with --resources {resource}=N"
+            tell(f"{resource!r}, which is wanted by {', '.join(actors)}, is not shared out: {hint}")
+
+
 async def interruptible(command: Coroutine[Any, Any, T]) -> T:
     """Carries out a command; SIGINT or SIGTERM unwinds it, a second one ends the process.
 
@@ -177,7 +189,8 @@ async def up(
     running = read_runtime_file(app.parent)
     if running is not None:
         raise ConfigError(_is_up(running, app))
-    load_quietly(app)  # what is wrong with it is said once, and before anything starts
+    loaded = load_quietly(app)  # what is wrong with it is said once, and before anything starts
+    _tell_unshared(loaded, capacities, tell)
     entry = _runtime_entry(app)
     decider = await _decider(policy) if policy is not None else None
     async with AsyncExitStack() as stack:
@@ -234,7 +247,7 @@ async def worker(
         show, tell: take the URL of the broker, and what people want to know.
         state: folder for the managed state of sessions; None for what the environment says.
     """
-    load_quietly(app)
+    _tell_unshared(load_quietly(app), capacities, tell)
     entry = _runtime_entry(app)
     settings = _settings(app.parent, choice, entry, node=check_token(node, "node") if node else "")
     settings = _as_node(settings, app.parent)

@@ -234,10 +234,12 @@ class Draining:
         self._table.drain(process.me)
         self._host.gate = self
         try:
+            if not process.endpoint.is_connected:
+                raise BrokerError("the broker is away: nobody can be told, and what is kept here stays here")
             async with asyncio.timeout(_ANSWER_S):
                 await process.membership.drain()
         except (BrokerError, TimeoutError) as error:
-            _log.warning("worker.drain_not_announced", worker=process.name, error=str(error) or repr(error))
+            _log.warning("worker.drain_not_announced", worker=process.name, error=str(error) or "the broker does not answer")
         self._give_back()
         if door is not None:
             self._door = self._start(door.aclose(grace_s))

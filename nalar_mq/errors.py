@@ -77,6 +77,9 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 
 class NalarError(Exception):
     """Root of everything the runtime raises on its own account."""
@@ -425,11 +428,15 @@ class RemoteError(CallError):
 
     Attributes:
         type_name: `module:qualname` of the exception at the callee.
+        is_of_job: it is how a job has ended, and the message says which.
+        where: of a job, the line of the program that raised it, as `file:line`; empty if that is not known.
     """
 
     def __init__(self, message: str, *, call_id: str = "", actor: str = "", type_name: str = "") -> None:
         super().__init__(message, call_id=call_id, actor=actor)
         self.type_name = type_name
+        self.is_of_job = False
+        self.where = ""
 
 
 class RemoteTraceback(Exception):
@@ -590,3 +597,10 @@ class StateMutatedError(CallError):
 
 class StreamRestartedError(CallError):
     """A stream from which chunks were already taken began again and cannot be continued."""
+
+
+def nobody_serves(actor: str, known: Sequence[str]) -> str:
+    """What to say of a name that nobody serves."""
+    close = get_close_matches(actor, known, n=1)
+    hint = f"did you mean {close[0]!r}? Served" if close else "served"
+    return f"nobody serves {actor!r}; {hint} are: {', '.join(known) or 'nothing'}"

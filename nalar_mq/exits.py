@@ -12,6 +12,7 @@ from nalar_mq.errors import (
     ConfigError,
     NalarError,
     NotConnectedError,
+    RemoteError,
     StoreError,
     WireError,
     WorkerStartError,
@@ -70,14 +71,20 @@ def one_line(error: BaseException) -> str:
 
 def _call_failure(failure: CallFailed) -> str:
     error = failure.error
+    if isinstance(error, RemoteError) and error.is_of_job:
+        return f"nalar: error: {one_line(error)}" + (f"\n       at {error.where}" if error.where else "")
     actor = getattr(error, "actor", "") or failure.name
     text = f"nalar: error: {actor} failed: {type(error).__name__}: {one_line(error)}"
-    if isinstance(error, CallError):
-        return text
+    where = "" if isinstance(error, CallError) else raised_at(error)
+    path = path_of(error)
+    through = f", in {' -> '.join(path)}" if len(path) > 1 else ""
+    return f"{text}\n       at {where}{through}" if where else text
+
+
+def raised_at(error: BaseException) -> str:
+    """The line of a program at which it was raised by a callee, as `file:line`; empty if that is not known."""
     tracebacks = str(error.__cause__ or "").split(_CAUSED)
     raised = next((each for each in tracebacks if each.rstrip().endswith(str(error).rstrip())), tracebacks[-1])
     frames = _FRAME.findall(raised)
     theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
-    path = path_of(error)
-    through = f", in {' -> '.join(path)}" if len(path) > 1 else ""
-    return f"{text}\n       at {theirs[-1][0]}:{theirs[-1][1]}{through}" if theirs else text
+    return f"{theirs[-1][0]}:{theirs[-1][1]}" if theirs else ""

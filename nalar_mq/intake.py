@@ -57,6 +57,7 @@ from nalar_mq.errors import (
     WorkflowChangedError,
 )
 from nalar_mq.event_loop import cancel_all
+from nalar_mq.exits import raised_at
 from nalar_mq.future import Future
 from nalar_mq.history import Memory, root_id
 from nalar_mq.interchange import read_arguments
@@ -606,7 +607,7 @@ def _with(lost: tuple[str, ...], one: str) -> tuple[str, ...]:
 def describe(error: BaseException) -> JobError:
     """An error as it stands in a result."""
     name = error.type_name.rpartition(":")[2] if isinstance(error, RemoteError) and error.type_name else type(error).__name__
-    return JobError(name, plain_text(error))
+    return JobError(name, plain_text(error), raised_at(error))
 
 
 def _is_hopeless(error: BaseException, workflow: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -58,8 +59,11 @@ async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> tuple
 def unserved(client: Client, workflow: str) -> str:
     """What to know of a job of a workflow that nobody serves."""
     table = client.process.table
-    served = ", ".join(name for name in table.known_actors() if (info := table.info(name)) and info.kind == "workflow")
-    return f"nobody serves {workflow!r} now, and the job waits until somebody does; served are: {served or 'no workflows'}"
+    served = [name for name in table.known_actors() if (info := table.info(name)) and info.kind == "workflow"]
+    close = get_close_matches(workflow, served, n=1)
+    hint = f"did you mean {close[0]!r}? Served" if close else "served"
+    known = ", ".join(served) or "no workflows"
+    return f"nobody serves {workflow!r} now, and the job waits until somebody does; {hint} are: {known}"
 
 
 async def submit_lines(

@@ -74,11 +74,12 @@ State = Literal["done", "failed", "cancelled"]
 Phase = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
-class JobError(msgspec.Struct, frozen=True):
-    """Why a job failed: the name of the exception's type and its text."""
+class JobError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a job failed: the name of the exception's type, its text, and the line of the program that raised it, if known."""
 
     type: str
     message: str
+    where: str = ""
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -557,7 +558,9 @@ def value_of(result: JobResult) -> Any:
     if result.state == "cancelled":
         raise CallCancelledError(f"job {result.id!r}: {error.message}", actor=result.workflow, started=True)
     text = f"job {result.id!r} failed: {error.type}: {error.message}"
-    raise RemoteError(text, actor=result.workflow, type_name=error.type)
+    failed = RemoteError(text, actor=result.workflow, type_name=error.type)
+    failed.is_of_job, failed.where = True, error.where
+    raise failed
 
 
 def write_job_value(value: object) -> msgspec.Raw:

@@ -268,7 +268,8 @@ class LeaseThread:
         keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
         await self._stop.wait()
         await cancel_all([keeping])
-        await self._lease.release()
+        if transport.is_connected:  # else it runs out by itself
+            await self._lease.release()
 
     def _tell(self, error: Exception | None) -> None:
         def tell() -> None:

@@ -163,6 +163,28 @@ async def test_one_of_two_nodes_is_stopped(settings: Settings, client: Client, t
             process.wait()
 
 
+async def test_a_node_whose_broker_is_gone_ends_and_says_so(tmp_path: Path) -> None:
+    async with EmbeddedBroker(tmp_path / "broker") as broker:
+        settings = Settings(broker=broker.access, node="here")
+        log = tmp_path / "node.log"
+        with log.open("w") as file:
+            node = subprocess.Popen(
+                command("worker", APP, "--workers", 1, "--state", tmp_path / "state", *broker_options(settings)),
+                stdout=file,
+                stderr=file,
+            )
+        try:
+            await until(lambda: "workers are ready" in log.read_text(), "it does not begin")
+            await broker.aclose()
+            await until(lambda: "jobs.pull_failed" in log.read_text(), "nobody has noticed")
+            node.send_signal(signal.SIGINT)
+            assert await asyncio.to_thread(node.wait, PATIENCE_S) == 0
+            assert "the broker is away: nobody can be told" in log.read_text()
+        finally:
+            node.kill()
+            node.wait()
+
+
 async def test_a_worker_killed_while_it_is_drained(settings: Settings, client: Client, tmp_path: Path) -> None:
     """Its sessions have one owner and all that was acknowledged."""
     async with LocalController(APP, settings, workers=2, log_level="error") as node:
