@@ -45,7 +45,8 @@ _FIGURES = {
     ),
     "control": (
         *("loop_p50_ms", "loop_p99_ms", "collect_p99_ms", "policy_p99_ms"),
-        *("schedule_us", "one_level_schedule_us", "bytes_per_future", "loop_cpu_p50_ms", "schedule_cpu_us"),
+        *("schedule_us", "one_level_schedule_us", "bytes_per_future"),
+        *("loop_cpu_p50_ms", "all_cpu_p50_ms", "others_cpu_mean_ms", "schedule_cpu_us"),
     ),
     "policies": (
         *(f"{policies}_short_{part}_ms" for part in ("p50", "p99") for policies in ("without", "default")),
