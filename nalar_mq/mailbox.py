@@ -192,7 +192,7 @@ class _Numbers:
 
     def __init__(self) -> None:
         self.highest = 0
-        self._bits = 0
+        self._bits = _ALL_NUMBERS  # there are none below 1
 
     def add(self, number: int) -> bool:
         """Notes a number; False if it was there already."""
