@@ -22,13 +22,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nalar_mq.address import Address
 from nalar_mq.columns import (
@@ -42,24 +39,20 @@ from nalar_mq.columns import (
     SPENT,
     TALLIES,
     Report,
-    Serves,
     decode_report,
 )
 from nalar_mq.errors import ForgedReportError, FutureReportError, LateReportError, MissedReportError, WireError
 
-from .batches import Batch, Told, check_states, highest_of, refuse
-from .slots import Reach, Stretches
-from .spending import Accounts, Spending
+from .batches import Told, check_states, refuse
+from .processes import CODES, Fold, Process, Slots, are_distinct
+from .spending import Spending
 from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Words, rows_of
 
 FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
 _AT_ONCE_BYTES: Final = 1 << 20  # reports that are folded together: more of them would only take memory
 _MEMORY: Final = 1000  # calls of a kind that its mean times remember
-_CODES: Final = 512  # buckets of waiting, then those of work
 _UNKNOWN_COUNT: Final = 0xFFFF_FFFF  # more than any count but itself: the next one begins anew
 _UNKNOWN_ENDED: Final = 1 << 40
-
-_Numbers = npt.NDArray[Any]
 
 
 class Incoming(NamedTuple):
@@ -68,129 +61,6 @@ class Incoming(NamedTuple):
     sender: str
     data: bytes
     at: float
-
-
-class Process:
-    """One incarnation of a process that reports. Its own numbers for everything are slots of its stretches."""
-
-    def __init__(self, place: int, report: Report, ahead_s: float, slots: _Slots) -> None:
-        self.place = place
-        self.name = report.name
-        self.incarnation = report.incarnation
-        self.node = report.node
-        self.number = 0
-        self.heard_at = 0.0
-        self.ahead_s = ahead_s
-        self.is_stale = report.number != 1
-        self.is_draining = False
-        self.pieces: list[Report] = []
-        self.former: Ints | None = None
-        self.rows = slots.futures.add(64)
-        self.kinds = slots.kinds.add(4)
-        self.sessions = slots.sessions.add(64)
-        self.jobs = slots.jobs.add(8)
-        self.kind_count = 0
-        self.accounts = Accounts()
-        self.held: set[tuple[int, int]] = set()
-        self.serves: dict[str, Serves] = {}
-        self.able: frozenset[str] | None = None
-        self.queues: dict[str, tuple[int, int]] = {}
-        self.resources: dict[str, tuple[float, float]] = {}
-
-    @property
-    def address(self) -> Address:
-        """Which incarnation of which process it is."""
-        return Address(self.name, self.incarnation)
-
-    def could_serve(self, agent: str) -> bool:
-        """True if its app has the agent, as far as it has told."""
-        return self.able is None or agent in self.able
-
-
-class _Slots:
-    """What the slots of all processes stand for; -1 for nothing.
-
-    Attributes:
-        futures: the row of each.
-        sessions: the number of each, and what the process has said that it has cost.
-        jobs: the number of each.
-        kinds: the number of each; and of which kind the process has counted what, the last time.
-    """
-
-    def __init__(self) -> None:
-        number = (np.int32, -1, ())
-        self.futures = Stretches({"number": number})
-        self.sessions = Stretches({"number": number})
-        self.jobs = Stretches({"number": number})
-        self.kinds = Stretches(
-            {
-                "number": number,
-                "counted": number,
-                "ended": (np.int64, 0, ()),
-                "waited_s": (np.float64, 0.0, ()),
-                "ran_s": (np.float64, 0.0, ()),
-                "buckets": (np.uint32, 0, (_CODES,)),
-            }
-        )
-
-
-class _Fold:
-    """Reports of different processes on their way: what to do when all have been found good, and what to take back if not."""
-
-    def __init__(self, slots: _Slots, taken: Sequence[tuple[Process, Report]]) -> None:
-        self._slots = slots
-        self.processes = [process for process, _ in taken]
-        self.batch = Batch([report for _, report in taken])
-        self.undo = ExitStack()
-        self.effects: list[Callable[[], None]] = []
-
-    def reach(self, what: str) -> tuple[Stretches, Reach]:
-        """Columns of slots, and where those of the processes are."""
-        table: Stretches = getattr(self._slots, what)
-        name = "rows" if what == "futures" else what
-        return table, table.reach([getattr(process, name) for process in self.processes])
-
-    def looked_up(self, what: str, counts: Longs, slots: Longs) -> tuple[Longs, Ints]:
-        """Places of slots that are in use, and what they stand for."""
-        table, reach = self.reach(what)
-        places = reach.places(counts, slots)
-        if places is None:
-            refuse(True, f"one of the {what} that was never named")
-        assert places is not None
-        found: Ints = table["number"][places]
-        refuse(len(found) and int(found.min()) < 0, f"one of the {what} that has no name")
-        return places, found
-
-    def take(self, what: str, counts: Longs, slots: Longs) -> tuple[Longs, _Numbers]:
-        """Places of slots that are free, and the column to write into."""
-        table: Stretches = getattr(self._slots, what)
-        name = "rows" if what == "futures" else what
-        for number, highest in highest_of(slots, counts):
-            table.widen(getattr(self.processes[number], name), highest + 1)
-        _, reach = self.reach(what)
-        places = reach.places(counts, slots)
-        assert places is not None
-        column = table["number"]
-        refuse((column[places] >= 0).any() or not _are_distinct(column, places), f"one of the {what} in a slot that has one")
-        self.undo.callback(column.__setitem__, places, -1)
-        return places, column
-
-    def leave(self, what: str, counts: Longs, slots: Longs) -> Ints:
-        """Frees slots; what they stood for."""
-        places, found = self.looked_up(what, counts, slots)
-        column = getattr(self._slots, what)["number"]
-        refuse(not _are_distinct(column, places), f"one of the {what} that ends twice")
-        self.undo.callback(column.__setitem__, places, found)
-        column[places] = -1
-        return found
-
-    def then(self, effect: Callable[..., None], *args: Any) -> None:
-        """Does it when all reports have been found good."""
-        self.effects.append(partial(effect, *args))
-
-    def each(self, counts: Longs, values: Sequence[float]) -> Floats:
-        """A value of each process, for each of its rows."""
-        return np.repeat(np.array(values, np.float64), counts)
 
 
 class Reported:
@@ -221,7 +91,7 @@ class Reported:
         self.tenants: list[str] = [""]
         self.spending = Spending()
         self.refused: Counter[str] = Counter()
-        self._slots = _Slots()
+        self._slots = Slots()
         self._processes: dict[str, Process] = {}
         self._places: list[Process | None] = []
         self._kind_numbers: dict[tuple[str, str], int] = {}
@@ -229,7 +99,7 @@ class Reported:
         self._tenant_numbers: dict[str, int] = {"": 0}
         self._counted: Floats = np.zeros(0)
         self._ahead_s: Floats = np.zeros(0)
-        self._histogram = np.zeros((0, _CODES), np.int64)
+        self._histogram = np.zeros((0, CODES), np.int64)
         self._last_kind = np.full(self.sessions.room, -1, np.int32)
         self._came: list[Ints] = []
         self._went: list[Ints] = []
@@ -389,7 +259,7 @@ class Reported:
         """
         if not taken:
             return
-        fold = _Fold(self._slots, taken)
+        fold = Fold(self._slots, taken)
         with fold.undo:
             self._take_names(fold)
             self._take_futures(fold)
@@ -402,7 +272,7 @@ class Reported:
         for process, report in taken:
             self._take_facts(process, report)
 
-    def _take_names(self, fold: _Fold) -> None:
+    def _take_names(self, fold: Fold) -> None:
         for process, report in zip(fold.processes, fold.batch.reports, strict=True):
             before = report.kinds_before
             refuse(before > process.kind_count or (report.kinds and before < process.kind_count), "kinds")
@@ -462,13 +332,13 @@ class Reported:
             self.kind_agent = np.append(self.kind_agent, np.int32(self._agent(kind[0])))
             self.service_s, self.wait_s = np.append(self.service_s, 0.0), np.append(self.wait_s, 0.0)
             self._counted, self._ahead_s = np.append(self._counted, 0.0), np.append(self._ahead_s, 0.0)
-            self._histogram = np.concatenate((self._histogram, np.zeros((1, _CODES), np.int64)))
+            self._histogram = np.concatenate((self._histogram, np.zeros((1, CODES), np.int64)))
         return number
 
     def _agent(self, name: str) -> int:
         return self._agents.setdefault(name, len(self._agents))
 
-    def _take_futures(self, fold: _Fold) -> None:
+    def _take_futures(self, fold: Fold) -> None:
         self._take_begun(fold)
         told = fold.batch.told("changed", CHANGED)
         if told is not None:
@@ -489,7 +359,7 @@ class Reported:
         begins = (states == RUNNING) & (futures.began[rows] == 0.0)
         futures.began[rows[begins]] = at[begins]
 
-    def _take_begun(self, fold: _Fold) -> None:
+    def _take_begun(self, fold: Fold) -> None:
         begun = fold.batch.begun()
         if begun is None:
             return
@@ -518,7 +388,7 @@ class Reported:
         fold.then(self._begin, rows, is_new, numbers, states, times, told)
         fold.then(self._connect, rows, is_new, parents, told.places("dep_counts"), deps)
 
-    def _jobs_of(self, fold: _Fold, told: Told) -> Ints:
+    def _jobs_of(self, fold: Fold, told: Told) -> Ints:
         slots = told.places("jobs")
         has_job = slots != NO_JOB
         jobs = np.full(len(slots), -1, np.int32)
@@ -572,7 +442,7 @@ class Reported:
             waiters = np.repeat(rows, dep_counts)[wanted]
             self._edges.add(waiters, futures.birth[waiters], deps[wanted, 0], deps[wanted, 1])
 
-    def _take_held(self, fold: _Fold) -> None:
+    def _take_held(self, fold: Fold) -> None:
         for table, act in (("held", self._hold), ("let_go", self._let_go)):
             told = fold.batch.told(table, HELD)
             if told is None:
@@ -598,7 +468,7 @@ class Reported:
                 del self._held[key]
                 self._held.update((key, other.name) for other in self._processes.values() if key in other.held)
 
-    def _take_ended(self, fold: _Fold) -> None:
+    def _take_ended(self, fold: Fold) -> None:
         told = fold.batch.told("ended", ENDED)
         if told is not None:
             rows = fold.leave("futures", told.counts, told.places("slots"))
@@ -616,12 +486,12 @@ class Reported:
         self.sessions.close(sessions)
         self.jobs.close(jobs[jobs >= 0])
 
-    def _take_counts(self, fold: _Fold) -> None:
+    def _take_counts(self, fold: Fold) -> None:
         """What has been counted."""
         told = fold.batch.told("tallies", TALLIES)
         if told is not None:
             places, kinds = fold.looked_up("kinds", told.counts, told.places("kinds"))
-            refuse(not _are_distinct(self._slots.kinds["counted"], places), "a kind that is counted twice")
+            refuse(not are_distinct(self._slots.kinds["counted"], places), "a kind that is counted twice")
             sums = tuple(told.times(name) for name in ("ended", "waited_s", "ran_s"))
             refuse(not all(np.isfinite(each).all() for each in sums), "sums that are none")
             fold.then(self._count, places, kinds, *sums)
@@ -661,7 +531,7 @@ class Reported:
         full = seen[self._histogram[seen].sum(axis=1) > 40 * _MEMORY]
         self._histogram[full] //= 2
 
-    def _take_spent(self, fold: _Fold) -> None:
+    def _take_spent(self, fold: Fold) -> None:
         for process, report in zip(fold.processes, fold.batch.reports, strict=True):
             if report.spent.columns:
                 columns = zip(SPENT.values(), report.spent.columns, strict=False)
@@ -721,13 +591,3 @@ class Reported:
     def silent(self, since_s: float) -> list[Address]:
         """Processes of which nothing that was admitted has been heard since then."""
         return [process.address for process in self._processes.values() if process.heard_at < since_s]
-
-
-def _are_distinct(column: _Numbers, places: Longs) -> bool:
-    """True if no place is named twice; the column is as before."""
-    marks = np.arange(len(places), dtype=np.int32)
-    former = column[places]
-    column[places] = marks
-    distinct = bool((column[places] == marks).all())
-    column[places] = former
-    return distinct
