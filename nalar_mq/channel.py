@@ -283,6 +283,43 @@ class Endpoint:
         linger_s: how long a message that may linger waits for others to travel with.
     """
 
+    # Of an object with more than 30 attributes Python finds each method, and each attribute, anew.
+    __slots__ = (
+        "_ack_delay_s",
+        "_ack_messages",
+        "_ack_timer",
+        "_awaiting",
+        "_box",
+        "_channels",
+        "_dirty",
+        "_flushing",
+        "_gone_at_s",
+        "_is_closed",
+        "_is_deaf",
+        "_limit_bytes",
+        "_linger_s",
+        "_linger_timer",
+        "_lingering",
+        "_loop",
+        "_lost",
+        "_on_lost",
+        "_on_messages",
+        "_owing",
+        "_read",
+        "_resend_after_s",
+        "_resend_limit_s",
+        "_resend_timer",
+        "_settled",
+        "_subjects",
+        "_subscription",
+        "_transport",
+        "_was_late",
+        "_was_settled",
+        "_window_calls",
+        "me",
+        "stats",
+    )
+
     def __init__(
         self,
         transport: Transport,

@@ -19,6 +19,7 @@ from nalar_mq import host as host_module
 from nalar_mq.address import Address
 from nalar_mq.app import load_app
 from nalar_mq.call_context import CallOptions
+from nalar_mq.calls import Calls
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.future import BlockingLoopError
@@ -127,7 +128,8 @@ async def test_what_is_kept_of_sessions_without_a_name_does_not_grow(runtime: Ru
         await client.call("Keeper.add", 1)
     await _until(lambda: runtime.worker.running == 0)
     calls = client.process.calls
-    kept = {name: len(held) for name, held in vars(calls).items() if isinstance(held, dict | list | set)}
+    attributes = {name: getattr(calls, name) for name in Calls.__slots__}
+    kept = {name: len(held) for name, held in attributes.items() if isinstance(held, dict | list | set)}
     kept["_wheel"] = sum(map(len, calls._wheel.values()))
     assert max(kept.values()) < 5, kept
 

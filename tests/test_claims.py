@@ -22,6 +22,7 @@ from nalar_mq.app import load_app
 from nalar_mq.claims import Claim, read_claim, write_claim
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.host import Host
 from nalar_mq.local_store import LocalStore
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.nats_transport import NatsTransport
@@ -301,17 +302,15 @@ async def test_beyond_the_limit_is_an_error_that_says_what_to_do(runtime: Runtim
     assert len(await within(client.call("make", SIZE))) == SIZE
 
 
-async def test_a_claim_that_makes_no_sense_fails_its_future_only(runtime: Runtime) -> None:
-    worker = await runtime.worker("only")
+async def test_a_claim_that_makes_no_sense_fails_its_future_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    await runtime.worker("only")
     client = await runtime.client()
-    host = worker._host
-    assert host is not None
 
-    async def nonsense(execution: object, data: bytes) -> bytes:
+    async def nonsense(host: Host, execution: object, data: bytes) -> bytes:
         return claims.MARK + b"\x93\x01"
 
-    host._fitting = lambda execution, payload, is_wanted: payload  # type: ignore[method-assign]
-    host._claim_for = nonsense  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(Host, "_fitting", lambda host, execution, payload, is_wanted: payload)
+    monkeypatch.setattr(Host, "_claim_for", nonsense)
     with pytest.raises(errors.MalformedMessageError):
         await within(client.call("make", SIZE))
     assert await within(client.call("make", 2)) == b"\0\0"
