@@ -34,7 +34,7 @@ from nalar_mq.directives import Directives, Kind
 from nalar_mq.errors import AddressError, ArgumentError, DirectiveError
 from nalar_mq.future import Future
 from nalar_mq.schema import Step, steps_of, version_of
-from nalar_mq.state import declare, kind_name
+from nalar_mq.state import declare, descriptions_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -178,7 +178,6 @@ class ActorSpec:
         directives: validated, with defaults.
         methods: by name; a tool or workflow has the one method "".
         managed: it has managed state.
-        managed_kinds: by field `list`, `dict` or `value`.
         upgrades: what brings kept state of former versions to the next one.
         state_version: of its managed state.
         is_kept: its managed state is in the store of its worker, and survives it.
@@ -206,7 +205,7 @@ class ActorSpec:
         self.kind: Kind = kind
         self.target = target
         fields = declare(target, directives.managed) if kind == "agent" and isinstance(target, type) else {}
-        self.managed_kinds = {field: kind_name(part) for field, part in fields.items()}
+        self._fields = tuple(fields)
         self.managed = bool(fields)
         self.upgrades: dict[int, Step] = steps_of(target) if fields and isinstance(target, type) else {}
         self.state_version = version_of(self.upgrades)
@@ -218,6 +217,11 @@ class ActorSpec:
         self.transparent = transparent
         self.doc = (inspect.getdoc(target) or "").partition("\n")[0]
         self.version = self.directives.version
+
+    @functools.cached_property
+    def managed_kinds(self) -> dict[str, str]:
+        """What its managed fields hold, by name: `list[int]`. Not before its module has been run."""
+        return descriptions_of(self.target, self._fields) if isinstance(self.target, type) else {}
 
     def check_complete(self) -> None:
         """To be called when the target's module has been run: what the directives name must be there.

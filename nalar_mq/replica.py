@@ -15,7 +15,7 @@ from nalar_mq.logs import logger
 from nalar_mq.mailbox import Mailbox
 from nalar_mq.schema import upgraded
 from nalar_mq.session_state import Entries, SessionState
-from nalar_mq.state import Arrival, bind, state_of
+from nalar_mq.state import Arrival, bind, field_fits, state_of
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import settle, unsettle
 
@@ -143,8 +143,9 @@ class Replica:
         """Raises `StateSchemaError` if what was kept are other fields than the class has now."""
         header = kept.session.header
         for name, kind in header.kinds.items() if header is not None else ():
-            now = self.spec.managed_kinds.get(name)
-            if now != kind and header is not None and header.sums.get(name, (0, 0))[0]:
+            now, target = self.spec.managed_kinds.get(name), self.spec.target
+            is_same = now == kind or (isinstance(target, type) and field_fits(target, name, kind))
+            if not is_same and header is not None and header.sums.get(name, (0, 0))[0]:
                 is_what = f"is a {now} now" if now else "is not there any more"
                 raise StateSchemaError(
                     f"{self.spec.name}[{key}] was kept with a {kind} {name!r}, which {is_what}: bring the field back, or say "

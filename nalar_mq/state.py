@@ -44,6 +44,7 @@ from typing import Any, Final, Generic, NamedTuple, Protocol, Self, SupportsInde
 
 from nalar_mq import values
 from nalar_mq.errors import DirectiveError, StateSchemaError
+from nalar_mq.field_types import classes_in, describe, fits, kind_in
 from nalar_mq.session_state import Entries, SessionState, bytes_of, cell_from, cells_from, hold, pair_from, pairs_from, value_of
 
 T = TypeVar("T")
@@ -720,10 +721,20 @@ def _fill(part: ManagedDict[Any, Any], items: Mapping[Any, Any]) -> None:
 class _Declared:
     """Gives an instance the field of its session; on the class, the field says that it has none."""
 
-    def __init__(self, name: str, kind: type[Any], default: Any) -> None:
+    def __init__(self, name: str, kind: type[Any], default: Any, annotation: Any, base: type) -> None:
         self.name = name
         self._kind = kind
         self._default = default
+        self._annotation = annotation
+        self._base = base
+
+    def description(self) -> str:
+        """What it holds, as it is kept: `list[int]`. Not before the module of its class has been run."""
+        return describe(kind_name(self._kind), self._annotation, self._base.__module__, self._base)
+
+    def fits(self, kept: str) -> bool:
+        """True unless what a field of that description has kept cannot be in this one."""
+        return fits(kept, self.description(), classes_in(self._annotation, self._base.__module__, self._base))
 
     def made(self) -> Managed:
         """The field of a session that has not begun."""
@@ -771,7 +782,7 @@ def declare(cls: type, plain: Iterable[str] = ()) -> dict[str, type[Any]]:
             fields[name] = kind
             default = vars(base).get(name)
             if not isinstance(default, _Declared):
-                setattr(base, name, _Declared(name, kind, _default_of(cls, name, kind, default)))
+                setattr(base, name, _Declared(name, kind, _default_of(cls, name, kind, default), annotation, base))
     for name in plain:
         fields[name] = _declare_plain(cls, name)
     if fields and not cls.__dictoffset__:
@@ -781,7 +792,7 @@ def declare(cls: type, plain: Iterable[str] = ()) -> dict[str, type[Any]]:
 
 def _declare_plain(cls: type, name: str) -> type[Any]:
     for base in cls.__mro__:
-        annotation = vars(base).get("__annotations__", {}).get(name)
+        annotation = written = vars(base).get("__annotations__", {}).get(name)
         if annotation is None:
             continue
         if isinstance(annotation, str):
@@ -794,12 +805,24 @@ def _declare_plain(cls: type, name: str) -> type[Any]:
         if default and not isinstance(default, _Declared):
             raise DirectiveError(f"class {cls.__qualname__}: field {name!r} begins empty in every session: remove its content")
         if not isinstance(default, _Declared):
-            setattr(base, name, _Declared(name, kind, None))
+            setattr(base, name, _Declared(name, kind, None, written, base))
         return kind
     raise DirectiveError(
         f"class {cls.__qualname__}: 'managed' names {name!r}, which is not annotated as list or dict in the body of the class: "
         f"write `{name}: list[...]` there"
     )
+
+
+def descriptions_of(cls: type, fields: Iterable[str]) -> dict[str, str]:
+    """What these managed fields of an agent's class hold, by name: `list[int]`. Not before its module has been run."""
+    declared = {one.name: one for one in _declared_in(cls)}
+    return {field: declared[field].description() for field in fields}
+
+
+def field_fits(cls: type, name: str, kept: str) -> bool:
+    """True unless what a field of that description has kept cannot be in the one that the class has now."""
+    declared = {one.name: one for one in _declared_in(cls)}.get(name)
+    return declared is not None and declared.fits(kept)
 
 
 def kind_name(kind: type[Any]) -> str:
@@ -882,7 +905,8 @@ def _parts_of(instance: object) -> Mapping[str, Any]:
 def plain_from(kinds: Mapping[str, str], entries: Entries) -> dict[str, Any]:
     """Fields of a session as plain lists, dicts and values; a value that was never set is left out."""
     plain: dict[str, Any] = {}
-    for field, kind in kinds.items():
+    for field, description in kinds.items():
+        kind = kind_in(description)
         some = entries.get(field, [])
         if kind == "list":
             plain[field] = [value_of(cell_from(data)) for _, data in some]

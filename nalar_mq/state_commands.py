@@ -16,6 +16,7 @@ import msgspec
 
 from nalar_mq.commands import BrokerChoice
 from nalar_mq.errors import ConfigError, StateDamagedError, StoreCopiedError, StoreError, UnknownClassError
+from nalar_mq.field_types import kind_in
 from nalar_mq.job_commands import client_of
 from nalar_mq.openings import Openings
 from nalar_mq.session_state import cell_from, pair_from, value_of
@@ -364,7 +365,7 @@ def _plain(kinds: Mapping[str, str], entries: Entries) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for field in dict.fromkeys((*kinds, *entries)):
         data = [data for _, data in entries.get(field, [])]
-        kind = kinds.get(field, "list")
+        kind = kind_in(kinds.get(field, "list"))
         if kind == "dict":
             plain[field] = dict(_pair(one) for one in data)
         elif kind == "list":

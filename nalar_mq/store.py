@@ -113,7 +113,7 @@ class Header(msgspec.Struct, array_like=True, frozen=True):
         sums: by field how many entries it has and the xor of their checksums.
         used_s: when its last change was committed, in seconds since 1970.
         schema: version of the agent's state.
-        kinds: what each field is: `list`, `dict` or `value`.
+        kinds: what each field holds: `list[int]`, `dict` and so on (`field_types`).
         standing: one of `HERE`, `STAGED`, `LEAVING` and `LEFT`; only what is here is served.
         other: the store that it comes from or goes to, if it is not just here.
         last: the keys of its last records: of a call, and of a call of a job.

@@ -86,6 +86,36 @@ class Broken:
         return len(self.notes)
 
 
+@agent(name="Notebook")
+class Numbered:
+    notes: ManagedList[int]
+    title: ManagedValue[str] = ManagedValue("untitled")
+
+    @method
+    async def note(self, text: str) -> int:
+        self.notes.append(len(text))
+        return len(self.notes)
+
+
+@agent(name="Notebook")
+class Measured(Numbered):
+    notes: ManagedList[int]
+
+    @upgrade(1)
+    @staticmethod
+    def measured(state: dict[str, Any]) -> dict[str, Any]:
+        return state | {"notes": [len(text) for text in state["notes"]]}
+
+    @method
+    async def all(self) -> list[int]:
+        return list(self.notes)
+
+
+@agent(name="Notebook")
+class Wider(First):
+    notes: ManagedList[str | None]
+
+
 class Runtime:
     def __init__(self, namespace: str, state: Path) -> None:
         self.hub = MemoryHub(seed=1)
@@ -132,9 +162,25 @@ async def test_state_of_a_later_version_is_refused_and_stays(runtime: Runtime) -
 
 async def test_a_field_that_is_gone_is_not_forgotten_silently(runtime: Runtime) -> None:
     await runtime.call(First, "note", "a")
-    with pytest.raises(StateSchemaError, match=r"was kept with a list 'notes', which is not there any more: .*@upgrade\(1\)"):
+    with pytest.raises(
+        StateSchemaError, match=r"was kept with a list\[str\] 'notes', which is not there any more: .*@upgrade\(1\)"
+    ):
         await runtime.call(Forgetful, "note", "b")
     assert await runtime.call(First, "note", "b") == 2
+
+
+async def test_what_is_of_another_type_now_is_not_read_as_if_it_were_of_that(runtime: Runtime) -> None:
+    """`Numbered` would go on with a list of texts and numbers, and not know it."""
+    await runtime.call(First, "note", "abc")
+    with pytest.raises(
+        StateSchemaError, match=r"was kept with a list\[str\] 'notes', which is a list\[int\] now: .*@upgrade\(1\)"
+    ):
+        await runtime.call(Numbered, "note", "b")
+    assert await runtime.call(Wider, "note", "b") == 2
+    with pytest.raises(StateSchemaError, match=r"was kept with a list\[None \| str\] 'notes'"):
+        await runtime.call(First, "note", "c")
+    assert await runtime.call(Measured, "all") == [3, 1]
+    assert await runtime.call(Measured, "note", "") == 3
 
 
 async def test_an_upgrade_that_fails_leaves_the_session_as_it_was(runtime: Runtime) -> None:
