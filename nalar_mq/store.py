@@ -325,6 +325,7 @@ class Store:
         self._limit_bytes = limit_bytes
         self._token = os.urandom(16)
         self._guard = _Guard()
+        self._writing_once = threading.Lock()
         self._commits_file = -1
         self._trees: dict[str, Tree] = {}
         self._counts = _Counts(0, 1, b"", b"")
@@ -862,6 +863,12 @@ class Store:
 
     def _write_once(self, apply: Callable[[Txn], object]) -> None:
         """One transaction; the map grows as often as it takes."""
+        with self._writing_once:
+            if self._lock < 0:
+                raise StoreError(f"{self.folder} has been closed", str(self.folder))
+            self._write_while_open(apply)
+
+    def _write_while_open(self, apply: Callable[[Txn], object]) -> None:
         while True:
             try:
                 with self._env.begin(write=True) as txn:
@@ -924,14 +931,15 @@ class Store:
 
     def close(self) -> None:
         """Gives the store to whoever wants it; idempotent."""
-        if self._lock < 0:
-            return
-        with self._guard.alone():
-            self._env.close()
-        if self._commits_file >= 0:
-            os.close(self._commits_file)
-        os.close(self._lock)
-        self._lock = -1
+        with self._writing_once:  # what opens it may have been cancelled, and writes yet, in a thread
+            if self._lock < 0:
+                return
+            with self._guard.alone():
+                self._env.close()
+            if self._commits_file >= 0:
+                os.close(self._commits_file)
+            os.close(self._lock)
+            self._lock = -1
 
 
 class _Counts(NamedTuple):

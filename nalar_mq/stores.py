@@ -213,6 +213,9 @@ class Stores:
                 self._refused.add(str(error))
                 _log.error("store.not_opened", folder=str(store.folder), error=str(error))
             await asyncio.to_thread(store.close)
+        except BaseException:  # this worker ends: others may have it
+            store.close()
+            raise
         else:
             _log.info("store.opened", store=store.id, folder=str(store.folder))
 
