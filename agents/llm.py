@@ -229,11 +229,11 @@ class _Line:
         """A client for the engine that took the place of the one that failed; raises again if it is still the same."""
         if self._client is failed:
             access = await self._engine.ensure()
-            if access == self._access:
-                raise
-            await failed.aclose()
-            if self._client is failed:
+            if self._client is failed:  # else another call has come here first
+                if access == self._access:
+                    raise
                 self._client = None
+                await failed.aclose()
         return await self._dial()
 
 

@@ -411,8 +411,11 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
     ACTORS   what a process serves; analyst(3+1): 3 calls queued, 1 running
     CALLS    calls that it has run to their end
     FUTURES  calls that it has made and that have not ended
+
+    The embedded model server, if one runs on this machine, is told of, too.
     """
     from nalar_mq import commands
+    from nalar_mq.engines import local_engine_state
 
     if waiting:
         _show_questions(options, _choice(broker), app, json)
@@ -420,11 +423,15 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
     file = commands.app_file(app) if app else None
     settings, seen = _run(options, commands.processes(_choice(broker), app=file))
     rows = [_process_row(process) for process in seen]
+    engine = local_engine_state()
     if json:
         urls = list(settings.broker.urls)
-        _show_json({"broker": urls, "namespace": settings.namespace, "members": rows})
+        told = {"engine": engine} if engine is not None else {}
+        _show_json({"broker": urls, "namespace": settings.namespace, "members": rows, **told})
         return
     _tell(f"broker {settings.broker.urls[0]}, namespace {settings.namespace}, {len(rows)} processes")
+    if engine is not None:
+        _tell(f"engine of this machine: {engine.describe()}")
     columns = ("name", "role", "node", "pid", "state", "ended", "futures")
     table = [[*("?" if row[column] is None else str(row[column]) for column in columns), _actors_of(row)] for row in rows]
     _show_table(["NAME", "ROLE", "NODE", "PID", "STATE", "CALLS", "FUTURES", "ACTORS"], table)

