@@ -7,6 +7,7 @@ stand in a subject and be matched by the broker's permissions. `NS` is the names
                             publishes to `NS.box.*.<me>`; two permissions at the broker hold it to its own name.
 
     NS.job.<workflow>       a durable call of a workflow, from any client; held by the queue `NS-jobs` until it has ended
+    NS.job.<workflow>.<tenant>    the same on behalf of a tenant, from who may publish there
     NS.result.<job>         how the job ended, as JSON; kept in the ledger `NS-results` for a time
     NS.dead.<job>           a job that cannot or did not succeed, as it was published, with the cause in its headers; kept in
                             the ledger `NS-dead` until somebody retries or drops it; `seq-<number>` where the id is no token
@@ -204,9 +205,9 @@ class Subjects:
         """Where process `to` is told the priorities of its sessions."""
         return f"{self.namespace}.ranks.{to}"
 
-    def job(self, workflow: str) -> str:
-        """Where jobs of a workflow are published; `*` for all of them."""
-        return f"{self.namespace}.job.{workflow}"
+    def job(self, workflow: str, tenant: str = "") -> str:
+        """Where jobs of a workflow are published on behalf of a tenant, or of nobody; `*` for all of them, `>` for both."""
+        return f"{self.namespace}.job.{workflow}" + (f".{tenant}" if tenant else "")
 
     def result(self, job: str) -> str:
         """Where the result of a job is published; `*` for all of them."""

@@ -635,6 +635,7 @@ _wait_option = click.option("--wait", is_flag=True, help="Wait for the end and p
 @click.option("--json", metavar="JSON", help="All arguments, as one JSON object or array.")
 @click.option("--file", type=click.File("r", encoding="utf-8"), help="A job of every line of JSON in this file; - is stdin.")
 @click.option("--id", metavar="ID", default="", help="Id of the job; with --file the ids are ID-<number of the line>.")
+@click.option("--tenant", default="", metavar="NAME", help="On whose behalf; all calls of the job bear it.")
 @_wait_option
 @click.option("--progress", is_flag=True, help="With --file: show on stderr how many are accepted and done.")
 @_trust_option
@@ -649,6 +650,7 @@ def submit(
     json: str | None,
     file: TextIO | None,
     id: str,
+    tenant: str,
     wait: bool,
     progress: bool,
     app: Path | None,
@@ -663,7 +665,7 @@ def submit(
 
     choice = _choice(broker)
     if file is None:
-        wish = job_commands.JobWish(workflow=workflow, words=arguments, json_text=json, id=id)
+        wish = job_commands.JobWish(workflow=workflow, words=arguments, json_text=json, id=id, tenant=tenant)
         made, remark = _run(options, job_commands.submit(choice, app, wish))
         if remark:
             _tell(remark)
@@ -683,6 +685,7 @@ def submit(
             workflow,
             file,
             prefix=id,
+            tenant=tenant,
             wait=wait,
             take=_show,
             take_result=_show_line,
@@ -1420,7 +1423,8 @@ def doctor(options: _Options, /, json: bool, app: Path | None, **broker: str | N
     "--role", type=click.Choice(["worker", "client", "controller", "visitor"]), default="worker", help="[default: worker]"
 )
 @click.option("--namespace", metavar="NAME", help="First word of all subjects.  [default: nalar]")
-def permissions(names: tuple[str, ...], role: str, namespace: str | None) -> None:
+@click.option("--tenant", default="", metavar="NAME", help="Of a visitor: on whose behalf its jobs run, and no others.")
+def permissions(names: tuple[str, ...], role: str, namespace: str | None, tenant: str) -> None:
     """Print what processes may do at a broker of yours, as a block for their user in its configuration.
 
     NAME is that of a process: the workers of `nalar worker --node N` are N-1, N-2 and so on, the name of a client begins with
@@ -1431,8 +1435,10 @@ def permissions(names: tuple[str, ...], role: str, namespace: str | None) -> Non
     from nalar_mq.config import find_namespace
     from nalar_mq.permissions import Role, as_configuration, permissions_of
 
+    if tenant and role != "visitor":
+        raise ConfigError("--tenant is for visitors: other processes say themselves on whose behalf they call")
     subjects = Subjects(find_namespace(namespace))
-    click.echo(as_configuration(permissions_of(subjects, name, Role(role)) for name in names), nl=False)
+    click.echo(as_configuration(permissions_of(subjects, name, Role(role), tenant) for name in names), nl=False)
 
 
 @cli.command()

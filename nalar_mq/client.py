@@ -81,7 +81,7 @@ def connect(
         settings: everything at once, in place of `url`.
         app: the app's folder, manifest or file; the working directory if None.
         name: how others see this client, after `client-` if it does not begin so; a fresh name if None.
-        tenant: on whose behalf it calls, for rules and limits; a token.
+        tenant: on whose behalf it calls and submits jobs, for rules and limits; a token.
         connect, random, clock: as for `Process`.
 
     Raises:
@@ -124,7 +124,7 @@ class Caller:
             priority: higher runs earlier.
             timeout_s: seconds until the deadline; None for no deadline; what the actor's directives say if left out.
             retries: how often a call may be sent again after its worker was lost.
-            tenant: on whose behalf the calls are made, in place of the client's; what they call inherits it.
+            tenant: on whose behalf calls and jobs are made, in place of the client's; what they call inherits it.
         """
         if session is not None:
             check_token(session, "session")
@@ -152,6 +152,29 @@ class Caller:
     def stream(self, name: str, /, *args: Any, **kwargs: Any) -> Stream[Any]:
         """Calls a generator and gives its pieces as they come, with `async for`, or with `for` in a plain program."""
         return self.call(name, *args, **kwargs).stream()
+
+    def submit(self, workflow: str, /, *args: Any, job_id: str | None = None, **kwargs: Any) -> Coroutine[Any, Any, JobHandle]:
+        """Makes a durable call of a workflow; when it returns, the broker has it, and no loss of a process undoes that.
+
+        A job whose worker is lost runs again from its start. Arguments travel as JSON: objects arrive as what the
+        workflow's annotations say. Of the options only the tenant counts: a job has a session and a deadline of its own, and
+        all calls of the job are made on behalf of that tenant, also when another worker goes on with it.
+
+        Args:
+            workflow: its name; it need not be served yet.
+            args: by position; together with `kwargs` only if the workflow is served, so that their names are known.
+            job_id: a token; submitting it again is the same job. A fresh one if None.
+            kwargs: by name.
+
+        Raises:
+            AddressError: `workflow` or `job_id` is no token.
+            ArgumentError: positional and named arguments cannot be put together, or whoever serves it does not take them.
+            UnknownActorError: what is served under that name is no workflow.
+            BrokerFeatureError: the broker is known to acknowledge what it has not synced to disk, and not trusted.
+            BrokerError: it may have been accepted or not; to submit it again under the same `job_id` is safe.
+        """
+        self._client.check_awaited("submit")
+        return self._client.submit_job(workflow, args, kwargs, job_id=job_id or "", tenant=self._options.tenant)
 
 
 def _on_its_loop(
@@ -319,30 +342,15 @@ class Client(Caller):
         if not await self.process.wait_for(actor, timeout_s):
             raise UnknownActorError(nobody_serves(actor, self.process.table.known_actors()), actor=actor)
 
-    @_on_its_loop
-    async def submit(self, workflow: str, /, *args: Any, job_id: str | None = None, **kwargs: Any) -> JobHandle:
-        """Makes a durable call of a workflow; when it returns, the broker has it, and no loss of a process undoes that.
-
-        A job whose worker is lost runs again from its start. Arguments travel as JSON: objects arrive as what the
-        workflow's annotations say.
-
-        Args:
-            workflow: its name; it need not be served yet.
-            args: by position; together with `kwargs` only if the workflow is served, so that their names are known.
-            job_id: a token; submitting it again is the same job. A fresh one if None.
-            kwargs: by name.
-
-        Raises:
-            AddressError: `workflow` or `job_id` is no token.
-            ArgumentError: positional and named arguments cannot be put together, or whoever serves it does not take them.
-            UnknownActorError: what is served under that name is no workflow.
-            BrokerFeatureError: the broker is known to acknowledge what it has not synced to disk, and not trusted.
-            BrokerError: it may have been accepted or not; to submit it again under the same `job_id` is safe.
-        """
+    async def submit_job(
+        self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, job_id: str, tenant: str | None
+    ) -> JobHandle:
+        """As `submit`, on behalf of a tenant, or of the client's if that is None."""
         jobs = await self.jobs(to_submit=True)
         self._check_job(workflow, args, kwargs)
         named = kwargs if not args else self._by_name(workflow, args, kwargs) if kwargs else None
-        id = await jobs.submit(workflow, write_value(list(args) if named is None else named), job_id or "")
+        payload = write_value(list(args) if named is None else named)
+        id = await jobs.submit(workflow, payload, job_id, self._tenant if tenant is None else tenant)
         return JobHandle(jobs, id)
 
     def _check_job(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

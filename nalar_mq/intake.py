@@ -204,7 +204,8 @@ class Intake:
         self.jobs = await Jobs.open(self._transport, self._subjects)
         self._calls.on_parked = self._on_call_parked
         self._subscription = await self._transport.subscribe(self._subjects.cancel("*"), self._on_cancel)
-        self._pullers = [self._loop.create_task(self._pull(spec)) for spec in self._workflows]
+        subjects = [(spec, self._subjects.job(spec.name, tenant)) for spec in self._workflows for tenant in ("", "*")]
+        self._pullers = [self._loop.create_task(self._pull(spec, subject)) for spec, subject in subjects]
         self._upkeep = [self._loop.create_task(work) for work in (self._keep_in_hand(), self._sweep())]
 
     @property
@@ -233,8 +234,7 @@ class Intake:
 
     # Pulling.
 
-    async def _pull(self, spec: ActorSpec) -> None:
-        subject = self._subjects.job(spec.name)
+    async def _pull(self, spec: ActorSpec, subject: str) -> None:
         limit = min(spec.concurrency, self._options.at_once)
         while True:
             room = limit - self._in_hand[spec.name]
@@ -251,7 +251,14 @@ class Intake:
                 await asyncio.sleep(_RETRY_S)
                 continue
             for message in messages:
-                self._take(spec, message)
+                if self._in_hand[spec.name] < limit:
+                    self._take(spec, message)
+                else:  # the room has gone to those of the other subject meanwhile
+                    await self._put_back(message)
+
+    async def _put_back(self, message: QueueMessage) -> None:
+        with contextlib.suppress(BrokerError):
+            await message.nak(0.0)
 
     def _take(self, spec: ActorSpec, message: QueueMessage) -> None:
         self._in_hand[spec.name] += 1
@@ -411,8 +418,8 @@ class Intake:
     async def _run(self, job: _Job) -> None:
         name = job.spec.name
         begun_s = self._loop.time()
-        context = CallContext(self._calls, job=job.id)
         try:
+            context = CallContext(self._calls, job=job.id, tenant=self.jobs.tenant_of(job.message.subject, job.message.headers))
             arguments = read_arguments(job.message.data)
             options = CallOptions(retries=0, root=await self._root(job))
             job.future = self._calls.call(context, name, "", tuple(arguments.args), arguments.kwargs, options)
@@ -580,7 +587,8 @@ class Intake:
 
     def _long_unserved(self, subjects: Mapping[str, int]) -> list[str]:
         now_s = self._loop.time()
-        unserved = {subject for subject in subjects if not self._table.replicas(self.jobs.workflow_of(subject))}
+        alone = {subject for subject in subjects if not self._table.replicas(self.jobs.workflow_of(subject))}
+        unserved = set(map(self.jobs.kind_of, alone))
         self._unserved_since = {subject: self._unserved_since.get(subject, now_s) for subject in unserved}
         return [subject for subject, since_s in self._unserved_since.items() if now_s - since_s >= self._options.unserved_s]
 

@@ -39,6 +39,7 @@ class JobWish(msgspec.Struct, frozen=True, kw_only=True):
     words: tuple[str, ...] = ()
     json_text: str | None = None
     id: str = ""
+    tenant: str = ""
 
 
 async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> tuple[str, str]:
@@ -52,7 +53,8 @@ async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> tuple
         info = client.process.table.info(wish.workflow)
         parameters = parameters_of(info.methods.get("", "") if info is not None else "")
         args, kwargs = parse_arguments(wish.words, wish.json_text, parameters)
-        handle = await client.submit(wish.workflow, *args, job_id=wish.id or None, **kwargs)
+        whose = client.options(tenant=wish.tenant)
+        handle = await whose.submit(wish.workflow, *args, job_id=wish.id or None, **kwargs)
         return handle.id, "" if info is not None else unserved(client, wish.workflow)
 
 
@@ -73,6 +75,7 @@ async def submit_lines(
     lines: Iterable[str],
     *,
     prefix: str,
+    tenant: str,
     wait: bool,
     take: Callable[[str], None],
     take_result: Callable[[JobResult], None],
@@ -85,6 +88,7 @@ async def submit_lines(
         lines: JSON; empty lines are left out.
         prefix: the ids become `<prefix>-<number of the line>`, so that submitting the lines again adds nothing; if empty,
             they are fresh.
+        tenant: on whose behalf the jobs run; empty for nobody's.
         wait: hand over the results, in the order of the lines.
         take: gets the id of each job once the broker has it.
         take_result: gets each result.
@@ -94,7 +98,7 @@ async def submit_lines(
         jobs = await client.jobs(to_submit=True)
         ids: deque[str] = deque()
         accepted = ended = 0
-        async for id in _in_order(_submissions(jobs, workflow, lines, prefix)):
+        async for id in _in_order(_submissions(jobs, workflow, lines, prefix, tenant)):
             accepted += 1
             on_progress(accepted, 0)
             if wait:
@@ -189,7 +193,9 @@ async def _chosen(jobs: Jobs, keys: tuple[str, ...]) -> list[DeadLetter]:
     return [letter for _, letter in found if letter is not None]
 
 
-def _submissions(jobs: Jobs, workflow: str, lines: Iterable[str], prefix: str) -> Iterator[Coroutine[Any, Any, str]]:
+def _submissions(
+    jobs: Jobs, workflow: str, lines: Iterable[str], prefix: str, tenant: str
+) -> Iterator[Coroutine[Any, Any, str]]:
     if prefix:
         check_token(prefix, "--id")
     for number, line in enumerate(lines, start=1):
@@ -199,7 +205,7 @@ def _submissions(jobs: Jobs, workflow: str, lines: Iterable[str], prefix: str) -
             value = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"line {number} is not JSON: {error}") from None
-        yield jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "")
+        yield jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "", tenant)
 
 
 async def questions(choice: BrokerChoice, app: Path | None) -> list[Question]:

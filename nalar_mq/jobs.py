@@ -8,6 +8,11 @@
 A job's id is its header `Nats-Msg-Id`, else `job-<sequence in the queue>`. One id is one job for as long as its result is
 kept, however often it is published.
 
+On whose behalf a job runs is said by its subject, `NS.job.<workflow>.<tenant>`, since who may publish there is up to the
+broker's permissions; on `NS.job.<workflow>` it is nobody's. The header `Nalar-Tenant` repeats it: what JetStream itself
+publishes when somebody asks it to, with its own right to publish anywhere, bears none. A job of which the two differ goes to
+the dead letters, as nobody's.
+
 What ends a job is one message on `NS.result.<id>`, appended on condition that there is none: of a result, a failure and a
 cancellation that race, the first one counts and the others are dropped. Only after that does the message leave the queue.
 So at every moment an accepted job lies in the queue, in the results or in both, and whoever finds it in both just takes it
@@ -31,12 +36,13 @@ import asyncio
 import contextlib
 import hashlib
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from nalar_mq.address import Address, Subjects, check_token, random_token
+from nalar_mq.address import Address, Subjects, check_token, is_token, random_token
 from nalar_mq.errors import (
     AddressError,
     BrokerAuthError,
@@ -60,6 +66,7 @@ T = TypeVar("T")
 
 MESSAGE_ID: Final = "Nats-Msg-Id"
 JOB_ID: Final = "Nalar-Job-Id"
+TENANT: Final = "Nalar-Tenant"
 RESULTS_KEPT_S: Final = 7 * 24 * 3600.0
 _OF_THE_QUEUE: Final = re.compile(r"job-[0-9]+")
 _HEADER_ROOM: Final = 4096
@@ -189,7 +196,7 @@ class Jobs:
         A job whose worker is not alive, as far as `is_alive` knows, waits for another one.
         """
         queue, results, dead, running = await asyncio.gather(
-            transport.work_queue(subjects.jobs_queue, [subjects.job("*")]),
+            transport.work_queue(subjects.jobs_queue, [subjects.job("*"), subjects.job("*", "*")]),
             transport.ledger(subjects.results_ledger, [subjects.result("*")], max_age_s=results_kept_s, per_subject=1),
             transport.ledger(subjects.dead_ledger, [subjects.dead("*")], per_subject=1),
             transport.ledger(subjects.running_ledger, [subjects.running("*")], per_subject=1),
@@ -198,18 +205,19 @@ class Jobs:
 
     # Publishing.
 
-    async def submit(self, workflow: str, payload: bytes, job_id: str = "") -> str:
-        """Makes a job of a payload as `interchange` describes it; returns its id once the broker has it.
+    async def submit(self, workflow: str, payload: bytes, job_id: str = "", tenant: str = "") -> str:
+        """Makes a job of a payload as `interchange` describes it, on behalf of a tenant; returns its id once the broker has it.
 
         An id that is known already adds nothing. After an error the job may be there all the same; to submit it again
         under the same id is safe.
 
         Raises:
-            AddressError: workflow or id are no tokens.
+            AddressError: workflow, id or tenant are no tokens.
         """
         check_token(workflow, "workflow")
         id = job_id_of({MESSAGE_ID: job_id}, 0) if job_id else random_token("j")
-        await self.queue.publish(self._subjects.job(workflow), payload, message_id=id)
+        headers = {TENANT: check_token(tenant, "tenant")} if tenant else None
+        await self.queue.publish(self._subjects.job(workflow, tenant), payload, message_id=id, headers=headers)
         return id
 
     # How it ends.
@@ -402,11 +410,11 @@ class Jobs:
 
     async def is_queued(self, sequence: int) -> bool:
         """True while the message of that number is in the queue, in somebody's hands or not."""
-        found = await self.queue.read(self._subjects.job("*"), after=sequence - 1, limit=1)
+        found = await self.queue.read(self._subjects.job(">"), after=sequence - 1, limit=1)
         return bool(found) and found[0].sequence == sequence
 
     async def _find_queued(self, id: str) -> Kept | None:
-        async for message in _pages(self.queue.read, self._subjects.job("*")):
+        async for message in _pages(self.queue.read, self._subjects.job(">")):
             if job_id_of(message.headers, message.sequence) == id:
                 return message
         return None
@@ -420,20 +428,50 @@ class Jobs:
             ended.append(read_result(kept.data))
             if len(ended) > 2 * limit:
                 del ended[:-limit]
-        queued = {self.workflow_of(subject): count for subject, count in sorted(counts.items())}
-        return Overview(queued, running, ended[-limit:] if limit else [])
+        queued = Counter[str]()
+        for subject, count in sorted(counts.items()):
+            queued[self.workflow_of(subject)] += count
+        return Overview(dict(queued), running, ended[-limit:] if limit else [])
 
     def workflow_of(self, subject: str) -> str:
         """The workflow in a subject of jobs."""
-        return subject.rpartition(".")[2]
+        return self._words_of(subject)[0]
+
+    def kind_of(self, subject: str) -> str:
+        """The pattern of all subjects on which there are jobs of the same workflow, of some tenant or of none."""
+        workflow, tenant = self._words_of(subject)
+        return self._subjects.job(workflow, "*" if tenant else "")
+
+    def tenant_of(self, subject: str, headers: Mapping[str, str]) -> str:
+        """On whose behalf a job runs; empty for nobody's.
+
+        Raises:
+            MalformedMessageError: what subject and header say differs, or is no tenant.
+        """
+        tenant, repeated = self._words_of(subject)[1], headers.get(TENANT, "")
+        if tenant != repeated:
+            said = f"{subject!r} with the header {TENANT}: {repeated}" if repeated else f"{subject!r} without {TENANT}"
+            raise MalformedMessageError(f"whose job it is says its subject, and the header {TENANT} the same: not {said}")
+        if tenant and not is_token(tenant):
+            raise MalformedMessageError(f"{tenant!r} is no tenant: letters, digits, - and _ make one")
+        return tenant
+
+    def _words_of(self, subject: str) -> tuple[str, str]:
+        workflow, _, tenant = subject.removeprefix(self._subjects.job("")).partition(".")
+        return workflow, tenant
 
     # Dead letters.
 
     async def bury(self, message: QueueMessage, id: str, error: BaseException) -> None:
         """Keeps what was published, with the cause; once more if it lies there already."""
+        workflow, subject = self.workflow_of(message.subject), message.subject
+        try:
+            self.tenant_of(subject, message.headers)
+        except MalformedMessageError:
+            subject = self._subjects.job(workflow)  # tried again, it is nobody's
         headers = {
-            "Nalar-Workflow": self.workflow_of(message.subject),
-            "Nalar-Subject": message.subject,
+            "Nalar-Workflow": workflow,
+            "Nalar-Subject": subject,
             "Nalar-Cause": _cause(error),
         }
         if id:
@@ -465,7 +503,9 @@ class Jobs:
             raise ValueTooLargeError(f"dead letter {letter.key!r} was too large to be kept whole, so it cannot be retried")
         if letter.job:
             await self.forget_result(letter.job)
-        headers = {JOB_ID: letter.job} if letter.job else None
+        headers = {JOB_ID: letter.job} if letter.job else {}
+        if tenant := self._words_of(letter.subject)[1]:
+            headers[TENANT] = tenant
         await self.queue.publish(letter.subject, letter.data, headers=headers)
         await self.drop(letter)
         return letter.job

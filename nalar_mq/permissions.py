@@ -9,6 +9,9 @@ publish anywhere, or keep what others send each other. So the streams are laid o
     controller   reads all reports, publishes what holds and what is to be done
     visitor      any other NATS client: publishes jobs, calls and answers, reads results and decisions; it is no process
 
+On whose behalf a call or job is made, processes say themselves; a visitor's jobs are nobody's, or, where whoever runs the
+broker has given it a tenant, that tenant's (`jobs`).
+
 Of what processes share, each of them may write all: where sessions live, who has been declared lost, the state of jobs. The
 journal of a process is written by others only when they take its jobs over. What a process is granted there lets it disturb
 the others, and never lets it speak in their name.
@@ -46,16 +49,21 @@ class Permissions(NamedTuple):
     subscribe: tuple[str, ...]
 
 
-def permissions_of(subjects: Subjects, name: str, role: Role) -> Permissions:
+def permissions_of(subjects: Subjects, name: str, role: Role, tenant: str = "") -> Permissions:
     """The permissions of process `name`; those of a visitor are the same for every name.
 
+    Args:
+        subjects: of the namespace.
+        name, role: of the process.
+        tenant: of a visitor, whose jobs are this tenant's then, and nobody else's; empty for one whose jobs are nobody's.
+
     Raises:
-        AddressError: it is no name for a process of that role.
+        AddressError: it is no name for a process of that role, or no tenant.
     """
     check_token(name, "process name")
     match role:
         case Role.VISITOR:
-            return _of_visitors(subjects)
+            return _of_visitors(subjects, check_token(tenant, "tenant") if tenant else "")
         case Role.CLIENT if not is_client_name(name):
             raise AddressError(f"{name!r} is no name of a client: those begin with {CLIENT_PREFIX!r}")
         case Role.CLIENT:
@@ -124,6 +132,7 @@ def _of_clients(subjects: Subjects) -> Permissions:
         *_sharing_objects(subjects.results_bucket),
         *_reading(subjects.jobs_queue),
         subjects.job("*"),
+        subjects.job("*", "*"),
         *_sharing(subjects.results_ledger, subjects.result("*")),
         *_sharing(subjects.dead_ledger, subjects.dead("*")),
         *_reading(subjects.running_ledger),
@@ -164,9 +173,9 @@ def _of_controllers(subjects: Subjects) -> Permissions:
     return Permissions(publish, (subjects.overview,))
 
 
-def _of_visitors(subjects: Subjects) -> Permissions:
+def _of_visitors(subjects: Subjects, tenant: str) -> Permissions:
     publish = (
-        subjects.job("*"),
+        subjects.job("*", tenant),
         subjects.call(">"),
         subjects.answer("*"),
         subjects.overview,

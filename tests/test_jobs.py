@@ -347,6 +347,90 @@ async def test_a_draining_worker_finishes_its_jobs(bench: Bench) -> None:
 
 
 @pytest.mark.timeout(300)
+async def test_a_job_bears_the_tenant_that_its_subject_names(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    await client.wait_for("on_behalf")
+    acme = await client.options(tenant="acme").submit("on_behalf")
+    nobodys = await client.submit("on_behalf")
+    assert await acme.result(timeout=PATIENCE_S) == ["acme", "acme"]
+    assert await nobodys.result(timeout=PATIENCE_S) == ["", ""]
+    tenant = await bench.stack.enter_async_context(connect(settings=bench.settings, connect=bench.connect, tenant="beta"))
+    await tenant.wait_for("on_behalf")
+    assert await (await tenant.submit("on_behalf")).result(timeout=PATIENCE_S) == ["beta", "beta"]
+    assert await (await tenant.options(tenant="").submit("on_behalf")).result(timeout=PATIENCE_S) == ["", ""]
+    with pytest.raises(errors.AddressError):
+        client.options(tenant="a.b")
+    await bench.emptied()
+
+
+@pytest.mark.parametrize(
+    ("workflow", "headers"),
+    [("on_behalf", {"Nalar_Tenant": "acme"}), ("on_behalf.acme", {}), ("on_behalf.acme", {"Nalar_Tenant": "beta"})],
+)
+async def test_a_job_whose_subject_and_header_differ_runs_for_nobody(
+    bench: Bench, workflow: str, headers: dict[str, str]
+) -> None:
+    """A header can be written by everybody, and what the broker is made to publish by itself has none."""
+    await bench.worker("one")
+    jobs = await bench.jobs()
+    await bench.publish(workflow, b"[]", Nats_Msg_Id="wrong", **headers)
+    result = await bench.result("wrong")
+    assert result.state == "failed" and result.error and result.error.type == "MalformedMessageError"
+    await bench.emptied()
+    assert not bench.actors.RUNS
+    (letter,) = [letter async for letter in jobs.dead_letters()]
+    await jobs.retry(letter)
+    assert (await bench.result("wrong")).value == ["", ""], "what is tried again has no tenant that nobody has vouched for"
+
+
+async def test_a_dead_letter_that_is_tried_again_keeps_its_tenant(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    await jobs.submit("on_behalf", b'["too", "many"]', "dead", "acme")
+    await bench.worker("one")
+    assert (await bench.result("dead")).state == "failed"
+    await bench.emptied()
+    (letter,) = [letter async for letter in jobs.dead_letters()]
+    await jobs.retry(msgspec.structs.replace(letter, data=b"[]"))
+    assert (await bench.result("dead")).value == ["acme", "acme"]
+
+
+async def test_jobs_of_tenants_that_nobody_serves_go_to_the_dead_letters(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    for tenant in ("acme", "beta", ""):
+        await jobs.submit("unknown", b"[]", f"of-{tenant}", tenant)
+    assert (await jobs.overview()).queued == {"unknown": 3}
+    assert (await jobs.status("of-acme")).workflow == "unknown"
+    await bench.worker("one")
+    for tenant in ("acme", "beta", ""):
+        assert (await bench.result(f"of-{tenant}")).state == "failed"
+    await bench.emptied()
+
+
+async def test_those_with_and_without_a_tenant_share_the_room_there_is(bench: Bench) -> None:
+    client = await bench.client()
+    jobs = [
+        await client.options(tenant=tenant).submit("gated", f"room-{number}-{tenant}")
+        for number in range(8)
+        for tenant in ("acme", "beta", "")
+    ]
+    worker = await bench.worker("one")
+    intake = worker._intake
+    assert intake is not None
+    most = 0
+    async with asyncio.timeout(PATIENCE_S):
+        while intake.in_hand < 3:
+            await asyncio.sleep(0.01)
+    for _ in range(20):
+        most = max(most, intake.in_hand)
+        await asyncio.sleep(0.02)
+    bench.actors.GATES["room"].set()
+    for job in jobs:
+        await job.result(timeout=PATIENCE_S)
+        most = max(most, intake.in_hand)
+    assert most == 3
+
+
 async def test_thousands_of_jobs_at_once_are_taken_in_as_there_is_room(bench: Bench) -> None:
     count = 300 if bench.foreign.url.startswith("memory") else 2000
     worker = await bench.worker("one")

@@ -17,7 +17,7 @@ from nalar_mq.broker import find_nats_server
 from nalar_mq.cli import run_command
 from nalar_mq.client import connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import AddressError, BrokerAuthError
+from nalar_mq.errors import AddressError, BrokerAuthError, UnknownJobError
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Bye, Member, decode_member, encode_packet, encode_record
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.permissions import Role, as_configuration, permissions_of
@@ -34,7 +34,9 @@ USERS = {
     "client-a": Role.CLIENT,
     "client-b": Role.CLIENT,
     "other": Role.VISITOR,
+    "of-acme": Role.VISITOR,
 }
+TENANTS = {"of-acme": "acme"}
 
 
 async def eventually(condition: Callable[[], bool | Awaitable[bool]], otherwise: str) -> None:
@@ -51,7 +53,10 @@ def configuration(folder: Path) -> str:
     def user(name: str, permissions: str) -> str:
         return f"{{ user: {json.dumps(name)}, password: secret, {permissions} }}\n"
 
-    users = [user(name, as_configuration([permissions_of(SUBJECTS, name, role)])) for name, role in USERS.items()]
+    users = [
+        user(name, as_configuration([permissions_of(SUBJECTS, name, role, TENANTS.get(name, ""))]))
+        for name, role in USERS.items()
+    ]
     return (
         f'listen: "127.0.0.1:-1"\nports_file_dir: {json.dumps(str(folder))}\n'
         f"jetstream {{ store_dir: {json.dumps(str(folder))} }}\n"
@@ -125,6 +130,38 @@ async def test_a_runtime_works_within_its_permissions(url: str) -> None:
             assert (await visitor.jetstream().get_last_msg("nalar-decisions", "nalar.decided")).data == b"{}"
         finally:
             await visitor.close()
+
+
+async def test_on_whose_behalf_a_visitor_publishes_jobs_is_up_to_who_runs_the_broker(url: str) -> None:
+    async with (
+        Worker(load_app(APP), settings(url, "one"), name="one"),
+        connect(settings=settings(url, "client-a"), name="client-a") as client,
+        await NatsTransport.connect(access(url, "of-acme"), name="of-acme") as acme,
+        await NatsTransport.connect(access(url, "other"), name="other") as other,
+    ):
+        await client.wait_for("on_behalf")
+        header = {"Nalar-Tenant": "acme"}
+        for visitor, subject, id in (
+            (other, "on_behalf.acme", "forged"),
+            (acme, "on_behalf", "no"),
+            (acme, "on_behalf.b", "b"),
+        ):
+            visitor.publish(f"nalar.job.{subject}", b"[]", headers={**header, "Nats-Msg-Id": id})
+            await visitor.flush()
+        # The broker answers with its own right to publish: what it is made to say there is no job of that tenant.
+        other.publish("$JS.API.INFO", b"", reply="nalar.job.on_behalf.acme")
+        await other.flush()
+        jobs = await client.jobs()
+
+        async def is_refused() -> bool:
+            return any(["without Nalar-Tenant" in letter.cause async for letter in jobs.dead_letters()])
+
+        await eventually(is_refused, "it ran, or never came")
+        acme.publish("nalar.job.on_behalf.acme", b"[]", headers={**header, "Nats-Msg-Id": "right"})
+        assert await (await client.job("right")).result(timeout=PATIENCE_S) == ["acme", "acme"]
+        for id in ("forged", "no", "b"):
+            with pytest.raises(UnknownJobError):
+                await jobs.status(id)
 
 
 async def test_nobody_publishes_in_the_name_of_another(url: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -213,8 +215,9 @@ async def until(condition: Callable[[], object], what: str) -> None:
 class Site:
     """Two workers, a client, and a controller that minds budgets."""
 
-    def __init__(self, folder: Path, client: Client, controller: GlobalController, mind: Mind) -> None:
+    def __init__(self, folder: Path, node: LocalController, client: Client, controller: GlobalController, mind: Mind) -> None:
         self.folder = folder
+        self.node = node
         self.client = client
         self.controller = controller
         self.mind = mind
@@ -258,7 +261,7 @@ async def running(access: BrokerAccess, namespace: str, folder: Path) -> AsyncIt
             await node.ready()
             await client.wait_for("buy")
             await until(lambda: controller.is_leader and len(controller.view.workers) == 2, "nobody has reported")
-            yield Site(folder, client, controller, mind)
+            yield Site(folder, node, client, controller, mind)
     finally:
         await transport.aclose()
 
@@ -319,3 +322,27 @@ async def test_a_tenant_over_its_budget_begins_nothing_more_and_others_do(site: 
     assert "poor-2" not in site.bought
     site.mind.limits = BudgetLimits()
     assert await held == "poor-2"
+
+
+async def test_a_job_of_a_tenant_counts_for_it_and_is_limited_with_it(site: Site) -> None:
+    site.mind.limits = BudgetLimits({"poor": 100.0})
+    poor, rich = (site.client.options(tenant=tenant) for tenant in ("poor", "rich"))
+    dear = await poor.submit("shop", "dear", 100.0, "open")
+    cheap = await rich.submit("shop", "cheap", 100.0, "open")
+    await site.limited(tenant="poor")
+    site.open("open")
+    assert await cheap.result(timeout=PATIENCE_S) == ["cheap-1", "cheap-2"]
+    assert "dear-2" not in site.bought
+    assert site.spent("tenant", "rich") >= 100.0
+    site.mind.limits = BudgetLimits()
+    assert await dear.result(timeout=PATIENCE_S) == ["dear-1", "dear-2"]
+
+
+async def test_a_job_keeps_its_tenant_in_another_worker(site: Site) -> None:
+    job = await site.client.options(tenant="acme").submit("on_behalf", "open")
+    waits = site.folder / "waits"
+    await until(lambda: waits.exists() and waits.read_text().endswith("\n"), "it never began")
+    os.kill(int(waits.read_text()), signal.SIGKILL)
+    await until(lambda: waits.read_text().count("\n") == 2, "nobody went on with it")
+    site.open("open")
+    assert await job.result(timeout=PATIENCE_S) == ["acme", "acme", "acme"]

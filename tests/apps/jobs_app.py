@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nalar_mq import ask, tool, workflow
+from nalar_mq import ask, context, tool, workflow
 
 GATES: dict[str, asyncio.Event] = {}
 RUNS: list[str] = []
@@ -37,6 +37,20 @@ async def double(x: int) -> int:
 async def answer(question: str, times: int = 1) -> dict[str, Any]:
     note(f"answer {question}")
     return {"answer": question.upper() * times, "score": await double(times)}
+
+
+@tool
+async def whose() -> str:
+    return context().tenant
+
+
+@workflow
+async def on_behalf(gate: str = "") -> list[str]:
+    """The tenant of its own call, and of one that it makes."""
+    note(f"on_behalf {context().tenant}")
+    if gate:
+        await GATES.setdefault(gate, asyncio.Event()).wait()
+    return [context().tenant, await whose()]
 
 
 @workflow

@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from nalar_mq import agent, method, spend, tool, workflow
+from nalar_mq import agent, context, method, spend, tool, workflow
 
 FOLDER = Path(os.environ.get("SPENDING_FOLDER", "."))
 
@@ -32,6 +32,21 @@ async def shop(name: str, amount: float, gate: str) -> list[str]:
     first = await buy(f"{name}-1", amount)
     await wait_for(gate)
     return [first, await buy(f"{name}-2", amount)]
+
+
+@tool
+async def whose() -> str:
+    return context().tenant
+
+
+@workflow
+async def on_behalf(gate: str) -> list[str]:
+    """The tenant of its own call, of one that it makes before the gate is open, and of one that it makes later."""
+    first = await whose()
+    with (FOLDER / "waits").open("a") as waits:
+        waits.write(f"{os.getpid()}\n")
+    await wait_for(gate)
+    return [context().tenant, first, await whose()]
 
 
 @workflow
