@@ -8,6 +8,9 @@ In memory      The entry names an incarnation, so a session whose process has di
 In a store     The entry names the store, and who has that open says so in its own record: a worker that takes over the store
                of a dead one takes over all its sessions with that one record. While nobody has it open, callers wait; after
                `PATIENCE_S` they are told `SessionUnavailableError`. Such a session never begins anew.
+
+A broker that does not answer is asked again for as long. A write whose answer is lost may have been done: an entry that is
+found to be what was to be written counts as this caller's, so that it is told of the loss.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from collections.abc import Callable
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.errors import (
+    BrokerAuthError,
     BrokerError,
+    BrokerFeatureError,
+    BrokerFullError,
     CallError,
     KeyConflictError,
     NalarError,
@@ -39,6 +45,7 @@ OnPlaced = Callable[[bytes, Address | None, CallError | None], bool]
 _PLACES_KEPT = 200_000
 PATIENCE_S = 30.0  # for a store that nobody has open: its worker may be on its way back
 _READ_AGAIN_S = 1.0
+_ASK_AGAIN_S = 0.2
 _RETRY_AFTER_S = 5.0
 _log = logger(__name__)
 
@@ -114,7 +121,7 @@ class Places:
         error: CallError | None = None
         lost = False
         try:
-            place, lost = await self._decide(key, actor, or_leaving=or_leaving)
+            place, lost = await self._decide_patiently(key, actor, or_leaving=or_leaving)
             if isinstance(place, str):
                 place, address = await self._holder(place, key)
             else:
@@ -191,12 +198,33 @@ class Places:
             retry_after_s=_RETRY_AFTER_S,
         )
 
-    async def _decide(self, key: str, actor: str, *, or_leaving: bool = False) -> tuple[Address | str | None, bool]:
-        """The place, and whether a former one was lost; None if there is no replica to propose."""
+    async def _decide_patiently(self, key: str, actor: str, *, or_leaving: bool) -> tuple[Address | str | None, bool]:
+        clock, perhaps_written = asyncio.get_running_loop().time, set[bytes]()
+        until = clock() + PATIENCE_S
+        while True:
+            try:
+                return await self._decide(key, actor, or_leaving=or_leaving, perhaps_written=perhaps_written)
+            except (BrokerAuthError, BrokerFeatureError, BrokerFullError):
+                raise
+            except BrokerError as error:
+                if clock() >= until:
+                    raise
+                _log.debug("places.no_answer", key=key, error=str(error))
+                await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _decide(
+        self, key: str, actor: str, *, or_leaving: bool = False, perhaps_written: set[bytes] | None = None
+    ) -> tuple[Address | str | None, bool]:
+        """The place, and whether a former one was lost; None if there is no replica to propose.
+
+        In `perhaps_written` stays what was written over the entry of a lost process, if it is not known whether it was.
+        """
         bucket = await self._opened()
         while True:
             entry = await bucket.get(key)
             former = self._read(entry.value) if entry is not None and entry.value is not None else None
+            if former is not None and perhaps_written and entry is not None and entry.value in perhaps_written:
+                return former, True
             if isinstance(former, str):
                 return former, False
             if former is not None and (self._table.is_alive(former) or await self._has_just_joined(former)):
@@ -216,6 +244,10 @@ class Places:
                     await bucket.update(key, record, entry.revision)
             except KeyConflictError:
                 continue
+            except BrokerError:
+                if entry is not None and perhaps_written is not None:
+                    perhaps_written.add(record)
+                raise
             return store or proposed, entry is not None
 
     async def _has_just_joined(self, address: Address) -> bool:

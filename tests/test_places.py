@@ -7,9 +7,10 @@ from random import Random
 from typing import Any, cast
 
 import msgspec
+import pytest
 
 from nalar_mq.address import Address, Subjects
-from nalar_mq.errors import CallError, StateLostError, WorkerLostError
+from nalar_mq.errors import BrokerError, CallError, StateLostError, WorkerLostError
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, encode_record
 from nalar_mq.placement import RoutingTable
@@ -99,6 +100,40 @@ async def test_nobody_waits_for_ever_if_the_store_fails_or_another_asker_does() 
 
     working.places.find("agent.s", "agent", b"0", fails)
     assert await working.ask("agent.s", b"1") == [(b"1", Address("a", 1), None)]
+
+
+async def test_a_broker_that_is_away_for_a_while_is_asked_again() -> None:
+    hub = MemoryHub(seed=1)
+    asker = Asker(await hub.connect("one"), "a")
+    hub.cut("one")
+    asking = asyncio.create_task(asker.ask("agent.s", b"1"))
+    await asyncio.sleep(6.0)  # longer than one answer is waited for
+    assert not asking.done()
+    hub.restore("one")
+    assert await asking == [(b"1", Address("a", 1), None)]
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+async def test_a_loss_is_told_though_the_answer_of_the_broker_is_lost(is_done: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the session would begin anew, and nobody had been told."""
+    hub = MemoryHub(seed=1)
+    transport = await hub.connect("one")
+    asker = Asker(transport, "a")
+    await asker.ask("agent.s", b"1")
+    asker.table.leave(Address("a", 1))
+    asker.table.join("b", _member(1))
+    bucket = type(await transport.key_value(SUBJECTS.places_bucket))
+    update = bucket.update
+
+    async def lose(self: Any, key: str, value: bytes, revision: int) -> int:
+        monkeypatch.undo()
+        if is_done:
+            await update(self, key, value, revision)
+        raise BrokerError("no answer")
+
+    monkeypatch.setattr(bucket, "update", lose)
+    answers = await asker.ask("agent.s", b"2", b"3")
+    assert [type(error) for _, _, error in answers] == [StateLostError, type(None)]
 
 
 async def test_a_session_that_has_moved_on_before_its_worker_left_is_found() -> None:

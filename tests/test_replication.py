@@ -13,6 +13,7 @@ import pytest
 
 from nalar_mq import replication, values
 from nalar_mq.app import load_app
+from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
@@ -214,3 +215,38 @@ async def test_who_takes_a_store_over_is_killed_half_way(broker_access: BrokerAc
                 assert [text.rstrip(".") for text in found] == [str(number) for number in range(60)]
             assert await sessions[0].call("Archive.put", "last") == 61
             assert not list((tmp_path / "two").glob("unfinished-*"))
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+async def test_the_broker_goes_away_while_a_store_is_taken_over(harm: signal.Signals, namespace: str, tmp_path: Path) -> None:
+    """A real one, which is killed or stands still: the copy is begun anew when it is back, and nothing of it is missing."""
+    async with EmbeddedBroker(tmp_path / "broker") as broker, asyncio.timeout(2 * PATIENCE_S):
+
+        def settings(node: str) -> Settings:
+            return Settings(broker=broker.access, namespace=namespace, node=node, lease_s=1.5, state=str(tmp_path / node))
+
+        async with connect(settings=settings("client")) as client:
+            sessions = [client.options(session=f"s{number}", timeout_s=2 * PATIENCE_S) for number in range(20)]
+            async with LocalController(APP, settings("one"), workers=1) as one:
+                await one.ready()
+                await client.wait_for("Archive", PATIENCE_S)
+                for number in range(60):
+                    await asyncio.gather(*[session.call("Archive.put", str(number), 4000) for session in sessions])
+                shutil.move(tmp_path / "one", tmp_path / "burnt")
+                for pid in one.pids.values():
+                    os.kill(pid, signal.SIGKILL)
+            async with LocalController(APP, settings("two"), workers=1) as two:
+                await two.ready()
+                while not list((tmp_path / "two").glob("unfinished-*")):
+                    await asyncio.sleep(0.001)
+                assert broker.pid is not None
+                os.kill(broker.pid, harm)
+                if harm == signal.SIGSTOP:
+                    await asyncio.sleep(3.0)
+                    assert not (tmp_path / "two" / "r2").exists(), "it was over before"
+                    os.kill(broker.pid, signal.SIGCONT)
+                for session in sessions:
+                    found = await session.call("Archive.all")
+                    assert [text.rstrip(".") for text in found] == [str(number) for number in range(60)]
+                assert await asyncio.gather(*[session.call("Archive.put", "last") for session in sessions]) == [61] * 20
+                assert not list((tmp_path / "two").glob("unfinished-*"))
