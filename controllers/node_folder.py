@@ -119,6 +119,14 @@ class NodeFolder:
             folder.give_up()
         return None
 
+    @classmethod
+    def clear_away(cls, nodes: Path) -> None:
+        """Removes the folders of nodes of which nothing lives."""
+        for path in _folders(nodes):
+            folder = cls.claim(path)
+            if folder is not None:
+                folder.give_up()
+
     def write(self, record: NodeRecord) -> None:
         """Replaces what is there in one step."""
         fd, scratch = tempfile.mkstemp(dir=self.path, prefix=f".{_RECORD}-")

@@ -490,11 +490,25 @@ def write_runtime_file(
 
 def read_runtime_file(folder: Path) -> RuntimeFile | None:
     """What runs beside the app in `folder`; None if nothing does, also if the file is broken or its process is gone."""
+    content = _runtime_file_in(folder)
+    return content if content is not None and _is_up(content) else None
+
+
+def read_left_runtime_file(folder: Path) -> RuntimeFile | None:
+    """What a runtime that was killed has left in `folder`; None if there is nothing, or it runs."""
+    content = _runtime_file_in(folder)
+    return content if content is not None and not _is_up(content) else None
+
+
+def _runtime_file_in(folder: Path) -> RuntimeFile | None:
     try:
-        content = msgspec.json.decode((folder / RUNTIME_FOLDER / RUNTIME_FILE).read_bytes(), type=RuntimeFile)
+        return msgspec.json.decode((folder / RUNTIME_FOLDER / RUNTIME_FILE).read_bytes(), type=RuntimeFile)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return content if content.pid > 0 and _started(content.pid) == content.started else None
+
+
+def _is_up(content: RuntimeFile) -> bool:
+    return content.pid > 0 and _started(content.pid) == content.started
 
 
 def read_node_key(folder: Path) -> str:

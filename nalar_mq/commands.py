@@ -31,6 +31,7 @@ from nalar_mq.broker import (
     RUNTIME_FOLDER,
     RuntimeFile,
     port_is_free,
+    read_left_runtime_file,
     read_node_key,
     read_runtime_file,
     remove_runtime_file,
@@ -193,12 +194,12 @@ async def up(
     _tell_unshared(loaded, capacities, tell)
     entry = _runtime_entry(app)
     decider = await _decider(policy) if policy is not None else None
+    NodeFolder.clear_away(app.parent / RUNTIME_FOLDER / _NODES)
     async with AsyncExitStack() as stack:
         broker: GuardedBroker | None = None
         access = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
         if access is None:
-            made = GuardedBroker(app.parent / ".nalar" / "broker", namespace=_namespace(choice, entry), port=_port(port))
-            broker = await stack.enter_async_context(made)
+            broker = await stack.enter_async_context(_own_broker(app.parent, _namespace(choice, entry), port))
             access = broker.node_access
         elif port is not None:
             raise ConfigError("--port is for the embedded broker, but another broker is named: leave out one of the two")
@@ -666,10 +667,22 @@ def _controller(
     )
 
 
-def _port(port: int | None) -> int | None:
+def _own_broker(folder: Path, namespace: str, port: int | None) -> GuardedBroker:
+    """With port and secrets of one that was killed here, so that nodes and clients find it again; else with new ones."""
+    data, former = folder / RUNTIME_FOLDER / "broker", read_left_runtime_file(folder)
+    key = read_node_key(folder)
+    if former is None or former.namespace != namespace or not former.token or not key:
+        return GuardedBroker(data, namespace=namespace, port=_port(port))
+    _log.info("broker.goes_on", url=former.url)
+    return GuardedBroker(data, namespace=namespace, port=_port(port, former.url), token=former.token, node_key=key)
+
+
+def _port(port: int | None, former_url: str = "") -> int | None:
     if port is not None:
         return port
-    return DEFAULT_PORT if port_is_free("127.0.0.1", DEFAULT_PORT) else None
+    former = former_url.rpartition(":")[2]
+    wanted = [int(former)] if former.isdecimal() and int(former) < 65536 else []
+    return next((port for port in (*wanted, DEFAULT_PORT) if port_is_free("127.0.0.1", port)), None)
 
 
 def _namespace(choice: BrokerChoice, entry: RuntimeEntry) -> str:

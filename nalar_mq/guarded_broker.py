@@ -25,12 +25,22 @@ class GuardedBroker:
         data_dir, port: as for `EmbeddedBroker`.
         namespace: whose permissions it gives.
         lease_s: after which the record of a silent process goes.
+        token, node_key: the secrets of a former one whose processes are to come back; made anew if empty.
     """
 
-    def __init__(self, data_dir: Path, *, namespace: str, port: int | None = None, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        namespace: str,
+        port: int | None = None,
+        lease_s: float = LEASE_S,
+        token: str = "",
+        node_key: str = "",
+    ) -> None:
         self._issuer = Issuer()
-        self._token = new_secret()
-        self._node_key = new_secret()
+        self._token = token or new_secret()
+        self._node_key = node_key or new_secret()
         self._subjects = Subjects(namespace)
         self._lease_s = lease_s
         self._stack = AsyncExitStack()

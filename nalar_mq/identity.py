@@ -1,6 +1,7 @@
 """Who a process is at the broker: what it presents when it connects, and who may have which name.
 
-The embedded broker lets each process speak in its own name only (`permissions`). Three secrets of one run make that so:
+The embedded broker lets each process speak in its own name only (`permissions`). Three secrets of one run make that so. If it
+is killed, the next one in its place goes on with the first two, which lie there still, and its processes come back:
 
     token       in `.nalar/runtime.json`: for whoever may use the runtime. Alone it makes a visitor. A client presents it with
                 its name and a secret of its own: a name that begins with `client-` belongs to whoever came with it first, for

@@ -1,0 +1,144 @@
+"""`nalar up` is killed and started again in the same folder: what ends with it, what goes on, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nalar_mq.broker import read_runtime_file
+from nalar_mq.client import connect
+from nalar_mq.config import Settings
+
+NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
+PATIENCE_S = 90.0
+APP = """
+import os
+
+from nalar_mq import ManagedList, agent, method
+
+
+@agent(retries=1)
+class Desk:
+    notes: ManagedList[str]
+
+    @method
+    async def add(self, note: str) -> tuple[int, list[str]]:
+        self.notes.append(note)
+        return os.getpid(), list(self.notes)
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the children of a killed parent")
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+class Command:
+    """A `nalar` that runs in a folder."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
+        self.errors = folder / f"stderr-{time.monotonic_ns()}"
+        with self.errors.open("w") as errors:
+            environ = {**kept, "HOME": str(folder)}
+            self.process = subprocess.Popen([NALAR, *words], cwd=folder, env=environ, stdout=subprocess.DEVNULL, stderr=errors)
+
+    def serves(self) -> None:
+        eventually(lambda: "are ready" in self.errors.read_text() or self.process.poll() is not None, "it is not ready")
+        assert self.process.poll() is None, self.errors.read_text()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    (tmp_path / "flow.py").write_text(APP)
+    commands: list[Command] = []
+    children: list[psutil.Process] = []
+
+    def begin(*words: str) -> Command:
+        commands.append(Command(tmp_path, *words))
+        commands[-1].serves()
+        children.extend(commands[-1].children())
+        return commands[-1]
+
+    yield begin
+    for command in reversed(commands):
+        if command.process.poll() is None:
+            command.end()
+    for child in children:
+        if not is_gone(child):
+            child.kill()
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+async def test_stores_are_taken_over_at_once_and_nodes_and_clients_come_back(
+    begin: Callable[..., Command], tmp_path: Path
+) -> None:
+    words = ("up", "flow.py", "--workers", "2", "--port", free_port())
+    first = await asyncio.to_thread(begin, *words)
+    await asyncio.to_thread(begin, "worker", "flow.py", "--workers", "1", "--node", "beside")
+    running = read_runtime_file(tmp_path)
+    assert running is not None
+    sessions = [f"s{number}" for number in range(12)]
+    async with connect(settings=Settings(broker=running.access, namespace=running.namespace)) as client:
+        await client.wait_for("Desk")
+
+        async def note(text: str) -> list[tuple[int, list[str]]]:
+            async with asyncio.timeout(PATIENCE_S):
+                return await asyncio.gather(*[client.options(session=name).call("Desk.add", text) for name in sessions])
+
+        members = client.process.table.members
+        await asyncio.to_thread(eventually, lambda: len(client.process.table.replicas("Desk")) == 3, "one is missing")
+        beside = members["beside-1"].pid
+        before = await note("first")
+        ends = first.children()
+        await asyncio.to_thread(first.end, signal.SIGKILL)
+        await asyncio.to_thread(eventually, lambda: all(map(is_gone, ends)), "a child goes on")
+        await asyncio.to_thread(begin, *words)
+        after = await note("second")
+        assert [notes for _, notes in after] == [["first", "second"]] * len(sessions)
+        assert {pid for pid, _ in after} & {pid for pid, _ in before} <= {beside}
+        await asyncio.to_thread(eventually, lambda: "beside-1" in members, "it does not come back")
+        assert members["beside-1"].pid == beside
+
+
+def test_workers_that_have_lost_both_their_controller_and_their_broker_end(
+    begin: Callable[..., Command], tmp_path: Path
+) -> None:
+    up = begin("up", "flow.py", "--workers", "1", "--port", free_port())
+    node = begin("worker", "flow.py", "--workers", "1", "--node", "beside", "--outlive", "1")
+    workers = node.children()
+    node.end(signal.SIGKILL)
+    up.end(signal.SIGKILL)
+    eventually(lambda: all(map(is_gone, workers)), "it is left for ever")
+    begin("up", "flow.py", "--workers", "1", "--port", free_port())
+    assert not (tmp_path / ".nalar" / "nodes").exists()
