@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
+import msgspec
 import pytest
 
 from nalar_mq import simulation
@@ -66,10 +67,13 @@ class World:
         )
         self.workers: dict[str, Worker] = {}
 
-    async def start(self, name: str) -> None:
+    async def start(self, name: str, node: str = "here") -> None:
+        settings = self.settings
+        if node != "here":
+            settings = msgspec.structs.replace(settings, node=node, state=f"{settings.state}-{node}")
         self.workers[name] = worker = Worker(
             APP,
-            self.settings,
+            settings,
             name=name,
             connect=self.hub.connect,
             random=random.Random(name),
@@ -264,6 +268,49 @@ def test_what_comes_back_unexpectedly_waits_for_its_session(tmp_path: Path) -> N
     log, sent = simulation.run(give_back_what_nobody_knows_was_sent_on(tmp_path))
     assert log == list("0123")
     assert sent < 500, "it has been sent to and fro"
+
+
+async def move_a_session_whose_calls_have_been_given_back(state: Path, slow: set[tuple[str, str]]) -> tuple[list[str], int]:
+    """w1 leaves and gives calls back; w2, which was to go on with its store, dies, and the session moves to w3 after that."""
+    world = World(state)
+    owner, other = await begin(world, "w1", "w2")
+    await other.migrate("Ledger", "ann", to="w1")
+    await world.start("w3", "there")
+    ann = owner.options(session="ann", timeout_s=None, retries=0)
+    await ann.call("Ledger.read")
+    w1 = world.workers.pop("w1")
+    busy = [other.options(session="ann", retries=0).call("Ledger.apply", f"o{number}", [], 0.2) for number in range(20)]
+    await until(lambda: w1.running == len(busy))
+    leaving = asyncio.create_task(w1.drain(60.0))
+    calls = [ann.call("Ledger.apply", str(number), [], 0.0) for number in range(1, 4)]
+    await until(lambda: len(owner.process.calls._returned.get(w1.process.me, ())) == len(calls))
+    world.kill("w2")
+    world.hub.slow = set(slow)
+    number = len(calls)
+    while not leaving.done():
+        number += 1
+        calls.append(ann.call("Ledger.apply", str(number), [], 0.001))
+        await asyncio.sleep(0.05)
+        if number == 140:  # 7 s: it has been found that w2 does not answer, and the session moves
+            world.hub.let_go()
+    world.hub.let_go()
+    ended = await leaving
+    await w1.aclose()
+    calls += [ann.call("Ledger.apply", str(later), [], 0.0) for later in range(number + 1, number + 4)]
+    await asyncio.gather(*calls, *busy)
+    assert ended.moved == 1, "it went as a whole, or stayed"
+    return await end(world, owner, other), number + 3
+
+
+@pytest.mark.parametrize(
+    "slow", [(), [("w1", "client-owner")], [("w3", "client-owner")], [("w1", "w3")], [("client-owner", "w1")]]
+)
+def test_calls_that_were_given_back_keep_their_order_when_their_session_moves_then(
+    slow: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    log, number = simulation.run(move_a_session_whose_calls_have_been_given_back(tmp_path, set(slow)))
+    assert [token for token in log if token[0] != "o"] == [*map(str, range(number + 1))]
+    assert [token for token in log if token[0] == "o"] == [f"o{one}" for one in range(20)]
 
 
 async def pass_on_a_call_whose_owner_hears_of_it_late(state: Path) -> None:
