@@ -171,6 +171,7 @@ class Host:
     __slots__ = (
         "_admission",
         "_base",
+        "_below_holders",
         "_calls",
         "_changes",
         "_children",
@@ -243,6 +244,7 @@ class Host:
         self._children = children
         self._replicas = {spec.name: Replica(spec, self._loop, stores) for spec in specs.values()}
         self._executions: dict[bytes, Execution] = {}
+        self._below_holders: dict[bytes, Execution] = {}  # those whose callers hold sessions
         self._waiting: dict[bytes, list[Execution]] = {}
         self._pushed: OrderedDict[bytes, Resolve | Fail] = OrderedDict()
         self._pushed_bytes = 0
@@ -302,11 +304,11 @@ class Host:
             return  # those before it have been ended: its owner hears of the loss and sends all of them elsewhere
         if (call.id in self._executions or call.id in self._kept) and self._is_known(owner, call, hops):
             return
-        if self.migrations is not None and self._is_elsewhere(owner, call, hops, self.migrations):
-            return
         replica = self._replicas.get(call.actor)
         if replica is None:
             self._refuse(owner, call, UnknownActorError(f"worker {self._calls.me.name!r} does not serve {call.actor!r}"))
+            return
+        if replica.stores is not None and self._is_elsewhere(owner, call, hops, replica):
             return
         method = replica.spec.methods.get(call.method) or _method_of_instance(replica.spec, call.method)
         if method is None:
@@ -335,6 +337,8 @@ class Host:
         told = self._changes.begin(call, now, tenant=call.tenant)
         execution = Execution(self, owner, call, replica, method, now, now, session_key, told, hops)
         self._executions[call.id] = execution
+        if call.holds:
+            self._below_holders[call.id] = execution
         is_ready = True
         if call.cast and call.timeout_s is not None:
             self._unwatched[call.id] = execution
@@ -455,10 +459,10 @@ class Host:
             execution.is_answered = True  # nobody cancelled it
             self._cancel(execution, "its worker is stopping", with_children=not execution.call.job)
 
-    def _is_elsewhere(self, owner: Address, call: Call, hops: int, migrations: Migrations) -> bool:
+    def _is_elsewhere(self, owner: Address, call: Call, hops: int, replica: Replica) -> bool:
         """True if the session of the call has moved, and the call has been sent after it."""
-        replica = self._replicas.get(call.actor)
-        if replica is None or replica.stores is None:
+        migrations = self.migrations
+        if migrations is None:
             return False
         key = call.actor, session_key_of(call)
         if not replica.has_instance(key[1]):
@@ -1045,15 +1049,17 @@ class Host:
 
     def _pump_calls(self, replica: Replica) -> None:
         mailbox, now = replica.mailbox, self._loop.time()
-        while mailbox.has_next() and self._may_begin():
+        while self._may_begin():
             id = mailbox.take(now)
             if id is None:
                 return
             execution = self._executions.get(id)
             if execution is None:
                 mailbox.finish(id)
-                continue
-            self._start(execution, now)
+            else:
+                self._start(execution, now)
+            if not mailbox.has_next():
+                return
 
     def _pump_batches(self, replica: Replica) -> None:
         while self._may_begin():
@@ -1475,8 +1481,7 @@ class Host:
         replica = execution.replica
         if replica.spec.stateful and replica.holders.get(execution.session_key) == execution.call.id:
             del replica.holders[execution.session_key]
-            replica.has_used(execution.session_key)  # idle from now on, not from its beginning
-            if not replica.has_instance(execution.session_key):
+            if not replica.has_used(execution.session_key):  # idle from now on, not from its beginning
                 self._let_go(replica, execution.session_key)
             if self._quiet and (waiter := self._quiet.pop((execution.call.actor, execution.session_key), None)) is not None:
                 waiter.set_result(None)
@@ -1490,10 +1495,13 @@ class Host:
         execution.ended = True
         now = self._loop.time()
         self._ended.append(execution.record(now))
-        self._changes.end(execution.told, _outcome_of(execution), now)
+        self._changes.end(execution.told, _outcome_of(execution) if execution.failure else DONE, now)
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         self._executions.pop(execution.call.id, None)
-        self._waiting_in_jobs.pop(execution.call.id, None)
+        if execution.call.job:
+            self._waiting_in_jobs.pop(execution.call.id, None)
+        if execution.call.holds:
+            self._below_holders.pop(execution.call.id, None)
         resumed = execution.resumed
         if execution.call.cast or (resumed is not None and resumed.is_orphan):
             self._unwatched.pop(execution.call.id, None)
@@ -1595,8 +1603,7 @@ class Host:
         """
         if not any(replica.holders for replica in self._replicas.values()):
             return
-        # Only calls below one that holds a session: there may be many thousands of others.
-        for execution in [execution for execution in self._executions.values() if execution.call.holds]:
+        for execution in list(self._below_holders.values()):
             is_queued = not execution.started and execution.missing is None
             if is_queued and now - execution.arrived > _PROBE_AFTER_S and execution.replica.spec.stateful:
                 id = execution.call.id
@@ -1734,9 +1741,7 @@ class Host:
 
 
 def _outcome_of(execution: Execution) -> int:
-    """How a call has ended, as reports tell it; one that has moved has not ended, and counts for nothing here."""
-    if not execution.failure:
-        return DONE
+    """How a call without a value has ended, as reports tell it; one that has moved counts for nothing here."""
     return WAS_CANCELLED if execution.failure in (CANCELLED, _MOVED) else FAILED
 
 
@@ -1878,7 +1883,8 @@ def _bound(execution: Execution, instance: Any, function: Callable[..., Any]) ->
 
 def _seal(execution: Execution, payload: bytes) -> None:
     """Raises if the result cannot travel or the managed state cannot be kept; nothing is changed after that."""
-    _checked_size(payload, execution)
+    if len(payload) > INLINE_LIMIT_BYTES:
+        _checked_size(payload, execution)
     if execution.managed is not None:
         execution.changes = execution.managed.seal()
 

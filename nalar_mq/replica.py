@@ -59,10 +59,12 @@ class Replica:
         """True if there is an instance under `key`."""
         return key in self._instances
 
-    def has_used(self, key: str) -> None:
-        """A call of the instance under `key` has ended."""
-        if key in self._instances:
-            self._last_used[key] = self._loop.time()
+    def has_used(self, key: str) -> bool:
+        """A call of the instance under `key` has ended; False if there is none."""
+        if key not in self._instances:
+            return False
+        self._last_used[key] = self._loop.time()
+        return True
 
     def make(self, key: str, init: bytes, kept: Kept | None = None, arrival: Arrival | None = None) -> Any:
         """The instance under `key`, made if there is none, in a thread.
