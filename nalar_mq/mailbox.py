@@ -336,8 +336,8 @@ class _Lane:
     """
 
     __slots__ = (
-        *("_first_numbers", "_first_sender", "_highest_rank", "_other_numbers", "_plain", "_tangle"),
-        *("busy", "hold_gaps", "is_frozen", "is_held", "offered", "queued"),
+        *("_highest_rank", "_other_numbers", "_plain", "_tangle", "busy", "first_numbers", "first_sender"),
+        *("hold_gaps", "is_frozen", "is_held", "offered", "queued"),
     )
 
     def __init__(self, hold_gaps: bool) -> None:
@@ -348,8 +348,8 @@ class _Lane:
         self.offered: tuple[float, int] | None = None
         self.queued = 0
         # Most sessions have one sender: a dictionary for it would take more than all else that is here.
-        self._first_sender: str | None = None
-        self._first_numbers = _Numbers()
+        self.first_sender: str | None = None
+        self.first_numbers = _Numbers()
         self._other_numbers: dict[str, _Numbers] | None = None
         self._plain: _Plain | None = None
         self._highest_rank = -math.inf  # of what is plain; looking for it in the last entry would cost a few cache misses
@@ -357,14 +357,15 @@ class _Lane:
 
     def note(self, sender: str, number: int) -> bool:
         """Notes that the sender's `number` has come; False if it had before."""
-        return self._numbers(sender).add(number)
+        return self.numbers_of(sender).add(number)
 
-    def _numbers(self, sender: str) -> _Numbers:
-        if sender == self._first_sender:
-            return self._first_numbers
-        if self._first_sender is None:
-            self._first_sender = sender
-            return self._first_numbers
+    def numbers_of(self, sender: str) -> _Numbers:
+        """Those that a sender has used here."""
+        if sender == self.first_sender:
+            return self.first_numbers
+        if self.first_sender is None:
+            self.first_sender = sender
+            return self.first_numbers
         others = self._other_numbers
         if others is None:
             others = self._other_numbers = {}
@@ -381,7 +382,7 @@ class _Lane:
             return True
         plain = self._plain
         number, rank = entry.number, entry.rank
-        is_in_order = not number or self._numbers(entry.sender).highest == number
+        is_in_order = not number or self.numbers_of(entry.sender).highest == number
         if is_in_order and entry.is_ready and (not plain or self._highest_rank <= rank):
             if plain is None:
                 self._plain = [entry]
@@ -513,7 +514,8 @@ class _BySession:
 
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
-        return (self._lanes.get(session) or self._lane(session)).note(sender, number)
+        lane = self._lanes.get(session) or self._lane(session)
+        return (lane.first_numbers if sender == lane.first_sender else lane.numbers_of(sender)).add(number)
 
     def add(self, entry: _Entry) -> None:
         lane = self._lanes.get(entry.session) or self._lane(entry.session)
