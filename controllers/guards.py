@@ -300,8 +300,11 @@ class _Round:
         for agent in (action.agent,) if action.agent else self._agents:
             replicas = [replica.worker for replica in self._view.serving(agent)]  # one that drains will be gone
             left = [worker for worker in replicas if self._stopping.isdisjoint(((worker, ""), (worker, agent)))]
-            if action.instance in left and len(left) <= self._agents[agent].min_instances:
-                return f"{agent!r} would have fewer than {self._agents[agent].min_instances} instances"
+            least = max(
+                self._agents[agent].min_instances, 1
+            )  # of none nobody would know, to call it or to have it served again
+            if action.instance in left and len(left) <= least:
+                return f"{agent!r} would have fewer than {least} instances"
         return ""
 
     def _provision(self, action: Provision) -> str:

@@ -91,7 +91,7 @@ class Reallocation:
         nodes = [node for node in view.nodes if view.has_room(node, taker)]
         if nodes:
             yield provision(taker, nodes[0], reason=reason)
-        spare = [agent for agent in loads if len(view.serving(agent)) > agents[agent].min_instances]
+        spare = [agent for agent in loads if len(view.serving(agent)) > max(agents[agent].min_instances, 1)]
         givers = [agent for agent in spare if agents[taker].resources.keys() <= agents[agent].resources.keys()]
         giver = min(givers, key=lambda agent: loads[agent], default="")
         if giver and loads[giver] <= self.idle:

@@ -104,6 +104,16 @@ def busy_world(max_instances: int | None = 3) -> World:
     return world
 
 
+def test_the_last_instance_stays_though_none_is_asked_for() -> None:
+    world = World()
+    for name in ("w1", "w2"):
+        world.worker(name, a=Serves("agent", min_instances=0))
+    wanted = [kill("w1", "a"), kill("w2", "a"), kill("w2")]
+    verdict = Guards().check(world.tick(), wanted, 100.0)
+    assert verdict.acts == (kill("w1", "a"),)
+    assert {reason for _, reason in verdict.refusals} == {"'a' would have fewer than 1 instances"}
+
+
 def test_an_agent_goes_to_no_node_whose_app_does_not_have_it() -> None:
     world = World()
     world.worker("w1", "n1", able=("a", "b"), a=None, b=None)
