@@ -173,5 +173,6 @@ def _size_of(write: Write) -> int:
     if not isinstance(write, Commit):
         return 0
     entries = sum(len(data) for _, _, data in write.changes if data is not None)
-    entries += sum(len(value) for _, value in write.rows)
+    if write.lump is not None:
+        entries += sum(len(value) for _, value in write.lump.rows)
     return entries + len(write.payload) + sum(len(outcome.payload) for outcome in write.records)

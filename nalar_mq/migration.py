@@ -100,15 +100,17 @@ from nalar_mq.store import (
     Outcome,
     Row,
     Session,
+    Store,
     Write,
-    by_field,
     change_of,
+    lump_of,
 )
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.transport import KeyValue, Transport
 
 PIECE_BYTES: Final = 128 * 1024
 _MESSAGE_BYTES: Final = 512 * 1024
+_READ_AT_ONCE: Final = 4
 _ON_THE_WAY: Final = 16
 _ENTRY_BYTES: Final = 128  # what an entry counts beside its data
 _FEW_BYTES: Final = 64 * 1024  # of changed entries that may wait for the freeze
@@ -431,12 +433,13 @@ class Migrations:
         outcomes = await asyncio.to_thread(store.outcomes, session)
         await self._send(leaving, [], outcomes, session=session)
         while True:
-            rows, after = await asyncio.to_thread(store.rows, session, after, PIECE_BYTES)
-            large = [change_of(rows.pop())] if rows and len(rows[-1][1]) > _MESSAGE_BYTES else []
-            if rows:
-                await self._send_piece(leaving, [], rows=rows)
-            if large:
-                await self._send(leaving, large)
+            pieces, after = await asyncio.to_thread(_read, store, session, after)
+            for rows in pieces:
+                large = [change_of(rows.pop())] if rows and len(rows[-1][1]) > _MESSAGE_BYTES else []
+                if rows:
+                    await self._send_piece(leaving, [], rows=rows)
+                if large:
+                    await self._send(leaving, large)
             if not after:
                 break
         await self._send(leaving, [], step="prepare", waits=True, session=session)
@@ -823,10 +826,14 @@ class Migrations:
             field, order, data = piece.changes[0]
             piece.changes[0], coming.begun = (field, order, coming.begun + (data or b"")), b""
         outcomes = [Outcome(*outcome) for outcome in piece.outcomes]
-        changes, rows = piece.changes, piece.rows
-        write = Commit(session, changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes, rows)
+        lump = lump_of(piece.rows)
+        if lump is None:
+            actor, name = coming.key
+            raise MigrationError(f"session {name!r} of {actor!r} is damaged: an entry does not match its checksum")
+        changes = piece.changes
+        write = Commit(session, changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes, lump)
         if coming.arrival is not None:
-            for field, entries in by_field(rows):
+            for field, entries in lump.entries.items():
                 coming.arrival.take_field(field, entries)
             coming.arrival.take(changes)
         if piece.step == "":
@@ -946,6 +953,16 @@ def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
+
+
+def _read(store: Store, session: Session, after: bytes) -> tuple[list[list[Row]], bytes]:
+    """The rows of a few pieces, of one if it is large, and where the next ones begin; that is empty after the last one."""
+    pieces: list[list[Row]] = []
+    while True:
+        rows, after = store.rows(session, after, PIECE_BYTES)
+        pieces.append(rows)
+        if not after or len(pieces) == _READ_AT_ONCE or len(rows[-1][1]) > PIECE_BYTES:
+            return pieces, after
 
 
 def _pieces(changes: list[Change]) -> Iterable[list[Change]]:

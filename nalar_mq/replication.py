@@ -46,7 +46,7 @@ from nalar_mq.messages import (
     encode_record,
 )
 from nalar_mq.sole_writer import SoleWriter
-from nalar_mq.store import Change, Commit, Departure, Outcome, Removal, Session, Store, Write, change_of
+from nalar_mq.store import Change, Commit, Departure, Outcome, Removal, Session, Store, Write
 from nalar_mq.transport import KeyValue, Ledger, ObjectStore, Transport
 
 _PART_BYTES: Final = 512 * 1024
@@ -89,7 +89,7 @@ def _shipped(write: Write) -> _Shipped:
         "c",
         session.actor,
         session.name,
-        [*map(change_of, write.rows), *write.changes],
+        [*(() if write.lump is None else write.lump.changes()), *write.changes],
         write.call,
         write.payload,
         write.is_job,

@@ -246,10 +246,13 @@ def cells_from(entries: Sequence[bytes]) -> list[Any]:
     return _plain_in(entries, 1) or [cell_from(data) for data in entries]
 
 
-def pairs_from(entries: Sequence[bytes]) -> list[tuple[Any, Any]]:
-    """`pair_from` of each; plain keys and values are read all at once."""
+def pairs_from(entries: Sequence[bytes]) -> tuple[list[Any], list[Any]]:
+    """The keys and the values of what `pair_from` makes of each; plain ones are read all at once."""
     found = _plain_in(entries, 2)
-    return list(zip(found[::2], found[1::2], strict=True)) if found else [pair_from(data) for data in entries]
+    if found:
+        return found[::2], found[1::2]
+    pairs = [pair_from(data) for data in entries]
+    return [key for key, _ in pairs], [cell for _, cell in pairs]
 
 
 def _plain_in(entries: Sequence[bytes], parts: int) -> list[Any]:

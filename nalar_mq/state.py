@@ -42,6 +42,8 @@ from collections.abc import (
 from collections.abc import ItemsView as AbstractItemsView
 from typing import Any, Final, Generic, NamedTuple, Protocol, Self, SupportsIndex, TypeVar, cast, overload
 
+import msgspec
+
 from nalar_mq import values
 from nalar_mq.errors import DirectiveError, StateSchemaError
 from nalar_mq.field_types import classes_in, describe, fits, kind_in
@@ -417,15 +419,12 @@ class ManagedList(MutableSequence[T]):
         self._state.on_roll_back(undo)
 
 
-class _Slot:
+class _Slot(msgspec.Struct, eq=False):
     """What a dict keeps for a key: the key itself, the number of its entry, and the cell of the value."""
 
-    __slots__ = ("cell", "key", "order")
-
-    def __init__(self, key: Any, order: int, cell: Any) -> None:
-        self.key = key
-        self.order = order
-        self.cell = cell
+    key: Any
+    order: int
+    cell: Any
 
 
 class ManagedDict(MutableMapping[K, V]):
@@ -477,11 +476,10 @@ class ManagedDict(MutableMapping[K, V]):
 
     def _take_new(self, by_order: dict[int, _Slot], new: _New) -> bool:
         """Takes entries that come after all others, all at once; False if one of the keys is there already."""
-        pairs = pairs_from(new.entries)
-        keys = [key for key, _ in pairs]
+        keys, cells = pairs_from(new.entries)
         if len({*keys}) < len(keys) or not self._slots.keys().isdisjoint(keys):
             return False
-        slots = [_Slot(key, order, cell) for (key, cell), order in zip(pairs, new.orders, strict=True)]
+        slots = list(map(_Slot, keys, new.orders, cells))
         self._slots.update(zip(keys, slots, strict=True))
         by_order.update(zip(new.orders, slots, strict=True))
         self._next = new.orders[-1] + 1

@@ -71,7 +71,7 @@ _FIRST_MAP: Final = 64 * 1024 * 1024
 _LARGEST_MAP: Final = 1 << 40
 _EXPIRED_AT_ONCE: Final = 4  # for each record that is written
 _PIECE: Final = 2_000
-DEPARTED_AT_ONCE: Final = 500
+DEPARTED_AT_ONCE: Final = 1_000
 _ROW_BYTES: Final = 128  # what a row counts beside its data
 _LOCK_FILE: Final = "owner"
 _COMMITS_FILE: Final = "commits"
@@ -198,6 +198,18 @@ class Outcome(NamedTuple):
     is_job: bool
 
 
+class Lump(NamedTuple):
+    """Rows that match their checksums, and by field what they say: orders and data, and what these add to a header's sums."""
+
+    rows: Sequence[Row]
+    entries: dict[str, list[tuple[int, bytes]]]
+    sums: dict[str, tuple[int, int]]
+
+    def changes(self) -> Iterator[Change]:
+        """The same one by one."""
+        return ((field, order, data) for field, some in self.entries.items() for order, data in some)
+
+
 class Commit(NamedTuple):
     """What one call has changed, and what it came to; both become durable at once.
 
@@ -215,7 +227,7 @@ class Commit(NamedTuple):
     standing: str = HERE
     other: str = ""
     records: Sequence[Outcome] = ()
-    rows: Sequence[Row] = ()
+    lump: Lump | None = None
 
 
 class Whole(NamedTuple):
@@ -257,10 +269,30 @@ def change_of(row: Row) -> Change:
     return key[8:-9].decode(), _U64.unpack(key[-8:])[0], value[4:]
 
 
-def by_field(rows: Iterable[Row]) -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
-    """The same of many rows that are in the order of their keys: of each field the orders and data."""
-    for field, some in itertools.groupby(rows, _field_of):
-        yield field.decode(errors="replace"), [(int.from_bytes(key[-8:], "big"), value[4:]) for key, value in some]
+def lump_of(rows: Sequence[Row]) -> Lump | None:
+    """None if one of the rows is not what was written."""
+    entries: dict[str, list[tuple[int, bytes]]] = {}
+    sums: dict[str, tuple[int, int]] = {}
+    crc32, number = zlib.crc32, int.from_bytes
+    for name, some in itertools.groupby(rows, _field_of):
+        found: list[tuple[int, bytes]] = []
+        sum_ = 0
+        for key, value in some:
+            data = value[4:]
+            crc = crc32(data, crc32(key[8:]))
+            if number(value[:4], "big") != crc or len(value) < CHECKSUM_BYTES or len(key) < _SHORTEST_KEY:
+                return None
+            found.append((number(key[-8:], "big"), data))
+            sum_ ^= crc
+        field = name.decode()
+        former = sums.get(field, (0, 0))
+        entries.setdefault(field, []).extend(found)
+        sums[field] = former[0] + len(found), former[1] ^ sum_
+    return Lump(rows, entries, sums)
+
+
+def _field_of(row: Row) -> bytes:
+    return row[0][8:-9]
 
 
 def names_in(key: bytes) -> tuple[str, str]:
@@ -1042,8 +1074,8 @@ class _Batch:
             where = f"session {commit.session.name!r} of {commit.session.actor!r} is in store {draft.other}"
             raise StoreError(f"{where}: nothing is written of it here", str(self._store.folder))
         draft.schema, draft.kinds, draft.standing, draft.other = commit.schema, commit.kinds, commit.standing, commit.other
-        if commit.rows:
-            self._apply_rows(txn, commit, draft)
+        if commit.lump is not None and commit.lump.rows:
+            self._apply_lump(txn, commit.lump, draft)
         self._apply_changes(txn, commit.changes, draft)
         if commit.call:
             outcome = Outcome(commit.call, commit.payload, self._now_s, commit.is_job)
@@ -1066,21 +1098,18 @@ class _Batch:
                 count, sum_ = count - 1, sum_ ^ _CRC.unpack_from(old)[0]
             sums[field] = count, sum_
 
-    def _apply_rows(self, txn: Txn, commit: Commit, draft: _Draft) -> None:
-        """Puts rows of another store, now with its own number, at the end of the tree if that is free, else one by one."""
-        prefix, session = draft.prefix, commit.session
-        sums = _sums_of(commit.rows)
-        if sums is None:
-            what = f"session {session.name!r} of {session.actor!r} is damaged where it comes from"
-            raise StoreError(f"{what}: an entry does not match its checksum", str(self._store.folder))
-        rows = [(prefix + key[8:], value) for key, value in commit.rows]
+    def _apply_lump(self, txn: Txn, lump: Lump, draft: _Draft) -> None:
+        """Puts rows of another store, with a number of this one, side by side if none of them is there, else one by one."""
+        prefix = draft.prefix
+        rows = [(prefix + key[8:], value) for key, value in lump.rows]
         with txn.cursor(db=self._trees["entries"]) as cursor:
-            is_free = not cursor.last() or cursor.key() < rows[0][0]
-            if not is_free or not all(map(operator.lt, rows, itertools.islice(rows, 1, None))):
-                self._apply_changes(txn, map(change_of, rows), draft)
+            is_amid = cursor.set_range(rows[0][0])
+            is_sorted = all(map(operator.lt, rows, itertools.islice(rows, 1, None)))
+            if not is_sorted or (is_amid and cursor.key() <= rows[-1][0]):
+                self._apply_changes(txn, lump.changes(), draft)
                 return
-            cursor.putmulti(rows, append=True)
-        for field, (count, sum_) in sums.items():
+            cursor.putmulti(rows, append=not is_amid)
+        for field, (count, sum_) in lump.sums.items():
             former = draft.sums.get(field, (0, 0))
             draft.sums[field] = former[0] + count, former[1] ^ sum_
 
@@ -1223,25 +1252,6 @@ def _checked(value: bytes, key: bytes) -> bytes | None:
     """What was written under `key`; None if `value` is something else."""
     data = value[4:]
     return data if value[:4] == _sum(key, data) else None
-
-
-def _sums_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]] | None:
-    """By field how many rows there are, and the xor of their checksums; None if one does not match."""
-    found: dict[bytes, tuple[int, int]] = {}
-    crc32, unpack = zlib.crc32, _CRC.unpack_from
-    for name, some in itertools.groupby(rows, _field_of):
-        count, sum_ = found.get(name, (0, 0))
-        for key, value in some:
-            crc = crc32(value[4:], crc32(key[8:]))
-            if len(value) < 4 or len(key) < _SHORTEST_KEY or unpack(value)[0] != crc:
-                return None
-            count, sum_ = count + 1, sum_ ^ crc
-        found[name] = count, sum_
-    return {name.decode(): sums for name, sums in found.items()}
-
-
-def _field_of(row: Row) -> bytes:
-    return row[0][8:-9]
 
 
 def _put(txn: Txn, tree: Tree, key: bytes, value: Header | Record) -> None:
