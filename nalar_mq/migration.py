@@ -111,7 +111,7 @@ from nalar_mq.transport import KeyValue, Transport
 PIECE_BYTES: Final = 128 * 1024
 _MESSAGE_BYTES: Final = 512 * 1024
 _READ_AT_ONCE: Final = 4
-_ON_THE_WAY: Final = 16
+_ON_THE_WAY: Final = 32  # while a transaction of the target is synced, the next one gathers
 _ENTRY_BYTES: Final = 128  # what an entry counts beside its data
 _FEW_BYTES: Final = 64 * 1024  # of changed entries that may wait for the freeze
 _ROUNDS: Final = 10

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nalar_mq.committer import Committer
+from nalar_mq.committer import Committer, background_bytes
 from nalar_mq.errors import StoreBusyError, StoreForeignError, StoreLostError
 from nalar_mq.store import HERE, JOB_RECORD_S, LEFT, RECORD_S, STAGED, Commit, Departure, Removal, Row, Store, examine, lump_of
 
@@ -229,3 +229,13 @@ def test_what_calls_have_changed_does_not_wait_for_the_background(tmp_path: Path
     assert done.is_set()
     assert [number for number in told if number >= 0] == list(range(100))
     assert told.index(-1) < 50
+
+
+def test_the_background_has_more_of_a_quick_disk_and_never_less_than_at_first() -> None:
+    least = size = background_bytes(0, 1.0)
+    for _ in range(100):
+        size = background_bytes(size, 0.001)
+    assert size == background_bytes(size, 0.001) == 4 * least
+    for _ in range(100):
+        size = background_bytes(size, 0.1)
+    assert size == least > 0
