@@ -641,6 +641,43 @@ def test_damaged_reports_harm_nobody(seed: int) -> None:
     assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_damaged_reports_harm_nobody_who_reports_at_the_same_time(seed: int) -> None:
+    random = Random(seed)
+    view, reference = View(), View()
+    damaged, sound = Changes("w", 1, "n"), Changes("v", 1, "n")
+    live: list[Tracked] = []
+    for number in range(8):
+        for changes, first in ((damaged, 1), (sound, 100)):
+            future = changes.begin(call(first + number, session=f"t{number}", job="j"), 3.0, CREATED)
+            changes.hold("a", f"t{number}")
+            if changes is sound:
+                live.append(future)
+        if number > 2:
+            sound.end(live.pop(random.randrange(len(live))), DONE, 3.0)
+        together: list[Incoming] = []
+        for data in damaged.reports(3.0, 1 << 20):
+            harmed = bytearray(data)
+            for _ in range(random.randrange(1, 4)):
+                harmed[random.randrange(len(harmed))] = random.randrange(256)
+            together.append(Incoming("w", bytes(harmed), 103.0))
+        reports = [Incoming("v", data, 103.0) for data in sound.reports(3.0, 1 << 20)]
+        random.shuffle(together)
+        assert {sender for sender, _ in view.fold_all([*together, *reports])} <= {"w"}
+        assert not reference.fold_all(reports)
+        view.settle(104.0)
+    view.forget("w")
+    for each in (view, reference):
+        each.settle(105.0)
+    assert seen_by(view) == seen_by(reference)
+    assert sorted(id for _, id in seen_by(view)) == sorted(future.call.id for future in live)
+    assert view.session_live[view.sessions.used()].sum() == len(live)
+    view.forget("v")
+    view.settle(106.0)
+    assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("name", ["m", "é" * 300])
 def test_long_names_do_not_leave_the_sender(name: str) -> None:
     changes = Changes("w", 1, "n")
