@@ -30,6 +30,7 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
 
 _SYSTEM = "You are a helpful assistant."
 _REMEMBERED = 20
+_AGAIN = 3  # requests that were cut, each by the end of another server
 
 
 class Llm:
@@ -175,14 +176,18 @@ class _Line:
         self._client: ChatClient | None = None
 
     async def complete(self, messages: Messages, max_tokens: int, stop: Sequence[str]) -> Completion:
-        client = await self._dial()
-        try:
-            answer = await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
-        except EngineUnreachableError:
-            client = await self._redial(client)
-            answer = await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
-        _spend(answer.prompt_tokens, answer.completion_tokens)
-        return answer
+        client, cuts = await self._dial(), 0
+        while True:
+            try:
+                answer = await client.complete(messages, max_tokens=max_tokens, stop=stop, options=self._options)
+            except EngineUnreachableError:
+                cuts += 1
+                if cuts > _AGAIN:
+                    raise
+                client = await self._redial(client)
+            else:
+                _spend(answer.prompt_tokens, answer.completion_tokens)
+                return answer
 
     async def stream(self, messages: Messages, max_tokens: int, stop: Sequence[str]) -> AsyncGenerator[str, None]:
         client = await self._dial()

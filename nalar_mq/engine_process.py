@@ -110,7 +110,7 @@ class _Supervisor:
                 min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
             ):
                 break
-        for path in (self._folder / STATE_NAME, *self._folder.glob(f"{USER_PREFIX}*")):
+        for path in (*self._folder.glob(f"{USER_PREFIX}*"), self._folder / STATE_NAME):
             path.unlink(missing_ok=True)
 
     def _run_once(self) -> tuple[float, str] | None:

@@ -182,3 +182,18 @@ async def test_an_end_for_want_of_memory_is_told_apart() -> None:
     assert why(ended, is_for_memory=True) == "it was ended by signal 15"
     assert why(failed, is_for_memory=True) == "it ended with code 3"
     assert engine_process._memory_kills() >= 0
+
+
+async def test_a_request_survives_several_ends_of_the_server(place: Place, tmp_path: Path) -> None:
+    llm = Llm(engine=place.user())
+    gate = tmp_path / "gate"
+    cut = asyncio.ensure_future(llm.chat(f"wait for {gate}"))
+    for _ in range(3):
+        await until(lambda: (tmp_path / "gate.waits").exists(), "it is not asked")
+        victim = place.starts[-1]
+        (tmp_path / "gate.waits").unlink()
+        os.kill(victim, signal.SIGKILL)
+    gate.touch()
+    assert int(await cut) == place.starts[-1]
+    assert len(place.starts) == 4
+    await llm.on_stop()
