@@ -24,6 +24,8 @@ NODES: Final = 200
 WORKERS: Final = 64
 WAITS: Final = 20
 DECISIONS: Final = 20
+ENGINES: Final = 64
+SPENT: Final = 40
 
 
 class AgentRow(msgspec.Struct, frozen=True):
@@ -51,6 +53,28 @@ class NodeRow(msgspec.Struct, frozen=True):
     resources: dict[str, tuple[float, float]]
 
 
+class EngineRow(msgspec.Struct, frozen=True):
+    """A model server: how many workers ask it, and what it does; None is what it does not say."""
+
+    name: str
+    workers: int
+    running: int
+    waiting: int | None
+    cache_used: float | None
+    tokens_per_s: float
+    requests: int
+    errors: int
+
+
+class SpentRow(msgspec.Struct, frozen=True):
+    """What a tenant or a workflow has cost."""
+
+    scope: str
+    name: str
+    unit: str
+    amount: float
+
+
 class WaitRow(msgspec.Struct, frozen=True):
     """A call that waits to begin."""
 
@@ -73,7 +97,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
         round_s: how long the last one took.
         processes, futures, sessions: of which it knows.
         unused: reports that were refused, by the reason; not those after a gap, which are told anew.
-        nodes, agents, waits: rows.
+        nodes, agents, waits, engines, spent: rows.
         decisions: the last ones, the newest last.
     """
 
@@ -91,6 +115,8 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     waits: tuple[WaitRow, ...]
     decisions: tuple[Decided, ...]
     error: str = ""
+    engines: tuple[EngineRow, ...] = ()
+    spent: tuple[SpentRow, ...] = ()
 
 
 def overview_of(
@@ -120,7 +146,29 @@ def overview_of(
         waits=wait_rows(view),
         decisions=tuple(decisions)[-DECISIONS:],
         error=error,
+        engines=engine_rows(view),
+        spent=spent_rows(view),
     )
+
+
+def engine_rows(view: View) -> tuple[EngineRow, ...]:
+    """The engines, those with the most requests first."""
+    rows = [
+        EngineRow(engine.name, len(engine.workers), *engine[2:5], round(engine.tokens_per_s, 1), engine.requests, engine.errors)
+        for engine in view.engines.values()
+    ]
+    return tuple(sorted(rows, key=lambda row: (-row.running - (row.waiting or 0), row.name))[:ENGINES])
+
+
+def spent_rows(view: View) -> tuple[SpentRow, ...]:
+    """What tenants and workflows have cost, those that have spent most first."""
+    rows = [
+        SpentRow(scope, name, unit, round(amount, 6))
+        for scope in ("tenant", "workflow")
+        for unit in view.spending.units()
+        for name, amount in view.spending.totals(scope, unit).items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (row.unit, row.scope, -row.amount, row.name))[:SPENT])
 
 
 def agent_rows(view: View) -> tuple[AgentRow, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nalar_mq.address import Address
-from nalar_mq.columns import Report, Serves
+from nalar_mq.columns import EngineFigures, Report, Serves
 
 from .batches import Batch, highest_of, refuse
 from .slots import Reach, Stretches
@@ -53,6 +53,7 @@ class Process:
         self.able: frozenset[str] | None = None
         self.queues: dict[str, tuple[int, int]] = {}
         self.resources: dict[str, tuple[float, float]] = {}
+        self.engines: dict[str, EngineFigures] = {}
 
     @property
     def address(self) -> Address:

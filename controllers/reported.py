@@ -552,6 +552,8 @@ class Reported:
             process.queues = report.queues
         if report.resources is not None:
             process.resources = report.resources
+        if report.engines is not None:
+            process.engines = report.engines
 
     # Processes that are gone, or of which something is missing.
 

@@ -12,14 +12,15 @@ own mean time, and what was ahead of the call that began next (temporal differen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from nalar_mq.address import Address
-from nalar_mq.columns import QUEUED, RUNNING, WAITING, Serves, bucket_floor_s
+from nalar_mq.columns import QUEUED, RUNNING, WAITING, EngineFigures, Serves, bucket_floor_s
 
+from .processes import Process
 from .reported import Reported
 from .tables import Floats, Ints, Longs
 
@@ -53,6 +54,44 @@ class Node(NamedTuple):
     name: str
     workers: tuple[str, ...]
     resources: Mapping[str, tuple[float, float]]
+
+
+class Engine(NamedTuple):
+    """A model server that processes ask.
+
+    Attributes:
+        name: its host, port and path.
+        workers: those who ask it.
+        running, waiting: requests that it works on, and that wait there; `waiting` is None if it does not say.
+        cache_used: of its KV cache, from 0 to 1; None if it does not say.
+        tokens_per_s: that it writes.
+        requests, errors: of all these workers, that have ended, and that it has failed or refused.
+    """
+
+    name: str
+    workers: tuple[str, ...]
+    running: int
+    waiting: int | None
+    cache_used: float | None
+    tokens_per_s: float
+    requests: int
+    errors: int
+
+
+def _engine_of(name: str, told: Sequence[tuple[Process, EngineFigures]]) -> Engine:
+    """What it says of itself if it does, by who was heard last; else what those who ask it have in hand, together."""
+    figures = [each for _, each in told]
+    whole = next((each for each in reversed(figures) if each.is_whole), None)
+    return Engine(
+        name,
+        tuple(sorted(process.name for process, _ in told)),
+        sum(each.running for each in figures) if whole is None else whole.running,
+        None if whole is None else whole.waiting,
+        None if whole is None else whole.cache_used,
+        sum(each.tokens_per_s for each in figures) if whole is None else whole.tokens_per_s,
+        sum(each.requests for each in figures),
+        sum(each.errors for each in figures),
+    )
 
 
 class View(Reported):
@@ -194,6 +233,15 @@ class View(Reported):
                 of_node.append(process.name)
             resources.setdefault(process.node, {}).update(process.resources)
         return {name: Node(name, tuple(sorted(workers[name])), resources[name]) for name in sorted(workers)}
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The model servers that any process asks, by host, port and path, as they were told of last."""
+        told: dict[str, list[tuple[Process, EngineFigures]]] = {}
+        for process in sorted(self._processes.values(), key=lambda process: process.heard_at):
+            for name, figures in process.engines.items():
+                told.setdefault(name, []).append((process, figures))
+        return {name: _engine_of(name, told[name]) for name in sorted(told)}
 
     def left(self, node: str, resource: str) -> float:
         """How much of a resource of a node is neither used nor reserved by the instances there."""

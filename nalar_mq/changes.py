@@ -34,6 +34,7 @@ from nalar_mq.columns import (
     Account,
     Begun,
     Columns,
+    EngineFigures,
     Named,
     Report,
     Serves,
@@ -363,6 +364,10 @@ class Changes:
     def set_resources(self, resources: Mapping[str, tuple[float, float]]) -> None:
         """Used and available amounts of now."""
         self._set("resources", dict(resources))
+
+    def set_engines(self, engines: Mapping[str, EngineFigures]) -> None:
+        """The model servers that it has asked, as they are now."""
+        self._set("engines", dict(engines))
 
     def set_queues(self, queues: Mapping[str, tuple[int, int]]) -> None:
         """Queued and running calls of now, by actor."""

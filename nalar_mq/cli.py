@@ -1161,10 +1161,26 @@ def _overview_parts(overview: Overview) -> list[RenderableType]:
         [row.future, row.call, row.session, row.worker, row.state, f"{row.waited_s:.1f}", str(row.priority)]
         for row in overview.waits
     ]
+    engines = [
+        [
+            row.name,
+            str(row.workers),
+            str(row.running),
+            "-" if row.waiting is None else str(row.waiting),
+            "-" if row.cache_used is None else f"{row.cache_used:.0%}",
+            f"{row.tokens_per_s:.1f}",
+            str(row.requests),
+            str(row.errors),
+        ]
+        for row in overview.engines
+    ]
+    spent = [[row.scope, row.name, f"{row.amount:g}", row.unit] for row in overview.spent]
     parts: list[RenderableType] = [Text(head)]
     for columns, rows in (
         (["NODE", "WORKERS", "QUEUED", "RUNNING", "RESOURCES"], nodes),
         (["AGENT", "KIND", "INSTANCES", "QUEUED", "RUNNING", "LOAD", "SKEW", "WORK", "WAIT"], agents),
+        (["ENGINE", "WORKERS", "RUNNING", "WAITING", "CACHE", "TOKENS/S", "REQUESTS", "ERRORS"], engines),
+        (["SPENT BY", "NAME", "AMOUNT", "UNIT"], spent),
         (["WAITING CALL", "OF", "SESSION", "AT", "STATE", "SECONDS", "PRIORITY"], waits),
     ):
         if rows:

@@ -17,6 +17,7 @@ methods, has a number for the life of the process.
       tallies, buckets    calls that have ended in this process's life, by kind: how many, seconds of waiting and of work, and
                           how many of them waited and worked for how long; those numbers that have changed
       held, let_go        sessions whose state is here, by agent
+      engines             model servers that the process asks: what runs and waits there, and how fast
       accounts, spent     what calls have cost in this process's life, by account: what it is for, and those sums that have
                           changed
 
@@ -52,6 +53,7 @@ MOST_SLOTS: Final = 1 << 22
 MOST_KINDS: Final = 4096
 MOST_PIECES: Final = 4096
 MOST_ACCOUNTS: Final = 16_384
+MOST_ENGINES: Final = 64
 LONGEST_NAME: Final = 256
 
 
@@ -72,6 +74,26 @@ class Serves(msgspec.Struct, array_like=True, frozen=True, gc=False):
     min_instances: int = 1
     max_instances: int | None = None
     resources: dict[str, float] = {}
+
+
+class EngineFigures(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a report tells of a model server that its process has asked.
+
+    Attributes:
+        running, waiting: requests that it works on, and that wait there; `waiting` is None if it does not say.
+        cache_used: of its KV cache, from 0 to 1; None if it does not say.
+        tokens_per_s: that it has written lately.
+        requests, errors: of this process, in its life, that have ended, and that the server has failed or refused.
+        is_whole: the first four are of the server as a whole, as it says itself; else they are of this process's requests.
+    """
+
+    running: int
+    waiting: int | None = None
+    cache_used: float | None = None
+    tokens_per_s: float = 0.0
+    requests: int = 0
+    errors: int = 0
+    is_whole: bool = False
 
 
 class Named(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -173,6 +195,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
         accounts: further accounts.
         able: the actors of its app, which it could serve; None if that has not changed.
         accounts_from: those of lower numbers are not told of any more.
+        engines: model servers that the process has asked, by host, port and path; None if nothing of that has changed.
     """
 
     version: int
@@ -205,6 +228,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
     accounts: tuple[Account, ...] = ()
     able: tuple[str, ...] | None = None
     accounts_from: int = 0
+    engines: dict[str, EngineFigures] | None = None
 
 
 class Again(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=231):
@@ -283,7 +307,7 @@ def _check_head(report: Report) -> None:
     if report.kinds_before < 0 or report.kinds_before + len(report.kinds) > MOST_KINDS:
         raise MalformedReportError(f"more than {MOST_KINDS} kinds")
     accounts = tuple(text for one in report.accounts for text in one.texts)
-    actors = (*(report.serves or ()), *(report.queues or ()), *(report.able or ()), *accounts)
+    actors = (*(report.serves or ()), *(report.queues or ()), *(report.able or ()), *(report.engines or ()), *accounts)
     strings = (report.name, report.node, *(name for kind in report.kinds for name in kind), *actors)
     if any(len(name) > LONGEST_NAME for name in strings):
         raise MalformedReportError(f"a name of more than {LONGEST_NAME} characters")
@@ -291,6 +315,16 @@ def _check_head(report: Report) -> None:
         raise MalformedReportError("a queue of negative length")
     if any(not (0 <= used < inf and 0 <= whole < inf) for used, whole in (report.resources or {}).values()):
         raise MalformedReportError("an amount of a resource that is none")
+    _check_engines(report.engines or {})
+
+
+def _check_engines(engines: dict[str, EngineFigures]) -> None:
+    if len(engines) > MOST_ENGINES:
+        raise MalformedReportError(f"more than {MOST_ENGINES} engines")
+    for told in engines.values():
+        figures = (told.running, told.waiting or 0, told.cache_used or 0.0, told.tokens_per_s, told.requests, told.errors)
+        if not all(0 <= figure < inf for figure in figures):
+            raise MalformedReportError("a figure of an engine that is none")
 
 
 def _check_columns(report: Report) -> None:

@@ -34,7 +34,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 import msgspec
 
 from nalar_mq import engine_process
+from nalar_mq.columns import EngineFigures
 from nalar_mq.config import EngineAccess, engine_folder, find_engine
+from nalar_mq.engine_use import EngineUse, EngineUses, Metrics, engine_uses, read_metrics
 from nalar_mq.errors import EngineCrashLoopError, EngineError, EngineRequestError, EngineUnreachableError
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ _LOG_SHOWN: Final = 600
 _LOG_LIMIT_BYTES: Final = 1 << 20
 _CONNECT_TIMEOUT_S: Final = 10.0
 _EVENT_LIMIT_BYTES: Final = 1 << 20
+_METRICS_LIMIT_BYTES: Final = 4 << 20
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 
@@ -399,9 +402,13 @@ class ChatClient:
             EngineUnreachableError: nobody answers, or the answer broke off.
             EngineRequestError: the server refuses.
         """
-        request = await self._request(messages, max_tokens, temperature, stop, options)
-        async with self._post("/chat/completions", request) as response:
-            return _read_completion(await response.read())
+        use = self._use()
+        with use.request():
+            request = await self._request(messages, max_tokens, temperature, stop, options)
+            async with self._post("/chat/completions", request) as response:
+                answer = _read_completion(await response.read())
+        use.write(answer.completion_tokens)
+        return answer
 
     async def stream(
         self,
@@ -423,25 +430,32 @@ class ChatClient:
         Raises:
             EngineUnreachableError, EngineRequestError: as in `complete`, also after some pieces.
         """
-        request = await self._request(messages, max_tokens, temperature, stop, options)
-        tokens, pieces = (0, 0), 0
+        tokens, pieces, use = (0, 0), 0, self._use()
         try:
-            wanted = {"stream": True, "stream_options": {"include_usage": True}}
-            async with self._post("/chat/completions", {**wanted, **request}) as response:
-                parser = EventParser()
-                async for data in response.content.iter_any():
-                    for event in parser.feed(data):
-                        if event == "[DONE]":
-                            return
-                        text, told = _read_piece(event)
-                        tokens = told or tokens
-                        if text:
-                            pieces += 1
-                            yield text
+            with use.request():
+                request = await self._request(messages, max_tokens, temperature, stop, options)
+                wanted = {"stream": True, "stream_options": {"include_usage": True}}
+                async with self._post("/chat/completions", {**wanted, **request}) as response:
+                    parser = EventParser()
+                    async for data in response.content.iter_any():
+                        for event in parser.feed(data):
+                            if event == "[DONE]":
+                                return
+                            text, told = _read_piece(event)
+                            tokens = told or tokens
+                            if text:
+                                pieces += 1
+                                yield text
+                raise EngineUnreachableError(f"{self.base_url} broke off in the middle of an answer", self.base_url)
         finally:
+            tokens = tokens if any(tokens) else (0, pieces)
+            use.write(tokens[1])
             if on_tokens is not None:
-                on_tokens(*(tokens if any(tokens) else (0, pieces)))
-        raise EngineUnreachableError(f"{self.base_url} broke off in the middle of an answer", self.base_url)
+                on_tokens(*tokens)
+
+    def _use(self) -> EngineUse:
+        uses = engine_uses.get()
+        return EngineUse(self.base_url, "") if uses is None else uses.of(self.base_url, self._api_key)
 
     async def models(self) -> list[str]:
         """The names of the models that the server has."""
@@ -492,6 +506,45 @@ class ChatClient:
             session = aiohttp.ClientSession(headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
             self._session = session
         return session
+
+
+class EngineWatch:
+    """Asks the model servers of a process how they are.
+
+    One that has no metrics, or not for us, is not asked for them again.
+    """
+
+    def __init__(self, uses: EngineUses) -> None:
+        self._uses = uses
+        self._without: set[EngineUse] = set()
+
+    async def look(self) -> dict[str, EngineFigures]:
+        """What is to be told of each of them, by name; waits for the slowest, for two seconds at most."""
+        uses = self._uses.all()
+        found = await asyncio.gather(*map(self._metrics, uses))
+        now = asyncio.get_running_loop().time()
+        return {use.name: use.figures(metrics, now) for use, metrics in zip(uses, found, strict=True)}
+
+    async def _metrics(self, use: EngineUse) -> Metrics | None:
+        if use in self._without:
+            return None
+        aiohttp = _aiohttp()
+        timeout = aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT_S)
+        headers = {"Authorization": f"Bearer {use.api_key}"} if use.api_key else {}
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+                session.get(f"{use.url.removesuffix('/v1')}/metrics") as response,
+            ):
+                page = b""
+                while (piece := await response.content.read(_METRICS_LIMIT_BYTES)) and len(page) < _METRICS_LIMIT_BYTES:
+                    page += piece
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return None
+        metrics = read_metrics(page.decode("utf-8", "replace")) if response.status == 200 else None
+        if metrics is None and response.status < 500:
+            self._without.add(use)
+        return metrics
 
 
 class EventParser:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.changes import Changes
-from nalar_mq.columns import decode_again
+from nalar_mq.columns import EngineFigures, decode_again
 from nalar_mq.errors import WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
@@ -33,6 +33,8 @@ _log = logger(__name__)
 
 Queues = Callable[[], Mapping[str, tuple[int, int]]]
 """Queued and running calls by actor."""
+Engines = Callable[[], Awaitable[Mapping[str, EngineFigures]]]
+"""What is to be told of model servers, by name."""
 Figures = Callable[[], Mapping[str, tuple[float, float]]]
 """Used and available amounts by resource; is called in a thread."""
 
@@ -45,6 +47,7 @@ class Reporter:
         changes: what it collects.
         queues: what is queued and running now.
         figures: what its machine has and uses; None to say nothing of that.
+        engines: what the model servers that it asks have in hand; None to say nothing of that.
         stopwatch: tells how long making a report takes, so that it takes no more than its share.
 
     Attributes:
@@ -62,6 +65,7 @@ class Reporter:
         queues: Queues,
         figures: Figures | None = None,
         stopwatch: Callable[[], float] = time.perf_counter,
+        engines: Engines | None = None,
     ) -> None:
         self._transport = transport
         self._subjects = subjects
@@ -69,6 +73,7 @@ class Reporter:
         self._changes = changes
         self._queues = queues
         self._figures = figures
+        self._engines = engines
         self._stopwatch = stopwatch
         self._limit = min(transport.max_payload, _MOST_BYTES) - _HEAD_BYTES
         self._loop = asyncio.get_running_loop()
@@ -85,6 +90,8 @@ class Reporter:
         self._tasks = [self._loop.create_task(self._report(), name=f"reports-{self._me.name}")]
         if self._figures is not None:
             self._tasks.append(self._loop.create_task(self._look(self._figures), name=f"resources-{self._me.name}"))
+        if self._engines is not None:
+            self._tasks.append(self._loop.create_task(self._look_at(self._engines), name=f"engines-{self._me.name}"))
 
     async def aclose(self) -> None:
         """Ends; idempotent."""
@@ -126,6 +133,14 @@ class Reporter:
         for report in reports:
             self._transport.publish(self._subjects.report(self._me.name), report)
             self.sent += 1
+
+    async def _look_at(self, engines: Engines) -> None:
+        while True:
+            try:
+                self._changes.set_engines(await engines())
+            except Exception:
+                _log.exception("reports.engines_failed")
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _look(self, figures: Figures) -> None:
         while True:

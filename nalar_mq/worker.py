@@ -18,6 +18,8 @@ from nalar_mq.committer import Committer, LoopCommitter
 from nalar_mq.config import Settings, find_state
 from nalar_mq.door import Door
 from nalar_mq.draining import Draining
+from nalar_mq.engine_use import EngineUses, engine_uses
+from nalar_mq.engines import EngineWatch
 from nalar_mq.errors import BrokerError, StoreError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.host import HIGH_WATER, Host
@@ -148,6 +150,8 @@ class Worker:
     async def _begin_hosting(self) -> None:
         calls = self._process.calls
         stores = await self._open_stores()
+        uses = EngineUses()
+        engine_uses.set(uses)  # the code of the calls runs in copies of this context
         changes = self._changes = Changes(self.name, self._process.me.incarnation, self._process.settings.node)
         self._host = calls.host = Host(
             self._app.actors,
@@ -191,6 +195,7 @@ class Worker:
             self._host.load,
             self._figures(),
             asyncio.get_running_loop().time if self._is_simulated else time.perf_counter,
+            None if self._is_simulated else EngineWatch(uses).look,
         )
         serves = {spec.name: serves_of(spec) for spec in self._app.actors.values()}
         serving = self._serving = Serving(

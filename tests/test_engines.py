@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from nalar_mq import config, engines, values
 from nalar_mq.agents.llm import BlockingLlm, Chat, Llm
 from nalar_mq.agents.tools import Library, calculate, highlight, now, search
+from nalar_mq.columns import EngineFigures
 from nalar_mq.config import EngineAccess
-from nalar_mq.engines import ChatClient, Completion, EventParser, LocalEngine, RemoteEngine
+from nalar_mq.engine_use import EngineUses, engine_uses
+from nalar_mq.engines import ChatClient, Completion, EngineWatch, EventParser, LocalEngine, RemoteEngine
 from nalar_mq.errors import EngineError, EngineRequestError, EngineUnreachableError
 from nalar_mq.spending import spent_by
 
@@ -36,6 +38,8 @@ class FakeServer:
         self.headers: list[dict[str, str]] = []
         self.reply: Handler = self.echo
         self.hung_up = asyncio.Event()
+        self.metrics_page: tuple[int, str] = (404, "")
+        self.metrics_asked = 0
         self.url = ""
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -46,6 +50,11 @@ class FakeServer:
         except asyncio.CancelledError:
             self.hung_up.set()
             raise
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        self.metrics_asked += 1
+        status, text = self.metrics_page
+        return web.Response(status=status, text=text)
 
     async def models(self, _request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "first", "object": "model"}, {"id": "second"}]})
@@ -87,6 +96,7 @@ async def server() -> AsyncIterator[FakeServer]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", fake.chat)
     app.router.add_get("/v1/models", fake.models)
+    app.router.add_get("/metrics", fake.metrics)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -133,6 +143,42 @@ async def test_tokens_count_as_spent(server: FakeServer) -> None:
     await llm.on_stop()
     assert spent == [(5.0, "tokens"), (42.0, "tokens"), (2.0, "tokens"), (1.0, "tokens")]
     assert server.requests[1]["stream_options"] == {"include_usage": True}
+
+
+async def test_what_a_server_says_of_itself_is_told_and_what_we_ask_of_it(server: FakeServer) -> None:
+    uses = EngineUses()
+    engine_uses.set(uses)
+    watch = EngineWatch(uses)
+    assert await watch.look() == {}
+    name = server.url.removeprefix("http://")
+    async with ChatClient(server.url, "m") as client:
+        await client.complete(QUESTION)
+        server.metrics_page = (
+            200,
+            'vllm:num_requests_running{model_name="m"} 3.0\nvllm:num_requests_waiting{model_name="m"} 5.0\n'
+            'vllm:kv_cache_usage_perc{model_name="m"} 0.25\nvllm:generation_tokens_total{model_name="m"} 100\n',
+        )
+        assert await watch.look() == {name: EngineFigures(3, 5, 0.25, 0.0, 1, 0, True)}
+        server.metrics_page = (200, server.metrics_page[1].replace("100", "1000"))
+        server.says(503, "busy")
+        with pytest.raises(EngineRequestError):
+            await client.complete(QUESTION)
+        found = (await watch.look())[name]
+        assert (found.requests, found.errors) == (2, 1)
+        assert found.tokens_per_s > 0
+        server.metrics_page = (500, "not now")
+        assert (await watch.look())[name] == EngineFigures(0, None, None, 0.0, 2, 1)
+        server.metrics_page = (404, "")
+        await watch.look()
+        asked = server.metrics_asked
+        server.streams(event(content="a"), hang=True)
+        async with contextlib.aclosing(client.stream(QUESTION)) as pieces:
+            await anext(pieces)
+            assert (await watch.look())[name] == EngineFigures(1, None, None, 0.0, 2, 1)
+        assert server.metrics_asked == asked, "one that has none is not asked again"
+        found = (await watch.look())[name]
+        assert (found.running, found.requests, found.errors) == (0, 3, 1), "what we cut ourselves is no error"
+        assert found.tokens_per_s > 0, "the piece that it has written"
 
 
 async def test_pieces_of_a_stream_come_in_order(server: FakeServer) -> None:
