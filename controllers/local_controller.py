@@ -331,8 +331,9 @@ class LocalController:
     def _go_on_with(self, found: NodeRecord) -> None:
         """What was decided about the workers of the node since it began holds on."""
         for name, agent in found.added.items():
-            self._added[name] = agent
-            self._slots[name] = Slot(name=name, has_served=True)
+            if name not in self._slots:  # else the node is to have so many workers now
+                self._added[name] = agent
+                self._slots[name] = Slot(name=name, has_served=True)
         for name in set(found.stopped) & self._slots.keys():
             self._slots[name] = Slot(name=name, phase=Phase.STOPPED, due=math.inf)
             self._is_reduced = True

@@ -13,6 +13,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -255,6 +256,13 @@ async def test_killed_in_any_order_nothing_fails_and_nothing_is_left_twice(
     assert await asyncio.to_thread(node.end) == 0
 
 
+def run(folder: Path, access: BrokerAccess, namespace: str, variables: dict[str, str], *words: str) -> Any:
+    """What a `nalar` says as JSON."""
+    known = {"NATS_URL": access.urls[0], "NATS_TOKEN": access.token, "NALAR_NAMESPACE": namespace, "HOME": str(folder)}
+    done = subprocess.run([NALAR, *words], cwd=folder, env=os.environ | known | variables, stdout=-1, check=True)
+    return msgspec.json.decode(done.stdout)
+
+
 def is_worker_of(process: psutil.Process, folder: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         return not is_gone(process) and "worker_process" in " ".join(process.cmdline()) and process.cwd() == str(folder)
@@ -311,6 +319,8 @@ async def test_whoever_is_killed_no_call_fails_and_no_engine_or_worker_is_starte
         assert begun() == [engine]
         assert "worker.launched" not in second.said
 
+        seen = await asyncio.to_thread(run, tmp_path, broker_access, namespace, variables, "ps", "--json")
+        assert (seen["engine"]["phase"], seen["engine"]["pid"], seen["engine"]["restarts"]) == ("ready", engine, 0)
         os.kill(engine, signal.SIGKILL)
         await until(lambda: len(begun()) == 2, "it has no successor")
         await until(has_answered(begun()[1], *(worker.pid for worker in workers)), "nobody answers")
