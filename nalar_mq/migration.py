@@ -810,6 +810,7 @@ class Migrations:
             while not coming.is_complete:
                 piece = await coming.work.get()
                 await self._take(id, coming, piece)
+                await asyncio.sleep(0)  # many pieces may have come at once: whatever else there is goes between
         except Exception as error:
             if not isinstance(error, NalarError):
                 _log.exception("session.staging_failed", actor=coming.key[0], session=coming.key[1])
