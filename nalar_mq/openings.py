@@ -9,8 +9,11 @@ A lock keeps a folder from being opened twice, and knows nothing of a copy of it
 
 A store that does not have the token in the directory was copied before the last opening, and what was committed since is
 elsewhere: it is refused. One that has it, and is not in the folder of the last opening, is a copy of a store that was open, or
-has been moved. It is refused while the process lives that opened the other; if that has gone, it is the store from then on, and
-the other one, should it come back, does not have the token.
+has been moved. It is refused while the other folder is there, as far as that can be seen from here, or the process lives that
+opened it; if they have gone, it is the store from then on, and the other one, should it come back, does not have the token.
+
+Who closes a store changes the token once more. So what was copied of it while it was open, perhaps long before, can go on only
+if its process was killed: then nobody knows which commits it lacks.
 
 A folder is known by its machine, device and inode. That these are others after a restart costs no more than the time in which
 the lease of the process that opened it before runs out.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from pathlib import Path
 from typing import Final
 
 from nalar_mq.address import Address, Subjects
@@ -48,6 +52,11 @@ class Openings:
         self._me = me
         self._lease_s = lease_s
 
+    @property
+    def is_reachable(self) -> bool:
+        """False while there is no broker."""
+        return self._transport.is_connected
+
     async def note(self, store: Store, *, has_other: bool = False, anyway: bool = False) -> None:
         """A store is opened here; on return it is the one of its copies that goes on.
 
@@ -61,7 +70,7 @@ class Openings:
             BrokerError: the broker does not answer.
         """
         bucket, key = await self._transport.key_value(self._subjects.places_bucket), f"_copy-{store.copy}"
-        host, folder, file = socket.gethostname(), str(store.folder.resolve()), _file(store)
+        host, folder, file = socket.gethostname(), str(store.folder.resolve()), _file(store.folder)
         while True:
             entry = await bucket.get(key)
             known = None if entry is None or entry.value is None else _read(entry.value)
@@ -70,6 +79,8 @@ class Openings:
             is_elsewhere = known is not None and (known.host, known.file) != (host, file)
             if known is not None and is_elsewhere and await self._is_open(known, has_other=has_other):
                 raise _copied(store, known, host, f"is open in worker {known.name!r}")
+            if known is not None and is_elsewhere and not anyway and known.host == host and _file(known.folder) == known.file:
+                raise _copied(store, known, host, "is there, too")
             token = os.urandom(8).hex()
             before = store.openings if known is None or known.token in store.openings else (known.token,)
             await asyncio.to_thread(store.note_openings, (*before[-_KEPT:], token))
@@ -113,8 +124,12 @@ class Openings:
             await asyncio.sleep(self._lease_s / 6)
 
 
-def _file(store: Store) -> str:
-    found = store.folder.stat()
+def _file(folder: Path | str) -> str:
+    """What tells a folder from others; empty if there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return ""
     return f"{found.st_dev}.{found.st_ino}"
 
 

@@ -31,6 +31,7 @@ from nalar_mq.committer import Committer, Done, Ship
 from nalar_mq.errors import (
     BrokerError,
     KeyConflictError,
+    NalarError,
     StoreBusyError,
     StoreDamagedError,
     StoreError,
@@ -51,6 +52,7 @@ _BY_LIKELIHOOD: Final = (HERE, _ASSIGNED, STAGED, LEAVING, _BACK, LEFT, _UNKNOWN
 _SLOTS: Final = 1_000
 _ADOPTED_AT_ONCE: Final = 256
 _ASSIGNED_KEPT: Final = 10_000
+_CLOSING_S: Final = 1.0
 _log = logger(__name__)
 
 
@@ -424,9 +426,18 @@ class Stores:
                     gone.append((session.name, committer.store.id))
         return gone
 
+    async def _note_closing(self, committers: Iterable[Committer]) -> None:
+        """Copies that have been made of the stores while they were open do not go on in their place."""
+        if self._openings is None or not self._openings.is_reachable:
+            return
+        with contextlib.suppress(NalarError, TimeoutError):
+            async with asyncio.timeout(_CLOSING_S):
+                await asyncio.gather(*(self._openings.note(committer.store) for committer in committers))
+
     async def aclose(self) -> None:
         """Writes what has been committed so far and closes all stores; idempotent."""
         committers, self._open = self._all(), {False: {}, True: {}}
+        await self._note_closing(committers)
         for shipper in self._shippers:
             await shipper.aclose()
         for committer in committers:

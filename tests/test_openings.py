@@ -117,6 +117,39 @@ async def test_a_former_copy_of_a_store_that_went_on_is_refused_until_it_is_adop
             await runtime.worker("first", "here").start()
 
 
+async def test_a_copy_of_a_store_that_was_open_then_does_not_go_on_when_that_is_closed(runtime: Runtime) -> None:
+    """What was committed after it had been made is in the other one."""
+    async with runtime.client() as client:
+        ann = client.options(session="ann", timeout_s=60.0)
+        async with runtime.worker("first", "here"):
+            await ann.call("Notebook.note", "a")
+            runtime.copy("here/1", "there/1")
+            await ann.call("Notebook.note", "b")
+        shutil.move(runtime.root / "here", runtime.root / "elsewhere")
+        with pytest.raises(StoreCopiedError, match=r"there/1 is a copy of .*here/1, which went on"):
+            await runtime.worker("second", "there").start()
+        async with runtime.worker("first", "elsewhere"):
+            assert await ann.call("Notebook.read") == ["a", "b"]
+
+
+async def test_of_two_folders_on_a_machine_neither_is_taken_for_the_other(runtime: Runtime) -> None:
+    """Its worker was killed, and of the copy nobody knows what it lacks."""
+    async with runtime.client() as client:
+        ann = client.options(session="ann", timeout_s=60.0)
+        first = runtime.worker("first", "here")
+        await first.start()
+        await ann.call("Notebook.note", "a")
+        runtime.copy("here/1", "there/1")
+        await ann.call("Notebook.note", "b")
+        runtime.hub.kill("first")
+        assert first.process.stores is not None
+        await first.process.stores.aclose()
+        with pytest.raises(StoreCopiedError, match=r"there/1 is a copy of .*here/1, which is there, too"):
+            await runtime.worker("second", "there").start()
+        async with runtime.worker("first", "here"):
+            assert await ann.call("Notebook.read") == ["a", "b"]
+
+
 async def test_what_is_open_cannot_be_replaced_by_a_copy(runtime: Runtime) -> None:
     async with runtime.client() as client, runtime.worker("first", "here"):
         await client.options(session="ann").call("Notebook.note", "a")
