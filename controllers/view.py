@@ -374,9 +374,9 @@ class View(Reported):
 
     def remaining(self, rows: Ints) -> Floats:
         """Seconds of work that are ahead of each in its session, its own included."""
-        kinds = self.futures.kind[rows]
-        ahead_s = self._ahead_s[kinds]
-        running = np.flatnonzero(self.futures.state[rows] == RUNNING)
+        kinds = self.futures.kind.take(rows)  # twice as fast as an index
+        ahead_s = self._ahead_s.take(kinds)
+        running = np.flatnonzero(self.futures.state.take(rows) == RUNNING)
         ahead_s[running] -= np.minimum(self.ran(rows[running]), self.service_s[kinds[running]])
         return np.maximum(ahead_s, 0.0)
 
