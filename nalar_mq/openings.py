@@ -34,7 +34,7 @@ from nalar_mq.messages import WIRE_VERSION, StoreOpening, decode_opening, encode
 from nalar_mq.store import Store
 from nalar_mq.transport import Transport
 
-_KEPT: Final = 8  # tokens that the directory may yet have: of openings whose answer was lost
+_KEPT: Final = 16  # tokens that the directory may yet have: of openings whose answer was lost
 
 
 class Openings:
@@ -82,8 +82,10 @@ class Openings:
             if known is not None and is_elsewhere and not anyway and known.host == host and _file(known.folder) == known.file:
                 raise _copied(store, known, host, "is there, too")
             token = os.urandom(8).hex()
-            before = store.openings if known is None or known.token in store.openings else (known.token,)
-            await asyncio.to_thread(store.note_openings, (*before[-_KEPT:], token))
+            # That of the directory stays, however often it could not be changed.
+            written = () if known is None else (known.token,)
+            sent = [one for one in store.openings if one not in written and not anyway]
+            await asyncio.to_thread(store.note_openings, (*written, *sent[-_KEPT:], token))
             record = encode_record(StoreOpening(WIRE_VERSION, token, *self._me, host, folder, file))
             try:
                 if entry is None:
@@ -92,7 +94,7 @@ class Openings:
                     await bucket.update(key, record, entry.revision)
             except KeyConflictError:
                 continue
-            await asyncio.to_thread(store.note_openings, (token,) if known is None else (known.token, token))
+            await asyncio.to_thread(store.note_openings, (*written, token))
             return
 
     async def _is_open(self, known: StoreOpening, *, has_other: bool) -> bool:

@@ -177,6 +177,32 @@ async def test_a_folder_that_was_moved_goes_on(runtime: Runtime) -> None:
             assert await ann.call("Notebook.note", "c") == 3
 
 
+async def test_a_broker_that_writes_nothing_for_long_does_no_harm(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is full, say: what can be read is answered, and whoever opens the store tries again and again."""
+    folder = runtime.root / "here" / "1"
+    openings = await runtime.openings()
+    bucket = await (await runtime.hub.connect("other")).key_value(Subjects(runtime.namespace).places_bucket)
+
+    async def refuse(self: object, key: str, value: bytes, revision: int) -> int:
+        raise BrokerError("it is full")
+
+    for _ in range(3):
+        store = Store.open(folder, "shell")
+        await openings.note(store)
+        store.close()
+        with monkeypatch.context() as patched:
+            patched.setattr(type(bucket), "update", refuse)
+            for _ in range(40):
+                store = Store.open(folder, "shell")
+                with pytest.raises(BrokerError, match="full"):
+                    await openings.note(store)
+                store.close()
+    store = Store.open(folder, "shell")
+    await openings.note(store)
+    assert len(store.openings) == 2
+    store.close()
+
+
 async def test_an_opening_whose_answer_is_lost_does_no_harm(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has been sent may be written at once, later, or never: the store can be opened, and a copy from before cannot."""
     folder = runtime.root / "here" / "1"
