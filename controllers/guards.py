@@ -273,6 +273,8 @@ class _Round:
     def _limit(self, action: Limit) -> str:
         if action.running < 0:
             return f"{action.running} calls at once: 0 is the least"
+        if action.refuses and action.running:
+            return f"{action.running} calls at once and none: what is refused has a limit of 0"
         if action.job and action.job not in self._view.jobs:
             return f"there is no job {action.job!r}"
         return self._agent(action.agent) or (self._session(action.session) if action.session else "")

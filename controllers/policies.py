@@ -208,17 +208,19 @@ class BudgetLimits:
         per_session: float = np.inf,
         per_job: float = np.inf,
         unit: str = "tokens",
+        refuses: bool = False,
     ) -> None:
-        self.tenants, self.per_session, self.per_job, self.unit = tenants or {}, per_session, per_job, unit
+        self.tenants, self.most, self.unit, self.refuses = tenants or {}, (per_session, per_job), unit, refuses
 
     def decide(self, view: View) -> Iterable[Action]:
-        """Nothing of theirs begins any more at any agent: it waits, until its deadline or until they may spend more."""
+        """Nothing of theirs begins any more at any agent: it waits until they may spend more, or, if so wanted, is refused."""
         spent, unit = view.spending, self.unit
         over = [("tenant", name, most) for name, most in self.tenants.items() if spent.total("tenant", name, unit) >= most]
-        for scope, most, names in ("session", self.per_session, view.sessions), ("job", self.per_job, view.jobs):
+        for scope, most, names in zip(("session", "job"), self.most, (view.sessions, view.jobs), strict=True):
             over += [(scope, name, most) for name in spent.over(scope, most, unit) if name in names]
         for (scope, name, most), agent in product(over, view.agents):
-            yield limit(agent, 0, **{scope: name}, reason=f"{scope} {name!r} has spent {most:g} {unit}")
+            why = f"{scope} {name!r} has spent {most:g} {unit}"
+            yield limit(agent, 0, **{scope: name}, refuses=self.refuses, reason=why)
 
 
 # Those that say nothing before they are told what about, with an example of it.

@@ -94,9 +94,21 @@ def set_priority(session: str, value: int, agent: str = "", *, reason: str = "")
     return SetPriority(session, value, agent, reason)
 
 
-def limit(agent: str, running: int, *, session: str = "", tenant: str = "", job: str = "", reason: str = "") -> Limit:
-    """At most `running` calls at once at each instance; of a session, tenant or job, if one is named."""
-    return Limit(agent, running, session, tenant, reason, job)
+def limit(
+    agent: str,
+    running: int,
+    *,
+    session: str = "",
+    tenant: str = "",
+    job: str = "",
+    refuses: bool = False,
+    reason: str = "",
+) -> Limit:
+    """At most `running` calls at once at each instance; of a session, tenant or job, if one is named.
+
+    The others wait; with 0 and `refuses` they fail with `NotAllowedError`, as do those that wait already.
+    """
+    return Limit(agent, running, session, tenant, reason, job, refuses)
 
 
 def allow(agent: str, *, callers: Iterable[str] = (), tenants: Iterable[str] = (), reason: str = "") -> Allow:

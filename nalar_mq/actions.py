@@ -49,7 +49,11 @@ class SetPriority(msgspec.Struct, frozen=True, tag="priority"):
 
 
 class Limit(msgspec.Struct, frozen=True, tag="limit"):
-    """At most so many calls run at once at each instance of an agent: all of them, or those of a session, tenant or job."""
+    """At most so many calls run at once at each instance of an agent: all of them, or those of a session, tenant or job.
+
+    Attributes:
+        refuses: there are none, and those that have not begun fail at once instead of waiting; `running` is 0 then.
+    """
 
     agent: str
     running: int
@@ -57,6 +61,7 @@ class Limit(msgspec.Struct, frozen=True, tag="limit"):
     tenant: str = ""
     reason: str = ""
     job: str = ""
+    refuses: bool = False
 
 
 class Allow(msgspec.Struct, frozen=True, tag="allow"):
@@ -284,6 +289,8 @@ def describe(action: State | Act) -> str:
         case Limit():
             groups = {"session": action.session, "tenant": action.tenant, "job": action.job}
             whose = "".join(f" of {what} {name}" for what, name in groups.items() if name)
+            if action.refuses:
+                return f"calls{whose} to {action.agent} are refused"
             return f"at most {action.running} calls{whose} run at once at each instance of {action.agent}"
         case Allow():
             known = [*action.callers, *(f"tenant {tenant}" for tenant in action.tenants)]

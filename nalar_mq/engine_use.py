@@ -98,6 +98,11 @@ class EngineUse:
                 self._ended += 1
                 self._failed += failed
 
+    @property
+    def is_idle(self) -> bool:
+        """No request runs."""
+        return not self._running
+
     def write(self, tokens: int) -> None:
         """It has written so many tokens for us."""
         with self._lock:
@@ -134,6 +139,13 @@ class EngineUses:
                 if len(self._uses) < MOST_ENGINES:
                     self._uses[url, api_key] = use
             return use
+
+    def forget(self, use: EngineUse) -> bool:
+        """It is not told of any more, unless a request runs there, which False says."""
+        with self._lock:
+            if use.is_idle:
+                self._uses.pop((use.url, use.api_key), None)
+            return use.is_idle
 
     def all(self) -> list[EngineUse]:
         """All of them."""

@@ -52,6 +52,7 @@ _LOG_SHOWN: Final = 600
 _LOG_LIMIT_BYTES: Final = 1 << 20
 _CONNECT_TIMEOUT_S: Final = 10.0
 _EVENT_LIMIT_BYTES: Final = 1 << 20
+_FORGOTTEN_AFTER_S: Final = 60.0
 _METRICS_LIMIT_BYTES: Final = 4 << 20
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -511,12 +512,14 @@ class ChatClient:
 class EngineWatch:
     """Asks the model servers of a process how they are.
 
-    One that has no metrics, or not for us, is not asked for them again.
+    One that has no metrics, or not for us, is not asked for them again. One that cannot be reached, and of which nobody wants
+    anything, is forgotten after a minute: an engine that is started again has another port.
     """
 
     def __init__(self, uses: EngineUses) -> None:
         self._uses = uses
         self._without: set[EngineUse] = set()
+        self._lost_since: dict[EngineUse, float] = {}
 
     async def look(self) -> dict[str, EngineFigures]:
         """What is to be told of each of them, by name; waits for the slowest, for two seconds at most."""
@@ -540,7 +543,11 @@ class EngineWatch:
                 while (piece := await response.content.read(_METRICS_LIMIT_BYTES)) and len(page) < _METRICS_LIMIT_BYTES:
                     page += piece
         except (aiohttp.ClientError, TimeoutError, OSError):
+            now = asyncio.get_running_loop().time()
+            if now - self._lost_since.setdefault(use, now) > _FORGOTTEN_AFTER_S and self._uses.forget(use):
+                del self._lost_since[use]
             return None
+        self._lost_since.pop(use, None)
         metrics = read_metrics(page.decode("utf-8", "replace")) if response.status == 200 else None
         if metrics is None and response.status < 500:
             self._without.add(use)

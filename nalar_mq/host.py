@@ -567,7 +567,7 @@ class Host:
         caller = call.caller if call.caller and (owner == self._calls.me or is_worker) else owner.name
         rule = self._admission.rule_against(call.actor, caller, call.tenant)
         if rule is None:
-            return None
+            return self._shut_out(call)
         whose = f"{caller!r} of tenant {call.tenant!r}" if call.tenant else f"{caller!r}"
         _log.warning(
             "call.not_allowed", actor=call.actor, caller=caller, process=owner.name, tenant=call.tenant, reason=rule.reason
@@ -575,6 +575,14 @@ class Host:
         self._note("refused", rule.reason or f"{caller} may not call {call.actor}", id=call.id)
         why = f": {rule.reason}" if rule.reason else ""
         return NotAllowedError(f"{whose} may not call {call.actor!r}{why}", reason=rule.reason)
+
+    def _shut_out(self, call: Call) -> NotAllowedError | None:
+        limit = self._admission.shut_by(call.actor, call.session, call.tenant, call.job)
+        if limit is None:
+            return None
+        self._note("refused", limit.reason or actions.describe(limit), id=call.id)
+        why = f": {limit.reason}" if limit.reason else ""
+        return NotAllowedError(f"{actions.describe(limit)}{why}", reason=limit.reason)
 
     def _end_forbidden(self, actors: set[str]) -> None:
         for execution in list(self._executions.values()):
@@ -587,7 +595,7 @@ class Host:
     def _set_limits(self, states: tuple[actions.State, ...]) -> None:
         former, limits = self._limits, dict[str, dict[Group, actions.Limit]]()
         for state in states:
-            if isinstance(state, actions.Limit):
+            if isinstance(state, actions.Limit) and not state.refuses:
                 limits.setdefault(state.agent, {})[state.session, state.tenant, state.job] = state
         self._limits = limits
         for actor in former.keys() | limits.keys():

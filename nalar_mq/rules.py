@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nalar_mq.actions import Allow, SetPriority, State
+from nalar_mq.actions import Allow, Limit, SetPriority, State
 
 
 class Priorities:
@@ -67,7 +67,7 @@ class Priorities:
 
 
 class Admission:
-    """Who may call the agents that have a rule.
+    """Who may call the agents that have a rule, and of whom they take no calls at present.
 
     Attributes:
         has_rules: there is any; every call asks.
@@ -75,14 +75,28 @@ class Admission:
 
     def __init__(self) -> None:
         self._rules: dict[str, Allow] = {}
+        self._shut: dict[str, tuple[Limit, ...]] = {}
         self.has_rules = False
 
     def take_states(self, states: Iterable[State]) -> set[str]:
         """Takes what holds from now on; returns the agents whose rule has changed."""
-        former = self._rules
+        former, shut, states = self._rules, self._shut, tuple(states)
         self._rules = {state.agent: state for state in states if isinstance(state, Allow)}
-        self.has_rules = bool(self._rules)
-        return {agent for agent in former.keys() | self._rules.keys() if former.get(agent) != self._rules.get(agent)}
+        self._shut = {}
+        for state in states:
+            if isinstance(state, Limit) and state.refuses:
+                self._shut[state.agent] = (*self._shut.get(state.agent, ()), state)
+        self.has_rules = bool(self._rules or self._shut)
+        changed = {agent for agent in former.keys() | self._rules.keys() if former.get(agent) != self._rules.get(agent)}
+        return changed | {agent for agent in shut.keys() | self._shut.keys() if shut.get(agent) != self._shut.get(agent)}
+
+    def shut_by(self, agent: str, session: str, tenant: str, job: str) -> Limit | None:
+        """The limit by which `agent` refuses a call of this session, tenant and job; None if there is none."""
+        for limit in self._shut.get(agent, ()):
+            named = ((limit.session, session), (limit.tenant, tenant), (limit.job, job))
+            if all(wanted in ("", given) for wanted, given in named):
+                return limit
+        return None
 
     def rule_against(self, agent: str, caller: str, tenant: str) -> Allow | None:
         """The rule that forbids a call of `agent`; None if it may be made.

@@ -88,6 +88,15 @@ def test_a_process_tells_of_a_bounded_number_of_servers() -> None:
     assert uses.of("http://h:1/v1", "") is uses.of("http://h:1/v1", "")
 
 
+def test_an_engine_is_forgotten_unless_something_runs_there() -> None:
+    uses = EngineUses()
+    use = uses.of("http://h:1/v1", "")
+    with use.request():
+        assert not uses.forget(use)
+    assert uses.forget(use)
+    assert uses.all() == []
+
+
 def seen(*told: dict[str, EngineFigures]) -> View:
     view = View()
     for number, engines_told in enumerate(told):

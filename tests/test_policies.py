@@ -329,4 +329,4 @@ def test_the_default_works_on_nothing() -> None:
         for action in policy.decide(View()):
             assert isinstance(action, SetPriorities)
             assert not len(action.sessions)
-    assert math.isinf(BudgetLimits().per_session)
+    assert all(map(math.isinf, BudgetLimits().most))

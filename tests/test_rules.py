@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from nalar_mq.actions import Allow, Route, SetPriority, Weights
+from nalar_mq.actions import Allow, Limit, Route, SetPriority, Weights
 from nalar_mq.address import Address
 from nalar_mq.explanations import Explanations
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Explanation, Member
@@ -52,6 +52,22 @@ def test_who_may_call_what(agent: str, caller: str, tenant: str, is_allowed: boo
     assert (rules.rule_against(agent, caller, tenant) is None) is is_allowed
     assert rules.take_states(states[:2]) == {"anonymous"}
     assert rules.take_states([]) == {"paid", "closed"}
+    assert not rules.has_rules
+
+
+@pytest.mark.parametrize(
+    ("whose", "is_refused"),
+    [(("s", "", ""), False), (("s", "", "j"), True), (("s", "t", ""), True), (("q", "u", "k"), False), (("q", "t", "k"), True)],
+)
+def test_of_whom_no_calls_are_taken(whose: tuple[str, str, str], is_refused: bool) -> None:
+    rules = Admission()
+    states = [Limit("a", 0, job="j", refuses=True), Limit("a", 0, tenant="t", refuses=True), Limit("a", 0, "s")]
+    assert rules.take_states(states) == {"a"}
+    assert rules.has_rules
+    assert (rules.shut_by("a", *whose) is not None) is is_refused
+    assert rules.shut_by("b", *whose) is None
+    assert rules.take_states(states) == set()
+    assert rules.take_states(states[2:]) == {"a"}
     assert not rules.has_rules
 
 

@@ -30,7 +30,7 @@ from nalar_mq.controllers.policies import BudgetLimits
 from nalar_mq.controllers.policy import Action
 from nalar_mq.controllers.spending import Accounts, Spending
 from nalar_mq.controllers.view import View
-from nalar_mq.errors import MalformedReportError, MissedReportError
+from nalar_mq.errors import MalformedReportError, MissedReportError, RemoteError
 from nalar_mq.messages import Call
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.spending import spent_by
@@ -336,6 +336,19 @@ async def test_a_job_of_a_tenant_counts_for_it_and_is_limited_with_it(site: Site
     assert site.spent("tenant", "rich") >= 100.0
     site.mind.limits = BudgetLimits()
     assert await dear.result(timeout=PATIENCE_S) == ["dear-1", "dear-2"]
+
+
+async def test_a_job_over_its_budget_fails_with_the_reason_where_that_is_wanted(site: Site) -> None:
+    site.mind.limits = BudgetLimits(per_job=100.0, refuses=True)
+    dear = await site.client.submit("shop", "dear", 100.0, "open", job_id="dear")
+    cheap = await site.client.submit("shop", "cheap", 99.0, "open", job_id="cheap")
+    await site.limited(job="dear")
+    site.open("open")
+    with pytest.raises(RemoteError, match="job 'dear' has spent 100 tokens") as failed:
+        await dear.result(timeout=PATIENCE_S)
+    assert failed.value.type_name == "NotAllowedError"
+    assert await cheap.result(timeout=PATIENCE_S) == ["cheap-1", "cheap-2"]
+    assert "dear-2" not in site.bought
 
 
 async def test_a_job_keeps_its_tenant_in_another_worker(site: Site) -> None:
