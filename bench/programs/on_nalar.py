@@ -1,4 +1,7 @@
-"""This runtime: the embedded broker, a local controller with two worker processes, and a client, as `nalar run` has them."""
+"""This runtime: the embedded broker, a local controller with two worker processes, and a client, as `nalar run` has them.
+
+What only one benchmark needs is imported for that one: the start of this program is measured, too.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,12 @@ import random
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import kept
-import large
-import moving
 import nalar_app
 import nats_process
 import work
@@ -147,6 +148,21 @@ async def runtime(access: BrokerAccess, local_store: str, namespace: str = "benc
         yield client
 
 
+async def with_kept_sessions(access: BrokerAccess, folder: Path) -> None:
+    """What is measured with sessions in stores."""
+    wanted = [part for part in ("state", "recovery", "moving") if work.wants(part)]
+    if not wanted:
+        return
+    kept = import_module("kept")
+    sessions = kept.Bench(access, folder)
+    if "state" in wanted:
+        await kept.state(sessions)
+    if "recovery" in wanted:
+        await kept.recovery(sessions)
+    if "moving" in wanted:
+        await import_module("moving").measure(sessions)
+
+
 async def main() -> None:
     """Starts everything and ends it afterwards; again for jobs without sync, and for large values without a folder."""
     with tempfile.TemporaryDirectory(prefix="nalar-bench-", ignore_cleanup_errors=True) as folder:
@@ -155,17 +171,11 @@ async def main() -> None:
             async with runtime(broker.access, store) as client:
                 await measure(client)
                 if work.wants("large"):
-                    await large.near(broker.access, "bench")
+                    await import_module("large").near(broker.access, "bench")
             if work.wants("large"):
                 async with runtime(broker.access, "off", "apart"):
-                    await large.through_broker(broker.access, "apart")
-            kept_sessions = kept.Bench(broker.access, Path(folder) / "kept")
-            if work.wants("state"):
-                await kept.state(kept_sessions)
-            if work.wants("recovery"):
-                await kept.recovery(kept_sessions)
-            if work.wants("moving"):
-                await moving.measure(kept_sessions)
+                    await import_module("large").through_broker(broker.access, "apart")
+            await with_kept_sessions(broker.access, Path(folder) / "kept")
         if work.wants("jobs"):
             with nats_process.running("-js", "-sd", str(Path(folder) / "unsynced")) as url:
                 async with runtime(BrokerAccess(urls=(url,)), store) as client:
