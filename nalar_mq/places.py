@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import Callable
 
 from nalar_mq.address import Address, Subjects
@@ -45,7 +46,9 @@ OnPlaced = Callable[[bytes, Address | None, CallError | None], bool]
 _PLACES_KEPT = 200_000
 PATIENCE_S = 30.0  # for a store that nobody has open: its worker may be on its way back
 _READ_AGAIN_S = 1.0
+_READ_SELDOM_S = 8.0
 _ASK_AGAIN_S = 0.2
+_ASK_SELDOM_S = 2.0
 _RETRY_AFTER_S = 5.0
 _log = logger(__name__)
 
@@ -176,8 +179,10 @@ class Places:
     async def _holder(self, store: str, key: str) -> tuple[str, Address]:
         """The store, and who has it open as soon as somebody has.
 
-        The session may have moved on before its worker left, and after the directory was read: it is read again meanwhile.
+        The session may have moved on before its worker left, and after the directory was read: it is read again meanwhile, less
+        and less often, since very many may wait for one store.
         """
+        pause_s = _READ_AGAIN_S * _spread(key)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 while True:
@@ -186,8 +191,10 @@ class Places:
                     if holder is not None:
                         return store, holder
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._changed.wait(), _READ_AGAIN_S)
+                        async with asyncio.timeout(pause_s):
+                            await self._changed.wait()
                         continue
+                    pause_s = min(2 * pause_s, _READ_SELDOM_S)
                     with contextlib.suppress(BrokerError):
                         entry = await (await self._opened()).get(key)
                         named = self._read(entry.value) if entry is not None and entry.value is not None else None
@@ -200,7 +207,7 @@ class Places:
 
     async def _decide_patiently(self, key: str, actor: str, *, or_leaving: bool) -> tuple[Address | str | None, bool]:
         clock, perhaps_written = asyncio.get_running_loop().time, set[bytes]()
-        until = clock() + PATIENCE_S
+        until, pause_s = clock() + PATIENCE_S, _ASK_AGAIN_S * _spread(key)
         while True:
             try:
                 return await self._decide(key, actor, or_leaving=or_leaving, perhaps_written=perhaps_written)
@@ -210,7 +217,8 @@ class Places:
                 if clock() >= until:
                     raise
                 _log.debug("places.no_answer", key=key, error=str(error))
-                await asyncio.sleep(_ASK_AGAIN_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _ASK_SELDOM_S)
 
     async def _decide(
         self, key: str, actor: str, *, or_leaving: bool = False, perhaps_written: set[bytes] | None = None
@@ -304,3 +312,8 @@ def place_of(address: Address, store: str = "") -> Place:
 
 def _state_lost(key: str) -> StateLostError:
     return StateLostError(f"the memory of {key} was lost with its worker; the next call starts with an empty state")
+
+
+def _spread(key: str) -> float:
+    """Between 0.75 and 1.25, another for each key: what waits for the same does not ask all at once."""
+    return 0.75 + zlib.crc32(key.encode()) / (1 << 33)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from random import Random
 from typing import Any, cast
 
 import msgspec
 import pytest
 
+from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
-from nalar_mq.errors import BrokerError, CallError, StateLostError, WorkerLostError
+from nalar_mq.errors import BrokerError, CallError, SessionUnavailableError, StateLostError, WorkerLostError
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, encode_record
 from nalar_mq.placement import RoutingTable
-from nalar_mq.places import Places, place_of
+from nalar_mq.places import PATIENCE_S, Places, place_of
 from nalar_mq.transport import Transport
 
 SUBJECTS = Subjects("places")
@@ -147,6 +149,38 @@ async def test_a_session_that_has_moved_on_before_its_worker_left_is_found() -> 
     asker.table.join("b", msgspec.structs.replace(_member(1), stores=("here",)))
     assert await asking == [(b"1", Address("b", 1), None)]
     assert asker.places.store_known("agent.s") == "here"
+
+
+async def wait_for_a_store(hub: MemoryHub, changes: Iterable[float]) -> tuple[list[Answer], int]:
+    """Nobody opens it, while the table changes at these times; returns how often the directory was read as well."""
+    asker, reads = Asker(await hub.connect("one"), "a"), 0
+    bucket = await (await hub.connect("two")).key_value(SUBJECTS.places_bucket)
+    await bucket.create("agent.s", encode_record(place_of(Address("gone", 1), "left")))
+    kind = type(bucket)
+    get = kind.get
+
+    async def count(self: Any, key: str) -> Any:
+        nonlocal reads
+        reads += 1
+        return await get(self, key)
+
+    loop = asyncio.get_running_loop()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kind, "get", count)
+        began = loop.time()
+        for at in changes:
+            loop.call_at(began + at, asker.places.on_table_changed)
+        asker.places.find("agent.s", "agent", b"1", asker.take)
+        while not asker.answers and loop.time() < began + 3 * PATIENCE_S:
+            await asyncio.sleep(0.01)
+    return asker.answers, reads
+
+
+@pytest.mark.parametrize("changes", [(), [PATIENCE_S - 1e-9], [PATIENCE_S], [PATIENCE_S + 1e-9]])
+def test_a_store_that_nobody_opens_is_waited_for_with_patience_and_not_for_ever(changes: Iterable[float]) -> None:
+    answers, reads = simulation.run(wait_for_a_store(MemoryHub(seed=1), changes))
+    assert [type(error) for _, _, error in answers] == [SessionUnavailableError]
+    assert reads < 10
 
 
 async def test_without_a_replica_there_is_no_place() -> None:
