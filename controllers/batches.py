@@ -71,7 +71,7 @@ class Batch:
     def told(self, table: str, kinds: dict[str, str]) -> Told | None:
         """The rows of a table in all reports; None if there are none."""
         parts = [getattr(report, table).columns for report in self.reports]
-        there = [part for part in parts if part]
+        there = [part for part in parts if part and part[0]]
         if not there:
             return None
         columns = {

@@ -41,7 +41,14 @@ from nalar_mq.columns import (
     Report,
     decode_report,
 )
-from nalar_mq.errors import ForgedReportError, FutureReportError, LateReportError, MissedReportError, WireError
+from nalar_mq.errors import (
+    ForgedReportError,
+    FutureReportError,
+    LateReportError,
+    MalformedReportError,
+    MissedReportError,
+    WireError,
+)
 
 from .batches import Told, check_states, refuse
 from .processes import CODES, Fold, Process, Slots, are_distinct
@@ -151,15 +158,28 @@ class Reported:
         return refused + self._fold_together(taken)
 
     def _fold_together(self, taken: list[tuple[Process, Report]]) -> list[tuple[str, WireError]]:
-        """Takes reports of different processes that are the next ones; where one is refused, each of them by itself."""
+        """Takes reports of different processes that are the next ones; where one is refused, each of them by itself.
+
+        What fails in another way than by being refused is a mistake of this program. It must not keep the others from being
+        heard: it is refused as malformed, and those whose reports may have been taken in part are stale.
+        """
+        if not taken:
+            return []
         try:
-            self._apply(taken)
+            fold = self._checked(taken)
         except WireError as error:
             if len(taken) > 1:
                 return [refused for each in taken for refused in self._fold_together([each])]
             process = taken[0][0]
             process.is_stale = True
             return [(process.name, error)]
+        try:
+            for effect in fold.effects:
+                effect()
+        except Exception as error:
+            for process in fold.processes:
+                process.is_stale = True
+            return [(process.name, _as_malformed(error)) for process in fold.processes]
         return []
 
     def _admit(self, sender: str, report: Report, now: float) -> Process:
@@ -222,8 +242,7 @@ class Reported:
         slots = self._slots
         sessions, jobs = self._used(process)
         self._forget_states(process)
-        before: Ints = slots.futures.of(process.rows, "number").copy()
-        process.former = before.copy()
+        process.former = slots.futures.of(process.rows, "number").copy()
         process.kind_count = 0
         process.is_stale = False
         slots.futures.clear(process.rows)
@@ -232,11 +251,13 @@ class Reported:
         slots.jobs.clear(process.jobs)
         try:
             for piece in pieces:
-                self._apply([(process, piece)])
+                for _, error in self._fold_together([(process, piece)]):
+                    raise error
             self._remove(process.former[process.former >= 0])
         except WireError:
             left: Ints = slots.futures.of(process.rows, "number")
-            self._remove(np.union1d(left[left >= 0], before[before >= 0]))
+            self._remove(left[left >= 0])
+            self._remove(process.former[process.former >= 0])
             slots.futures.clear(process.rows)
             process.is_stale = True
             raise
@@ -251,26 +272,28 @@ class Reported:
         jobs: Ints = self._slots.jobs.of(process.jobs, "number")
         return sessions[sessions >= 0], jobs[jobs >= 0]
 
-    def _apply(self, taken: Sequence[tuple[Process, Report]]) -> None:
-        """Takes reports of different processes: all of them, or none.
+    def _checked(self, taken: Sequence[tuple[Process, Report]]) -> Fold:
+        """Reports of different processes, ready to take effect: all of them, or none and nothing has changed.
 
         Raises:
             ReportError: one of them contradicts itself, or what was reported before.
         """
-        if not taken:
-            return
         fold = Fold(self._slots, taken)
-        with fold.undo:
-            self._take_names(fold)
-            self._take_futures(fold)
-            self._take_held(fold)
-            self._take_ended(fold)
-            self._take_counts(fold)
-            fold.undo.pop_all()
-        for effect in fold.effects:
-            effect()
+        try:
+            with fold.undo:
+                self._take_names(fold)
+                self._take_futures(fold)
+                self._take_held(fold)
+                self._take_ended(fold)
+                self._take_counts(fold)
+                fold.undo.pop_all()
+        except WireError:
+            raise
+        except Exception as error:
+            raise _as_malformed(error) from error
         for process, report in taken:
-            self._take_facts(process, report)
+            fold.then(self._take_facts, process, report)
+        return fold
 
     def _take_names(self, fold: Fold) -> None:
         for process, report in zip(fold.processes, fold.batch.reports, strict=True):
@@ -376,7 +399,7 @@ class Reported:
         refuse(np.isnan(deadlines).any(), "a deadline that is no time")
 
         numbers = (kinds, sessions, jobs)
-        rows, is_new = self._place(fold.processes[0].former, slots, ids, numbers)
+        rows, is_new = self._place(fold, slots, ids, numbers)
         added = self.futures.add(ids[is_new, 0], ids[is_new, 1], states[is_new])
         fold.undo.callback(self.futures.remove, added)
         rows[is_new] = added
@@ -398,9 +421,10 @@ class Reported:
             _, jobs[has_job] = fold.looked_up("jobs", counts, slots[has_job])
         return jobs
 
-    def _place(self, former: Ints | None, slots: Longs, ids: Words, numbers: tuple[Ints, Ints, Ints]) -> tuple[Ints, Mask]:
+    def _place(self, fold: Fold, slots: Longs, ids: Words, numbers: tuple[Ints, Ints, Ints]) -> tuple[Ints, Mask]:
         """The rows of futures that were known before everything is told anew, and which of the futures were not."""
         rows = np.full(len(slots), -1, np.int32)
+        former = fold.processes[0].former
         if former is None:
             return rows, rows < 0
         futures, (kinds, sessions, jobs) = self.futures, numbers
@@ -411,6 +435,7 @@ class Reported:
         same &= futures.job[old] == jobs[inside]
         rows[inside[same]] = old[same]
         former[slots[inside[same]]] = -1
+        fold.undo.callback(former.__setitem__, slots[inside[same]], old[same])
         return rows, rows < 0
 
     def _begin(
@@ -593,3 +618,7 @@ class Reported:
     def silent(self, since_s: float) -> list[Address]:
         """Processes of which nothing that was admitted has been heard since then."""
         return [process.address for process in self._processes.values() if process.heard_at < since_s]
+
+
+def _as_malformed(error: Exception) -> MalformedReportError:
+    return MalformedReportError(f"{type(error).__name__}: {error}")

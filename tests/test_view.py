@@ -592,6 +592,51 @@ def test_of_reports_that_come_together_a_bad_one_is_refused_alone(fields: dict[s
     assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
 
 
+def test_columns_without_rows_say_nothing() -> None:
+    changes, _, view = told(call(1))
+    other = Changes("v", 1, "n")
+    other.begin(call(2), 1.0)
+    tables = ("changed", "moved", "ended", "tallies", "buckets", "held", "let_go", "spent")
+    empty = {table: columns.Columns((b"",) * len(columns._TABLES[table])) for table in tables}
+    nothing = columns.Begun(*(b"",) * len(columns.Begun.__struct_fields__))
+    bad = columns.encode_report(altered(changes.reports(3.0, 1 << 20)[0], begun=nothing, **empty))
+    together = [Incoming("w", bad, 103.0), *(Incoming("v", data, 103.0) for data in other.reports(3.0, 1 << 20))]
+    assert not view.fold_all(together)
+    view.settle(104.0)
+    assert len(view.futures) == 2
+
+
+@pytest.mark.parametrize("step", ["_take_counts", "_take_facts"])
+def test_a_mistake_in_this_program_does_not_keep_others_from_being_heard(step: str) -> None:
+    class Mistaken(View):
+        def _take_counts(self, fold: Any) -> None:
+            if step == "_take_counts" and any(process.name == "w" for process in fold.processes) and is_broken:
+                raise IndexError("it happens")
+            super()._take_counts(fold)
+
+        def _take_facts(self, process: Any, report: Report) -> None:
+            if step == "_take_facts" and process.name == "w" and is_broken:
+                raise IndexError("it happens")
+            super()._take_facts(process, report)
+
+    is_broken = True
+    view = Mistaken()
+    workers = {name: Changes(name, 1, "n") for name in "vwx"}
+    for number, changes in enumerate(workers.values()):
+        changes.begin(call(number + 1, session=f"s{number}"), 1.0)
+    reports = [Incoming(name, data, 2.0) for name, changes in workers.items() for data in changes.reports(1.0, 1 << 20)]
+    refused = view.fold_all(reports)
+    assert "w" in [sender for sender, _ in refused]
+    assert {type(error) for _, error in refused} == {MalformedReportError}
+    assert {address.name for address in view.stale()} == {sender for sender, _ in refused}
+    is_broken = False
+    again = [name for name in workers if any(address.name == name for address in view.stale())]
+    assert not view.fold_all([Incoming(name, data, 3.0) for name in again for data in workers[name].whole(2.0, 1 << 20)])
+    view.settle(3.0)
+    assert not view.stale()
+    assert sorted(view.sessions.name(int(view.futures.session[row])) for row in view.live) == ["s0", "s1", "s2"]
+
+
 def picture_of(view: View) -> dict[str, Any]:
     sessions = sorted(view.sessions.name(number) for number in view.sessions.used().tolist())
     numbers = [view.sessions.number(name) for name in sessions]
@@ -604,6 +649,25 @@ def picture_of(view: View) -> dict[str, Any]:
         "holder": bool(view.holder("held", "a")),
         "times": {kind: (view.service_s[n], view.wait_s[n], view.quantile(*kind, 0.5)) for n, kind in enumerate(view.kinds)},
     }
+
+
+def test_a_whole_that_contradicts_itself_leaves_nothing_behind() -> None:
+    changes, _, view = told(call(1), call(2))
+    changes.begin(call(3), 2.0)
+    pieces = changes.whole(3.0, 1 << 20)
+    bad = columns.encode_report(altered(pieces[-1], moved=columns.Columns((b"\xff\xff\xff\xff", b"\0\0\0\0"))))
+    for data in pieces[:-1]:
+        view.fold("w", data, 103.0)
+    assert refused(view, "w", bad) is MalformedReportError
+    view.settle(103.0)
+    assert (len(view.futures), len(view.live)) == (0, 0)
+    for data in changes.whole(4.0, 1 << 20):
+        view.fold("w", data, 104.0)
+    view.settle(104.0)
+    assert (len(view.futures), len(view.live)) == (3, 3)
+    view.forget("w")
+    view.settle(105.0)
+    assert (len(view.futures), len(view.sessions)) == (0, 0)
 
 
 @given(st.binary(max_size=300))
@@ -657,13 +721,15 @@ def test_damaged_reports_harm_nobody_who_reports_at_the_same_time(seed: int) -> 
         if number > 2:
             sound.end(live.pop(random.randrange(len(live))), DONE, 3.0)
         together: list[Incoming] = []
-        for data in damaged.reports(3.0, 1 << 20):
+        whole = random.random() < 0.3
+        for data in damaged.whole(3.0, LIMIT) if whole else damaged.reports(3.0, 1 << 20):
             harmed = bytearray(data)
-            for _ in range(random.randrange(1, 4)):
+            for _ in range(random.randrange(4)):
                 harmed[random.randrange(len(harmed))] = random.randrange(256)
             together.append(Incoming("w", bytes(harmed), 103.0))
         reports = [Incoming("v", data, 103.0) for data in sound.reports(3.0, 1 << 20)]
-        random.shuffle(together)
+        if not whole:
+            random.shuffle(together)
         assert {sender for sender, _ in view.fold_all([*together, *reports])} <= {"w"}
         assert not reference.fold_all(reports)
         view.settle(104.0)
