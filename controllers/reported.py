@@ -52,9 +52,10 @@ from nalar_mq.errors import (
 
 from .batches import Told, check_states, refuse
 from .processes import CODES, Fold, Process, Slots, are_distinct
-from .spending import Spending
+from .spending import Accounts, Spending
 from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Words, rows_of
 
+_MOST_SILENT: Final = 4096  # processes that are gone, or silent, of which it is remembered what they have told to have spent
 FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
 _AT_ONCE_BYTES: Final = 1 << 20  # reports that are folded together: more of them would only take memory
 _MEMORY: Final = 1000  # calls of a kind that its mean times remember
@@ -97,6 +98,7 @@ class Reported:
         self.wait_s: Floats = np.zeros(0)
         self.tenants: list[str] = [""]
         self.spending = Spending()
+        self._silent_accounts: dict[Address, Accounts] = {}
         self.refused: Counter[str] = Counter()
         self._slots = Slots()
         self._processes: dict[str, Process] = {}
@@ -208,6 +210,7 @@ class Reported:
             place = len(self._places)
             self._places.append(None)
         process = Process(place, report, now - report.now_s, self._slots)
+        process.accounts = self._silent_accounts.pop(process.address, process.accounts)
         self._processes[process.name] = self._places[place] = process
         return process
 
@@ -587,6 +590,10 @@ class Reported:
         process = self._processes.pop(name, None)
         if process is None:
             return
+        if process.accounts:
+            self._silent_accounts[process.address] = process.accounts
+            if len(self._silent_accounts) > _MOST_SILENT:
+                del self._silent_accounts[next(iter(self._silent_accounts))]
         slots = self._slots
         self._places[process.place] = None
         rows: Ints = slots.futures.of(process.rows, "number")

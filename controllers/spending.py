@@ -7,7 +7,7 @@ last are remembered, `MOST_NAMES` of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Final
 
@@ -18,11 +18,18 @@ MOST_NAMES: Final = 100_000
 
 
 class Accounts:
-    """The accounts of one process, and what it has told of them."""
+    """The accounts of one incarnation of a process, and what it has told of them.
+
+    They outlive what else is known of it: who falls silent and is heard again tells the sums of its whole life.
+    """
 
     def __init__(self) -> None:
         self._accounts: dict[int, Account] = {}
         self._amounts: dict[int, float] = {}
+        self._numbers: dict[str, dict[int, None]] = {scope: {} for scope in SCOPES}
+
+    def __len__(self) -> int:
+        return len(self._accounts)
 
     def check(self, accounts: tuple[Account, ...], spent: Mapping[int, float]) -> None:
         """Checks what `Spending.take` is to be given; changes nothing.
@@ -40,8 +47,8 @@ class Accounts:
                 raise MalformedReportError(f"an amount for account {number}, which was never named")
             if not self._amounts.get(number, 0.0) <= amount < inf:
                 raise MalformedReportError("a cost that is none, or has shrunk")
-        if len(self._accounts) + len(newly) > 2 * MOST_ACCOUNTS:
-            raise MalformedReportError(f"more than {MOST_ACCOUNTS} accounts")
+        if len(self._accounts) + len(newly) > 2 * MOST_ACCOUNTS * len(SCOPES):
+            raise MalformedReportError(f"more than {MOST_ACCOUNTS} accounts of each scope")
 
     def grow(self, number: int, amount: float) -> tuple[Account, float]:
         """The account of that number, which has come to `amount`, and what that is more than before."""
@@ -53,12 +60,21 @@ class Accounts:
         """Further ones."""
         for account in accounts:
             self._accounts.setdefault(account.number, account)
+            self._numbers[account.scope].setdefault(account.number)
 
-    def close(self, below: int) -> None:
-        """Those of lower numbers are not told of any more."""
-        while self._accounts and (first := next(iter(self._accounts))) < below:
-            del self._accounts[first]
-            self._amounts.pop(first, None)
+    def close(self, below: Sequence[int]) -> None:
+        """Those of lower numbers are not told of any more, for each of `SCOPES`."""
+        for scope, least in zip(SCOPES, below, strict=False):
+            numbers = self._numbers[scope]
+            # As a rule the first ones are the lowest; where reports were missed they need not be.
+            gone = [] if numbers and len(numbers) <= MOST_ACCOUNTS else [number for number in numbers if number < least]
+            while numbers and (first := next(iter(numbers))) < least:
+                del numbers[first]
+                gone.append(first)
+            for number in gone:
+                numbers.pop(number, None)
+                self._accounts.pop(number, None)
+                self._amounts.pop(number, None)
 
 
 class Spending:
@@ -83,15 +99,15 @@ class Spending:
         """All units in which something was spent."""
         return sorted({unit for _, unit in self._sums})
 
-    def take(self, of: Accounts, accounts: tuple[Account, ...], oldest: int, spent: Mapping[int, float]) -> None:
-        """Takes what a process tells: further accounts, the number below which it has none any more, and sums by number.
+    def take(self, of: Accounts, accounts: tuple[Account, ...], below: Sequence[int], spent: Mapping[int, float]) -> None:
+        """Takes what a process tells: further accounts, the numbers below which it has none any more, and sums by number.
 
         It has to have been checked.
         """
         of.open(accounts)
         for number, amount in spent.items():
             self._add(*of.grow(number, amount))
-        of.close(oldest)
+        of.close(below)
 
     def _add(self, account: Account, more: float) -> None:
         sums = self._sums.setdefault((account.scope, account.unit), {})

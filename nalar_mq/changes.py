@@ -262,7 +262,7 @@ class Changes:
         self._held: dict[tuple[str, str], int] = {}
         self._newly_held: dict[tuple[str, str], int] = {}
         self._let_go: list[tuple[int, int]] = []
-        self._accounts: dict[tuple[str, str, str], _Sum] = {}
+        self._accounts: dict[str, dict[tuple[str, str], _Sum]] = {scope: {} for scope in SCOPES}
         self._opened_accounts = 0
         self._newly_spent: dict[int, _Sum] = {}
         self._draining = False
@@ -317,14 +317,15 @@ class Changes:
         names = (call.session, call.job, workflow, call.actor, call.tenant)
         for scope, name in zip(SCOPES, names, strict=True):
             if name:
-                self._spend((scope, name, unit), amount)
+                self._spend(scope, name, unit, amount)
 
-    def _spend(self, account: tuple[str, str, str], amount: float) -> None:
-        found = self._accounts.get(account)
+    def _spend(self, scope: str, name: str, unit: str, amount: float) -> None:
+        accounts = self._accounts[scope]
+        found = accounts.get((name, unit))
         if found is None:
-            if len(self._accounts) >= MOST_ACCOUNTS:
-                del self._accounts[next(iter(self._accounts))]
-            found = self._accounts[account] = _Sum(Account(self._opened_accounts, *account))
+            if len(accounts) >= MOST_ACCOUNTS:  # each scope by itself: sessions come and go, tenants stay
+                del accounts[next(iter(accounts))]
+            found = accounts[name, unit] = _Sum(Account(self._opened_accounts, scope, name, unit))
             self._opened_accounts += 1
         found.amount += amount
         self._newly_spent[found.account.number] = found
@@ -410,7 +411,8 @@ class Changes:
             self._sessions.open_again(slot)
         self._add_begun(parcels, [*rows, *self._take_fresh()], limit)
         self._add_held(parcels, list(self._held.items()), limit)
-        self._newly_spent |= {found.account.number: found for found in self._accounts.values()}
+        for accounts in self._accounts.values():
+            self._newly_spent |= {found.account.number: found for found in accounts.values()}
         for found in self._newly_spent.values():
             found.is_named = False
         self._add_counts(parcels, limit, whole=True)
@@ -541,7 +543,9 @@ class Changes:
         per_report = max(1, limit // (8 * LONGEST_NAME))
         # In the order of their numbers, so that those that have been dropped meanwhile can be left behind one after the other.
         rest = sorted(newly.values(), key=lambda one: one.account.number)
-        oldest = next(iter(self._accounts.values())).account.number if rest else 0
+        firsts = {
+            scope: next((one.account.number for one in accounts.values()), 0) for scope, accounts in self._accounts.items()
+        }
         while rest:
             sums, rest = rest[:per_report], rest[per_report:]
             named = tuple(one.account for one in sums if not one.is_named)
@@ -552,7 +556,7 @@ class Changes:
                 size,
                 spent=_columns("Id", [(one.account.number, one.amount) for one in sums]),
                 accounts=named,
-                accounts_from=min(rest[0].account.number, oldest) if rest else oldest,
+                accounts_from=tuple(min(first, rest[0].account.number) if rest else first for first in firsts.values()),
             )
 
     def _encoded(self, now: float, parcels: _Parcels, *, is_whole: bool) -> list[bytes]:

@@ -52,7 +52,7 @@ NO_JOB: Final = 0xFFFF_FFFF
 MOST_SLOTS: Final = 1 << 22
 MOST_KINDS: Final = 4096
 MOST_PIECES: Final = 4096
-MOST_ACCOUNTS: Final = 16_384
+MOST_ACCOUNTS: Final = 16_384  # of each of `SCOPES`
 MOST_ENGINES: Final = 64
 LONGEST_NAME: Final = 256
 
@@ -194,7 +194,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
         kinds: further kinds, as actor and method.
         accounts: further accounts.
         able: the actors of its app, which it could serve; None if that has not changed.
-        accounts_from: those of lower numbers are not told of any more.
+        accounts_from: for each of `SCOPES` the number below which its accounts are not told of any more; empty for 0.
         engines: model servers that the process has asked, by host, port and path; None if nothing of that has changed.
     """
 
@@ -227,7 +227,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
     spent: Columns = _ABSENT
     accounts: tuple[Account, ...] = ()
     able: tuple[str, ...] | None = None
-    accounts_from: int = 0
+    accounts_from: tuple[int, ...] = ()
     engines: dict[str, EngineFigures] | None = None
 
 

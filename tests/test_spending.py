@@ -43,9 +43,10 @@ PATIENCE_S = 90.0
 class Play:
     """Processes that spend, a view that hears of it or does not, and the sums that there should be."""
 
-    def __init__(self, seed: int, *, loses: bool) -> None:
+    def __init__(self, seed: int, *, loses: bool, is_heard: bool = False) -> None:
         self.chance = Random(seed)
         self.loses = loses
+        self.is_heard = is_heard
         self.view = View()
         self.processes = {name: Changes(name, 1, "n") for name in ("w1", "w2")}
         self.lives = dict.fromkeys(self.processes, 1)
@@ -84,12 +85,16 @@ class Play:
 
     def step(self) -> None:
         name = self.chance.choice(["w1", "w2"])
-        act = self.chance.choice(["spend", "spend", "spend", "report", "whole", "restart", "lose"])
+        act = self.chance.choice(["spend", "spend", "spend", "report", "whole", "restart", "lose", "silence"])
         if act == "spend":
             self.spend(name)
         elif act == "restart":
             self.report(name, whole=True)
             self.restart(name)
+        elif act == "silence" and not self.is_heard:
+            self.view.forget(name)  # and it is heard again, in the same life
+            self.report(name, is_lost=True)
+            self.report(name, whole=True)
         else:
             self.report(name, is_lost=self.loses and act == "lose", whole=act == "whole")
 
@@ -118,10 +123,11 @@ def test_sums_are_right_whatever_is_told_when(seed: int, steps: int, loses: bool
 @given(seed=st.integers(0, 1 << 32), steps=st.integers(1, 200))
 @settings(max_examples=60, deadline=None)
 def test_sums_stay_right_when_accounts_are_dropped_to_make_room(seed: int, steps: int) -> None:
+    """As long as every report is heard: what was told of an account that is not there any more cannot be told again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(changes_module, "MOST_ACCOUNTS", 3)
         patch.setattr(spending_module, "MOST_ACCOUNTS", 3)
-        play = Play(seed, loses=False)
+        play = Play(seed, loses=False, is_heard=True)
         for _ in range(steps):
             play.step()
         play.check()
@@ -131,8 +137,8 @@ def test_of_many_sessions_those_that_spent_last_are_remembered(monkeypatch: pyte
     monkeypatch.setattr(spending_module, "MOST_NAMES", 2)
     spending, accounts = Spending(), Accounts()
     for number, name in enumerate(["a", "b", "c"]):
-        spending.take(accounts, (Account(number, "session", name, "tokens"),), 0, {number: 1.0})
-        spending.take(accounts, (), 0, {0: 2.0 + number})
+        spending.take(accounts, (Account(number, "session", name, "tokens"),), (), {number: 1.0})
+        spending.take(accounts, (), (), {0: 2.0 + number})
     assert spending.totals("session") == {"c": 1.0, "a": 4.0}
 
 
@@ -146,15 +152,42 @@ def test_of_many_sessions_those_that_spent_last_are_remembered(monkeypatch: pyte
         ((), {0: 1.0}),
         ((), {0: float("inf")}),
         ((), {0: float("nan")}),
-        (tuple(Account(number, "agent", f"a{number}", "tokens") for number in range(1, 2 * MOST_ACCOUNTS + 1)), {}),
+        (tuple(Account(number, "agent", f"a{number}", "tokens") for number in range(1, 10 * MOST_ACCOUNTS + 1)), {}),
     ],
 )
 def test_accounts_that_contradict_themselves(accounts: tuple[Account, ...], spent: dict[int, float]) -> None:
     known = Accounts()
-    Spending().take(known, (Account(0, "agent", "a", "tokens"),), 0, {0: 2.0})
+    Spending().take(known, (Account(0, "agent", "a", "tokens"),), (), {0: 2.0})
     known.check((), {0: 2.0})
     with pytest.raises(MalformedReportError):
         known.check(accounts, spent)
+
+
+def test_who_was_silent_and_is_heard_again_has_not_spent_everything_anew() -> None:
+    changes, view = Changes("w", 1, "n"), View()
+    for round in range(3):
+        changes.spend(Call(b"", "agent", "", b"", session="s", tenant="acme"), "", 100.0, "tokens")
+        for data in changes.whole(float(round), 1 << 20):
+            view.fold("w", data, float(round))
+        assert view.spending.totals("tenant") == {"acme": 100.0 * (round + 1)}
+        view.forget("w")
+
+
+def test_a_controller_that_begins_later_learns_what_tenants_have_spent_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes_module, "MOST_ACCOUNTS", 5)
+    changes = Changes("w", 1, "n")
+    for number in range(100):
+        changes.spend(Call(b"", "agent", "", b"", session=f"s{number}", tenant="acme"), "flow", 1.0, "tokens")
+        changes.reports(1.0, 1 << 20)
+    view = View()
+    for data in changes.whole(1.0, 1 << 20):
+        view.fold("w", data, 1.0)
+    assert [view.spending.totals(scope) for scope in ("tenant", "agent", "workflow")] == [
+        {"acme": 100.0},
+        {"agent": 100.0},
+        {"flow": 100.0},
+    ]
+    assert len(view.spending.totals("session")) == 5
 
 
 def test_names_travel_once() -> None:
