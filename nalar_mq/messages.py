@@ -966,7 +966,7 @@ class StoreOpening(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2
     Attributes:
         version: `WIRE_VERSION`.
         token: of the opening; the store has it, too.
-        name, incarnation: of the process.
+        name, incarnation: of the process; empty and 0 once it has closed the store.
         host, folder: where the store was, for people; the machine, for those who open it, too.
         file: device and inode of the folder.
     """

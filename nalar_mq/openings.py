@@ -12,8 +12,9 @@ elsewhere: it is refused. One that has it, and is not in the folder of the last 
 has been moved. It is refused while the other folder is there, as far as that can be seen from here, or the process lives that
 opened it; if they have gone, it is the store from then on, and the other one, should it come back, does not have the token.
 
-Who closes a store changes the token once more. So what was copied of it while it was open, perhaps long before, can go on only
-if its process was killed: then nobody knows which commits it lacks.
+Who closes a store changes the token once more, and is not its holder any more. So what was copied of it while it was open,
+perhaps long before, can go on only if its process was killed: then nobody knows which commits it lacks. And whoever opens it
+next waits for nobody.
 
 A folder is known by its machine, device and inode. That these are others after a restart costs no more than the time in which
 the lease of the process that opened it before runs out.
@@ -34,6 +35,7 @@ from nalar_mq.messages import WIRE_VERSION, StoreOpening, decode_opening, encode
 from nalar_mq.store import Store
 from nalar_mq.transport import Transport
 
+_NOBODY: Final = Address("", 0)
 _KEPT: Final = 16  # tokens that the directory may yet have: of openings whose answer was lost
 
 
@@ -57,12 +59,13 @@ class Openings:
         """False while there is no broker."""
         return self._transport.is_connected
 
-    async def note(self, store: Store, *, has_other: bool = False, anyway: bool = False) -> None:
+    async def note(self, store: Store, *, has_other: bool = False, anyway: bool = False, is_closing: bool = False) -> None:
         """A store is opened here; on return it is the one of its copies that goes on.
 
         Args:
             store: that is open and serves nothing yet.
             has_other: this process has a store of the same id open already.
+            is_closing: it is about to be closed, and whoever opens it next need not wait for this process.
             anyway: whatever others have written since it was copied; not if one of those is open.
 
         Raises:
@@ -86,7 +89,9 @@ class Openings:
             written = () if known is None else (known.token,)
             sent = [one for one in store.openings if one not in written and not anyway]
             await asyncio.to_thread(store.note_openings, (*written, *sent[-_KEPT:], token))
-            record = encode_record(StoreOpening(WIRE_VERSION, token, *self._me, host, folder, file))
+            record = encode_record(
+                StoreOpening(WIRE_VERSION, token, *(_NOBODY if is_closing else self._me), host, folder, file)
+            )
             try:
                 if entry is None:
                     await bucket.create(key, record)
@@ -99,6 +104,8 @@ class Openings:
 
     async def _is_open(self, known: StoreOpening, *, has_other: bool) -> bool:
         address = Address(known.name, known.incarnation)
+        if address == _NOBODY:
+            return False
         return has_other if address == self._me else not await self._is_gone(address)
 
     async def _is_gone(self, address: Address) -> bool:

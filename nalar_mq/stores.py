@@ -432,7 +432,7 @@ class Stores:
             return
         with contextlib.suppress(NalarError, TimeoutError):
             async with asyncio.timeout(_CLOSING_S):
-                await asyncio.gather(*(self._openings.note(committer.store) for committer in committers))
+                await asyncio.gather(*(self._openings.note(committer.store, is_closing=True) for committer in committers))
 
     async def aclose(self) -> None:
         """Writes what has been committed so far and closes all stores; idempotent."""

@@ -203,6 +203,17 @@ async def test_a_broker_that_writes_nothing_for_long_does_no_harm(runtime: Runti
     store.close()
 
 
+async def test_a_store_that_was_closed_goes_on_elsewhere_at_once(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start in a container may be on a machine of another name."""
+    async with runtime.client() as client:
+        for number in range(3):
+            with monkeypatch.context() as patched:
+                patched.setattr("socket.gethostname", lambda number=number: f"machine-{number}")
+                patched.setattr(Openings, "_is_gone", None)  # nobody is waited for
+                async with runtime.worker(f"w{number}", "here"):
+                    assert await client.options(session="ann").call("Notebook.note", "a") == number + 1
+
+
 async def test_an_opening_whose_answer_is_lost_does_no_harm(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has been sent may be written at once, later, or never: the store can be opened, and a copy from before cannot."""
     folder = runtime.root / "here" / "1"
