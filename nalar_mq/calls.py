@@ -776,8 +776,9 @@ class Calls:
         return [entry for entry in self._unrouted.pop(actor) if entry.future.id in self._entries]
 
     def _give_up_unrouted(self, actor: str) -> None:
-        if not self._endpoint.is_connected:  # somebody may serve it whom this process cannot hear of
-            self._grace[actor] = self.loop.call_later(GRACE_S, self._give_up_unrouted, actor)
+        deaf_s = GRACE_S - self._endpoint.connected_for_s()
+        if deaf_s > 0:  # somebody may serve it of whom this process has not heard yet
+            self._grace[actor] = self.loop.call_later(deaf_s, self._give_up_unrouted, actor)
             return
         for entry in self._pop_unrouted(actor):
             self._end_with(entry, UnknownActorError(nobody_serves(actor, self._table.known_actors()), actor=actor))
@@ -1132,7 +1133,7 @@ class Calls:
         """All that was on its way has come to somebody; those calls that are not where the session is may be lost with him."""
         key = self._places.key_in_store(arrived.actor, arrived.session)
         crossing = self._crossing.get(key)
-        if crossing is not None and crossing.number == arrived.number:
+        if crossing is not None and arrived.number in (crossing.number, 0):  # who says none is of a former version
             crossing.store = arrived.store
             self._places.learn(key, arrived.store)
             crossing.elsewhere = [entry for entry in self._entries.values() if entry.place == key]

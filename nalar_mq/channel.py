@@ -57,6 +57,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -291,6 +292,7 @@ class Endpoint:
         "_awaiting",
         "_box",
         "_channels",
+        "_connected_at",
         "_dirty",
         "_flushing",
         "_gone_at_s",
@@ -344,6 +346,7 @@ class Endpoint:
         self._on_messages = on_messages
         self._on_lost = on_lost
         self._was_settled = False
+        self._connected_at = -math.inf
         self._window_calls = window_calls
         self._ack_messages = window_calls // 2
         self._ack_delay_s = ack_delay_s
@@ -422,10 +425,9 @@ class Endpoint:
         self._note_progress()
         return True
 
-    @property
-    def is_connected(self) -> bool:
-        """False while the broker cannot be reached: then nothing is heard of others either."""
-        return self._transport.is_connected
+    def connected_for_s(self) -> float:
+        """For how long the broker has been reached; 0 while it is not, and nothing is heard of others either."""
+        return self._loop.time() - self._connected_at if self._transport.is_connected else 0.0
 
     def pending_calls(self, to: Address) -> int:
         """Calls to `to` that wait for the window or are not acknowledged."""
@@ -672,7 +674,7 @@ class Endpoint:
     def _on_connection(self, connected: bool) -> None:
         if not connected or self._is_closed:
             return
-        now_s = self._loop.time()
+        now_s = self._connected_at = self._loop.time()
         for channel in self._awaiting:
             channel.resend_after_s = self._resend_after_s
             self._start_recovery(channel, now_s)

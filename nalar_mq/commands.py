@@ -85,6 +85,7 @@ _NODES: Final = "nodes"
 _SERVED_WITHIN_S: Final = 3.0
 _RUN_DRAIN_S: Final = 2.0
 _GOVERN_AGAIN_S: Final = 1.0
+_CANCEL_AGAIN_S: Final = 5.0  # a cancellation that is lost is rare, and a clean-up that takes a while is not
 _log = logger(__name__)
 
 
@@ -588,7 +589,7 @@ async def _first(*things: Awaitable[Any]) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         ended = [task for task in tasks if task.done()]
     finally:
-        await cancel_all(tasks)
+        await cancel_all(tasks, again_s=_CANCEL_AGAIN_S)
     for task in ended:
         task.result()
 
@@ -599,7 +600,7 @@ async def _all(things: Iterable[Awaitable[Any]]) -> None:
     try:
         await asyncio.gather(*tasks)
     finally:
-        await cancel_all(tasks)
+        await cancel_all(tasks, again_s=_CANCEL_AGAIN_S)
 
 
 async def _call(

@@ -234,7 +234,7 @@ class Draining:
         self._table.drain(process.me)
         self._host.gate = self
         try:
-            if not process.endpoint.is_connected:
+            if not process.endpoint.connected_for_s():
                 raise BrokerError("the broker is away: nobody can be told, and what is kept here stays here")
             async with asyncio.timeout(_ANSWER_S):
                 await process.membership.drain()
@@ -333,6 +333,8 @@ class Draining:
             self._migrations.give_back_parked()
         await endpoint.drain(_LAST_WORDS_S)  # who hears that a session has moved answers, which is passed on
         endpoint.stop_reading()
+        if self._migrations is not None:
+            self._migrations.give_back_parked()  # what came meanwhile
         await endpoint.drain(_ANSWER_S)
         endpoint.leave()
         if self._migrations is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from collections.abc import Callable, Coroutine, Iterable
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,16 +25,28 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancels tasks and returns when they have ended.
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]], *, again_s: float = _CANCEL_AGAIN_S) -> None:
+    """Cancels tasks and returns when they have ended, also if this is cancelled itself meanwhile; that is raised then.
 
-    Cancels again what goes on: `asyncio.wait_for` of Python 3.11, which the broker's client uses, may lose a cancellation.
+    Cancels again what goes on after `again_s`: `asyncio.wait_for` of Python 3.11, which the broker's client uses, may lose a
+    cancellation. Tasks that clean up for longer want a longer one.
     """
+    loop = asyncio.get_running_loop()
     pending = {task for task in tasks if not task.done()}
+    was_cancelled, again = False, -math.inf
     while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+        now = loop.time()
+        if now >= again:
+            again = now + again_s
+            for task in pending:
+                task.cancel()
+        try:
+            await asyncio.wait(pending, timeout=again - now)
+        except asyncio.CancelledError:
+            was_cancelled = True
+        pending = {task for task in pending if not task.done()}
+    if was_cancelled:
+        raise asyncio.CancelledError
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

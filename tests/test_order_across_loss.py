@@ -14,6 +14,7 @@ import pytest
 from nalar_mq import simulation
 from nalar_mq.address import Subjects
 from nalar_mq.app import load_app
+from nalar_mq.calls import GRACE_S
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import WorkerLostError
@@ -239,6 +240,26 @@ def test_calls_that_were_sent_on_do_not_fail_when_who_did_it_leaves(tmp_path: Pa
 def test_calls_that_were_perhaps_sent_on_fail_when_who_did_it_is_killed(tmp_path: Path) -> None:
     with pytest.raises(WorkerLostError):
         simulation.run(leave_before_it_is_known_that_calls_have_arrived(tmp_path, is_killed=True))
+
+
+async def look_for_a_worker_while_the_broker_is_away(state: Path) -> list[str]:
+    """The only worker dies, and its successor begins while the owner is cut off, until after it would have given up."""
+    world = World(state)
+    owner, other = await begin(world, "w1")
+    world.kill("w1")
+    await until(lambda: "w1" not in owner.process.table.members)
+    call = owner.options(session="ann", timeout_s=None).call("Ledger.apply", "1", [], 0.0)
+    await asyncio.sleep(GRACE_S - 0.3)
+    world.hub.cut("client-owner")
+    await world.start("w1")
+    await asyncio.sleep(0.5)
+    world.hub.restore("client-owner")
+    await call
+    return await end(world, owner, other)
+
+
+def test_who_is_cut_off_does_not_find_that_nobody_serves(tmp_path: Path) -> None:
+    assert simulation.run(look_for_a_worker_while_the_broker_is_away(tmp_path)) == list("01")
 
 
 async def give_back_what_nobody_knows_was_sent_on(state: Path) -> tuple[list[str], int]:
