@@ -53,6 +53,7 @@ _LOG_LIMIT_BYTES: Final = 1 << 20
 _CONNECT_TIMEOUT_S: Final = 10.0
 _EVENT_LIMIT_BYTES: Final = 1 << 20
 _FORGOTTEN_AFTER_S: Final = 60.0
+_NOT_UNDERSTOOD: Final = (400, 422)
 _METRICS_LIMIT_BYTES: Final = 4 << 20
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -374,6 +375,7 @@ class ChatClient:
         self.model = model
         self._api_key = api_key
         self._timeout_s = timeout_s
+        self._asks_for_tokens = True
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> ChatClient:
@@ -435,8 +437,7 @@ class ChatClient:
         try:
             with use.request():
                 request = await self._request(messages, max_tokens, temperature, stop, options)
-                wanted = {"stream": True, "stream_options": {"include_usage": True}}
-                async with self._post("/chat/completions", {**wanted, **request}) as response:
+                async with self._post_for_pieces({"stream": True, **request}) as response:
                     parser = EventParser()
                     async for data in response.content.iter_any():
                         for event in parser.feed(data):
@@ -453,6 +454,20 @@ class ChatClient:
             use.write(tokens[1])
             if on_tokens is not None:
                 on_tokens(*tokens)
+
+    @contextlib.asynccontextmanager
+    async def _post_for_pieces(self, request: dict[str, object]) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        """Asks for the tokens as well; not any more when the server has refused to be asked for that."""
+        async with contextlib.AsyncExitStack() as stack:
+            wanted = {"stream_options": {"include_usage": True}} if self._asks_for_tokens else {}
+            try:
+                response = await stack.enter_async_context(self._post("/chat/completions", {**wanted, **request}))
+            except EngineRequestError as error:
+                if not wanted or error.status not in _NOT_UNDERSTOOD or "stream_options" not in str(error):
+                    raise
+                self._asks_for_tokens = False
+                response = await stack.enter_async_context(self._post("/chat/completions", request))
+            yield response
 
     def _use(self) -> EngineUse:
         uses = engine_uses.get()

@@ -9,8 +9,8 @@ publish anywhere, or keep what others send each other. So the streams are laid o
     controller   reads all reports, publishes what holds and what is to be done
     visitor      any other NATS client: publishes jobs, calls and answers, reads results and decisions; it is no process
 
-On whose behalf a call or job is made, processes say themselves; a visitor's jobs are nobody's, or, where whoever runs the
-broker has given it a tenant, that tenant's (`jobs`).
+On whose behalf a call or job is made, processes say themselves. A visitor's are nobody's; one to which whoever runs the broker
+has given a tenant publishes jobs of that tenant (`jobs`), and makes no calls, which could only be nobody's.
 
 Of what processes share, each of them may write all: where sessions live, who has been declared lost, the state of jobs. The
 journal of a process is written by others only when they take its jobs over. What a process is granted there lets it disturb
@@ -55,7 +55,7 @@ def permissions_of(subjects: Subjects, name: str, role: Role, tenant: str = "") 
     Args:
         subjects: of the namespace.
         name, role: of the process.
-        tenant: of a visitor, whose jobs are this tenant's then, and nobody else's; empty for one whose jobs are nobody's.
+        tenant: of a visitor, which publishes jobs of this tenant then and nothing that is nobody's; empty for one without.
 
     Raises:
         AddressError: it is no name for a process of that role, or no tenant.
@@ -176,7 +176,7 @@ def _of_controllers(subjects: Subjects) -> Permissions:
 def _of_visitors(subjects: Subjects, tenant: str) -> Permissions:
     publish = (
         subjects.job("*", tenant),
-        subjects.call(">"),
+        *(() if tenant else (subjects.call(">"),)),  # calls are nobody's
         subjects.answer("*"),
         subjects.overview,
         "$SRV.>",

@@ -181,6 +181,22 @@ async def test_what_a_server_says_of_itself_is_told_and_what_we_ask_of_it(server
         assert found.tokens_per_s > 0, "the piece that it has written"
 
 
+async def test_a_server_that_refuses_to_be_asked_for_tokens_streams_all_the_same(server: FakeServer) -> None:
+    async def strict(request: web.Request) -> web.StreamResponse:
+        if "stream_options" in server.requests[-1]:
+            return web.json_response({"error": {"message": "Extra inputs are not permitted: stream_options"}}, status=422)
+        return web.Response(text=(event(content="a") + b"data: [DONE]\n\n").decode(), content_type="text/event-stream")
+
+    server.reply = strict
+    async with ChatClient(server.url, "m") as client:
+        for _ in range(2):
+            assert [piece async for piece in client.stream(QUESTION)] == ["a"]
+        assert ["stream_options" in request for request in server.requests] == [True, False, False]
+        server.says(422, "something else")
+        with pytest.raises(EngineRequestError):
+            _ = [piece async for piece in client.stream(QUESTION)]
+
+
 async def test_pieces_of_a_stream_come_in_order(server: FakeServer) -> None:
     whole = event(role="assistant") + event(content="a") + b": ping\n\n" + event(content="é") + b'data: {"choices":[]}\n\n'
     server.streams(whole[:30], whole[30:31], whole[31:], b"data: [DONE]\n\n")

@@ -89,7 +89,7 @@ def access(url: str, user: str) -> BrokerAccess:
 
 
 async def connected(url: str, user: str) -> NatsTransport:
-    inbox = "" if user == "other" else SUBJECTS.inbox(user)
+    inbox = "" if USERS.get(user) is Role.VISITOR else SUBJECTS.inbox(user)
     return await NatsTransport.connect(access(url, user), name=user, inbox=inbox)
 
 
@@ -178,7 +178,8 @@ async def test_nobody_publishes_in_the_name_of_another(url: str) -> None:
             "$KV.nalar-control.states",
         ),
         "two": others,
-        "other": (*others, "nalar.result.first", "$KV.nalar-places.x"),
+        "other": (*others, "nalar.result.first", "$KV.nalar-places.x", "nalar.job.answer.acme"),
+        "of-acme": ("nalar.call.answer", "nalar.job.answer", "nalar.job.answer.beta"),
     }
     heard: list[Delivered] = []
     async with await NatsTransport.connect(access(url, "admin"), name="admin") as admin:
