@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from math import inf
+from math import inf, isnan
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -186,8 +186,8 @@ class _Interned:
             return NOBODY
         for slot in slots:
             del opened[slot]
-        tenants = tuple(self._tenants[slot] for slot in slots)
-        return Named(_column("I", slots), tuple(self._names[slot] for slot in slots), tenants if any(tenants) else ())
+        names, tenants = (tuple(_clipped(texts[slot]) for slot in slots) for texts in (self._names, self._tenants))
+        return Named(_column("I", slots), names, tenants if any(tenants) else ())
 
     def take_closed(self) -> list[int]:
         """The slots whose names have been told and are used no more; they are free from now on."""
@@ -325,7 +325,7 @@ class Changes:
         if found is None:
             if len(accounts) >= MOST_ACCOUNTS:  # each scope by itself: sessions come and go, tenants stay
                 del accounts[next(iter(accounts))]
-            found = accounts[name, unit] = _Sum(Account(self._opened_accounts, scope, name, unit))
+            found = accounts[name, unit] = _Sum(Account(self._opened_accounts, scope, _clipped(name), _clipped(unit)))
             self._opened_accounts += 1
         found.amount += amount
         self._newly_spent[found.account.number] = found
@@ -594,6 +594,11 @@ class Changes:
         return found
 
 
+def _clipped(name: str) -> str:
+    """A name as it is told. Names come from outside, and one that is too long would have the whole report refused."""
+    return name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME]
+
+
 def _fit_priority(priority: int) -> int:
     return max(-(1 << 31), min(priority, (1 << 31) - 1))
 
@@ -617,7 +622,7 @@ def _begun(rows: list[_Row]) -> Begun:
     futures = [row.future for row in rows]
     calls = [future.call for future in futures]
     deps = [future.call.deps[:_MOST_DEPS] if future.state == CREATED else () for future in futures]
-    left = [inf if call.timeout_s is None else call.timeout_s for call in calls]
+    left = [inf if call.timeout_s is None or isnan(call.timeout_s) else call.timeout_s for call in calls]
     return Begun(
         slots=_column("I", [future.slot for future in futures]),
         ids=b"".join([_id(call.id) for call in calls]),

@@ -744,15 +744,46 @@ def test_damaged_reports_harm_nobody_who_reports_at_the_same_time(seed: int) -> 
     assert (len(view.futures), len(view.sessions), len(view.jobs)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["m", "é" * 300])
-def test_long_names_do_not_leave_the_sender(name: str) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"session": "é" * 300},
+        {"job": "j" * 300},
+        {"tenant": "t" * 300},
+        {"timeout_s": math.nan},
+        {"timeout_s": -math.inf},
+        {"timeout_s": 1e308},
+        {"budget": math.nan},
+        {"budget": 1e308},
+        {"priority": 1 << 62},
+        {"parent": b"p" * 99},
+        {"deps": (b"d" * 3,)},
+    ],
+)
+def test_what_a_call_from_outside_says_never_has_the_report_of_its_worker_refused(fields: dict[str, Any]) -> None:
+    changes, view = Changes("w", 1, "n"), View()
+    strange = call(1, **fields)
+    changes.begin(strange, 1.0, CREATED)
+    changes.begin(call(2), 1.0)
+    changes.hold("a", strange.session, strange.tenant)
+    changes.spend(strange, "", 1.0, "tokens")
+    for now, data in ((2.0, changes.reports(2.0, 1 << 20)), (3.0, changes.whole(3.0, 1 << 20))):
+        assert not view.fold_all([Incoming("w", report, now) for report in data])
+        view.settle(now)
+        assert len(view.futures) == 2
+
+
+def test_a_name_that_is_too_long_is_refused() -> None:
     changes = Changes("w", 1, "n")
-    changes.begin(call(1, session=name), 1.0)
-    data = changes.reports(1.0, 1 << 20)[0]
-    if len(name) > columns.LONGEST_NAME:
-        assert refused(View(), "w", data) is MalformedReportError
-    else:
-        View().fold("w", data, 1.0)
+    changes.begin(call(1), 1.0)
+    (data,) = changes.reports(1.0, 1 << 20)
+    longest = "é" * columns.LONGEST_NAME
+    for name, accepts in ((longest, True), (longest + "m", False)):
+        named = altered(data, sessions=columns.Named(b"\0\0\0\0", (name,)))
+        if accepts:
+            View().fold("w", columns.encode_report(named), 1.0)
+        else:
+            assert refused(View(), "w", columns.encode_report(named)) is MalformedReportError
 
 
 def test_reports_stay_below_their_limit() -> None:
