@@ -21,6 +21,9 @@ without looking into them, and the target compares them with their checksums and
 the background of the target's store (`committer`), several in one transaction; each is durable before it is `Taken`, and what
 calls commit goes first. The first piece has the version of the agent, so that a target that cannot serve it says so at once.
 
+Whoever cannot go on says so: the source with `Abandon`, the target with a refusal in `Taken`. Then the target takes no more
+pieces of that try, and deletes what it has; a later try begins after that.
+
 Only the source changes the directory, and when it does not hear what became of that, it reads until it knows. A copy that is
 staged, leaving or left is served by nobody unless the directory names its store (`settle`). Who finds one after a crash, and
 the directory still names the other store, writes that entry once more as it is before he acts on it: a change that a dead
@@ -97,12 +100,12 @@ from nalar_mq.store import (
     Change,
     Commit,
     Departure,
+    Lump,
     Outcome,
     Row,
     Session,
     Store,
     Write,
-    change_of,
     lump_of,
 )
 from nalar_mq.stores import Kept, Stores
@@ -213,7 +216,7 @@ class _Coming:
         self.arrival = arrival
         self.is_complete = False
         self.begun = b""
-        self.work: asyncio.Queue[Piece] = asyncio.Queue()
+        self.work: asyncio.Queue[Piece | None] = asyncio.Queue()  # None once it was given up
         self.task: asyncio.Task[None] | None = None
 
 
@@ -252,6 +255,8 @@ class Migrations:
         self._leaving: dict[Key, _Leaving] = {}
         self._leaving_by_id: dict[bytes, _Leaving] = {}
         self._coming: dict[bytes, _Coming] = {}
+        self._staging: set[Key] = set()
+        self._dropping: dict[Key, asyncio.Event] = {}
         self._settling: dict[Key, asyncio.Task[None]] = {}
         self._served: dict[Key, int] = {}
         self._left: OrderedDict[Key, str] = OrderedDict()
@@ -378,9 +383,14 @@ class Migrations:
         self._leaving[leaving.key] = self._leaving_by_id[leaving.id] = leaving
         try:
             async with asyncio.timeout(None) as patience:
-                await self._send_all(leaving)  # the session serves meanwhile: this may take as long as it takes
-                patience.reschedule(self._loop.time() + _PATIENCE_S)
-                frozen_s = await self._hand_over(leaving, patience)
+                try:
+                    await self._send_all(leaving)  # the session serves meanwhile: this may take as long as it takes
+                    patience.reschedule(self._loop.time() + _PATIENCE_S)
+                    revision = await self._revision(leaving.key)
+                except BaseException:
+                    self._tell(leaving.target, Abandon(leaving.id))
+                    raise
+                frozen_s = await self._hand_over(leaving, patience, revision)
         except TimeoutError:
             raise MigrationError(f"it took longer than {_PATIENCE_S:.0f} s: a call of the session runs that long") from None
         except (StoreError, BrokerError) as error:
@@ -435,11 +445,11 @@ class Migrations:
         while True:
             pieces, after = await asyncio.to_thread(_read, store, session, after)
             for rows in pieces:
-                large = [change_of(rows.pop())] if rows and len(rows[-1][1]) > _MESSAGE_BYTES else []
+                large = rows.pop() if rows and len(rows[-1][1]) > _MESSAGE_BYTES else None
                 if rows:
                     await self._send_piece(leaving, [], rows=rows)
-                if large:
-                    await self._send(leaving, large)
+                if large is not None:
+                    await self._send(leaving, list(_checked(leaving.key, [large]).changes()))
             if not after:
                 break
         await self._send(leaving, [], step="prepare", waits=True, session=session)
@@ -541,9 +551,8 @@ class Migrations:
         if future is not None and not future.done():
             future.set_result(None)
 
-    async def _hand_over(self, leaving: _Leaving, patience: asyncio.Timeout) -> float:
+    async def _hand_over(self, leaving: _Leaving, patience: asyncio.Timeout, revision: int) -> float:
         key = leaving.key
-        revision = await self._revision(key)
         self._holder.freeze(key)
         is_known = True
         began = self._loop.time()
@@ -796,7 +805,8 @@ class Migrations:
         kept = self._stores.session(*key)
         # What has left may still be marked as leaving, until its copy is deleted.
         is_here = key not in self._left and kept.session.is_kept and self._standing(key, kept) in (HERE, LEAVING)
-        if is_here or self._holder.is_loaded(key) or key in self._settling or key in self._leaving:
+        is_busy = key in self._settling or key in self._leaving or key in self._staging
+        if is_here or is_busy or self._holder.is_loaded(key):
             raise MigrationError(f"worker {self._me.name!r} has session {piece.session!r} of {piece.actor!r} already")
         arrival = self._holder.arrival(key, piece.schema or 1)
         self._holder.freeze(key)
@@ -805,10 +815,13 @@ class Migrations:
 
     async def _receive(self, id: bytes, coming: _Coming) -> None:
         try:
+            await self._until_dropped(coming.key)
             if coming.kept.session.is_kept:  # it was here before: what is left of that goes first
                 await self._empty(coming.kept, coming.store, coming.kept.session.standing)
             while not coming.is_complete:
                 piece = await coming.work.get()
+                if piece is None or id not in self._coming:
+                    return  # what it has put is deleted by now, or will be after that
                 await self._take(id, coming, piece)
                 await asyncio.sleep(0)  # many pieces may have come at once: whatever else there is goes between
         except Exception as error:
@@ -827,11 +840,7 @@ class Migrations:
             field, order, data = piece.changes[0]
             piece.changes[0], coming.begun = (field, order, coming.begun + (data or b"")), b""
         outcomes = [Outcome(*outcome) for outcome in piece.outcomes]
-        lump = lump_of(piece.rows)
-        if lump is None:
-            actor, name = coming.key
-            raise MigrationError(f"session {name!r} of {actor!r} is damaged: an entry does not match its checksum")
-        changes = piece.changes
+        lump, changes = _checked(coming.key, piece.rows), piece.changes
         write = Commit(session, changes, b"", b"", False, piece.schema, piece.kinds, STAGED, piece.store, outcomes, lump)
         if coming.arrival is not None:
             for field, entries in lump.entries.items():
@@ -841,13 +850,24 @@ class Migrations:
             coming.kept.committer.put(write, self._when_taken(id, coming, piece.number), in_background=True)
             return
         await self._write(coming.kept, write, in_background=True)
+        if id not in self._coming:
+            return
         if piece.step == "prepare" and coming.arrival is not None:
-            await self._holder.stage(coming.key, coming.kept, coming.arrival)
+            await self._stage(id, coming, coming.arrival)
         if piece.step == "last":
             if session.sums != piece.sums:
                 raise MigrationError(f"what came of session {coming.key[1]!r} is not what was sent")
             coming.is_complete = True
         self._tell(coming.source, Taken(id, piece.number, "", store.id))
+
+    async def _stage(self, id: bytes, coming: _Coming, arrival: Arrival) -> None:
+        self._staging.add(coming.key)
+        try:
+            await self._holder.stage(coming.key, coming.kept, arrival)
+        finally:
+            self._staging.discard(coming.key)
+        if id not in self._coming:  # given up meanwhile
+            self._send_all_on(coming.key, coming.store)
 
     def _when_taken(self, id: bytes, coming: _Coming, number: int) -> Callable[[Exception | None], None]:
         answer = Taken(id, number, "", coming.kept.committer.store.id)
@@ -855,6 +875,7 @@ class Migrations:
         def done(error: Exception | None) -> None:
             if error is not None:
                 self._tell(coming.source, Taken(id, number, str(error)))
+                self._start(self._drop(id, coming))
             else:
                 self._tell(coming.source, answer)
 
@@ -867,10 +888,23 @@ class Migrations:
     async def _drop(self, id: bytes, coming: _Coming) -> None:
         if self._coming.pop(id, None) is None:
             return
-        self._note_left(coming.key, coming.store)
-        self._send_all_on(coming.key, coming.store)
-        with contextlib.suppress(NalarError):
-            await self._empty(coming.kept, coming.store, STAGED)
+        key = coming.key
+        coming.work.put_nowait(None)
+        self._note_left(key, coming.store)
+        self._send_all_on(key, coming.store)
+        await self._until_dropped(key)
+        dropped = self._dropping[key] = asyncio.Event()
+        try:
+            with contextlib.suppress(NalarError):
+                await self._empty(coming.kept, coming.store, STAGED)
+        finally:
+            del self._dropping[key]
+            dropped.set()
+
+    async def _until_dropped(self, key: Key) -> None:
+        """A copy of a former try may be on its way out yet: what comes now must not go with it."""
+        while key in self._dropping:
+            await self._dropping[key].wait()
 
     def on_abandon(self, id: bytes) -> None:
         """The session stays where it was."""
@@ -954,6 +988,13 @@ def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
+
+
+def _checked(key: Key, rows: list[Row]) -> Lump:
+    lump = lump_of(rows)
+    if lump is None:
+        raise MigrationError(f"session {key[1]!r} of {key[0]!r} is damaged: an entry does not match its checksum")
+    return lump
 
 
 def _read(store: Store, session: Session, after: bytes) -> tuple[list[list[Row]], bytes]:

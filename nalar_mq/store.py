@@ -263,12 +263,6 @@ def key_of(actor: str, session: str) -> bytes:
     return f"{actor}\0{session}".encode()
 
 
-def change_of(row: Row) -> Change:
-    """What a row says of its session."""
-    key, value = row
-    return key[8:-9].decode(), _U64.unpack(key[-8:])[0], value[4:]
-
-
 def lump_of(rows: Sequence[Row]) -> Lump | None:
     """None if one of the rows is not what was written."""
     entries: dict[str, list[tuple[int, bytes]]] = {}
@@ -284,7 +278,10 @@ def lump_of(rows: Sequence[Row]) -> Lump | None:
                 return None
             found.append((number(key[-8:], "big"), data))
             sum_ ^= crc
-        field = name.decode()
+        try:
+            field = name.decode()
+        except UnicodeDecodeError:
+            return None
         former = sums.get(field, (0, 0))
         entries.setdefault(field, []).extend(found)
         sums[field] = former[0] + len(found), former[1] ^ sum_

@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import importlib
 import itertools
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from nalar_mq import values
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import MigrationError, WorkerLostError
+from nalar_mq.host import Host
 from nalar_mq.memory_transport import MemoryHub
+from nalar_mq.messages import Piece
+from nalar_mq.migration import Migrations
+from nalar_mq.store import LEFT
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "state_app.py"
@@ -53,6 +59,12 @@ class Runtime:
 
     async def other(self, session: str) -> str:
         return "second" if await self.holder(session) == "first" else "first"
+
+
+def migrations_of(worker: Worker) -> Migrations:
+    host = worker.process.calls.host
+    assert isinstance(host, Host) and host.migrations is not None
+    return host.migrations
 
 
 @pytest.fixture
@@ -251,6 +263,64 @@ async def test_what_cannot_move_says_why_and_is_served_on(runtime: Runtime) -> N
     with pytest.raises(MigrationError, match="does not keep sessions of 'Notebook'"):
         await runtime.client.migrate("Notebook", "ann", to=runtime.client.process.name)
     assert await ann.call("Notebook.note", "b") == 2
+
+
+@pytest.mark.parametrize("size", [1, 600_000], ids=["seen there", "seen here"])
+async def test_a_session_with_an_entry_that_is_damaged_stays_and_moves_once_it_is_mended(runtime: Runtime, size: int) -> None:
+    """Where it comes from sees it in what is too large for one message: then parts of the session are there already."""
+    ann = runtime.client.options(session="ann")
+    for count in range(3):
+        await ann.call("Notebook.note", str(count))
+    here, there = await runtime.holder("ann"), await runtime.other("ann")
+    stores = runtime.workers[here].process.stores
+    assert stores is not None
+    store = stores.session("Notebook", "ann").committer.store
+    (first, _), *_ = store.rows(store.session("Notebook", "ann"), b"", 1)[0]
+    key = first[:8] + b"\xff\0" + first[-8:]
+    with store._env.begin(write=True) as txn:
+        txn.put(key, bytes(size), db=store._trees["entries"])
+    for _ in range(2):
+        with pytest.raises(MigrationError, match="'ann' of 'Notebook' is damaged"):
+            await runtime.client.migrate("Notebook", "ann", to=there)
+    assert await runtime.holder("ann") == here
+    async with asyncio.timeout(30):
+        while migrations_of(runtime.workers[there])._coming:  # given up there, too
+            await asyncio.sleep(0.01)
+    with store._env.begin(write=True) as txn:
+        txn.delete(key, db=store._trees["entries"])
+    await runtime.client.migrate("Notebook", "ann", to=there)
+    assert await runtime.holder("ann") == there
+    assert await ann.call("Notebook.note", "3") == 4
+    assert await ann.call("Notebook.read") == ["0", "1", "2", "3"]
+
+
+async def test_nothing_stays_of_a_session_that_is_given_up_while_pieces_of_it_wait(runtime: Runtime) -> None:
+    ann = runtime.client.options(session="ann")
+    await ann.call("Notebook.note", "a")
+    here, there = runtime.workers[await runtime.holder("ann")], runtime.workers[await runtime.other("ann")]
+    source, target = here.process.stores, there.process.stores
+    assert source is not None and target is not None
+    migrations = migrations_of(there)
+    session = source.session("Notebook", "ann").session
+    assert session.header is not None
+    for number in range(1, 9):
+        key, data = b"notes\0" + number.to_bytes(8, "big"), values.encode("x")
+        rows = [(bytes(8) + key, zlib.crc32(key + data).to_bytes(4, "big") + data)]
+        store = source.session("Notebook", "ann").committer.store.id
+        piece = Piece(b"1" * 16, number, "", "Notebook", "ann", store, kinds=session.header.kinds, rows=rows)
+        migrations.on_piece(here.process.calls.me, piece)
+    migrations.on_abandon(b"1" * 16)
+    kept = target.session("Notebook", "ann").committer.store
+    async with asyncio.timeout(30):
+        while kept.session("Notebook", "ann").standing != LEFT:
+            await asyncio.sleep(0.01)
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+    assert kept.session("Notebook", "ann").standing == LEFT
+    assert kept.rows(kept.session("Notebook", "ann"), b"", 1) == ([], b"")
+    assert await ann.call("Notebook.note", "b") == 2
+    await runtime.client.migrate("Notebook", "ann", to=await runtime.other("ann"))
+    assert await ann.call("Notebook.read") == ["a", "b"]
 
 
 async def test_a_session_that_was_never_called_cannot_move_or_begins_there(runtime: Runtime) -> None:
