@@ -7,6 +7,7 @@ A lock keeps a folder from being opened twice, and knows nothing of a copy of it
     in the store, before      T0 ──▶ T0, T1
     in the directory          T0 ────────────▶ T1      by compare-and-set
 
+The store keeps former tokens: an answer may be lost, and the directory may go back, if its broker had not synced it.
 A store that does not have the token in the directory was copied before the last opening, and what was committed since is
 elsewhere: it is refused. One that has it, and is not in the folder of the last opening, is a copy of a store that was open, or
 has been moved. It is refused while the other folder is there, as far as that can be seen from here, or the process lives that
@@ -36,7 +37,7 @@ from nalar_mq.store import Store
 from nalar_mq.transport import Transport
 
 _NOBODY: Final = Address("", 0)
-_KEPT: Final = 16  # tokens that the directory may yet have: of openings whose answer was lost
+_KEPT: Final = 32  # former tokens
 
 
 class Openings:
@@ -87,8 +88,8 @@ class Openings:
             token = os.urandom(8).hex()
             # That of the directory stays, however often it could not be changed.
             written = () if known is None else (known.token,)
-            sent = [one for one in store.openings if one not in written and not anyway]
-            await asyncio.to_thread(store.note_openings, (*written, *sent[-_KEPT:], token))
+            former = [one for one in store.openings if one not in written]
+            await asyncio.to_thread(store.note_openings, (*former[-_KEPT:], *written, token))
             record = encode_record(
                 StoreOpening(WIRE_VERSION, token, *(_NOBODY if is_closing else self._me), host, folder, file)
             )
@@ -99,7 +100,6 @@ class Openings:
                     await bucket.update(key, record, entry.revision)
             except KeyConflictError:
                 continue
-            await asyncio.to_thread(store.note_openings, (*written, token))
             return
 
     async def _is_open(self, known: StoreOpening, *, has_other: bool) -> bool:
@@ -150,8 +150,13 @@ def _read(data: bytes) -> StoreOpening | None:
 
 
 def _copied(store: Store, known: StoreOpening, host: str, what: str) -> StoreCopiedError:
+    is_replicated = not store.folder.name.isdigit()  # then the broker has all there is
+    if (known.host, known.file) == (host, _file(store.folder)):
+        text = f"{store.folder} has a former state of the store that was open there last, as a backup in its place has"
+        further = "remove it" if is_replicated else "bring the later one back; or, if this is to go on, say: nalar state adopt"
+        return StoreCopiedError(f"{text}: {further}", str(store.folder))
     where = known.folder if known.host == host else f"{known.folder} on {known.host}"
     text = f"{store.folder} is a copy of the store in {where}, which {what}: remove the copy"
-    if store.folder.name.isdigit():  # of a replicated one the broker has all there is
+    if not is_replicated:
         text += "; or, if it is to go on in place of that one, end who has that open, and say: nalar state adopt"
     return StoreCopiedError(text, str(store.folder))

@@ -199,7 +199,7 @@ async def test_a_broker_that_writes_nothing_for_long_does_no_harm(runtime: Runti
                 store.close()
     store = Store.open(folder, "shell")
     await openings.note(store)
-    assert len(store.openings) == 2
+    assert len(store.openings) < 40
     store.close()
 
 
@@ -212,6 +212,51 @@ async def test_a_store_that_was_closed_goes_on_elsewhere_at_once(runtime: Runtim
                 patched.setattr(Openings, "_is_gone", None)  # nobody is waited for
                 async with runtime.worker(f"w{number}", "here"):
                     assert await client.options(session="ann").call("Notebook.note", "a") == number + 1
+
+
+@pytest.mark.parametrize("back", [1, 2, 5])
+async def test_a_directory_that_goes_back_does_not_make_a_copy_of_the_store(runtime: Runtime, back: int) -> None:
+    """Its broker had not synced what it had acknowledged when the power failed."""
+    folder = runtime.root / "here" / "1"
+    openings = await runtime.openings()
+    bucket = await (await runtime.hub.connect("other")).key_value(Subjects(runtime.namespace).places_bucket)
+    records: list[bytes] = []
+    for number in range(8):
+        store = Store.open(folder, "shell")
+        await openings.note(store)
+        key = f"_copy-{store.copy}"
+        store.close()
+        entry = await bucket.get(key)
+        assert entry is not None and entry.value is not None
+        records.append(entry.value)
+        if number == 3:
+            runtime.copy("here/1", "there/1")
+    store = Store.open(runtime.root / "there" / "1", "shell")
+    with pytest.raises(StoreCopiedError, match="remove the copy"):
+        await openings.note(store)
+    store.close()
+    await bucket.update(key, records[-1 - back], entry.revision)
+    store = Store.open(folder, "shell")
+    await openings.note(store)
+    store.close()
+
+
+async def test_a_backup_in_the_place_of_a_store_is_no_copy_to_be_removed(runtime: Runtime) -> None:
+    folder = runtime.root / "here" / "1"
+    openings = await runtime.openings()
+    for number in range(2):
+        store = Store.open(folder, "shell")
+        await openings.note(store)
+        store.close()
+        if number == 0:
+            runtime.copy("here/1", "backup")
+    for path in (runtime.root / "backup").iterdir():
+        shutil.copy(path, folder / path.name)
+    store = Store.open(folder, "shell")
+    with pytest.raises(StoreCopiedError, match=r"has a former state of the store .* nalar state adopt"):
+        await openings.note(store)
+    await openings.note(store, anyway=True)
+    store.close()
 
 
 async def test_an_opening_whose_answer_is_lost_does_no_harm(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
