@@ -35,7 +35,7 @@ import msgspec
 from nalar_mq.actions import Act, Migrate, Provision, describe
 from nalar_mq.address import Subjects
 from nalar_mq.config import LEASE_S
-from nalar_mq.errors import WireError
+from nalar_mq.errors import BrokerError, WireError
 from nalar_mq.logs import logger
 from nalar_mq.messages import decode_member
 from nalar_mq.transport import KeyValue, Transport
@@ -78,6 +78,7 @@ class Reflexes:
     Attributes:
         is_alone: nobody else decides.
         done: acts that workers were told.
+        failed: rounds that an error has ended; nothing came of them.
         left_alone: how often an agent was not given another instance, since other nodes serve it.
     """
 
@@ -90,6 +91,7 @@ class Reflexes:
         self._looked_at = -math.inf
         self.is_alone = False
         self.done = 0
+        self.failed = 0
         self.left_alone: Counter[str] = Counter()
 
     async def run(self, transport: Transport) -> None:
@@ -125,18 +127,32 @@ class Reflexes:
         from .policies import HeadOfLine, Overload
 
         guards, policies = Guards(), (HeadOfLine(), Overload())
-        async with Observer(transport, self._subjects, lease_s=self._lease_s, processes=self._team.names) as observer:
-            while self.is_alone:
-                await observer.listen(self._team.names)
+
+        async def go_round() -> None:
+            await observer.listen(self._team.names)
+            try:
                 observer.collect()
+                wanted = self._wanted(observer.view, policies, guards) if observer.is_informed else []
+                bounded = any(isinstance(act, Provision) for act in wanted)
+                elsewhere = await self._served_elsewhere(members) if bounded else set[str]()
+                if wanted:
+                    await self._look(acts)
+                    self._tell(wanted, observer.view, elsewhere)
+            finally:
+                observer.release()
+
+        async with Observer(transport, self._subjects, lease_s=self._lease_s, processes=()) as observer:
+            while self.is_alone:
                 try:
-                    wanted = self._wanted(observer.view, policies, guards) if observer.is_informed else []
-                    if wanted or self._loop.time() - self._looked_at >= _LOOK * self._lease_s:
-                        await self._look(acts)
-                    await self._tell(wanted, observer.view, members)
-                finally:
-                    observer.release()
+                    await go_round()
+                except BrokerError:
+                    raise
+                except Exception:
+                    self.failed += 1
+                    _log.exception("reflexes.round_failed", node=self._node)
                 await asyncio.sleep(PERIOD_S)
+                if self._loop.time() - self._looked_at >= _LOOK * self._lease_s:
+                    await self._look(acts)
 
     def _wanted(self, view: View, policies: Iterable[Policy], guards: Guards) -> list[Act]:
         verdict = guards.check(view, [action for policy in policies for action in policy.decide(view)], self._loop.time())
@@ -144,8 +160,7 @@ class Reflexes:
             _log.debug("act.refused", node=self._node, reason=refusal.reason)
         return list(verdict.acts)
 
-    async def _tell(self, wanted: list[Act], view: View, members: KeyValue) -> None:
-        elsewhere = await self._served_elsewhere(members) if any(isinstance(act, Provision) for act in wanted) else set[str]()
+    def _tell(self, wanted: list[Act], view: View, elsewhere: set[str]) -> None:
         for act in wanted if self.is_alone else ():
             match act:
                 case Migrate():

@@ -6,19 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nalar_mq.actions import Acts, Kill, Order, encode_decision
+from nalar_mq import simulation
+from nalar_mq.actions import Act, Acts, Kill, Order, Provision, encode_decision
 from nalar_mq.address import Subjects
+from nalar_mq.changes import Changes
 from nalar_mq.client import Client, connect
+from nalar_mq.columns import Serves
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.reflexes import Reflexes
 from nalar_mq.event_loop import cancel_all
+from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Member, encode_record
 from nalar_mq.nats_transport import NatsTransport
-from nalar_mq.transport import KeyValue
+from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
 APP = Path(__file__).parent / "apps" / "reflex_app.py"
 LEASE_S = 3.0
@@ -176,3 +181,92 @@ async def test_an_agent_with_a_bound_that_other_nodes_serve_is_left_alone(bounde
         assert len(site.serves("Rare") - {"elsewhere-1"}) == 1
     finally:
         await cancel_all([there, *waiting])
+
+
+# In virtual time: a node of two workers, one of which has far too much, and nobody who leads.
+
+SUBJECTS = Subjects("t")
+
+
+class Team:
+    """Two workers that note what they are told; to be asked for their names fails `failures` times."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.told: list[tuple[str, Act]] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("nobody has thought of this")
+        return "w1", "w2"
+
+    def act(self, name: str, act: Act) -> bool:
+        self.told.append((name, act))
+        return True
+
+
+async def report(hub: MemoryHub) -> None:
+    """As workers do: the first serves what has too much, the second could."""
+    press = Serves("agent", concurrency=1, resources={"slot": 1.0})
+    transport = await hub.connect("workers")
+    changes = {name: Changes(name, 1, "here") for name in ("w1", "w2")}
+    changes["w1"].set_serves({"Press": press})
+    for each in changes.values():
+        each.set_able(["Press"])
+        each.set_resources({"slot": (0.0, 2.0)})
+    changes["w1"].set_queues({"Press": (5, 1)})
+    while True:
+        for name, each in changes.items():
+            for data in each.whole(asyncio.get_running_loop().time(), 100_000):
+                transport.publish(SUBJECTS.report(name), data)
+        await asyncio.sleep(0.25)
+
+
+async def decided(team: Team, wrap: Callable[[Transport], Transport] = lambda transport: transport) -> Reflexes:
+    """What comes of it within some leases."""
+    hub = MemoryHub(1)
+    reflexes = Reflexes(SUBJECTS, "here", team, lease_s=LEASE_S)
+    tasks = [asyncio.create_task(report(hub)), asyncio.create_task(reflexes.run(wrap(await hub.connect("node"))))]
+    await asyncio.sleep(3 * LEASE_S)
+    assert not any(task.done() for task in tasks), tasks
+    await cancel_all(tasks)
+    return reflexes
+
+
+def test_a_round_that_fails_is_no_more_than_that() -> None:
+    team = Team(failures=3)
+    assert simulation.run(decided(team)).failed == 3
+    assert [(name, type(act), act.agent) for name, act in team.told] == [("w2", Provision, "Press")]
+
+
+class MembersThatLast:
+    """A bucket in which somebody leads again by the time that all of it has been read."""
+
+    def __init__(self, bucket: KeyValue, acts: KeyValue) -> None:
+        self._bucket = bucket
+        self._acts = acts
+
+    async def entries(self) -> list[KeyEntry]:
+        found = await self._bucket.entries()
+        await self._acts.put("acts", encode_decision(Acts(WIRE_VERSION, 1, 1, ())))
+        return found
+
+
+def test_who_leads_again_while_it_decides_is_not_overridden() -> None:
+    def wrap(transport: Transport) -> Transport:
+        opens = transport.key_value
+
+        async def key_value(bucket: str, *, ttl_s: float | None = None) -> Any:
+            found = await opens(bucket, ttl_s=ttl_s)
+            if bucket != SUBJECTS.members_bucket:
+                return found
+            return MembersThatLast(found, await opens(SUBJECTS.acts_bucket, ttl_s=LEASE_S))
+
+        transport.key_value = key_value  # type: ignore[method-assign]
+        return transport
+
+    team = Team()
+    simulation.run(decided(team, wrap))
+    assert team.told == []
