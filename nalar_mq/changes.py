@@ -327,7 +327,7 @@ class Changes:
                 del accounts[next(iter(accounts))]
             found = accounts[name, unit] = _Sum(Account(self._opened_accounts, scope, _clipped(name), _clipped(unit)))
             self._opened_accounts += 1
-        found.amount += amount
+        found.amount = min(found.amount + amount, sys.float_info.max)  # what is infinite would be refused
         self._newly_spent[found.account.number] = found
 
     def hold(self, agent: str, session: str, tenant: str = "") -> None:

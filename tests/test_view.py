@@ -766,7 +766,8 @@ def test_what_a_call_from_outside_says_never_has_the_report_of_its_worker_refuse
     changes.begin(strange, 1.0, CREATED)
     changes.begin(call(2), 1.0)
     changes.hold("a", strange.session, strange.tenant)
-    changes.spend(strange, "", 1.0, "tokens")
+    for amount in (1.0, 1.7e308, 1.7e308):
+        changes.spend(strange, "", amount, "tokens")
     for now, data in ((2.0, changes.reports(2.0, 1 << 20)), (3.0, changes.whole(3.0, 1 << 20))):
         assert not view.fold_all([Incoming("w", report, now) for report in data])
         view.settle(now)
