@@ -539,7 +539,7 @@ class EngineWatch:
     async def look(self) -> dict[str, EngineFigures]:
         """What is to be told of each of them, by name; waits for the slowest, for two seconds at most."""
         uses = self._uses.all()
-        found = await asyncio.gather(*map(self._metrics, uses))
+        found = await asyncio.gather(*map(self._metrics, uses))  # each of which contains its errors
         now = asyncio.get_running_loop().time()
         return {use.name: use.figures(metrics, now) for use, metrics in zip(uses, found, strict=True)}
 
@@ -557,7 +557,7 @@ class EngineWatch:
                 page = b""
                 while (piece := await response.content.read(_METRICS_LIMIT_BYTES)) and len(page) < _METRICS_LIMIT_BYTES:
                     page += piece
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):  # which a URL that is none raises, too
             now = asyncio.get_running_loop().time()
             if now - self._lost_since.setdefault(use, now) > _FORGOTTEN_AFTER_S and self._uses.forget(use):
                 del self._lost_since[use]

@@ -179,6 +179,7 @@ class Intake:
         self._in_hand: dict[str, int] = {spec.name: 0 for spec in self._workflows}
         self._running: dict[str, _Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._returning: set[asyncio.Task[None]] = set()
         self._pullers: list[asyncio.Task[None]] = []
         self._upkeep: list[asyncio.Task[None]] = []
         self._subscription: Subscription | None = None
@@ -228,7 +229,7 @@ class Intake:
         if hasattr(self, "jobs"):
             self.jobs.close()
         await cancel_all([*self._pullers, *self._upkeep])
-        await cancel_all(list(self._tasks))
+        await cancel_all([*self._tasks, *self._returning])
         if self._subscription is not None:
             await self._subscription.unsubscribe()
 
@@ -250,11 +251,13 @@ class Intake:
                 _log.warning("jobs.pull_failed", workflow=spec.name, reason=str(error))
                 await asyncio.sleep(_RETRY_S)
                 continue
-            for message in messages:
-                if self._in_hand[spec.name] < limit:
-                    self._take(spec, message)
-                else:  # the room has gone to those of the other subject meanwhile
-                    await self._put_back(message)
+            room = max(limit - self._in_hand[spec.name], 0)  # some of it may have gone to those of the other subject meanwhile
+            for message in messages[:room]:
+                self._take(spec, message)
+            for message in messages[room:]:
+                task = self._loop.create_task(self._put_back(message))
+                self._returning.add(task)
+                task.add_done_callback(self._returning.discard)
 
     async def _put_back(self, message: QueueMessage) -> None:
         with contextlib.suppress(BrokerError):

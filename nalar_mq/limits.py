@@ -7,12 +7,18 @@ one too many for a while.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import TypeAlias
 
 Group: TypeAlias = tuple[str, str, str]
 """Session, tenant and job; empty for all."""
+
+
+def groups_with(session: str, tenant: str, job: str) -> Iterator[Group]:
+    """All groups that a call of these may be in: at most eight."""
+    sessions, tenants, jobs = [("", name) if name else ("",) for name in (session, tenant, job)]
+    return product(sessions, tenants, jobs)
 
 
 class Limits:
@@ -28,9 +34,7 @@ class Limits:
 
     def groups_of(self, session: str, tenant: str, job: str) -> tuple[Group, ...]:
         """The limited groups that a call is in."""
-        sessions, tenants, jobs = [("", name) if name else ("",) for name in (session, tenant, job)]
-        candidates = product(sessions, tenants, jobs)
-        return tuple(group for group in candidates if group in self._limits)
+        return tuple(group for group in groups_with(session, tenant, job) if group in self._limits)
 
     def room_in(self, group: Group) -> int:
         """How many more may run; negative if there are too many."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nalar_mq.actions import Allow, Limit, SetPriority, State
+from nalar_mq.limits import Group, groups_with
 
 
 class Priorities:
@@ -75,28 +76,27 @@ class Admission:
 
     def __init__(self) -> None:
         self._rules: dict[str, Allow] = {}
-        self._shut: dict[str, tuple[Limit, ...]] = {}
+        self._shut: dict[str, dict[Group, Limit]] = {}
         self.has_rules = False
 
     def take_states(self, states: Iterable[State]) -> set[str]:
-        """Takes what holds from now on; returns the agents whose rule has changed."""
+        """Takes what holds from now on; returns the agents that may refuse now what they did not before."""
         former, shut, states = self._rules, self._shut, tuple(states)
         self._rules = {state.agent: state for state in states if isinstance(state, Allow)}
         self._shut = {}
         for state in states:
             if isinstance(state, Limit) and state.refuses:
-                self._shut[state.agent] = (*self._shut.get(state.agent, ()), state)
+                self._shut.setdefault(state.agent, {})[state.session, state.tenant, state.job] = state
         self.has_rules = bool(self._rules or self._shut)
         changed = {agent for agent in former.keys() | self._rules.keys() if former.get(agent) != self._rules.get(agent)}
-        return changed | {agent for agent in shut.keys() | self._shut.keys() if shut.get(agent) != self._shut.get(agent)}
+        return changed | {agent for agent, limits in self._shut.items() if limits.keys() - shut.get(agent, {}).keys()}
 
     def shut_by(self, agent: str, session: str, tenant: str, job: str) -> Limit | None:
         """The limit by which `agent` refuses a call of this session, tenant and job; None if there is none."""
-        for limit in self._shut.get(agent, ()):
-            named = ((limit.session, session), (limit.tenant, tenant), (limit.job, job))
-            if all(wanted in ("", given) for wanted, given in named):
-                return limit
-        return None
+        limits = self._shut.get(agent)
+        if limits is None:
+            return None
+        return next((limits[group] for group in groups_with(session, tenant, job) if group in limits), None)
 
     def rule_against(self, agent: str, caller: str, tenant: str) -> Allow | None:
         """The rule that forbids a call of `agent`; None if it may be made.

@@ -67,8 +67,16 @@ def test_of_whom_no_calls_are_taken(whose: tuple[str, str, str], is_refused: boo
     assert (rules.shut_by("a", *whose) is not None) is is_refused
     assert rules.shut_by("b", *whose) is None
     assert rules.take_states(states) == set()
-    assert rules.take_states(states[2:]) == {"a"}
+    assert rules.take_states(states[2:]) == set(), "nothing more is refused than before"
     assert not rules.has_rules
+
+
+def test_of_how_many_no_calls_are_taken_makes_no_difference_to_a_call() -> None:
+    rules = Admission()
+    rules.take_states([Limit("a", 0, f"s{number}", refuses=True) for number in range(100_000)])
+    for number in range(100_000):
+        assert rules.shut_by("a", f"t{number}", "", "") is None
+    assert rules.shut_by("a", "s99999", "t", "j")
 
 
 def table_of(*names: str, stateful: bool = False) -> RoutingTable:
