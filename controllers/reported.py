@@ -57,6 +57,7 @@ from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Wor
 
 _MOST_SILENT: Final = 4096  # processes that are gone, or silent, of which it is remembered what they have told to have spent
 FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
+MOST_KINDS_OF_ALL: Final = 16_384
 _AT_ONCE_BYTES: Final = 1 << 20  # reports that are folded together: more of them would only take memory
 _MEMORY: Final = 1000  # calls of a kind that its mean times remember
 _UNKNOWN_COUNT: Final = 0xFFFF_FFFF  # more than any count but itself: the next one begins anew
@@ -304,7 +305,7 @@ class Reported:
             refuse(before > process.kind_count or (report.kinds and before < process.kind_count), "kinds")
             if report.kinds:
                 fold.undo.callback(self._unname_kinds, process, before)
-                self._name_kinds(process, [self._kind(kind) for kind in report.kinds])
+                self._name_kinds(process, self._kinds_of(report.kinds))
         for what, names in (("sessions", self.sessions), ("jobs", self.jobs)):
             named = fold.batch.names(what)
             if named is None:
@@ -350,16 +351,19 @@ class Reported:
             self.tenants.append(name)
         return number
 
-    def _kind(self, kind: tuple[str, str]) -> int:
-        number = self._kind_numbers.get(kind)
-        if number is None:
-            number = self._kind_numbers[kind] = len(self.kinds)
-            self.kinds.append(kind)
-            self.kind_agent = np.append(self.kind_agent, np.int32(self._agent(kind[0])))
-            self.service_s, self.wait_s = np.append(self.service_s, 0.0), np.append(self.wait_s, 0.0)
-            self._counted, self._ahead_s = np.append(self._counted, 0.0), np.append(self._ahead_s, 0.0)
-            self._histogram = np.concatenate((self._histogram, np.zeros((1, CODES), np.int64)))
-        return number
+    def _kinds_of(self, kinds: Sequence[tuple[str, str]]) -> list[int]:
+        """The numbers of kinds; those that have none get one, all of them in one step."""
+        newly = [kind for kind in dict.fromkeys(kinds) if kind not in self._kind_numbers]
+        if newly:
+            refuse(len(self.kinds) + len(newly) > MOST_KINDS_OF_ALL, f"more than {MOST_KINDS_OF_ALL} kinds of all processes")
+            self._kind_numbers.update(zip(newly, range(len(self.kinds), len(self.kinds) + len(newly)), strict=True))
+            self.kinds += newly
+            self.kind_agent = np.append(self.kind_agent, rows_of(self._agent(actor) for actor, _ in newly))
+            more = np.zeros(len(newly))
+            self.service_s, self.wait_s = np.append(self.service_s, more), np.append(self.wait_s, more)
+            self._counted, self._ahead_s = np.append(self._counted, more), np.append(self._ahead_s, more)
+            self._histogram = np.concatenate((self._histogram, np.zeros((len(newly), CODES), np.int64)))
+        return [self._kind_numbers[kind] for kind in kinds]
 
     def _agent(self, name: str) -> int:
         return self._agents.setdefault(name, len(self._agents))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nalar_mq import columns
 from nalar_mq.changes import Changes, Tracked
 from nalar_mq.columns import CREATED, DONE, FAILED, NO_JOB, QUEUED, RUNNING, WAITING, Report, Serves, decode_report
-from nalar_mq.controllers.reported import Incoming
+from nalar_mq.controllers.reported import MOST_KINDS_OF_ALL, Incoming
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import (
     ForgedReportError,
@@ -772,6 +772,22 @@ def test_what_a_call_from_outside_says_never_has_the_report_of_its_worker_refuse
         assert not view.fold_all([Incoming("w", report, now) for report in data])
         view.settle(now)
         assert len(view.futures) == 2
+
+
+def test_no_process_names_kinds_without_end() -> None:
+    changes, _, view = told(call(1))
+    (data,) = changes.reports(3.0, 1 << 20)
+    for incarnation in range(1, 20):
+        kinds = tuple((f"agent-{incarnation}-{number}", "m") for number in range(columns.MOST_KINDS))
+        begins = altered(data, name="x", incarnation=incarnation, number=1, kinds=kinds)
+        if len(view.kinds) + len(kinds) <= MOST_KINDS_OF_ALL:
+            view.fold("x", columns.encode_report(begins), 103.0)
+        else:
+            assert refused(view, "x", columns.encode_report(begins)) is MalformedReportError
+    assert len(view.kinds) == len(view.kind_agent) == len(view.service_s) <= MOST_KINDS_OF_ALL
+    view.fold("w", data, 103.0)
+    view.settle(104.0)
+    assert len(view.futures) == 1
 
 
 def test_a_name_that_is_too_long_is_refused() -> None:
