@@ -93,7 +93,7 @@ class Report(msgspec.Struct, frozen=True):
         code: with which it ends then.
         keeps_state: sessions are kept in a store of its own.
         is_moving: it is drained, and has moved some more of them to other workers.
-        is_leaving: it drains since it had no controller, and will be gone.
+        is_leaving: it drains since before this controller was there, and will be gone.
         serves: the actors that it serves from now on.
     """
 
@@ -171,6 +171,7 @@ class LocalController:
         self._planned = workers
         self._added: dict[str, str] = {}
         self._serves: dict[str, tuple[str, ...]] = {}
+        self._stopped: set[str] = set()
         self._children: dict[str, _Child] = {}
         self._spare: _Child | None = None
         self._wants_spare = False
@@ -243,6 +244,7 @@ class LocalController:
         name = stopped[0] if stopped else f"{self._settings.node}-{len(self._slots) + 1}"
         self._added[name] = agent
         self._serves.pop(name, None)
+        self._stopped.discard(name)
         self._slots[name] = Slot(name=name, has_served=True)  # the node goes on, whatever becomes of it
         self._events.put_nowait((name, Tick()))
         return name
@@ -334,7 +336,8 @@ class LocalController:
             if name not in self._slots:  # else the node is to have so many workers now
                 self._added[name] = agent
                 self._slots[name] = Slot(name=name, has_served=True)
-        for name in set(found.stopped) & self._slots.keys():
+        self._stopped = set(found.stopped) & self._slots.keys()
+        for name in self._stopped:
             self._slots[name] = Slot(name=name, phase=Phase.STOPPED, due=math.inf)
             self._is_reduced = True
         self._serves |= {name: serves for name, serves in found.serves.items() if name in self._slots}
@@ -383,7 +386,7 @@ class LocalController:
             workers={name: Running(pid, start) for name, (pid, start) in started.items() if start is not None},
             serves=self._serves,
             added=self._added,
-            stopped=() if self._is_ending else tuple(name for name, slot in self._slots.items() if slot.is_unwanted),
+            stopped=tuple(sorted(self._stopped)),
         )
 
     def _keep_record(self) -> None:
@@ -407,7 +410,8 @@ class LocalController:
         self._slots[name], action = decide(before, event, now, self._limits)
         self._is_reduced |= self._slots[name].phase is Phase.STOPPED and not self._is_ending
         self._tell(before, self._slots[name], event)
-        if self._slots[name].is_unwanted is not before.is_unwanted:
+        if self._slots[name].is_unwanted and not before.is_unwanted and not self._is_ending:
+            self._stopped.add(name)
             self._keep_record()
         child = self._children.get(name)
         if action is Action.START:

@@ -22,8 +22,8 @@ A slot that never had a process that served is given up after `max_failures` of 
 with `EXIT_CONFIG`, which says that another start would not help. A slot that has served goes on for ever: what ends its
 processes may pass, and between two of them it serves. One that ends with `EXIT_REPLACED` is given up in any case: somebody
 else has its name, and two that take it from each other would serve nobody. One that ends with `EXIT_LOST` stood still for so
-long that the others gave it up; its successor is started like that of any other process that has served. One that has lost its
-controller and drains for that when the next one comes is `Leaving`: it gets the time of a drain, and then a successor.
+long that the others gave it up; its successor is started like that of any other process that has served. One that
+drains already when the next controller of the node comes is `Leaving`: it gets the time of a drain, and then a successor.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Moving(msgspec.Struct, frozen=True):
 
 
 class Leaving(msgspec.Struct, frozen=True):
-    """The process drains since it had no controller; it may take `timeout_s`, and is to have a successor."""
+    """The process drains since before this controller was there; it may take `timeout_s`, and is to have a successor."""
 
     timeout_s: float
 

@@ -4,7 +4,8 @@ Started as `python -m nalar_mq.controllers.worker_process FD`, where FD is its e
 `local_controller` describes. SIGTERM drains, as `nalar drain` does; a second one ends the process at once. When the
 controller is gone the process ends at once, too: on Linux the kernel sees to it, elsewhere the end of the stream does. Where
 the node has a folder it goes on, and looks there for a successor of the controller; if none has come within `orphan_s`, it
-drains. A successor that comes while it drains is told so, and starts another one in its place when it has left.
+drains. A successor that comes while it drains, for that or since the former controller ended, is told so; it starts another one
+in its place when it has left, unless it is to have none.
 
 All that it needs in any case is imported before it takes its order, which a spare waits for. That it lives is told by a
 thread of its own: code that blocks the event loop, for however long, does not stand still.
@@ -147,7 +148,7 @@ async def _serve(order: Order, link: socket.socket) -> bool:
         if worker.process.declared_lost.done():
             raise _DeclaredLost
         if standing.is_abandoned:
-            _report(link, Report("it had lost its controller, and has drained"))
+            _report(link, Report("it has drained, as began before this controller was there"))
             return False
         return worker.was_drained
     finally:
@@ -160,7 +161,7 @@ class _Standing:
 
     Attributes:
         serves: the actors that it serves, if that was decided while it ran, or while its predecessor did.
-        is_abandoned: it had none for so long that it drains.
+        is_abandoned: it drains, for want of a controller or at the wish of a former one: the present one may want another.
     """
 
     def __init__(self, serves: tuple[str, ...] | None) -> None:
@@ -190,9 +191,9 @@ async def _attached(
             async with asyncio.timeout(order.orphan_s):
                 await _rejoin(order, link)
         except TimeoutError:
-            standing.is_abandoned = not draining.is_set()
             draining.set()
             await _rejoin(order, link)
+        standing.is_abandoned = draining.is_set()
         _log.info("worker.rejoined", worker=order.name)
         if standing.serves is not None:
             _report(link, Report(serves=standing.serves))

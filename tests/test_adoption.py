@@ -394,17 +394,23 @@ async def test_what_was_decided_about_workers_holds_under_the_next_controller(
         assert (await asyncio.to_thread(second.end)) == 0
 
 
+@pytest.mark.parametrize("why", ["orphaned", "ended"])
 async def test_a_successor_that_comes_while_workers_drain_starts_others_in_their_place(
-    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path
+    start: Callable[..., Node], broker_access: BrokerAccess, namespace: str, tmp_path: Path, why: str
 ) -> None:
-    first = await asyncio.to_thread(start, "--workers", "1", "--outlive", "0.5", "--node", "n")
+    """They drain for want of a controller, or since the one that was killed was to end."""
+    first = await asyncio.to_thread(start, "--workers", "1", "--outlive", "0.5" if why == "orphaned" else "60", "--node", "n")
     (worker,) = first.workers()
     async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
         await client.wait_for("wait_for")
         lasts = client.call("wait_for", str(tmp_path / "gate"))
         await asyncio.to_thread(eventually, lambda: (tmp_path / "gate.waits").exists(), "it does not run")
-        await asyncio.to_thread(first.end, signal.SIGKILL)
+        if why == "orphaned":
+            await asyncio.to_thread(first.end, signal.SIGKILL)
+        else:
+            first.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(eventually, lambda: client.process.table.members["n-1"].draining, "it does not drain")
+        await asyncio.to_thread(first.end, signal.SIGKILL)
         starts = asyncio.create_task(asyncio.to_thread(start, "--workers", "1", "--node", "n"))
         await asyncio.to_thread(eventually, lambda: "worker.adopted" in said(tmp_path), "it is not adopted")
         assert not is_gone(worker)
