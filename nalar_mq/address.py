@@ -53,13 +53,14 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nalar_mq.errors import AddressError
 
 DEFAULT_NAMESPACE = "nalar"
 CLIENT_PREFIX = "client-"
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+LONGEST_TOKEN: Final = 128
+_TOKEN = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_TOKEN}}}")
 
 
 def is_token(name: str) -> bool:

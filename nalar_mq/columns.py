@@ -35,6 +35,7 @@ from typing import Final
 
 import msgspec
 
+from nalar_mq.address import LONGEST_TOKEN
 from nalar_mq.errors import MalformedReportError, UnsupportedVersionError
 from nalar_mq.messages import WIRE_VERSION
 
@@ -54,7 +55,7 @@ MOST_KINDS: Final = 4096
 MOST_PIECES: Final = 4096
 MOST_ACCOUNTS: Final = 16_384  # of each of `SCOPES`
 MOST_ENGINES: Final = 64
-LONGEST_NAME: Final = 256
+LONGEST_NAME: Final = 2 * LONGEST_TOKEN + 1  # session/instance
 
 
 class Serves(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -34,6 +34,8 @@ import contextvars
 import functools
 import hashlib
 import itertools
+import math
+import re
 import sys
 import threading
 import time
@@ -46,7 +48,7 @@ from msgspec.structs import force_setattr
 
 from nalar_mq import actions, origins, values
 from nalar_mq.actor import ActorSpec, MethodSpec
-from nalar_mq.address import Address, is_client_name
+from nalar_mq.address import LONGEST_TOKEN, Address, is_client_name
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.calls import Calls
 from nalar_mq.changes import Changes
@@ -54,6 +56,7 @@ from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, check_size, read_claim, wr
 from nalar_mq.columns import CANCELLED as WAS_CANCELLED
 from nalar_mq.columns import CREATED, DONE, FAILED, QUEUED, RUNNING, WAITING
 from nalar_mq.errors import (
+    ArgumentError,
     CallCancelledError,
     CallError,
     CallExpiredError,
@@ -131,6 +134,7 @@ REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB 
 _NOTHING = values.encode(None)
 _MOVED = "it moved with its session"
 _ALL: Group = ("", "", "")
+_NAMES = re.compile(r"[A-Za-z0-9_-]*")
 _log = logger(__name__)
 
 
@@ -307,6 +311,9 @@ class Host:
         replica = self._replicas.get(call.actor)
         if replica is None:
             self._refuse(owner, call, UnknownActorError(f"worker {self._calls.me.name!r} does not serve {call.actor!r}"))
+            return
+        if (malformed := _malformed(call)) is not None:
+            self._refuse(owner, call, malformed)
             return
         if replica.stores is not None and self._is_elsewhere(owner, call, hops, replica):
             return
@@ -1794,6 +1801,20 @@ def _changed(execution: Execution, history: History, how: str) -> WorkflowChange
         old_version=old,
         new_version=new,
     )
+
+
+def _malformed(call: Call) -> ArgumentError | None:
+    """What no process of ours puts into a call: names go on into reports, where one that is none spoils all the others."""
+    names = call.session + call.instance + call.job + call.tenant
+    if not _NAMES.fullmatch(names) or (
+        len(names) > LONGEST_TOKEN and max(map(len, (call.session, call.instance, call.job, call.tenant))) > LONGEST_TOKEN
+    ):
+        wrong = "its session, instance, job or tenant is no name"
+    elif call.timeout_s is not None and math.isnan(call.timeout_s):
+        wrong = f"a deadline in {call.timeout_s} s is no time"
+    else:
+        return None
+    return ArgumentError(f"{call.actor!r} cannot be called so: {wrong}", actor=call.actor)
 
 
 def _method_of_instance(spec: ActorSpec, name: str) -> MethodSpec | None:

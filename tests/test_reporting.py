@@ -24,6 +24,7 @@ from nalar_mq.messages import WIRE_VERSION, Call
 from nalar_mq.reporting import PERIOD_S, Reporter
 from nalar_mq.resources import Machine
 from nalar_mq.transport import Delivered
+from nalar_mq.values import encode_arguments
 from nalar_mq.worker import Worker
 
 APP = load_app(Path(__file__).parent / "apps" / "governed_app.py")
@@ -197,6 +198,24 @@ async def test_lost_reports_are_told_anew_when_they_are_asked_for(folder: Path) 
             await futures[0]
         await asyncio.gather(*futures[1:])
         assert not len((await scene.look()).futures)
+
+
+@simulated
+async def test_no_call_of_a_client_keeps_a_worker_from_being_heard(folder: Path) -> None:
+    async with world(folder, "w1") as scene:
+        calls, worker = scene.client.process.calls, scene.workers["w1"]
+        forged: list[dict[str, Any]] = [{name: "x" * 129} for name in ("session", "instance", "job", "tenant")]
+        forged += [{"session": "a\nb"}, {"tenant": "a.b"}, {"timeout_s": float("nan")}, {"timeout_s": float("inf")}]
+        for fields in forged:
+            call = Call(calls.fresh_id(), "Ledger", "note", encode_arguments(("one",), {}), **{"session": "s", **fields})
+            calls.tell(worker.process.me, call)
+        longest = scene.client.options(session="s" * 128, tenant="t" * 128, timeout_s=1e300)
+        await longest.call("Ledger.note", "one")
+        assert await scene.client.options(session="s").call("Ledger.note", "two") == ["two"]
+        view = await scene.look()
+        assert view.holder("s" * 128, "Ledger") == "w1"
+        assert not view.stale()
+        assert not scene.refused
 
 
 @simulated
