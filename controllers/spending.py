@@ -2,7 +2,7 @@
 
 Each process tells its own sums, by accounts that it numbers (`nalar_mq.columns.Account`); what they have grown by since it last
 told them is added here. What a process has spent stays spent when it is gone. Of sessions and jobs those that spent something
-last are remembered, `MOST_NAMES` of each.
+last are remembered, `MOST_NAMES` of each; of units the first `MOST_UNITS`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from nalar_mq.columns import MOST_ACCOUNTS, SCOPES, Account
 from nalar_mq.errors import MalformedReportError
 
 MOST_NAMES: Final = 100_000
+MOST_UNITS: Final = 64
 
 
 class Accounts:
@@ -110,7 +111,11 @@ class Spending:
         of.close(below)
 
     def _add(self, account: Account, more: float) -> None:
-        sums = self._sums.setdefault((account.scope, account.unit), {})
+        sums = self._sums.get((account.scope, account.unit))
+        if sums is None:
+            if len(self._sums) >= MOST_UNITS * len(SCOPES):
+                return
+            sums = self._sums[account.scope, account.unit] = {}
         sums[account.name] = sums.pop(account.name, 0.0) + more
         if len(sums) > MOST_NAMES:
             del sums[next(iter(sums))]

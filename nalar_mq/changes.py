@@ -316,7 +316,7 @@ class Changes:
         """A call that is part of a workflow, or of none, has cost something."""
         names = (call.session, call.job, workflow, call.actor, call.tenant)
         for scope, name in zip(SCOPES, names, strict=True):
-            if name:
+            if name and len(name) <= LONGEST_NAME:  # else no report with it would be used
                 self._spend(scope, name, unit, amount)
 
     def _spend(self, scope: str, name: str, unit: str, amount: float) -> None:

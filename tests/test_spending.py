@@ -190,6 +190,31 @@ def test_a_controller_that_begins_later_learns_what_tenants_have_spent_in_all(mo
     assert len(view.spending.totals("session")) == 5
 
 
+def test_a_client_which_runs_no_calls_cannot_spend_for_others() -> None:
+    changes, view = Changes("client-x", 1, "n"), View()
+    changes.spend(Call(b"", "agent", "", b"", session="s", tenant="acme"), "", 100.0, "tokens")
+    (data,) = changes.reports(1.0, 1 << 20)
+    with pytest.raises(MalformedReportError):
+        view.fold("client-x", data, 1.0)
+    assert view.spending.totals("tenant") == {}
+
+
+def test_however_many_units_there_are_the_first_ones_count() -> None:
+    spending, accounts = Spending(), Accounts()
+    for number in range(1000):
+        spending.take(accounts, (Account(number, "agent", "a", f"unit-{number}"),), (), {number: 1.0})
+    assert spending.total("agent", "a", "unit-0") == 1.0
+    assert len(spending.units()) == 64 * 5
+
+
+def test_a_name_that_is_too_long_for_reports_spoils_none() -> None:
+    changes, view = Changes("w", 1, "n"), View()
+    changes.spend(Call(b"", "agent", "", b"", session="s" * 300, tenant="acme"), "", 1.0, "tokens")
+    for data in changes.reports(1.0, 1 << 20):
+        view.fold("w", data, 1.0)
+    assert (view.spending.total("tenant", "acme"), view.spending.totals("session")) == (1.0, {})
+
+
 def test_names_travel_once() -> None:
     changes = Changes("w", 1, "n")
     call = Call(b"", "agent", "", b"", session="s")
