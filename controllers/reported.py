@@ -188,6 +188,8 @@ class Reported:
     def _admit(self, sender: str, report: Report, now: float) -> Process:
         if report.name != sender:
             raise ForgedReportError(f"{sender!r} reports as {report.name!r}")
+        if is_client_name(sender):
+            raise ForgedReportError(f"{sender!r} is a client: workers report")
         process = self._processes.get(sender)
         if process is None or process.incarnation < report.incarnation:
             self.forget(sender)

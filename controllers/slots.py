@@ -31,7 +31,7 @@ class Stretch:
 
 
 class Reach(NamedTuple):
-    """Where several stretches are now: valid until one is widened."""
+    """Where several stretches are now: valid until one is made, widened or removed."""
 
     starts: Longs
     sizes: Longs
@@ -58,7 +58,7 @@ class Stretches:
         self._columns = self._made(_LEAST_SLOTS)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """A column; another one after a stretch has been made or widened."""
+        """A column; another one after a stretch has been made, widened or removed."""
         return self._columns[name]
 
     @property
@@ -93,9 +93,11 @@ class Stretches:
             self.of(stretch, name)[:] = self._kinds[name][1]
 
     def remove(self, stretch: Stretch) -> None:
-        """A stretch is gone."""
+        """A stretch is gone; where little is left, the others move together into less memory."""
         self.clear(stretch)
         self._stretches.remove(stretch)
+        if self._length > 8 * max(sum(other.size for other in self._stretches), _LEAST_SLOTS):
+            self._gather(0)
 
     def reach(self, stretches: Sequence[Stretch]) -> Reach:
         """Where these are now."""
@@ -105,20 +107,25 @@ class Stretches:
     def _made(self, size: int) -> dict[str, npt.NDArray[Any]]:
         return {name: np.full((size, *width), empty, kind) for name, (kind, empty, width) in self._kinds.items()}
 
+    @property
+    def _length(self) -> int:
+        return len(next(iter(self._columns.values())))
+
     def _room_for(self, size: int) -> int:
         """The beginning of so many free slots behind all stretches, which move together where there are not enough."""
-        length = len(next(iter(self._columns.values())))
-        if self._end + size > length:
-            used = sum(stretch.size for stretch in self._stretches) + size
-            while length < used + used // 2:
-                length *= 2
-            self._move_into(self._made(length))
+        if self._end + size > self._length:
+            self._gather(size)
         start = self._end
         self._end += size
         return start
 
-    def _move_into(self, columns: dict[str, npt.NDArray[Any]]) -> None:
-        end = 0
+    def _gather(self, room: int) -> None:
+        """Moves all stretches together, into columns that have room for so many further slots and half as much again."""
+        used = sum(stretch.size for stretch in self._stretches) + room
+        length = _LEAST_SLOTS
+        while length < used + used // 2:
+            length *= 2
+        columns, end = self._made(length), 0
         for stretch in self._stretches:
             for name, column in columns.items():
                 column[end : end + stretch.size] = self.of(stretch, name)

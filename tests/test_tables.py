@@ -118,6 +118,14 @@ def test_slots_keep_what_they_stand_for_wherever_their_stretches_are(seed: int) 
     assert table["number"][places].tolist() == [value for stretch in stretches for value in expected[stretch].values()]
     outside = table.reach(stretches[:1]).places(np.array([1]), np.array([stretches[0].size]))
     assert outside is None
+    before = table.nbytes
+    huge = [table.add(1 << 18) for _ in range(4)]
+    for stretch in huge:
+        table.remove(stretch)
+    assert table.nbytes <= 8 * before
+    for stretch in stretches:
+        numbers = table.of(stretch, "number")
+        assert {slot: int(numbers[slot]) for slot in np.flatnonzero(numbers >= 0).tolist()} == expected[stretch]
 
 
 def test_a_worker_reports_and_obeys_without_numpy() -> None:

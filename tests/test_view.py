@@ -486,6 +486,9 @@ def test_reports_of_others_are_forged() -> None:
     (data,) = changes.reports(3.0, 1 << 20)
     moved = columns.encode_report(altered(data, node="elsewhere"))
     assert refused(view, "w", moved) is ForgedReportError
+    client = columns.encode_report(altered(data, name="client-x"))
+    assert refused(view, "client-x", client) is ForgedReportError
+    assert list(view.processes) == ["w"]
 
 
 def altered(data: bytes, **fields: Any) -> Report:
