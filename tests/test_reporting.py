@@ -205,11 +205,11 @@ async def test_no_call_of_a_client_keeps_a_worker_from_being_heard(folder: Path)
     async with world(folder, "w1") as scene:
         calls, worker = scene.client.process.calls, scene.workers["w1"]
         forged: list[dict[str, Any]] = [{name: "x" * 129} for name in ("session", "instance", "job", "tenant")]
-        forged += [{"session": "a\nb"}, {"tenant": "a.b"}, {"timeout_s": float("nan")}, {"timeout_s": float("inf")}]
+        forged += [{"session": "a\nb"}, {"tenant": "a.b"}, {"timeout_s": float("nan")}]
         for fields in forged:
             call = Call(calls.fresh_id(), "Ledger", "note", encode_arguments(("one",), {}), **{"session": "s", **fields})
             calls.tell(worker.process.me, call)
-        longest = scene.client.options(session="s" * 128, tenant="t" * 128, timeout_s=1e300)
+        longest = scene.client.options(session="s" * 128, tenant="t" * 128, timeout_s=float("inf"))
         await longest.call("Ledger.note", "one")
         assert await scene.client.options(session="s").call("Ledger.note", "two") == ["two"]
         view = await scene.look()
