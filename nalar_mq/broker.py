@@ -480,6 +480,7 @@ def write_runtime_file(
     path = folder / RUNTIME_FOLDER / RUNTIME_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.with_name(NODE_KEY_FILE).unlink(missing_ok=True)  # one that is left is of another broker
         if node_key:
             _write_private(path.with_name(NODE_KEY_FILE), node_key)
         _write_private(path, msgspec.json.encode(content).decode())

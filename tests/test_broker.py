@@ -25,6 +25,8 @@ from nalar_mq.broker import (
     RuntimeFile,
     find_nats_server,
     port_is_free,
+    read_left_runtime_file,
+    read_node_key,
     read_runtime_file,
     remove_runtime_file,
     write_runtime_file,
@@ -361,6 +363,24 @@ def test_runtime_file_of_a_process_that_is_gone_does_not_count(tmp_path: Path) -
     child.kill()
     child.wait()
     assert read_runtime_file(tmp_path) is None
+
+
+def test_a_key_that_was_left_goes_with_no_other_token(tmp_path: Path) -> None:
+    write_runtime_file(tmp_path, url="nats://127.0.0.1:4222", token="own", node_key="key")
+    assert read_node_key(tmp_path) == "key"
+    write_runtime_file(tmp_path, url="nats://elsewhere:4222", token="of another broker")
+    assert read_node_key(tmp_path) == ""
+
+
+def test_what_a_runtime_has_left_is_read_when_it_is_gone(tmp_path: Path) -> None:
+    write_runtime_file(tmp_path, url="nats://127.0.0.1:4222", token="t")
+    assert read_left_runtime_file(tmp_path) is None
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    write_runtime_file(tmp_path, url="nats://127.0.0.1:4222", token="t", pid=ended.pid)
+    left = read_left_runtime_file(tmp_path)
+    assert left is not None
+    assert (left.url, left.token, read_runtime_file(tmp_path)) == ("nats://127.0.0.1:4222", "t", None)
 
 
 def test_runtime_file_of_an_earlier_process_with_our_id_does_not_count(tmp_path: Path) -> None:
