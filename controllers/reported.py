@@ -571,7 +571,6 @@ class Reported:
                 columns = zip(SPENT.values(), report.spent.columns, strict=False)
                 numbers, amounts = (np.frombuffer(data, kind).tolist() for kind, data in columns)
                 spent = dict(zip(numbers, amounts, strict=True))
-                refuse(is_client_name(process.name), "a cost of a client, which runs no calls")
                 process.accounts.check(report.accounts, spent)
                 fold.then(self.spending.take, process.accounts, report.accounts, report.accounts_from, spent)
 

@@ -30,7 +30,7 @@ from nalar_mq.controllers.policies import BudgetLimits
 from nalar_mq.controllers.policy import Action
 from nalar_mq.controllers.spending import Accounts, Spending
 from nalar_mq.controllers.view import View
-from nalar_mq.errors import MalformedReportError, MissedReportError, RemoteError
+from nalar_mq.errors import ForgedReportError, MalformedReportError, MissedReportError, RemoteError
 from nalar_mq.messages import Call
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.spending import spent_by
@@ -194,7 +194,7 @@ def test_a_client_which_runs_no_calls_cannot_spend_for_others() -> None:
     changes, view = Changes("client-x", 1, "n"), View()
     changes.spend(Call(b"", "agent", "", b"", session="s", tenant="acme"), "", 100.0, "tokens")
     (data,) = changes.reports(1.0, 1 << 20)
-    with pytest.raises(MalformedReportError):
+    with pytest.raises(ForgedReportError):
         view.fold("client-x", data, 1.0)
     assert view.spending.totals("tenant") == {}
 
