@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -79,7 +79,7 @@ from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of, wo
 from nalar_mq.future import Future
 from nalar_mq.history import History, Memory
 from nalar_mq.isolation import Children, completed
-from nalar_mq.limits import Group
+from nalar_mq.limits import Group, groups_with
 from nalar_mq.logs import logger
 from nalar_mq.messages import (
     Call,
@@ -591,9 +591,13 @@ class Host:
         why = f": {limit.reason}" if limit.reason else ""
         return NotAllowedError(f"{actions.describe(limit)}{why}", reason=limit.reason)
 
-    def _end_forbidden(self, actors: set[str]) -> None:
+    def _end_forbidden(self, changed: Mapping[str, set[Group] | None]) -> None:
         for execution in list(self._executions.values()):
-            if execution.started or execution.ended or execution.call.actor not in actors:
+            call = execution.call
+            if execution.started or execution.ended or call.actor not in changed:
+                continue
+            groups = changed[call.actor]
+            if groups is not None and groups.isdisjoint(groups_with(call.session, call.tenant, call.job)):
                 continue
             forbidden = self._forbidden(execution.owner, execution.call)
             if forbidden is not None:

@@ -79,8 +79,12 @@ class Admission:
         self._shut: dict[str, dict[Group, Limit]] = {}
         self.has_rules = False
 
-    def take_states(self, states: Iterable[State]) -> set[str]:
-        """Takes what holds from now on; returns the agents that may refuse now what they did not before."""
+    def take_states(self, states: Iterable[State]) -> dict[str, set[Group] | None]:
+        """Takes what holds from now on.
+
+        Returns:
+            the agents that may refuse now what they did not before: calls of which groups, or None where it may be any.
+        """
         former, shut, states = self._rules, self._shut, tuple(states)
         self._rules = {state.agent: state for state in states if isinstance(state, Allow)}
         self._shut = {}
@@ -88,8 +92,12 @@ class Admission:
             if isinstance(state, Limit) and state.refuses:
                 self._shut.setdefault(state.agent, {})[state.session, state.tenant, state.job] = state
         self.has_rules = bool(self._rules or self._shut)
-        changed = {agent for agent in former.keys() | self._rules.keys() if former.get(agent) != self._rules.get(agent)}
-        return changed | {agent for agent, limits in self._shut.items() if limits.keys() - shut.get(agent, {}).keys()}
+        newly = {agent: limits.keys() - shut.get(agent, {}).keys() for agent, limits in self._shut.items()}
+        changed: dict[str, set[Group] | None] = {agent: groups for agent, groups in newly.items() if groups}
+        for agent in former.keys() | self._rules.keys():
+            if former.get(agent) != self._rules.get(agent):
+                changed[agent] = None
+        return changed
 
     def shut_by(self, agent: str, session: str, tenant: str, job: str) -> Limit | None:
         """The limit by which `agent` refuses a call of this session, tenant and job; None if there is none."""

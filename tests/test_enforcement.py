@@ -380,6 +380,39 @@ async def test_a_limit_keeps_and_what_is_beyond_it_waits(folder: Path) -> None:
 
 
 @simulated
+async def test_of_a_tenant_that_is_refused_nothing_is_left_in_the_queue_and_others_stay_there(folder: Path) -> None:
+    async with world(folder, "w1", "w2") as scene:
+        shut("busy")
+        busy = [scene.call("one_by_one", "busy", f"s{number}") for number in range(2)]
+        poor = scene.client.options(session="p", tenant="poor").call("one_by_one", "poor")
+        rich = scene.client.options(session="r", tenant="rich").call("one_by_one", "rich")
+        session = scene.call("one_by_one", "session", "q")
+        await scene.rounds()
+        of_poor = limit("one_by_one", 0, tenant="poor", refuses=True, reason="it has spent all it had")
+        scene.mind.want(of_poor)
+        await scene.rounds()
+        with pytest.raises(
+            NotAllowedError, match="of tenant poor to one_by_one are refused: it has spent all it had"
+        ) as refused:
+            await poor
+        assert refused.value.reason == "it has spent all it had"
+        scene.mind.want(of_poor, limit("one_by_one", 0, session="q", refuses=True, reason="so has it"))
+        await scene.rounds()
+        with pytest.raises(NotAllowedError, match="so has it"):
+            await session
+        with pytest.raises(NotAllowedError):
+            await scene.client.options(session="late", tenant="poor").call("one_by_one", "late")
+        assert not rich.available()
+        open_all()
+        assert await rich == "rich"
+        await asyncio.gather(*busy)
+        scene.mind.want()
+        await scene.rounds()
+        assert await scene.client.options(session="p", tenant="poor").call("one_by_one", "again") == "again"
+        assert {"poor", "session", "late"}.isdisjoint(started())
+
+
+@simulated
 async def test_who_is_not_allowed_is_refused_also_when_the_call_is_queued_already(folder: Path) -> None:
     async with world(folder, "w1", "w2") as scene:
         shut("busy")

@@ -48,10 +48,10 @@ def test_the_priority_of_a_session_is_the_nearest_that_was_given() -> None:
 def test_who_may_call_what(agent: str, caller: str, tenant: str, is_allowed: bool) -> None:
     rules = Admission()
     states = [Allow("paid", ("ask",), ("acme",)), Allow("closed"), Allow("anonymous", (), ("",))]
-    assert rules.take_states(states) == {"paid", "closed", "anonymous"}
+    assert rules.take_states(states) == dict.fromkeys(("paid", "closed", "anonymous"))
     assert (rules.rule_against(agent, caller, tenant) is None) is is_allowed
-    assert rules.take_states(states[:2]) == {"anonymous"}
-    assert rules.take_states([]) == {"paid", "closed"}
+    assert rules.take_states(states[:2]) == {"anonymous": None}
+    assert rules.take_states([]) == {"paid": None, "closed": None}
     assert not rules.has_rules
 
 
@@ -62,12 +62,13 @@ def test_who_may_call_what(agent: str, caller: str, tenant: str, is_allowed: boo
 def test_of_whom_no_calls_are_taken(whose: tuple[str, str, str], is_refused: bool) -> None:
     rules = Admission()
     states = [Limit("a", 0, job="j", refuses=True), Limit("a", 0, tenant="t", refuses=True), Limit("a", 0, "s")]
-    assert rules.take_states(states) == {"a"}
+    assert rules.take_states(states[1:]) == {"a": {("", "t", "")}}
+    assert rules.take_states(states) == {"a": {("", "", "j")}}
     assert rules.has_rules
     assert (rules.shut_by("a", *whose) is not None) is is_refused
     assert rules.shut_by("b", *whose) is None
-    assert rules.take_states(states) == set()
-    assert rules.take_states(states[2:]) == set(), "nothing more is refused than before"
+    assert rules.take_states(states) == {}
+    assert rules.take_states(states[2:]) == {}, "nothing more is refused than before"
     assert not rules.has_rules
 
 
