@@ -106,6 +106,7 @@ class _Job:
         "excused",
         "failures",
         "future",
+        "had_holder",
         "id",
         "is_parked",
         "life",
@@ -122,6 +123,7 @@ class _Job:
         self.message = message
         self.id = ""
         self.revision = 0
+        self.had_holder = False
         self.failures = 0
         self.losses = 0
         self.excused = 0
@@ -222,6 +224,7 @@ class Intake:
     async def stop_taking(self) -> None:
         """Takes nothing more; what it has in hand goes on."""
         await cancel_all(self._pullers)
+        await self._until_put_back()
 
     async def aclose(self) -> None:
         """Gives back what has not ended; idempotent."""
@@ -229,6 +232,7 @@ class Intake:
         if hasattr(self, "jobs"):
             self.jobs.close()
         await cancel_all([*self._pullers, *self._upkeep])
+        await self._until_put_back()
         await cancel_all([*self._tasks, *self._returning])
         if self._subscription is not None:
             await self._subscription.unsubscribe()
@@ -262,6 +266,10 @@ class Intake:
     async def _put_back(self, message: QueueMessage) -> None:
         with contextlib.suppress(BrokerError):
             await message.nak(0.0)
+
+    async def _until_put_back(self) -> None:
+        if self._returning:
+            await asyncio.wait(self._returning, timeout=_RETRY_S)
 
     def _take(self, spec: ActorSpec, message: QueueMessage) -> None:
         self._in_hand[spec.name] += 1
@@ -400,6 +408,7 @@ class Intake:
         if holder != self._me and record.name and not await self._has_left(job, holder):
             await job.message.nak(self._options.look_again_s)
             return False
+        job.had_holder = True
         job.failures, job.life, job.lost = record.failures, record.life, record.lost
         job.losses, job.begun = record.losses, record.begun
         job.excused, job.seen = record.excused, record.seen
@@ -509,14 +518,22 @@ class Intake:
     async def _leave(self, job: _Job, found: JobResult | None) -> None:
         """The job has ended: takes it out of everything but the results.
 
-        `found` is a result that was there when the message came: then who wrote it may have died before it went on.
+        `found` is a result that was there when the message came: then who wrote it may have died before it went on. If it has
+        gone on, the dead letter has been written, and somebody may have dropped it since.
         """
-        if found is not None and found.state == "failed" and found.error and job.message.deliveries > 1:
+        if found is not None and found.state == "failed" and found.error and await self._has_holder(job):
             error = RemoteError(found.error.message, type_name=found.error.type)
             await self.jobs.patiently(lambda: self.jobs.bury(job.message, job.id, error))
         self._settle(job)
         await self.jobs.patiently(lambda: self._forget(job))
         await job.message.ack()
+
+    async def _has_holder(self, job: _Job) -> bool:
+        """True if there is the record of somebody else, dead or alive, who has or had this very message."""
+        if job.had_holder or job.revision:
+            return job.had_holder
+        held = await self.jobs.patiently(lambda: self.jobs.holder(job.id))
+        return held is not None and held[0].sequence == job.message.sequence
 
     async def _forget(self, job: _Job) -> None:
         held = (await self.jobs.holder(job.id)) if not job.revision else None

@@ -21,7 +21,7 @@ from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.intake import IntakeOptions
 from nalar_mq.interchange import read_arguments, write_value
 from nalar_mq.job_commands import unserved
-from nalar_mq.jobs import JobResult, Jobs, read_result
+from nalar_mq.jobs import JobError, JobResult, Jobs, read_result
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.nats_transport import NatsTransport
@@ -233,6 +233,72 @@ async def test_dead_letters_are_retried_and_dropped(bench: Bench) -> None:
     await jobs.drop(other)
     assert [letter async for letter in jobs.dead_letters()] == []
     assert (await jobs.status("c")).state == "failed"
+
+
+async def test_a_dead_letter_that_was_dropped_does_not_come_back_with_a_duplicate(bench: Bench) -> None:
+    """That was in other hands before, which had no room for it."""
+    worker = await bench.worker("one")
+    jobs = await bench.jobs()
+    await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
+    await bench.result("c")
+    await bench.emptied()
+    letter = await jobs.dead_letter("c")
+    assert letter is not None
+    await jobs.drop(letter)
+    await worker.aclose()
+    await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
+    (message,) = await jobs.queue.pull(bench.subjects.job("broken"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
+    await message.nak(0.0)
+    await bench.worker("two")
+    await bench.emptied()
+    assert [letter async for letter in jobs.dead_letters()] == []
+
+
+async def test_a_dead_letter_is_written_though_who_failed_died_before_it(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    sequence = await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
+    (message,) = await jobs.queue.pull(bench.subjects.job("broken"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
+    await jobs.hold("c", Running(WIRE_VERSION, "dead", 1, sequence, "broken"), 0)
+    await jobs.finish(JobResult("c", "broken", "failed", error=JobError("KeyError", "'c'")))
+    await message.nak(0.0)
+    await bench.worker("one")
+    await bench.emptied()
+    assert [letter.job async for letter in jobs.dead_letters()] == ["c"]
+
+
+@only_in_memory
+async def test_what_a_worker_has_no_room_for_goes_back_though_it_takes_nothing_more(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a tenant and those of nobody are taken at once, and share their room."""
+    slow, jobs = IntakeOptions(ack_wait_s=3600.0), await bench.jobs()
+    for number in range(3):
+        await bench.publish("gated", f'["a-{number}"]'.encode(), Nalar_Job_Id=f"n{number}")
+        await jobs.submit("gated", f'["a-t{number}"]'.encode(), f"t{number}", "acme")
+    (one,) = await jobs.queue.pull(bench.subjects.job("gated"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
+    nak, returning, may_return = type(one).nak, 0, asyncio.Event()
+    await nak(one, 0.0)
+
+    async def slow_nak(self: Any, delay_s: float) -> None:
+        nonlocal returning
+        returning += 1
+        await may_return.wait()
+        await nak(self, delay_s)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(one), "nak", slow_nak)
+        worker = await bench.worker("one", slow)
+        assert worker._intake is not None
+        await bench.until(lambda: returning > 0)
+        stopping = asyncio.create_task(worker._intake.stop_taking())
+        await asyncio.sleep(0.1)
+        may_return.set()
+        await stopping
+    await bench.worker("two", slow)
+    bench.actors.GATES["a"].set()
+    for number in range(3):
+        assert (await bench.result(f"n{number}")).state == (await bench.result(f"t{number}")).state == "done"
+    assert len(bench.actors.RUNS) == 6
 
 
 async def test_jobs_that_nobody_serves_are_swept_out(bench: Bench) -> None:
