@@ -32,7 +32,7 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]], *, again_s: float = _CA
     cancellation. Tasks that clean up for longer want a longer one.
     """
     loop = asyncio.get_running_loop()
-    pending = {task for task in tasks if not task.done()}
+    pending = {task for task in tasks if not task.done()} - {asyncio.current_task()}
     was_cancelled, again = False, -math.inf
     while pending:
         now = loop.time()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+
+from waiting import PATIENCE_S, until
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.client import connect
@@ -18,7 +19,6 @@ from nalar_mq.errors import NotAllowedError
 from nalar_mq.nats_transport import NatsTransport
 
 APP = Path(__file__).parent / "apps" / "governed_app.py"
-PATIENCE_S = 90.0
 
 
 class Mind:
@@ -29,13 +29,6 @@ class Mind:
 
     def decide(self, view: View) -> Iterable[Action]:
         return self.wanted
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        await asyncio.sleep(0.02)
 
 
 async def test_worker_processes_report_and_obey(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from waiting import PATIENCE_S, until
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
@@ -25,16 +25,7 @@ from nalar_mq.errors import DrainError
 
 APP = Path(__file__).parent / "apps" / "drain_app.py"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
-PATIENCE_S = 90.0
 SESSIONS = [f"s{number}" for number in range(12)]
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    """Waits for what shows itself outside this process, or in the routing table."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        await asyncio.sleep(0.02)
 
 
 def workers(client: Client) -> dict[str, bool]:

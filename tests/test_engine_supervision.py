@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq import engine_process, values
 from nalar_mq.agents.llm import Llm
@@ -21,18 +22,8 @@ from nalar_mq.errors import EngineCrashLoopError
 from nalar_mq.installation import State
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-PATIENCE_S = 90.0
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a server outlives its supervisor")
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        pytest.fail(what)
 
 
 def is_alive(pid: int) -> bool:

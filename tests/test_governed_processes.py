@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sysconfig
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S, until
 
 from nalar_mq.actions import Leader, State, States, decode_decision
 from nalar_mq.address import Address, Subjects
@@ -32,7 +33,6 @@ from nalar_mq.transport import KeyValue
 APP = Path(__file__).parent / "apps" / "desks_app.py"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 LEASE_S = 3.0
-PATIENCE_S = 90.0
 
 POLICY = """
 from nalar_mq.controllers.policy import route
@@ -52,15 +52,6 @@ class Mind:
 
     def decide(self, view: View) -> Iterable[Action]:
         return self.wanted
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        pytest.fail(what)
 
 
 class Site:

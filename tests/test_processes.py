@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq import errors
 from nalar_mq.app import load_app
@@ -32,14 +33,6 @@ from nalar_mq.worker import Worker
 APP = Path(__file__).parent / "apps" / "fire.py"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 60.0
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    """Waits for what shows itself outside this process, or in the routing table."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        await asyncio.sleep(0.02)
 
 
 async def within(awaitable: Awaitable[Any]) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S, until
 
 from nalar_mq import simulation
 from nalar_mq.actions import Act, Acts, Kill, Order, Provision, encode_decision
@@ -27,16 +28,6 @@ from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
 APP = Path(__file__).parent / "apps" / "reflex_app.py"
 LEASE_S = 3.0
-PATIENCE_S = 90.0
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        pytest.fail(what)
 
 
 class Site:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -14,6 +14,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE_S, until
 
 from nalar_mq import changes as changes_module
 from nalar_mq import spend
@@ -37,7 +38,6 @@ from nalar_mq.spending import spent_by
 
 APP = Path(__file__).parent / "apps" / "spending_app.py"
 LEASE_S = 3.0
-PATIENCE_S = 90.0
 
 
 class Play:
@@ -259,15 +259,6 @@ class Mind:
 
     def decide(self, view: View) -> Iterable[Action]:
         return self.limits.decide(view)
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        pytest.fail(what)
 
 
 class Site:
