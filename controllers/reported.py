@@ -55,7 +55,7 @@ from .processes import CODES, Fold, Process, Slots, are_distinct
 from .spending import Accounts, Spending
 from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Words, rows_of
 
-_MOST_SILENT: Final = 4096  # processes that are gone, or silent, of which it is remembered what they have told to have spent
+_MOST_SILENT: Final = 200_000  # accounts of processes that are gone, or silent, and may be heard again
 FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
 MOST_KINDS_OF_ALL: Final = 16_384
 _AT_ONCE_BYTES: Final = 1 << 20  # reports that are folded together: more of them would only take memory
@@ -99,7 +99,8 @@ class Reported:
         self.wait_s: Floats = np.zeros(0)
         self.tenants: list[str] = [""]
         self.spending = Spending()
-        self._silent_accounts: dict[Address, Accounts] = {}
+        self._silent_accounts: dict[str, tuple[int, Accounts]] = {}
+        self._silent_count = 0
         self.refused: Counter[str] = Counter()
         self._slots = Slots()
         self._processes: dict[str, Process] = {}
@@ -213,7 +214,9 @@ class Reported:
             place = len(self._places)
             self._places.append(None)
         process = Process(place, report, now - report.now_s, self._slots)
-        process.accounts = self._silent_accounts.pop(process.address, process.accounts)
+        incarnation, accounts = self._take_silent(process.name)
+        if incarnation == process.address.incarnation:
+            process.accounts = accounts  # a former incarnation is never heard again, and what it has spent is in the sums
         self._processes[process.name] = self._places[place] = process
         return process
 
@@ -597,9 +600,11 @@ class Reported:
         if process is None:
             return
         if process.accounts:
-            self._silent_accounts[process.address] = process.accounts
-            if len(self._silent_accounts) > _MOST_SILENT:
-                del self._silent_accounts[next(iter(self._silent_accounts))]
+            self._take_silent(name)
+            self._silent_accounts[name] = process.address.incarnation, process.accounts
+            self._silent_count += len(process.accounts)
+            while self._silent_count > _MOST_SILENT and len(self._silent_accounts) > 1:
+                self._take_silent(next(iter(self._silent_accounts)))
         slots = self._slots
         self._places[process.place] = None
         rows: Ints = slots.futures.of(process.rows, "number")
@@ -615,6 +620,12 @@ class Reported:
             (slots.jobs, process.jobs),
         ):
             table.remove(stretch)
+
+    def _take_silent(self, name: str) -> tuple[int, Accounts]:
+        """The incarnation of a process that is gone, or silent, and what it has told to have spent; -1 if nothing is known."""
+        found = self._silent_accounts.pop(name, None) or (-1, Accounts())
+        self._silent_count -= len(found[1])
+        return found
 
     def _forget_states(self, process: Process) -> None:
         self._let_go(process, list(process.held))

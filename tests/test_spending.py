@@ -173,6 +173,19 @@ def test_who_was_silent_and_is_heard_again_has_not_spent_everything_anew() -> No
         view.forget("w")
 
 
+def test_of_former_incarnations_only_the_sums_are_kept() -> None:
+    view = View()
+    for incarnation in range(1, 6):
+        changes = Changes("w", incarnation, "n")
+        for number in range(10):
+            changes.spend(Call(b"", "agent", "", b"", session=f"s{incarnation}-{number}"), "", 1.0, "tokens")
+        for data in changes.reports(1.0, 1 << 20):
+            view.fold("w", data, 1.0)
+        view.forget("w")
+        assert view._silent_count == 11
+    assert view.spending.totals("agent") == {"agent": 50.0}
+
+
 def test_a_controller_that_begins_later_learns_what_tenants_have_spent_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes_module, "MOST_ACCOUNTS", 5)
     changes = Changes("w", 1, "n")
