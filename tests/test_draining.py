@@ -36,7 +36,7 @@ class Runtime:
             broker=BrokerAccess(urls=("nats://nowhere:1",)),
             namespace=self.namespace,
             node=node,
-            lease_s=1.0,
+            lease_s=3.0,
             state=str(self.state / node),
             local_store="off",
         )
