@@ -82,7 +82,9 @@ async def test_a_node_program_publishes_jobs_and_reads_their_results(
     assert results["second"]["value"] == {"answer": "HOW?", "score": 2}
     assert (results["wrong"]["state"], results["wrong"]["error"]["type"]) == ("failed", "ArgumentError")
     assert "quest" in results["wrong"]["error"]["message"]
-    assert results["failing"]["error"] == {"type": "KeyError", "message": "'x'"}
+    error = results["failing"]["error"]
+    assert (error["type"], error["message"]) == ("KeyError", "'x'")
+    assert "/apps/jobs_app.py:" in error["where"]
     assert calls["right"] == {"value": {"answer": "WHO?", "score": 2}}
     assert calls["wrong"]["code"] == 400
     assert "'question'" in calls["wrong"]["error"]
