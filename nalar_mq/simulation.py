@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple, Unpack
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 _INSTANT_S: Final = 0.001
+_LAST_ROUNDS = 100
 _TURNS_AT_ONCE: Final = 1_000_000
 _EPOCH_S: Final = 1_577_836_800.0  # every simulation begins with the year 2020
 _READING_S: Final = 1e-5
@@ -125,4 +126,18 @@ def run(main: Coroutine[Any, Any, _T], seed: int = 0, turns_at_once: int = _TURN
         LivelockError: the loop has turned more often than that.
     """
     with asyncio.Runner(loop_factory=lambda: SimulatedLoop(seed, turns_at_once)) as runner:
-        return runner.run(main)
+        try:
+            return runner.run(main)
+        finally:
+            runner.run(_end_the_rest())
+
+
+async def _end_the_rest() -> None:
+    """Cancels what is left, and what that begins in its turn: the loop would end before that has had its first one."""
+    for _ in range(_LAST_ROUNDS):
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if not others:
+            return
+        for task in others:
+            task.cancel()
+        await asyncio.sleep(0)

@@ -91,7 +91,10 @@ class World:
     def kill(self, name: str) -> None:
         """As SIGKILL does: nothing more is written or sent, and its stores are free."""
         self.hub.kill(name)
-        stores = self.workers.pop(name).process.stores
+        worker = self.workers.pop(name)
+        assert worker._host is not None
+        worker._host._runner.close()
+        stores = worker.process.stores
         assert stores is not None
         for committer in stores.all:
             committer._waiting = SimpleQueue()

@@ -33,6 +33,7 @@ from nalar_mq.errors import MigrationError, OwnerLostError, WorkerLostError
 from nalar_mq.future import Future
 from nalar_mq.memory_transport import Faults, MemoryHub, MemoryTransport
 from nalar_mq.messages import Call, decode_place
+from nalar_mq.runner import Runner
 from nalar_mq.store import HERE, Commit, Store, Write
 from nalar_mq.transport import Delivered
 from nalar_mq.worker import Worker
@@ -113,6 +114,7 @@ class Schedule:
             local_store="off",
         )
         self.workers: dict[str, Worker] = {}
+        self.runners: list[Runner] = []
         self.clients: list[Client] = []
         self.steps: dict[str, list[Step]] = {}
         self.models = {session: Model(session, self.steps) for session in SESSIONS}
@@ -174,6 +176,8 @@ class Schedule:
             is_simulated=True,
         )
         await worker.start()
+        assert worker._host is not None
+        self.runners.append(worker._host._runner)
         self.workers[name] = worker
         worker.closed.add_done_callback(lambda _: self.on_closed(worker))
 
@@ -406,6 +410,8 @@ def play_schedule(seed: int, monkeypatch: pytest.MonkeyPatch) -> Schedule:
         error.add_note(f"seed {seed}")
         raise
     finally:
+        for runner in schedule.runners:  # a process that is killed ends nothing itself
+            runner.close()
         shutil.rmtree(folder, ignore_errors=True)
     return schedule
 
