@@ -58,9 +58,14 @@ class Site:
                 await asyncio.sleep(0.1)
         assert [letter async for letter in jobs.dead_letters()] == []
 
+    @property
+    def serving(self) -> set[int]:
+        """Processes that are workers, as far as the client knows."""
+        return {member.pid for member in self.client.process.table.members.values() if member.role == "worker"}
+
     def repeated_without_need(self) -> dict[str, list[int]]:
         """What was run more than once by workers that live."""
-        alive = {member.pid for member in self.client.process.table.members.values() if member.role == "worker"}
+        alive = self.serving
         return {what: pids for what, pids in self.runs().items() if sum(pid in alive for pid in pids) > 1}
 
     async def check_repeated(self) -> None:
@@ -90,12 +95,14 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def kill_workers(site: Site, kills: int, total: int, rng: Random) -> None:
-    """Kills one worker after another, at random moments spread over the run."""
+    """Kills one worker after another, at random moments spread over the run, each when the former one has a successor."""
     for number in range(kills):
         await until(lambda number=number: site.count("slowly") >= total * (number + 1) // (kills + 1))
         await asyncio.sleep(rng.uniform(0.0, 0.05))
         pids = [pid for pid in site.node.pids.values() if psutil.pid_exists(pid)]
-        os.kill(rng.choice(pids), signal.SIGKILL)
+        killed = rng.choice(pids)
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda killed=killed: len(site.serving - {killed}) == 3)
 
 
 async def test_jobs_survive_killed_workers(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
