@@ -560,6 +560,14 @@ class _KeyValue:
             raise KeyConflictError(key)
         return self._bucket.write(key, value)
 
+    async def claim(self, key: str, value: bytes) -> KeyEntry | None:
+        self._transport.check_size(key, value)
+        await self._transport.reach()
+        present = self._bucket.get(key)
+        if present is None:
+            self._bucket.write(key, value)
+        return present
+
     async def put(self, key: str, value: bytes) -> int:
         self._transport.check_size(key, value)
         await self._transport.reach()

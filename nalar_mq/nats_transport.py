@@ -784,6 +784,19 @@ class _KeyValue:
                 raise
         return await self._write(key, value, last=present.revision)
 
+    async def claim(self, key: str, value: bytes) -> KeyEntry | None:
+        last = 0
+        while True:
+            try:
+                await self._write(key, value, last=last)
+            except KeyConflictError:
+                present = await self._last(key)
+                if present is not None and present.value is not None:
+                    return present
+                last = 0 if present is None else present.revision  # what a deletion leaves behind has no value
+            else:
+                return None
+
     async def put(self, key: str, value: bytes) -> int:
         return await self._write(key, value)
 

@@ -228,8 +228,16 @@ class Places:
         In `perhaps_written` stays what was written over the entry of a lost process, if it is not known whether it was.
         """
         bucket = await self._opened()
+        may_be_new = True  # most sessions that nobody here knows begin now: who writes first need not read
         while True:
-            entry = await bucket.get(key)
+            proposed = self._proposed(key, actor, or_leaving)
+            if may_be_new and proposed is not None:
+                entry = await bucket.claim(key, encode_record(place_of(*proposed)))
+                if entry is None:
+                    return proposed[1] or proposed[0], False
+            else:
+                entry = await bucket.get(key)
+            may_be_new = False
             former = self._read(entry.value) if entry is not None and entry.value is not None else None
             if former is not None and perhaps_written and entry is not None and entry.value in perhaps_written:
                 return former, True
@@ -237,14 +245,10 @@ class Places:
                 return former, False
             if former is not None and (self._table.is_alive(former) or await self._has_just_joined(former)):
                 return former, False
-            proposed = self._table.rank(actor, key, or_leaving=or_leaving)
+            proposed = self._proposed(key, actor, or_leaving)
             if proposed is None:
                 return None, False
-            info = self._table.info(actor)
-            is_kept = info is not None and info.is_kept
-            is_replicated = info is not None and info.is_replicated
-            store = self._table.store_of(proposed, is_replicated=is_replicated) if is_kept else ""
-            record = encode_record(place_of(proposed, store))
+            record = encode_record(place_of(*proposed))
             try:
                 if entry is None:
                     await bucket.create(key, record)
@@ -256,7 +260,17 @@ class Places:
                 if entry is not None and perhaps_written is not None:
                     perhaps_written.add(record)
                 raise
-            return store or proposed, entry is not None
+            return proposed[1] or proposed[0], entry is not None
+
+    def _proposed(self, key: str, actor: str, or_leaving: bool) -> tuple[Address, str] | None:
+        """Where a session is to begin, and in which store if it is kept; None if nobody serves the actor."""
+        address = self._table.rank(actor, key, or_leaving=or_leaving)
+        if address is None:
+            return None
+        info = self._table.info(actor)
+        if info is None or not info.is_kept:
+            return address, ""
+        return address, self._table.store_of(address, is_replicated=info.is_replicated)
 
     async def _has_just_joined(self, address: Address) -> bool:
         """True for a live process of which whoever wrote the entry has heard before this one."""

@@ -72,6 +72,10 @@ class KeyValue(Protocol):
         """Writes a key that must not exist; returns its revision. Raises `KeyConflictError` if it does."""
         ...
 
+    async def claim(self, key: str, value: bytes) -> KeyEntry | None:
+        """Writes a key that has no value, and returns None; else what it has."""
+        ...
+
     async def put(self, key: str, value: bytes) -> int:
         """Writes a key whatever it holds; returns its revision."""
         ...

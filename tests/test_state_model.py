@@ -29,7 +29,7 @@ from nalar_mq.app import load_app
 from nalar_mq.calls import Calls
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import MigrationError, OwnerLostError, WorkerLostError
+from nalar_mq.errors import BrokerError, MigrationError, OwnerLostError, WorkerLostError
 from nalar_mq.future import Future
 from nalar_mq.memory_transport import Faults, MemoryHub, MemoryTransport
 from nalar_mq.messages import Call, decode_place
@@ -175,7 +175,12 @@ class Schedule:
             clock=simulated_loop().wall_time,
             is_simulated=True,
         )
-        await worker.start()
+        try:
+            await worker.start()
+        except BrokerError:  # it is cut off: its local controller starts another one
+            await worker.aclose()
+            await self.start(name)
+            return
         assert worker._host is not None
         self.runners.append(worker._host._runner)
         self.workers[name] = worker

@@ -285,6 +285,20 @@ async def test_key_lives_through_its_operations(bucket: KeyValue) -> None:
     assert await bucket.get("k") is None
 
 
+async def test_a_claim_is_of_who_comes_first_and_others_are_told_what_is_there(bucket: KeyValue) -> None:
+    claims = await asyncio.gather(*(bucket.claim("k", b"%d" % number) for number in range(20)))
+    (winner,) = [number for number, present in enumerate(claims) if present is None]
+    entry = await bucket.get("k")
+    assert entry is not None
+    assert entry.value == b"%d" % winner
+    assert all(present == entry for number, present in enumerate(claims) if number != winner)
+    await bucket.delete("k")
+    assert await bucket.claim("k", b"again") is None
+    after = await bucket.claim("k", b"late")
+    assert after is not None
+    assert (after.value, after.revision > entry.revision) == (b"again", True)
+
+
 async def test_create_refuses_a_key_that_exists_and_takes_a_deleted_one(bucket: KeyValue) -> None:
     first = await bucket.create("k", b"1")
     with pytest.raises(KeyConflictError) as caught:
