@@ -63,7 +63,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.explanations import Explanations
 from nalar_mq.future import Facts, Future, FutureInfo, waiting
-from nalar_mq.history import History
+from nalar_mq.history import LOSSES, History
 from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
@@ -1545,6 +1545,12 @@ class Calls:
             self._journal().put(opening)
         self._journal().put(observation, on_durable)
 
+    def void(self, history: History, kind: str, text: str) -> None:
+        """A call of a job ends with a loss: what it had called and that failed of it is made again by another attempt."""
+        voided = history.voided(kind, text)
+        if voided is not None:
+            self._observe(history, voided)
+
     def _appear(self, entry: Entry, result: Resolve | Fail, *, again: bool = False) -> None:
         """Shows an outcome that is durable; with `again`, one that need not be, since the call will be made again."""
         if self._entries.get(result.id) is not entry:
@@ -1553,7 +1559,9 @@ class Calls:
             self._resolve(entry.future, result.payload)
         else:
             assert type(result) is Fail
-            entry.future.fail(_error_in(result, entry.future.actor))
+            error = _error_in(result, entry.future.actor)
+            again = again or isinstance(error, LOSSES)  # it is made again, and goes on where it was, if that ends the job
+            entry.future.fail(error)
         self._end(entry)
         if entry.consumers is not None:
             self._push_to_missed(entry.consumers, result)

@@ -14,6 +14,13 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
                              tools, whose own calls are found by id and not repeated.
     after a failure          The job is tried again because something failed; then failed outcomes do not appear, so that
                              what failed runs again and what succeeded does not, and order means nothing any more.
+    after a loss             An attempt may end with the loss of something else than its own worker: a call was lost more often
+                             than it may be sent again, or shed. Nobody is at fault, and the same error from the journal
+                             would end every other attempt as well. So whoever ends with such an error voids it: a `Voided`
+                             says which of its calls failed of it, its text being the same. They are made again. What came
+                             before is seen in its order; what came after the first of them, as soon as its call is made,
+                             since the program may go another way from there. Should the process be lost before the
+                             `Voided` is durable, the next attempt ends in the same way and writes it.
 
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.
@@ -32,11 +39,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nalar_mq.address import Address
-from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen
+from nalar_mq.errors import OverloadedError, OwnerLostError, WorkerLostError
+from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen, Voided
 
+LOSSES: Final = (WorkerLostError, OwnerLostError, OverloadedError)  # nobody's program is at fault
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
 _FIRST_WAIT = 2**56  # waits have greater numbers than looks
@@ -75,6 +84,12 @@ class Memory(NamedTuple):
         return len({result.id for result in outcomes if type(result) is Resolve})
 
 
+class _Break(NamedTuple):
+    """In the place of failures that are void: `after` are the calls whose outcomes, known since, have no order any more."""
+
+    after: list[bytes]
+
+
 class History:
     """The history of one execution. What stands below `Any thread` may be called from any, the rest on the loop.
 
@@ -93,6 +108,7 @@ class History:
     __slots__ = (
         "_counts",
         "_cut_again",
+        "_failed",
         "_known",
         "_late",
         "_latest_s",
@@ -147,7 +163,8 @@ class History:
         self._made: set[bytes] = set()
         self._late: set[bytes] = set()
         self._known: dict[bytes, Resolve | Fail] = {}
-        self._queue: deque[Observation] = deque()
+        self._failed: dict[bytes, tuple[str, str]] = {}
+        self._queue: deque[Observation | _Break] = deque()
         self._unseen: list[tuple[int, int]] = []
         self._waits: dict[bytes, int] = {}
         self._waiting_again: set[int] = set()
@@ -156,8 +173,10 @@ class History:
         self._seen_readings: dict[int, float] = {}
         self._latest_s = 0.0
         self._random: Random | None = None
-        for observation in memory.past.get(call_id, ()) if memory is not None else ():
-            self._remember(observation, in_order=in_order and not failures)
+        if memory is not None:
+            for observation in memory.past.get(call_id, ()):
+                self._remember(observation, in_order=in_order and not failures)
+            self.due()  # a break at the head waits for nothing
 
     def _remember(self, observation: Observation, *, in_order: bool) -> None:
         if type(observation) is Outcome:
@@ -165,8 +184,11 @@ class History:
             if result.id in self._known or (self.failures and type(result) is Fail):
                 return
             self._known[result.id] = result
+            self._note_failed(result)
             if in_order:
                 self._queue.append(observation)
+        elif type(observation) is Voided:
+            self._void(observation)
         elif type(observation) is Unseen and in_order:
             self._unseen.append((observation.first, observation.last))
             self._queue.append(observation)
@@ -178,8 +200,25 @@ class History:
             if in_order:
                 self._queue.append(observation)
 
+    def _note_failed(self, result: Resolve | Fail) -> None:
+        if type(result) is Fail:
+            self._failed[result.id] = result.kind, result.text
+
+    def _void(self, voided: Voided) -> None:
+        """Takes these failures out, and with the first of them the order of what came after it."""
+        gone = {id for id in voided.ids if type(self._known.get(id)) is Fail}
+        for id in gone:
+            del self._known[id], self._failed[id]
+        seen = list(self._queue)
+        cut = next((place for place, head in enumerate(seen) if gone.intersection(_ids_of(head))), len(seen))
+        if cut < len(seen):
+            after = [id for head in seen[cut:] for id in _ids_of(head) if id not in gone]
+            self._queue = deque([*seen[:cut], _Break(after)])
+            self._unseen = [(head.first, head.last) for head in seen[:cut] if type(head) is Unseen]
+
     def _forget(self) -> None:
         self._known.clear()
+        self._failed.clear()
         self._queue.clear()
         self._unseen.clear()
         self._seen_readings.clear()
@@ -292,12 +331,21 @@ class History:
                     break
                 found.append(self._known.pop(head.result.id))
                 self._made.discard(head.result.id)
+            elif type(head) is _Break:
+                found += self._after(head)
             elif not self._has_repeated(head):
                 break
             self._queue.popleft()
         return found
 
-    def _has_repeated(self, observation: Observation) -> bool:
+    def _after(self, head: _Break) -> list[Resolve | Fail]:
+        """What came after failures that are void: what has been made may appear, the rest when it is."""
+        made = [id for id in head.after if id in self._made]
+        self._late.update(head.after)
+        self._made.difference_update(made)
+        return [self._known.pop(id) for id in made]
+
+    def _has_repeated(self, observation: Observation | _Break) -> bool:
         if type(observation) is Reading:
             return self._readings >= observation.number
         if type(observation) is Unseen and observation.last >= _FIRST_WAIT:
@@ -312,6 +360,8 @@ class History:
         found: list[Resolve | Fail] = []
         while self._queue and id in self._known:
             head = self._queue.popleft()
+            if type(head) is _Break:
+                found += self._after(head)
             if type(head) is not Outcome:
                 continue
             if head.result.id in self._made:
@@ -324,7 +374,7 @@ class History:
     def skip_looks(self) -> bool:
         """The program stands still: gives up the looks and readings that are next; False if it is a call that is missing."""
         before = len(self._queue)
-        while self._queue and type(self._queue[0]) is not Outcome:
+        while self._queue and type(self._queue[0]) in (Unseen, Reading):
             self._queue.popleft()
         return len(self._queue) < before
 
@@ -343,7 +393,13 @@ class History:
     def outcome(self, result: Resolve | Fail, now_s: float) -> Outcome:
         """What is to be journaled of a call that has ended."""
         after_s, self._observed_s = max(0.0, now_s - self._observed_s), now_s
+        self._note_failed(result)
         return Outcome(self.job, self.call_id, result, after_s)
+
+    def voided(self, kind: str, text: str) -> Voided | None:
+        """What is to be journaled when the program has ended with a loss of that text; None if no call of it failed of that."""
+        ids = tuple([id for id, failed in self._failed.items() if failed == (kind, text)])
+        return Voided(self.job, self.call_id, ids) if ids else None
 
     def opening(self) -> Begun | None:
         """What is to be journaled before anything else, the first time; None if it stands there."""
@@ -351,3 +407,9 @@ class History:
             return None
         self.former_version = self.version
         return Begun(self.job, self.call_id, self.version)
+
+
+def _ids_of(head: Observation | _Break) -> Sequence[bytes]:
+    if type(head) is Outcome:
+        return (head.result.id,)
+    return head.after if type(head) is _Break else ()

@@ -37,7 +37,7 @@ import msgspec
 from nalar_mq.actor import ActorSpec
 from nalar_mq.address import Address, Subjects
 from nalar_mq.call_context import CallContext, CallOptions, Root
-from nalar_mq.calls import Calls
+from nalar_mq.calls import JOB_RETRIES, Calls
 from nalar_mq.errors import (
     AddressError,
     ArgumentError,
@@ -46,8 +46,6 @@ from nalar_mq.errors import (
     KeyConflictError,
     MalformedMessageError,
     NalarError,
-    OverloadedError,
-    OwnerLostError,
     RemoteError,
     StateLostError,
     UnknownActorError,
@@ -59,7 +57,7 @@ from nalar_mq.errors import (
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import raised_at
 from nalar_mq.future import Future
-from nalar_mq.history import Memory, root_id
+from nalar_mq.history import LOSSES, Memory, root_id
 from nalar_mq.interchange import read_arguments
 from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
 from nalar_mq.logs import logger
@@ -477,8 +475,11 @@ class Intake:
             await self._try_again(job, self._options.back_off_s)
         elif _is_lost(error) and (job.losses - job.excused < self._options.losses or await self._has_got_further(job)):
             job.losses += 1
-            if isinstance(error, WorkerLostError) and error.worker:
-                job.lost = _with(job.lost, error.worker)
+            if isinstance(error, WorkerLostError):
+                if _is_of_a_call(error, job):
+                    job.excused -= JOB_RETRIES  # so many workers it has cost before
+                if error.worker:
+                    job.lost = _with(job.lost, error.worker)
             self._settle(job, again=True)
             await self._try_again(job, self._options.back_off_s)
         elif await self.jobs.patiently(lambda: self._result(job.id)) is not None:
@@ -647,7 +648,12 @@ def _is_hopeless(error: BaseException, workflow: str) -> bool:
 
 def _is_lost(error: BaseException) -> bool:
     """True if it is not the workflow that is at fault, but a process that it needed."""
-    return isinstance(error, WorkerLostError | OwnerLostError | OverloadedError | StateLostError)
+    return isinstance(error, (*LOSSES, StateLostError))
+
+
+def _is_of_a_call(error: WorkerLostError, job: _Job) -> bool:
+    """True if it was not the job's own worker that was lost, but that of something it had called."""
+    return job.future is not None and error.call_id not in ("", job.future.id.hex())
 
 
 def _id_or_nothing(message: QueueMessage) -> str:

@@ -730,7 +730,8 @@ class Running(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=204):
         begun: attempts that have begun before this one.
         life: how often the job has begun anew, without what it had done before.
         lost: `name/incarnation` of processes that were lost with parts of it.
-        excused: losses that do not speak against the job: after them it got further.
+        excused: losses that do not speak against the job, since it got further after them; less by those that a call of it
+            has had before its own loss ended an attempt, which speak against it as well.
         seen: values that it had seen from its calls when that was found.
     """
 
@@ -897,7 +898,15 @@ class Begun(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):
     version: str
 
 
-Observation = Outcome | Unseen | Reading | Begun
+class Voided(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=5):
+    """In a journal: the call `parent` has ended with a loss of which these calls of its failed: they are made again."""
+
+    job: str
+    parent: bytes
+    ids: tuple[bytes, ...]
+
+
+Observation = Outcome | Unseen | Reading | Begun | Voided
 
 
 class Pack(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=208):

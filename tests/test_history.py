@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalar_mq.history import History, Memory, root_id
-from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen
+from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen, Voided
 
 JOB = "j"
 ROOT = root_id(JOB, 0)
@@ -24,6 +24,14 @@ def value(id: bytes, payload: bytes = b"v") -> Outcome:
 
 def failure(id: bytes) -> Outcome:
     return Outcome(JOB, ROOT, Fail(id, "m:E", "text"))
+
+
+def loss(id: bytes, worker: str = "w") -> Outcome:
+    return Outcome(JOB, ROOT, Fail(id, "m:WorkerLostError", f"worker {worker} was lost"))
+
+
+def void(*ids: bytes) -> Voided:
+    return Voided(JOB, ROOT, ids)
 
 
 def again(*past: Observation, in_order: bool = True, failures: int = 0) -> History:
@@ -153,6 +161,98 @@ def test_after_a_failure_only_what_succeeded_is_seen_again() -> None:
     a, b = call(plan, "a"), call(plan, "b")
     history = again(failure(a), value(b), failures=1)
     assert not history.expects(a)
+    assert isinstance(history.made(b), Resolve)
+
+
+def test_a_loss_that_has_ended_an_attempt_is_made_again_after_what_came_before_it_in_its_order() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(value(c), value(b), loss(a), value(d), void(a))
+    assert history.made(a) is None and not history.expects(a)
+    assert history.made(b) is None and history.due() == [] and history.is_repeating
+    history.made(c)
+    assert [result.id for result in history.due()] == [c, b]
+    assert not history.is_repeating and history.next_wanted is None
+    assert isinstance(history.made(d), Resolve), "it came after the loss: it appears when it is made"
+
+
+def test_what_came_after_a_void_loss_waits_for_what_came_before_it() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c = (call(plan, name) for name in "abc")
+    history = again(value(b), loss(a), value(c), Unseen(JOB, ROOT, 1, 1), void(a))
+    assert history.made(c) is None and history.due() == []
+    history.made(b)
+    assert [result.id for result in history.due()] == [b, c]
+    assert not history.was_unseen(history.look()), "it was looked at after the loss"
+
+
+def test_a_void_loss_at_the_very_beginning_holds_nobody_up() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b = call(plan, "a"), call(plan, "b")
+    history = again(loss(a), value(b), void(a))
+    assert not history.is_repeating
+    assert isinstance(history.made(b), Resolve)
+
+
+def test_what_was_made_again_after_a_loss_is_seen_in_its_order_by_the_next_attempt() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(value(b), loss(a), value(c), void(a), value(d), value(a))
+    for id in (a, c, d):
+        assert history.made(id) is None and history.due() == []
+    history.made(b)
+    assert [result.id for result in history.due()] == [b, c, d, a]
+
+
+def test_a_call_may_be_lost_again() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(loss(a), value(b), void(a), value(c), loss(a, "v"), value(d), void(a), value(a))
+    assert history.made(a) is None and history.made(d) is None and history.due() == []
+    assert isinstance(history.made(b), Resolve)
+    history.made(c)
+    assert [result.id for result in history.due()] == [c, d, a]
+
+
+def test_a_second_void_among_what_has_no_order_ends_the_order_there() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(value(d), loss(a), loss(b, "v"), void(a), value(a), value(c), void(b))
+    assert history.made(b) is None and history.made(c) is None and history.due() == []
+    history.made(d)
+    assert [result.id for result in history.due()] == [d, c]
+    assert isinstance(history.made(a), Resolve)
+
+
+def test_what_depended_on_a_lost_call_is_void_with_it_and_other_failures_are_not() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(loss(a), failure(b))
+    assert history.outcome(Fail(c, "m:WorkerLostError", "worker w was lost"), 1.0).parent == ROOT
+    history.outcome(Fail(d, "m:WorkerLostError", "worker v was lost"), 2.0)
+    assert history.voided("m:WorkerLostError", "worker w was lost") == void(a, c)
+    assert history.voided("m:E", "worker w was lost") is None
+    assert again(loss(a), void(a)).voided("m:WorkerLostError", "worker w was lost") is None
+
+
+def test_only_a_failure_can_be_void() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b = call(plan, "a"), call(plan, "b")
+    for in_order in (True, False):
+        history = again(value(a), loss(b), void(a, b), in_order=in_order)
+        history.made(a)
+        assert in_order or not history.expects(a)
+        assert [result.id for result in history.due()] == ([a] if in_order else [])
+        assert not history.expects(b)
+
+
+def test_a_look_out_of_turn_goes_past_a_void_loss() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(value(b), loss(a), value(c), void(a), value(d))
+    history.made(c)
+    history.made(d)
+    assert [result.id for result in history.hurry(d)] == [c, d]
     assert isinstance(history.made(b), Resolve)
 
 

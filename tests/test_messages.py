@@ -60,6 +60,7 @@ from nalar_mq.messages import (
     Taken,
     Thaw,
     Unseen,
+    Voided,
     Want,
     decode_journal,
     decode_load,
@@ -226,7 +227,7 @@ def test_tags_are_never_shared() -> None:
     assert tags == list(range(1, 20))
     packets = [s.__struct_config__.tag for s in (Frame, Gone, Bye, Member, Place, Lost, Running, Load, Look, Seen, Pack, Seal)]
     assert packets == [101, 102, 103, 201, 202, 203, 204, 205, 206, 207, 208, 209]
-    assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading, Begun)] == [1, 2, 3, 4]
+    assert [s.__struct_config__.tag for s in (Outcome, Unseen, Reading, Begun, Voided)] == [1, 2, 3, 4, 5]
 
 
 def _samples() -> dict[str, bytes]:
@@ -310,6 +311,7 @@ def _samples() -> dict[str, bytes]:
                     Outcome("j", b"p", Resolve(ID, b"v"), 0.5),
                     Unseen("j", b"p", 1, 2),
                     Reading("j", b"p", 1, 0.5),
+                    Voided("j", b"p", (ID,)),
                 ),
             )
         ),
@@ -384,8 +386,9 @@ GOLDEN = {
     "located": "940b0591c410000102030405060708090a0b0c0d0e0f91a16a",
     "settled": "930cc410000102030405060708090a0b0c0d0e0fc3",
     "pack": (
-        "93ccd001949404a16ac40170a1769501a16ac401709402c410000102030405060708090a0b0c0d0e0fc4017690cb3fe00000000000009502"
-        "a16ac4017001029503a16ac4017001cb3fe0000000000000"
+        "93ccd001959404a16ac40170a1769501a16ac401709402c410000102030405060708090a0b0c0d0e0fc4017690cb3fe00000"
+        "000000009502a16ac4017001029503a16ac4017001cb3fe00000000000009405a16ac4017091c41000010203040506070809"
+        "0a0b0c0d0e0f"
     ),
     "seal": "93ccd101a177",
     "frame": "97650101020304919208c410000102030405060708090a0b0c0d0e0f",

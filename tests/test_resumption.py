@@ -47,16 +47,18 @@ class Site:
         self.settings = settings
         self.hub = hub
         self.stack = stack
+        self.intake = QUICK
         self.client: Client
         self.workers: list[Worker] = []
 
-    async def serve(self, name: str, *kinds: str) -> Worker:
-        specs = {key: spec for key, spec in self.app.actors.items() if spec.kind in kinds}
+    async def serve(self, name: str, *wanted: str) -> Worker:
+        """Starts a worker for all actors of these kinds, and for those of these names."""
+        specs = {key: spec for key, spec in self.app.actors.items() if spec.kind in wanted or key in wanted}
         worker = Worker(
             App(self.app.path, specs),
             self.settings,
             name=name,
-            intake=QUICK,
+            intake=self.intake,
             connect=self.hub.connect,
             lease_in_thread=False,
         )
@@ -752,3 +754,110 @@ async def test_what_was_cancelled_with_an_attempt_runs_in_the_next_one(site: Sit
     assert tools.running == 1
     site.open("o")
     assert await job.result(timeout=PATIENCE_S) == "o"
+
+
+LOSSES_OF_A_CALL = 2
+
+
+@pytest.fixture
+def one_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of a job is sent again once after the loss of its worker, as each loss takes a lease to be seen."""
+    monkeypatch.setattr("nalar_mq.calls.JOB_RETRIES", LOSSES_OF_A_CALL - 1)
+    monkeypatch.setattr("nalar_mq.intake.JOB_RETRIES", LOSSES_OF_A_CALL - 1)
+
+
+async def lose_alone(site: Site, name: str, begin: int = 0) -> None:
+    """Kills whoever runs a call, as often as it takes for it to be lost for good; another worker stands ready."""
+    for number in range(begin, begin + LOSSES_OF_A_CALL):
+        await site.ran(f"alone {name}", number + 1)
+        site.hub.kill(f"alone{number}")
+        await site.serve(f"alone{number + 1}", "Alone")
+
+
+async def test_a_call_that_is_lost_too_often_is_made_again_when_its_job_is_tried_again(site: Site, one_retry: None) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_one", "l")
+    for letter in "ba":
+        await site.ran(f"gated l-{letter}")
+        site.open(f"l-{letter}")
+        await site.journaled("ba".index(letter) + 1)
+    await lose_alone(site, "l")
+    await site.ran("alone l", LOSSES_OF_A_CALL + 1)
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == ["b", "a", "l"]
+    ran = {line: site.count(line) for line in ("gated l-a", "gated l-b", "step 10", "step 1", "step 900", "step 901")}
+    assert ran == {"gated l-a": 1, "gated l-b": 1, "step 10": 1, "step 1": 0, "step 900": 1, "step 901": 1}
+    assert (site.count("loses_one l"), site.count("alone l")) == (2, LOSSES_OF_A_CALL + 1)
+    [ended] = (await (await site.client.jobs()).overview()).ended
+    assert ended.timings.attempts == 2
+
+
+async def test_who_goes_on_elsewhere_makes_a_lost_call_again_too(site: Site, one_retry: None) -> None:
+    """What it came to is seen by a third attempt, although the journal has the loss of it first."""
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("outlives_later", "o")
+    await lose_alone(site, "o")
+    await site.ran("alone o", LOSSES_OF_A_CALL + 1)
+    site.open("o")
+    await site.ran("step 910")
+    await site.journaled(2)
+    await lose_driver(site)
+    await site.ran("outlives_later o", 3)
+    site.open("o-end")
+    assert await job.result(timeout=PATIENCE_S) == "o"
+    assert (site.count("alone o"), site.count("step 910")) == (LOSSES_OF_A_CALL + 1, 1)
+
+
+async def test_an_agent_whose_call_is_lost_too_often_goes_on_where_it_was(site: Site, one_retry: None) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    await site.serve("clerks", "Clerk")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_below", "l")
+    await lose_alone(site, "l")
+    await site.ran("alone l", LOSSES_OF_A_CALL + 1)
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == 921
+    assert (site.count("risk l"), site.count("step 920"), site.count("alone l")) == (2, 1, LOSSES_OF_A_CALL + 1)
+
+
+async def test_what_was_to_be_given_a_lost_value_is_made_again_with_it(site: Site, one_retry: None) -> None:
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_passed_on", "l")
+    await lose_alone(site, "l")
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == "l"
+    assert site.count("alone l") == LOSSES_OF_A_CALL + 2
+
+
+async def test_a_loss_that_the_program_has_met_is_met_again(site: Site, one_retry: None) -> None:
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("outlives", "o")
+    await lose_alone(site, "o")
+    await site.ran("step 910")
+    await site.journaled(2)
+    await lose_driver(site)
+    await site.ran("outlives o", 2)
+    site.open("o")
+    assert await job.result(timeout=PATIENCE_S) == "lost"
+    assert (site.count("alone o"), site.count("step 910")) == (LOSSES_OF_A_CALL, 1)
+
+
+async def test_a_job_with_a_call_that_kills_its_workers_is_given_up(site: Site, one_retry: None) -> None:
+    """Every worker that it has cost speaks against it, as it gets no further."""
+    site.intake = msgspec.structs.replace(QUICK, losses=2 * LOSSES_OF_A_CALL)
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("needs_alone", "n")
+    for attempt in range(3):
+        await lose_alone(site, "n", attempt * LOSSES_OF_A_CALL)
+    with pytest.raises(RemoteError, match=r"was lost while it had Alone\.wait"):
+        await job.result(timeout=PATIENCE_S)
+    assert (site.count("needs_alone n"), site.count("alone n")) == (3, 3 * LOSSES_OF_A_CALL)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from nalar_mq import Future, agent, as_completed, context, gather, method, tool, workflow
-from nalar_mq.errors import OverloadedError
+from nalar_mq.errors import OverloadedError, WorkerLostError
 
 RUNS: list[str] = []
 GATES: dict[str, asyncio.Event] = {}
@@ -33,6 +33,17 @@ async def gated(name: str) -> str:
     RUNS.append(f"gated {name}")
     await gate(name).wait()
     return name
+
+
+@agent
+class Alone:
+    """Is served by workers of its own, which can be lost without those of anything else."""
+
+    @method
+    async def wait(self, name: str) -> str:
+        RUNS.append(f"alone {name}")
+        await gate(name).wait()
+        return name
 
 
 @tool
@@ -72,6 +83,13 @@ class Clerk:
         number = await step(number)
         await gate(until).wait()
         return await step(number)
+
+    @method
+    async def risk(self, name: str) -> int:
+        RUNS.append(f"risk {name}")
+        number = await step(920)
+        await Alone.wait(name)
+        return number
 
 
 @agent(stateful=True)
@@ -408,3 +426,58 @@ async def overloaded_once(name: str) -> str:
         await gate(f"{name}-falls").wait()
         raise OverloadedError("nobody has room", retry_after_s=0.1)
     return await future
+
+
+@workflow
+async def loses_one(name: str) -> list[str]:
+    """Goes by the order of its first calls, then needs one whose workers are lost, and cleans up after it in any case."""
+    RUNS.append(f"loses_one {name}")
+    order = [(await future)[-1] async for future in as_completed([gated(f"{name}-{letter}") for letter in "ab"])]
+    await step(int("".join(str("ab".index(letter)) for letter in order)))
+    beside = step(900)
+    try:
+        order.append(await Alone.wait(name))
+    finally:
+        await step(901)
+    await beside
+    return order
+
+
+@workflow
+async def loses_below(name: str) -> int:
+    RUNS.append(f"loses_below {name}")
+    return await Clerk.risk(name)
+
+
+@workflow
+async def loses_passed_on(name: str) -> str:
+    RUNS.append(f"loses_passed_on {name}")
+    return await Alone.wait(Alone.wait(name).later)
+
+
+@workflow
+async def outlives(name: str) -> str:
+    """Goes on without a call whose workers are lost."""
+    RUNS.append(f"outlives {name}")
+    try:
+        found = await Alone.wait(name)
+    except WorkerLostError:
+        found = "lost"
+    await step(910)
+    await gate(name).wait()
+    return found
+
+
+@workflow
+async def outlives_later(name: str) -> str:
+    RUNS.append(f"outlives_later {name}")
+    found = await Alone.wait(name)
+    await step(910)
+    await gate(f"{name}-end").wait()
+    return found
+
+
+@workflow
+async def needs_alone(name: str) -> str:
+    RUNS.append(f"needs_alone {name}")
+    return await Alone.wait(name)
