@@ -6,12 +6,14 @@ Life of a job in here, each step waiting for the broker for as long as it is awa
                  │                          │                 │
                  │                          │                 └─ failed, and may be tried again: back into the queue for a
                  │                          │                    while, the record saying how often it has failed
-                 │                          └─ yes: out of the queue
+                 │                          └─ yes: a dead letter, if it was this message that failed and there is none
+                 │                             (`jobs`), then out of the queue
                  └─ somebody alive runs it, under this message or another one: back into the queue, to be looked at again,
                     unless it has ended; that is how a job is run by one process at a time although the queue gives a message
                     to another worker when its holder is silent
 
 Whether it has ended is looked up after it is recorded: before, it may end, and its former record be removed, in between.
+A message that had been in other hands before is not run if it is not in the queue after that.
 
 What a worker has in hand is bounded: it pulls only what it has room for. While a job runs, its message is kept from other
 workers by heartbeats; if those fail because the worker's loop is blocked or the broker away, the record does the same, for
@@ -59,7 +61,7 @@ from nalar_mq.exits import raised_at
 from nalar_mq.future import Future
 from nalar_mq.history import LOSSES, Memory, root_id
 from nalar_mq.interchange import read_arguments
-from nalar_mq.jobs import JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
+from nalar_mq.jobs import Ended, JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.placement import RoutingTable
@@ -104,7 +106,6 @@ class _Job:
         "excused",
         "failures",
         "future",
-        "had_holder",
         "id",
         "is_parked",
         "life",
@@ -121,7 +122,6 @@ class _Job:
         self.message = message
         self.id = ""
         self.revision = 0
-        self.had_holder = False
         self.failures = 0
         self.losses = 0
         self.excused = 0
@@ -324,11 +324,14 @@ class Intake:
             return
         await self._until_current()  # who slept through its lease may hold a job that others have ended by now
         is_claimed = await self._claim_at_once(job)
-        found = await self.jobs.patiently(lambda: self._result(job.id))
+        found = await self.jobs.patiently(lambda: self._ended(job.id))
         if found is None and not is_claimed:
             if not await self._claim(job):
                 return
-            found = await self.jobs.patiently(lambda: self._result(job.id))  # who had it may have ended it meanwhile
+            found = await self.jobs.patiently(lambda: self._ended(job.id))  # who had it may have ended it meanwhile
+            if found is None and not await self.jobs.patiently(lambda: self.jobs.is_queued(job.message.sequence)):
+                await self.jobs.patiently(lambda: self._forget(job))  # it has failed, and somebody has published it again
+                return
         if found is not None:
             await self._leave(job, found)
         elif job.losses - job.excused > self._options.losses and not await self._has_got_further(job):
@@ -399,14 +402,15 @@ class Intake:
         """Judges by the record that is there; a message that must wait is given back."""
         holder = Address(record.name, record.incarnation)
         if record.sequence != job.message.sequence:
-            if not await self.jobs.patiently(lambda: self.jobs.is_queued(record.sequence)):
+            if not self._has_in_hand(job.id, holder) and not await self.jobs.patiently(
+                lambda: self.jobs.is_queued(record.sequence)
+            ):
                 return True
             await job.message.nak(self._options.look_again_s)
             return False
         if holder != self._me and record.name and not await self._has_left(job, holder):
             await job.message.nak(self._options.look_again_s)
             return False
-        job.had_holder = True
         job.failures, job.life, job.lost = record.failures, record.life, record.lost
         job.losses, job.begun = record.losses, record.begun
         job.excused, job.seen = record.excused, record.seen
@@ -416,6 +420,12 @@ class Intake:
                 job.losses += 1
                 job.lost = _with(job.lost, str(holder))
         return True
+
+    def _has_in_hand(self, id: str, holder: Address) -> bool:
+        """True if a living process has, or may have, another message of the job in hand, though it be out of the queue."""
+        if holder == self._me:
+            return (held := self._running.get(id)) is not None and bool(held.revision)
+        return self._table.is_alive(holder)
 
     async def _has_left(self, job: _Job, holder: Address) -> bool:
         if self._table.is_alive(holder):
@@ -444,7 +454,7 @@ class Intake:
             await self._fail(job, error, done.timings.ran_s)
             return
         _log.info("job.done" if counts else "job.ended_elsewhere", job=job.id, workflow=name)
-        await self._leave(job, None)
+        await self._leave(job, None if counts else await self.jobs.patiently(lambda: self._ended(job.id)))
 
     async def _has_got_further(self, job: _Job) -> bool:
         """True if the job has seen more than when its losses were last excused; now they are, and that is recorded."""
@@ -482,8 +492,8 @@ class Intake:
                     job.lost = _with(job.lost, error.worker)
             self._settle(job, again=True)
             await self._try_again(job, self._options.back_off_s)
-        elif await self.jobs.patiently(lambda: self._result(job.id)) is not None:
-            await self._leave(job, None)
+        elif (found := await self.jobs.patiently(lambda: self._ended(job.id))) is not None:
+            await self._leave(job, found)
         elif job.failures < job.spec.directives.retries and not _is_hopeless(error, job.spec.name):
             job.failures += 1
             self._settle(job, again=True)
@@ -507,34 +517,35 @@ class Intake:
 
     async def _fail(self, job: _Job, error: Exception, ran_s: float) -> None:
         failed = JobResult(job.id, job.spec.name, "failed", error=describe(error), timings=self._timings(job, ran_s))
-        await self.jobs.patiently(lambda: self.jobs.finish(failed))
         _log.warning("job.failed", job=job.id, workflow=job.spec.name, reason=repr(error))
-        await self.jobs.patiently(lambda: self.jobs.bury(job.message, job.id, error))
+        await self._end_in_failure(failed, job.message, error)
         await self._leave(job, None)
+
+    async def _end_in_failure(self, failed: JobResult, message: QueueMessage, error: BaseException) -> None:
+        """Writes the result and the dead letter, unless the job has ended by something else than this message."""
+        sequence = message.sequence
+        if not await self.jobs.patiently(lambda: self.jobs.finish(failed, failed=sequence)):
+            ended = await self.jobs.patiently(lambda: self._ended(failed.id))
+            if ended is not None and ended.failed != sequence:
+                return
+        await self.jobs.patiently(lambda: self.jobs.bury(message, failed.id, error))
 
     def _timings(self, job: _Job, ran_s: float) -> Timings:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         return Timings(now, round(ran_s, 6), 1 + job.failures + job.losses)
 
-    async def _leave(self, job: _Job, found: JobResult | None) -> None:
+    async def _leave(self, job: _Job, found: Ended | None) -> None:
         """The job has ended: takes it out of everything but the results.
 
-        `found` is a result that was there when the message came: then who wrote it may have died before it went on. If it has
-        gone on, the dead letter has been written, and somebody may have dropped it since.
+        `found` is a result that was there when the message came: if it is the failure of this message, who wrote it may have
+        died before it wrote the dead letter.
         """
-        if found is not None and found.state == "failed" and found.error and await self._has_holder(job):
-            error = RemoteError(found.error.message, type_name=found.error.type)
+        if found is not None and found.failed == job.message.sequence and (said := found.result.error):
+            error = RemoteError(said.message, type_name=said.type)
             await self.jobs.patiently(lambda: self.jobs.bury(job.message, job.id, error))
         self._settle(job)
         await self.jobs.patiently(lambda: self._forget(job))
         await job.message.ack()
-
-    async def _has_holder(self, job: _Job) -> bool:
-        """True if there is the record of somebody else, dead or alive, who has or had this very message."""
-        if job.had_holder or job.revision:
-            return job.had_holder
-        held = await self.jobs.patiently(lambda: self.jobs.holder(job.id))
-        return held is not None and held[0].sequence == job.message.sequence
 
     async def _forget(self, job: _Job) -> None:
         held = (await self.jobs.holder(job.id)) if not job.revision else None
@@ -550,8 +561,9 @@ class Intake:
         _log.warning("job.rejected", job=id, workflow=workflow, sequence=message.sequence, reason=str(error))
         if id:
             rejected = JobResult(id, workflow, "failed", error=describe(error), timings=Timings(attempts=0))
-            await self.jobs.patiently(lambda: self.jobs.finish(rejected))
-        await self.jobs.patiently(lambda: self.jobs.bury(message, id, error))
+            await self._end_in_failure(rejected, message, error)
+        else:
+            await self.jobs.patiently(lambda: self.jobs.bury(message, id, error))
         await message.ack()
 
     # Upkeep.
@@ -573,10 +585,10 @@ class Intake:
             looks = number % _BEATS_A_LOOK == 0
             await asyncio.gather(*(self._beat(job, looks=looks) for job in list(self._running.values()) if job.revision))
 
-    async def _result(self, id: str) -> JobResult | None:
+    async def _ended(self, id: str) -> Ended | None:
         """How a job has ended. What stands there and is no result was not written by us: it goes, and ends nothing."""
         try:
-            return await self.jobs.result(id)
+            return await self.jobs.ended(id)
         except WireError as error:
             _log.warning("job.result_unreadable", job=id, reason=str(error))
             await self.jobs.forget_result(id)
@@ -585,7 +597,7 @@ class Intake:
     async def _beat(self, job: _Job, *, looks: bool) -> None:
         try:
             await job.message.in_progress()
-            ended = await self._result(job.id) if looks else None
+            ended = await self._ended(job.id) if looks else None
         except BrokerError:
             return
         if ended is not None and job.future is not None and self._running.get(job.id) is job:
@@ -603,7 +615,7 @@ class Intake:
     async def _clear_records(self) -> None:
         """Removes records of jobs that have ended, left by processes that died after others had ended them."""
         for id, held, revision in await self.jobs.records():
-            if not self._table.is_alive(Address(held.name, held.incarnation)) and await self._result(id) is not None:
+            if not self._table.is_alive(Address(held.name, held.incarnation)) and await self._ended(id) is not None:
                 await self.jobs.release(revision)
 
     def _long_unserved(self, subjects: Mapping[str, int]) -> list[str]:

@@ -28,6 +28,17 @@ it goes when the result goes.
 
 A failed job, and a message that is none, lies in the dead letters too. Taking it from there is publishing it again under
 its id (in `Nalar-Job-Id`, since the broker would take a repeated `Nats-Msg-Id` for a double), after its result is removed.
+
+A failure has one dead letter. Both the result and the letter say in `Nalar-Sequence` which message has failed:
+
+    result  ──▶  letter  ──▶  message out of the queue            by whoever had the message, or by its next holder
+                   └───────▶  message out of the queue  ──▶  letter removed, or published again        by a person
+
+Whoever finds a failed result under the id of a message asks whether it is of that message: a duplicate has not failed, and
+just goes. If it is, and there is no letter of it, and the message is still in the queue, then nobody has written the letter
+yet: a person who removes one takes the message out of the queue first, as does every holder after the letter. The letter
+is appended on condition that the former one under its key is what was seen. And whoever has had a message in hand before
+begins it only if it is in the queue after it has no result: else a person has published it again meanwhile.
 """
 
 from __future__ import annotations
@@ -38,7 +49,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -67,6 +78,7 @@ T = TypeVar("T")
 MESSAGE_ID: Final = "Nats-Msg-Id"
 JOB_ID: Final = "Nalar-Job-Id"
 TENANT: Final = "Nalar-Tenant"
+_SEQUENCE: Final = "Nalar-Sequence"
 RESULTS_KEPT_S: Final = 7 * 24 * 3600.0
 _OF_THE_QUEUE: Final = re.compile(r"job-[0-9]+")
 _HEADER_ROOM: Final = 4096
@@ -118,6 +130,13 @@ class JobResult(msgspec.Struct, frozen=True):
     timings: Timings = Timings()
 
 
+class Ended(NamedTuple):
+    """How a job has ended; `failed` is the number of the message in the queue that has failed, 0 if none has."""
+
+    result: JobResult
+    failed: int = 0
+
+
 class JobStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a job stands; `worker` only while it runs, `error` only if it failed."""
 
@@ -130,7 +149,7 @@ class JobStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """A job that could not be done, as it was published, and why."""
+    """A job that could not be done, as it was published, and why; `message` is its number in the queue, 0 if not known."""
 
     key: str
     job: str
@@ -140,6 +159,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     data: bytes
     sequence: int
     is_cut: bool = False
+    message: int = 0
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -224,8 +244,13 @@ class Jobs:
 
     async def result(self, id: str) -> JobResult | None:
         """How a job has ended, or None if it has not, or if it is not known any more."""
+        ended = await self.ended(id)
+        return None if ended is None else ended.result
+
+    async def ended(self, id: str) -> Ended | None:
+        """The same, with what has failed if it has."""
         kept = await self._results.last(self._subjects.result(check_token(id, "job id")))
-        return None if kept is None else read_result(kept.data)
+        return None if kept is None else Ended(read_result(kept.data), _sequence_in(kept))
 
     async def wait(self, id: str) -> JobResult:
         """How a job ends, as soon as it does; waits while the broker is away.
@@ -311,15 +336,19 @@ class Jobs:
             if kept is not None and (at := read_result(kept.data).value_at):
                 await (await self._open_objects()).delete(at.object)
 
-    async def finish(self, result: JobResult) -> bool:
+    async def finish(self, result: JobResult, *, failed: int = 0) -> bool:
         """Ends a job; False if it has ended already, and this is dropped.
+
+        Args:
+            result: how it has ended.
+            failed: the number of the message in the queue that has failed, if it has.
 
         Raises:
             ValueTooLargeError: the value is larger than what can be kept.
         """
         data = msgspec.json.encode(result)
         if len(data) <= self._transport.max_payload - _HEADER_ROOM:
-            return await self._append(result.id, data)
+            return await self._append(result.id, data, failed)
         apart = await self._with_value_apart(result)
         if await self._append(result.id, msgspec.json.encode(apart)):
             return True
@@ -328,9 +357,10 @@ class Jobs:
             await (await self._open_objects()).delete(apart.value_at.object)
         return False
 
-    async def _append(self, id: str, data: bytes) -> bool:
+    async def _append(self, id: str, data: bytes, failed: int = 0) -> bool:
+        headers = {_SEQUENCE: str(failed)} if failed else None
         try:
-            await self._results.append(self._subjects.result(id), data, last=0)
+            await self._results.append(self._subjects.result(id), data, last=0, headers=headers)
         except KeyConflictError:
             return False
         return True
@@ -410,8 +440,7 @@ class Jobs:
 
     async def is_queued(self, sequence: int) -> bool:
         """True while the message of that number is in the queue, in somebody's hands or not."""
-        found = await self.queue.read(self._subjects.job(">"), after=sequence - 1, limit=1)
-        return bool(found) and found[0].sequence == sequence
+        return await self.queue.holds(sequence)
 
     async def _find_queued(self, id: str) -> Kept | None:
         async for message in _pages(self.queue.read, self._subjects.job(">")):
@@ -463,7 +492,7 @@ class Jobs:
     # Dead letters.
 
     async def bury(self, message: QueueMessage, id: str, error: BaseException) -> None:
-        """Keeps what was published, with the cause; once more if it lies there already."""
+        """Keeps what was published, with the cause, unless that has been done."""
         workflow, subject = self.workflow_of(message.subject), message.subject
         try:
             self.tenant_of(subject, message.headers)
@@ -473,6 +502,7 @@ class Jobs:
             "Nalar-Workflow": workflow,
             "Nalar-Subject": subject,
             "Nalar-Cause": _cause(error),
+            _SEQUENCE: str(message.sequence),
         }
         if id:
             headers[JOB_ID] = id
@@ -480,8 +510,16 @@ class Jobs:
         if len(data) > room:
             data = data[:room]
             headers["Nalar-Cut-From-Bytes"] = str(len(message.data))
-        key = id or f"seq-{message.sequence}"
-        await self._dead.append(self._subjects.dead(key), data, headers=headers)
+        letter = self._subjects.dead(id or f"seq-{message.sequence}")
+        while True:
+            former = await self._dead.last(letter)
+            if former is not None and _sequence_in(former) == message.sequence:
+                return
+            if not await self.is_queued(message.sequence):
+                return  # it has been written, and somebody has removed it since
+            with contextlib.suppress(KeyConflictError):
+                await self._dead.append(letter, data, last=0 if former is None else former.sequence, headers=headers)
+                return
 
     async def dead_letters(self) -> AsyncIterator[DeadLetter]:
         """All of them, oldest first."""
@@ -501,17 +539,27 @@ class Jobs:
         """
         if letter.is_cut:
             raise ValueTooLargeError(f"dead letter {letter.key!r} was too large to be kept whole, so it cannot be retried")
+        await self._take_out(letter)
         if letter.job:
             await self.forget_result(letter.job)
         headers = {JOB_ID: letter.job} if letter.job else {}
         if tenant := self._words_of(letter.subject)[1]:
             headers[TENANT] = tenant
         await self.queue.publish(letter.subject, letter.data, headers=headers)
-        await self.drop(letter)
+        await self._remove(letter)
         return letter.job
 
     async def drop(self, letter: DeadLetter) -> None:
         """Removes a dead letter; one that has come under its key since stays."""
+        await self._take_out(letter)
+        await self._remove(letter)
+
+    async def _take_out(self, letter: DeadLetter) -> None:
+        """Takes the message that has failed out of the queue, if whoever had it died before doing so."""
+        if letter.message:
+            await self.queue.remove(letter.message)
+
+    async def _remove(self, letter: DeadLetter) -> None:
         await self._dead.purge(self._subjects.dead(letter.key), below=letter.sequence + 1)
 
 
@@ -652,7 +700,14 @@ def _dead_letter(kept: Kept) -> DeadLetter:
         kept.data,
         kept.sequence,
         "Nalar-Cut-From-Bytes" in headers,
+        _sequence_in(kept),
     )
+
+
+def _sequence_in(kept: Kept) -> int:
+    """The number of the message that has failed, as a result or a dead letter says it; 0 if it does not."""
+    said = kept.headers.get(_SEQUENCE, "")
+    return int(said) if said.isascii() and said.isdigit() else 0
 
 
 async def _pages(read: Callable[..., Any], subject: str) -> AsyncIterator[Kept]:

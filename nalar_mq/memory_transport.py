@@ -768,6 +768,14 @@ class _WorkQueue:
         items = [i for i in self._queue.items.values() if i.sequence > after and subject_matches(subject, i.subject)]
         return [Kept(item.subject, item.data, item.sequence, item.headers) for item in items[:limit]]
 
+    async def holds(self, sequence: int) -> bool:
+        await self._transport.reach()
+        return sequence in self._queue.items
+
+    async def remove(self, sequence: int) -> bool:
+        await self._transport.reach()
+        return self._queue.items.pop(sequence, None) is not None
+
 
 class _Ledger:
     """The messages of one ledger, by sequence."""

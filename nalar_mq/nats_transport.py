@@ -1040,6 +1040,21 @@ class _WorkQueue:
     async def read(self, subject: str, *, after: int = 0, limit: int = 256) -> list[Kept]:
         return await _read_stream(self._transport, self._name, subject, after, limit)
 
+    async def holds(self, sequence: int) -> bool:
+        async def look() -> bool:
+            try:
+                await self._transport.jetstream.get_msg(self._name, sequence)  # of the leader: others may not know it yet
+            except nats.js.errors.NotFoundError as error:
+                if error.err_code == _NO_STREAM:
+                    raise BrokerError(f"{self._name!r} does not exist any more") from None
+                return False
+            return True
+
+        return await self._transport.ask(f"looking for message {sequence} of {self._name!r}", look)
+
+    async def remove(self, sequence: int) -> bool:
+        return await _remove(self._transport, self._name, sequence)
+
     async def _consumer(self, subject: str, ack_wait_s: float) -> str:
         known = self._consumers.get((subject, ack_wait_s))
         if known is not None:
@@ -1214,15 +1229,7 @@ class _Ledger:
         return await _read_stream(self._transport, self._name, subject, after, limit)
 
     async def remove(self, sequence: int) -> bool:
-        async def delete() -> bool:
-            try:
-                return await _delete(self._transport.jetstream, self._name, sequence)
-            except nats.js.errors.APIError as error:
-                if error.err_code in _NO_MESSAGE:
-                    return False
-                raise
-
-        return await self._transport.ask(f"removing from {self._name!r}", delete)
+        return await _remove(self._transport, self._name, sequence)
 
     async def subjects(self) -> dict[str, int]:
         return await _subjects_of(self._transport, self._name)
@@ -1237,6 +1244,20 @@ class _Ledger:
             await self._transport.jetstream.purge_stream(self._name, seq=below, subject=subject)
 
         await self._transport.ask(f"purging {subject!r}", remove)
+
+
+async def _remove(transport: NatsTransport, stream: str, sequence: int) -> bool:
+    """Removes one message; False if it is not there."""
+
+    async def delete() -> bool:
+        try:
+            return await _delete(transport.jetstream, stream, sequence)
+        except nats.js.errors.APIError as error:
+            if error.err_code in _NO_MESSAGE:
+                return False
+            raise
+
+    return await transport.ask(f"removing from {stream!r}", delete)
 
 
 async def _delete(jetstream: JetStreamContext, stream: str, sequence: int) -> bool:

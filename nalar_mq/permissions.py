@@ -131,6 +131,7 @@ def _of_clients(subjects: Subjects) -> Permissions:
         *_sharing_objects(subjects.claims_bucket),
         *_sharing_objects(subjects.results_bucket),
         *_reading(subjects.jobs_queue),
+        *_removing(subjects.jobs_queue),
         subjects.job("*"),
         subjects.job("*", "*"),
         *_sharing(subjects.results_ledger, subjects.result("*")),
@@ -223,7 +224,12 @@ def _taking(stream: str) -> tuple[str, ...]:
 
 def _sharing(stream: str, subject: str) -> tuple[str, ...]:
     """What it takes to read a stream, to add to it, and to remove from it what is not needed any more."""
-    return (*_reading(stream), subject, f"{_API}.STREAM.PURGE.{stream}", f"{_API}.STREAM.MSG.DELETE.{stream}")
+    return (*_reading(stream), subject, f"{_API}.STREAM.PURGE.{stream}", *_removing(stream))
+
+
+def _removing(stream: str) -> tuple[str, ...]:
+    """What it takes to remove single messages of a stream."""
+    return (f"{_API}.STREAM.MSG.DELETE.{stream}",)
 
 
 def _sharing_bucket(bucket: str) -> tuple[str, ...]:

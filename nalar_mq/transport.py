@@ -180,6 +180,14 @@ class WorkQueue(Protocol):
         """Messages for a subject filter as they lie there, nobody's turn being taken; otherwise as `Ledger.read`."""
         ...
 
+    async def holds(self, sequence: int) -> bool:
+        """True while the message of that number has not been acknowledged or removed, in somebody's hands or not."""
+        ...
+
+    async def remove(self, sequence: int) -> bool:
+        """Removes a message, which nobody is given any more; False if it is not there. Who has it in hand is not told."""
+        ...
+
 
 class Ledger(Protocol):
     """Durable messages by subject, kept for a time. Who subscribes to their subjects gets what is appended live, too."""

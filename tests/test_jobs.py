@@ -25,7 +25,7 @@ from nalar_mq.jobs import JobError, JobResult, Jobs, read_result
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.nats_transport import NatsTransport
-from nalar_mq.transport import Delivered, Transport
+from nalar_mq.transport import Delivered, QueueMessage, Transport
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
@@ -259,11 +259,106 @@ async def test_a_dead_letter_is_written_though_who_failed_died_before_it(bench: 
     sequence = await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
     (message,) = await jobs.queue.pull(bench.subjects.job("broken"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
     await jobs.hold("c", Running(WIRE_VERSION, "dead", 1, sequence, "broken"), 0)
-    await jobs.finish(JobResult("c", "broken", "failed", error=JobError("KeyError", "'c'")))
+    await jobs.finish(JobResult("c", "broken", "failed", error=JobError("KeyError", "'c'")), failed=sequence)
     await message.nak(0.0)
     await bench.worker("one")
     await bench.emptied()
     assert [letter.job async for letter in jobs.dead_letters()] == ["c"]
+
+
+async def failed_by_one_that_died(bench: Bench, workflow: str, payload: bytes, id: str) -> tuple[Jobs, QueueMessage]:
+    """A job that has its result and its dead letter, and lies in the queue all the same: its message, in our hands."""
+    jobs = await bench.jobs()
+    sequence = await bench.publish(workflow, payload, Nalar_Job_Id=id)
+    (message,) = await jobs.queue.pull(bench.subjects.job(workflow), batch=1, timeout_s=5.0, ack_wait_s=60.0)
+    await jobs.hold(id, Running(WIRE_VERSION, "dead", 1, sequence, workflow), 0)
+    await jobs.finish(JobResult(id, workflow, "failed", error=JobError("KeyError", "it")), failed=sequence)
+    await jobs.bury(message, id, KeyError("it"))
+    return jobs, message
+
+
+async def test_a_dead_letter_is_written_once_however_often_its_message_comes(bench: Bench) -> None:
+    jobs, message = await failed_by_one_that_died(bench, "broken", b'["c"]', "c")
+    letter = await jobs.dead_letter("c")
+    await message.nak(0.0)
+    await bench.worker("one")
+    await bench.emptied()
+    assert [other async for other in jobs.dead_letters()] == [letter]
+
+
+async def test_a_dead_letter_that_was_dropped_is_not_written_anew_by_the_next_who_has_its_message(bench: Bench) -> None:
+    jobs, message = await failed_by_one_that_died(bench, "broken", b'["c"]', "c")
+    letter = await jobs.dead_letter("c")
+    assert letter is not None
+    await jobs.drop(letter)
+    await message.nak(0.0)
+    await bench.worker("one")
+    await bench.emptied()
+    assert [other async for other in jobs.dead_letters()] == []
+    await jobs.bury(message, "c", KeyError("by one that had it in hand meanwhile"))
+    assert [other async for other in jobs.dead_letters()] == []
+
+
+async def test_a_dead_letter_that_is_tried_again_is_the_only_message_of_its_job(bench: Bench) -> None:
+    jobs, message = await failed_by_one_that_died(bench, "answer", b'["x"]', "x")
+    letter = await jobs.dead_letter("x")
+    assert letter is not None
+    assert await jobs.retry(letter) == "x"
+    assert not await jobs.is_queued(message.sequence)
+    await message.nak(0.0)
+    await bench.worker("one")
+    assert (await bench.result("x")).state == "done"
+    await bench.emptied()
+    assert bench.actors.RUNS.count("answer x") == 1
+    assert [other async for other in jobs.dead_letters()] == []
+
+
+async def test_a_message_that_is_published_again_while_it_is_in_hand_runs_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder has not looked yet how the job has ended when the result goes."""
+    jobs, message = await failed_by_one_that_died(bench, "answer", b'["x"]', "x")
+    intake, goes_on = (await bench.worker("one"))._intake, asyncio.Event()
+    monkeypatch.setattr(intake, "_until_current", goes_on.wait)
+    await message.nak(0.0)
+    await bench.until(lambda: intake is not None and intake.in_hand == 1)
+    letter = await jobs.dead_letter("x")
+    assert letter is not None
+    await jobs.retry(letter)
+    goes_on.set()
+    assert (await bench.result("x")).state == "done"
+    await bench.emptied()
+    assert bench.actors.RUNS.count("answer x") == 1
+    assert [other async for other in jobs.dead_letters()] == []
+
+
+async def test_a_duplicate_of_a_failed_job_has_not_failed_though_who_had_it_died(bench: Bench) -> None:
+    worker = await bench.worker("one")
+    jobs = await bench.jobs()
+    await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
+    await bench.result("c")
+    await bench.emptied()
+    letter = await jobs.dead_letter("c")
+    assert letter is not None
+    await jobs.drop(letter)
+    await worker.aclose()
+    sequence = await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
+    (message,) = await jobs.queue.pull(bench.subjects.job("broken"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
+    await jobs.hold("c", Running(WIRE_VERSION, "dead", 1, sequence, "broken"), 0)
+    await message.nak(0.0)
+    await bench.worker("two")
+    await bench.emptied()
+    assert [letter async for letter in jobs.dead_letters()] == []
+
+
+async def test_what_nobody_serves_is_no_failure_of_a_job_that_is_done(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.publish("answer", b'["x"]', Nalar_Job_Id="x")
+    await bench.result("x")
+    await bench.publish("nobody", b'["x"]', Nalar_Job_Id="x")
+    await bench.emptied()
+    assert [letter async for letter in (await bench.jobs()).dead_letters()] == []
+    assert (await bench.result("x")).state == "done"
 
 
 @only_in_memory

@@ -376,6 +376,29 @@ async def test_after_a_failure_what_succeeded_is_not_repeated(site: Site) -> Non
     assert (site.count("half h"), site.count("step 40"), site.count("fails_once 41")) == (2, 1, 2)
 
 
+async def test_a_dead_letter_that_is_tried_again_does_not_find_its_failure_though_its_worker_died(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died between the dead letter and the moment when all are told that nobody needs what they know of the job."""
+    await site.serve("tools", "tool")
+    intake = (await site.serve("driver", "workflow"))._intake
+    monkeypatch.setattr(intake, "_leave", lambda *_: asyncio.Event().wait())
+    job = await site.submit("half_once", "h")
+    jobs = await site.client.jobs()
+
+    async def has_failed() -> bool:
+        return await jobs.dead_letter(job.id) is not None
+
+    await site.until_found(has_failed)
+    letter = await jobs.dead_letter(job.id)
+    assert letter is not None
+    site.hub.kill("driver")
+    await jobs.retry(letter)
+    await site.serve("driver2", "workflow")
+    assert await job.result(timeout=PATIENCE_S) == 60 + 1
+    assert await jobs.dead_letter(job.id) is None
+
+
 async def test_after_a_failure_another_worker_finds_what_succeeded(site: Site) -> None:
     await site.serve("tools", "tool")
     await asyncio.gather(*(site.serve(f"driver{n}", "workflow") for n in range(3)))

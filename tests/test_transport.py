@@ -561,6 +561,24 @@ async def test_queue_shows_what_it_holds_and_nobody_loses_a_turn(queue: WorkQueu
     assert [message.sequence for message in pulled] == [kept.sequence for kept in seen]
 
 
+async def test_queue_gives_nobody_what_was_removed(queue: WorkQueue, namespace: str) -> None:
+    subject = f"{namespace}.jobs.a"
+    waiting, in_hand, done = [(await queue.publish(subject, b"%d" % number))[0] for number in range(3)]
+    pulled = {message.sequence: message for message in await queue.pull(subject, batch=3, timeout_s=PATIENCE_S, ack_wait_s=30.0)}
+    await pulled[waiting].nak()
+    await pulled[done].ack()
+    assert [await queue.holds(sequence) for sequence in (waiting, in_hand, done, done + 1)] == [True, True, False, False]
+    assert [await queue.remove(sequence) for sequence in (waiting, in_hand, done, done + 1)] == [True, True, False, False]
+    assert [await queue.holds(sequence) for sequence in (waiting, in_hand)] == [False, False]
+    await pulled[in_hand].nak()
+    last, _ = await queue.publish(subject, b"last")
+    [message] = await queue.pull(subject, batch=3, timeout_s=PATIENCE_S, ack_wait_s=30.0)
+    assert message.sequence == last
+    assert await queue.pull(subject, batch=3, timeout_s=0.05, ack_wait_s=30.0) == []
+    await pulled[in_hand].ack()
+    assert await queue.depth() == 1
+
+
 # Ledgers
 
 

@@ -181,6 +181,12 @@ async def half(name: str) -> int:
 
 
 @workflow
+async def half_once(name: str) -> int:
+    RUNS.append(f"half_once {name}")
+    return await fails_once(await step(60))
+
+
+@workflow
 async def catches(name: str) -> str:
     RUNS.append(f"catches {name}")
     try:
