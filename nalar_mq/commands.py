@@ -15,7 +15,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -71,6 +70,7 @@ from nalar_mq.manifest import MANIFEST_NAME, RuntimeEntry, load_manifest
 from nalar_mq.messages import Drainage, Member
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.permissions import Role
+from nalar_mq.scratch import clear_away, scratch_folder
 from nalar_mq.streams import lay_out
 from nalar_mq.traces import Trace
 
@@ -196,6 +196,7 @@ async def up(
     entry = _runtime_entry(app)
     decider = await _decider(policy) if policy is not None else None
     NodeFolder.clear_away(app.parent / RUNTIME_FOLDER / _NODES)
+    clear_away()
     async with AsyncExitStack() as stack:
         broker: GuardedBroker | None = None
         access = find_broker(nats=choice.nats, context=choice.context, selected_context=False)
@@ -637,8 +638,8 @@ async def _call(
 
 
 async def _short_lived_broker(stack: AsyncExitStack, namespace: str) -> BrokerAccess:
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nalar-", ignore_cleanup_errors=True))
-    broker = await stack.enter_async_context(GuardedBroker(Path(folder), namespace=namespace))
+    folder = stack.enter_context(scratch_folder())
+    broker = await stack.enter_async_context(GuardedBroker(folder, namespace=namespace))
     return broker.node_access
 
 

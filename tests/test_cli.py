@@ -644,6 +644,21 @@ def test_an_interrupted_run_leaves_nothing_behind(app):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the broker of a killed parent")
+def test_what_a_killed_run_leaves_behind_goes_with_the_next_one(app, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    running = Running("run", ".", "sleep", "30", "began", "--workers", "1", cwd=app)
+    eventually((app / "began").exists, "the call never began")
+    children = running.children()
+    assert running.end(signal.SIGKILL) == -signal.SIGKILL
+    eventually(lambda: all_gone(children), "a child goes on")
+    assert list(temporary.glob("nalar-run-*")) != []
+    nalar("run", ".", "pid", "--workers", "1", cwd=app)
+    assert list(temporary.glob("nalar-run-*")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the broker of a killed parent")
 def test_killing_up_kills_its_children(app):
     running = Running("up", ".", "--workers", "1", cwd=app)
     running.says("1 workers are ready")
