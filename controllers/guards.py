@@ -182,6 +182,7 @@ class _Round:
     def __init__(self, view: View, promised: Iterable[Act]) -> None:
         self._view = view
         self._agents = view.agents
+        self._able = view.able
         self._workers = view.workers
         self._nodes = view.nodes
         self._starting: Counter[tuple[str, str]] = Counter()
@@ -202,7 +203,7 @@ class _Round:
 
     def is_bounded(self, act: Act) -> bool:
         """True for an instance that reserves something: there cannot be more than the node has room for."""
-        return isinstance(act, Provision) and bool(self._agents[act.agent].resources)
+        return isinstance(act, Provision) and bool(self._able[act.agent].resources)
 
     def problem(self, action: Action) -> str:
         """Why an action is not valid; empty if it is."""
@@ -310,14 +311,14 @@ class _Round:
         return ""
 
     def _provision(self, action: Provision) -> str:
-        if problem := self._agent(action.agent):
-            return problem
+        serves = self._able.get(action.agent)
+        if serves is None:
+            return f"no app has an agent {action.agent!r}"
         node = self._nodes.get(action.node)
         if node is None:
             return f"there is no node {action.node!r}"
         if not self._view.could_serve(action.agent, action.node):
             return f"the app of {action.node!r} has no {action.agent!r}"
-        serves = self._agents[action.agent]
         starting = sum(count for (agent, _), count in self._starting.items() if agent == action.agent)
         if serves.max_instances is not None and len(self._view.replicas(action.agent)) + starting >= serves.max_instances:
             return f"{action.agent!r} has its {serves.max_instances} instances"
@@ -327,9 +328,9 @@ class _Round:
         for name, amount in wanted.items():
             left = self._view.left(node.name, name)
             promised = sum(
-                count * self._agents[agent].resources.get(name, 0.0)
+                count * self._able[agent].resources.get(name, 0.0)
                 for (agent, place), count in self._starting.items()
-                if place == node.name and agent in self._agents
+                if place == node.name and agent in self._able
             )
             if promised + amount > left:
                 return f"{node.name!r} has {max(left - promised, 0.0):g} of {name} left, and {amount:g} are needed"

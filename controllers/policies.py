@@ -71,7 +71,7 @@ class HeadOfLine:
 
 
 class Reallocation:
-    """An agent that cannot follow gets an instance where there is room for it; one that idles makes room.
+    """An agent that cannot follow, or has no instance, gets one where there is room for it; one that idles makes room.
 
     An instance ends in one round, and another one begins in a later one: never is more reserved than there is.
     """
@@ -83,6 +83,10 @@ class Reallocation:
     def decide(self, view: View) -> Iterable[Action]:
         """One instance for the busiest agent, and one less of the idlest one that reserves the same."""
         agents = view.agents
+        for agent in [agent for agent, serves in view.able.items() if serves.resources and agent not in agents]:
+            places = [node for node in view.nodes if view.spare(agent, node) and view.has_room(node, agent)]
+            if places:
+                yield provision(agent, places[0], reason=f"nobody serves {agent!r}")
         loads = {agent: view.load(agent) for agent in agents if agents[agent].resources and view.serving(agent)}
         taker = max(loads, key=lambda agent: loads[agent], default="")
         if not taker or loads[taker] < self.busy:

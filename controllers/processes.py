@@ -50,7 +50,7 @@ class Process:
         self.accounts = Accounts()
         self.held: set[tuple[int, int]] = set()
         self.serves: dict[str, Serves] = {}
-        self.able: frozenset[str] | None = None
+        self.able: dict[str, Serves] | None = None
         self.queues: dict[str, tuple[int, int]] = {}
         self.resources: dict[str, tuple[float, float]] = {}
         self.engines: dict[str, EngineFigures] = {}

@@ -165,7 +165,7 @@ class Reflexes:
             match act:
                 case Migrate():
                     name = act.source
-                case Provision() if act.agent in elsewhere and view.agents[act.agent].max_instances is not None:
+                case Provision() if act.agent in elsewhere and view.able[act.agent].max_instances is not None:
                     self.left_alone[act.agent] += 1
                     continue
                 case Provision():

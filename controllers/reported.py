@@ -584,7 +584,7 @@ class Reported:
             for actor in report.serves:
                 self._agent(actor)
         if report.able is not None:
-            process.able = frozenset(report.able)
+            process.able = report.able
         if report.queues is not None:
             process.queues = report.queues
         if report.resources is not None:

@@ -213,6 +213,12 @@ class View(Reported):
         return {name: serves for process in self._processes.values() for name, serves in process.serves.items()}
 
     @property
+    def able(self) -> Mapping[str, Serves]:
+        """What could be served anywhere, though nobody may serve it now, by name."""
+        found = {name: serves for process in self._processes.values() for name, serves in (process.able or {}).items()}
+        return {**found, **self.agents}
+
+    @property
     def processes(self) -> Mapping[str, Address]:
         """All processes that report, by name."""
         return {process.name: process.address for process in self._processes.values()}
@@ -256,7 +262,7 @@ class View(Reported):
 
     def has_room(self, node: str, agent: str) -> bool:
         """True if a node has what another instance of an agent would reserve."""
-        serves = self.agents.get(agent)
+        serves = self.able.get(agent)
         return serves is not None and all(self.left(node, name) >= amount for name, amount in serves.resources.items())
 
     def spare(self, agent: str, node: str) -> list[Address]:

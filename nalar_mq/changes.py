@@ -358,9 +358,9 @@ class Changes:
         """What it serves from now on."""
         self._set("serves", dict(serves))
 
-    def set_able(self, actors: Iterable[str]) -> None:
-        """What it could serve."""
-        self._set("able", tuple(sorted(actors)))
+    def set_able(self, actors: Mapping[str, Serves]) -> None:
+        """What it could serve, whether it does or not."""
+        self._set("able", dict(actors))
 
     def set_resources(self, resources: Mapping[str, tuple[float, float]]) -> None:
         """Used and available amounts of now."""

@@ -227,7 +227,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=230, kw
     let_go: Columns = _ABSENT
     spent: Columns = _ABSENT
     accounts: tuple[Account, ...] = ()
-    able: tuple[str, ...] | None = None
+    able: dict[str, Serves] | None = None
     accounts_from: tuple[int, ...] = ()
     engines: dict[str, EngineFigures] | None = None
 

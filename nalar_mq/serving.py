@@ -70,7 +70,7 @@ class Serving:
         self._turn = asyncio.Lock()
         host.retired = set(infos) - self._served
         changes.set_serves({actor: serves[actor] for actor in sorted(self._served)})
-        changes.set_able(infos)
+        changes.set_able(serves)
 
     @property
     def actors(self) -> frozenset[str]:

@@ -35,7 +35,7 @@ from nalar_mq.controllers.policy import (
     set_priority,
 )
 from nalar_mq.controllers.view import View
-from nalar_mq.errors import NotAllowedError
+from nalar_mq.errors import NotAllowedError, UnknownActorError
 from nalar_mq.future import Future
 from nalar_mq.lookout import View as Answer
 from nalar_mq.memory_transport import Faults, MemoryHub
@@ -675,6 +675,19 @@ async def test_an_agent_is_given_to_a_worker_whose_app_has_it(folder: Path) -> N
         scene.mind.want_once(provision("side_by_side", "here"))
         await scene.rounds()
         assert serving(scene, "side_by_side") == ["w1", "w2"]
+
+
+@simulated
+async def test_an_agent_that_nobody_served_at_first_is_served_when_it_is_wanted(folder: Path) -> None:
+    async with world(folder) as scene:
+        await scene.add("w1", serves=["where"])
+        await scene.rounds()
+        with pytest.raises(UnknownActorError):
+            await scene.client.call("side_by_side", "early")
+        scene.mind.want_once(provision("side_by_side", "here"))
+        await scene.rounds()
+        assert serving(scene, "side_by_side") == ["w1"]
+        assert await scene.client.call("side_by_side", "later") == "later"
 
 
 @simulated

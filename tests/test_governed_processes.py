@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from waiting import PATIENCE_S, until
 
@@ -41,6 +42,21 @@ from nalar_mq.controllers.policy import route
 class Mine:
     def decide(self, view):
         yield route("where", sorted(view.workers), [1.0] * len(view.workers), reason="to see that it holds on")
+"""
+
+
+SLOTS = """
+from nalar_mq import tool
+
+
+@tool(min_instances=0, resources={"slot": 1})
+async def first() -> str:
+    return "first"
+
+
+@tool(min_instances=0, resources={"slot": 1})
+async def other() -> str:
+    return "other"
 """
 
 
@@ -210,6 +226,42 @@ async def test_a_worker_that_dies_comes_back_with_what_was_decided_for_it(site: 
     await until(lambda: serves() == before, "it is not obeyed")
     await dies()
     assert serves() == before
+
+
+async def test_an_agent_that_got_no_slot_at_first_gets_one_when_there_is_room(
+    broker_access: BrokerAccess, namespace: str, tmp_path: Path
+) -> None:
+    """It has none on either node, since another agent comes before it there; then that makes room on one of them."""
+    settings = Settings(broker=broker_access, namespace=namespace, lease_s=LEASE_S)
+    app, transport, mind = tmp_path / "app.py", await NatsTransport.connect(broker_access, name="control"), Mind()
+    app.write_text(SLOTS)
+    nodes = [
+        LocalController(app, msgspec.structs.replace(settings, node=name), workers=1, capacities={"slot": 1.0})
+        for name in ("n1", "n2")
+    ]
+    try:
+        async with (
+            nodes[0],
+            nodes[1],
+            connect(settings=settings) as client,
+            GlobalController(
+                transport, Subjects(namespace), Address("control", 1), Trusted(mind), lease_s=LEASE_S
+            ) as controller,
+        ):
+            view = controller.view
+            await until(lambda: len(view.replicas("first")) == 2, "a node is missing")
+            await until(lambda: view.left("n2", "slot") == 0.0, "its capacities are missing")
+            assert view.replicas("other") == ()
+            (on_n2,) = view.nodes["n2"].workers
+            mind.wanted = (kill(on_n2, "first", reason="to make room"),)
+            await until(lambda: len(view.replicas("first")) == 1, "it is not obeyed")
+            mind.wanted = (provision("other", "n2", reason="there is room"),)
+            await until(lambda: bool(view.replicas("other")), f"it is not obeyed: {controller.governor.history}")
+            mind.wanted = ()
+            assert await client.call("other") == "other"
+            assert view.left("n2", "slot") == 0.0
+    finally:
+        await transport.aclose()
 
 
 class Controllers:

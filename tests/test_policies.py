@@ -163,6 +163,20 @@ def test_no_instance_changes_hands_for_resources_that_it_does_not_have(idle: Ser
     assert decided(Reallocation(), world.tick()) == []
 
 
+def test_an_agent_that_nobody_serves_gets_an_instance_where_there_is_room() -> None:
+    none_needed = Serves("agent", min_instances=0, resources={"gpu": 1.0})
+    apps = {"left_out": none_needed, "free": Serves("agent"), "served": ON_GPU}
+    world = World()
+    world.worker("w1", "n1", {"gpu": (0.0, 1.0)}, apps, served=ON_GPU)
+    assert decided(Reallocation(), world.tick()) == [], "there is no room"
+    world.worker("w2", "n2", {"gpu": (0.0, 1.0)}, apps)
+    (start,) = decided(Reallocation(), world.tick())
+    assert isinstance(start, Provision)
+    assert (start.agent, start.node) == ("left_out", "n2"), "not what reserves nothing: who does not serve that was told not to"
+    world.changes["w2"].set_serves({"left_out": none_needed})
+    assert decided(Reallocation(), world.tick()) == []
+
+
 def test_the_last_instance_stays() -> None:
     world = World()
     world.worker("w1", "n1", idle=ON_GPU)

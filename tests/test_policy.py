@@ -126,6 +126,32 @@ def test_an_agent_goes_to_no_node_whose_app_does_not_have_it() -> None:
     assert [address.name for address in view.spare("a", "n2")] == ["w3"], "not the one that serves less and could not serve it"
 
 
+def test_an_agent_that_nobody_serves_is_provisioned_where_an_app_has_it_and_there_is_room() -> None:
+    slot = Serves("agent", min_instances=0, max_instances=1, resources={"slot": 1.0})
+    full = Serves("agent", resources={"slot": 2.0})
+    world = World()
+    world.worker("w1", "n1", {"slot": (0.0, 2.0)}, {"a": slot, "b": full}, b=full)
+    world.worker("w2", "n2", {"slot": (0.0, 1.0)}, {"a": slot, "c": slot}, c=slot)
+    world.worker("w3", "n3", {"slot": (0.0, 1.0)}, {"a": slot})
+    wanted = [provision("a", "n1"), provision("a", "n2"), provision("a", "n3"), provision("z", "n3"), kill("w2", "c")]
+    view = world.tick()
+    assert not view.serving("a")
+    assert [view.has_room(node, "a") for node in ("n1", "n2", "n3")] == [False, False, True]
+    verdict = Guards().check(view, wanted, 100.0)
+    assert verdict.acts == (provision("a", "n3"),)
+    assert [reason for _, reason in verdict.refusals] == [
+        "'n1' has 0 of slot left, and 1 are needed",
+        "'n2' has 0 of slot left, and 1 are needed",
+        "no app has an agent 'z'",
+        "'c' would have fewer than 1 instances",
+    ]
+    guards = Guards()
+    assert guards.check(view, [provision("a", "n3")], 100.0).acts
+    world.worker("w4", "n4", {"slot": (0.0, 1.0)}, {"a": slot})
+    again = guards.check(world.tick(), [provision("a", "n4")], 101.0)
+    assert [reason for _, reason in again.refusals] == ["'a' has its 1 instances"], "one has been promised"
+
+
 @pytest.mark.parametrize(
     ("action", "words"),
     [
@@ -175,7 +201,7 @@ def test_an_agent_goes_to_no_node_whose_app_does_not_have_it() -> None:
         (provision("a", "n1"), ""),
         (provision("a", "n2"), "0 of gpu left, and 1 are needed"),
         (provision("a", "n9"), "no node 'n9'"),
-        (provision("b", "n1"), "nobody serves"),
+        (provision("b", "n1"), "no app has an agent 'b'"),
         ("kill w2", "str is no action"),
     ],
 )

@@ -205,7 +205,7 @@ async def report(hub: MemoryHub) -> None:
     changes = {name: Changes(name, 1, "here") for name in ("w1", "w2")}
     changes["w1"].set_serves({"Press": press})
     for each in changes.values():
-        each.set_able(["Press"])
+        each.set_able({"Press": press})
         each.set_resources({"slot": (0.0, 2.0)})
     changes["w1"].set_queues({"Press": (5, 1)})
     while True:

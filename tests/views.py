@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nalar_mq.changes import Changes, Tracked
@@ -25,7 +26,7 @@ class World:
         name: str,
         node: str = "n1",
         resources: dict[str, tuple[float, float]] | None = None,
-        able: tuple[str, ...] | None = None,
+        able: Mapping[str, Serves] | tuple[str, ...] | None = None,
         **serves: Serves | None,
     ) -> None:
         """A process that serves these agents; `able` are those of its app, if it tells them."""
@@ -33,7 +34,7 @@ class World:
         changes.set_serves({agent: what or Serves("agent") for agent, what in serves.items()})
         changes.set_resources(resources or {})
         if able is not None:
-            changes.set_able(able)
+            changes.set_able(able if isinstance(able, Mapping) else dict.fromkeys(able, Serves("agent")))
         self._queues[name] = {}
 
     def queue(self, name: str, **queues: tuple[int, int]) -> None:
