@@ -1580,8 +1580,13 @@ class Calls:
     def _is_remembered(self, entry: Entry, history: History | None) -> bool:
         """True if a former attempt saw how the call ended: then it is not made again, and ends when its turn comes."""
         id = entry.future.id
-        if history is None or history.memory is None or not history.expects(id):
+        if history is None or history.memory is None:
             return False
+        if not history.expects(id):
+            loose = history.take_loose(id)
+            if loose is not None:
+                self._keep(entry, loose, history)
+            return loose is not None
         result = history.made(id)
         if result is not None:
             self._appear(entry, result)

@@ -18,9 +18,10 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
                              than it may be sent again, or shed. Nobody is at fault, and the same error from the journal
                              would end every other attempt as well. So whoever ends with such an error voids it: a `Voided`
                              says which of its calls failed of it, its text being the same. They are made again. What came
-                             before is seen in its order; what came after the first of them, as soon as its call is made,
-                             since the program may go another way from there. Should the process be lost before the
-                             `Voided` is durable, the next attempt ends in the same way and writes it.
+                             before the first of them is seen again in its order. What came after it has no order any more,
+                             since the program may go another way from there: it counts as what has ended just now, and is
+                             observed again when its call is made. Should the process be lost before the `Voided` is
+                             durable, the next attempt ends in the same way and writes it.
 
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.
@@ -84,12 +85,6 @@ class Memory(NamedTuple):
         return len({result.id for result in outcomes if type(result) is Resolve})
 
 
-class _Break(NamedTuple):
-    """In the place of failures that are void: `after` are the calls whose outcomes, known since, have no order any more."""
-
-    after: list[bytes]
-
-
 class History:
     """The history of one execution. What stands below `Any thread` may be called from any, the rest on the loop.
 
@@ -114,6 +109,7 @@ class History:
         "_latest_s",
         "_lock",
         "_looks",
+        "_loose",
         "_made",
         "_noted",
         "_observed_s",
@@ -163,8 +159,9 @@ class History:
         self._made: set[bytes] = set()
         self._late: set[bytes] = set()
         self._known: dict[bytes, Resolve | Fail] = {}
+        self._loose: dict[bytes, Resolve | Fail] = {}
         self._failed: dict[bytes, tuple[str, str]] = {}
-        self._queue: deque[Observation | _Break] = deque()
+        self._queue: deque[Observation] = deque()
         self._unseen: list[tuple[int, int]] = []
         self._waits: dict[bytes, int] = {}
         self._waiting_again: set[int] = set()
@@ -176,13 +173,13 @@ class History:
         if memory is not None:
             for observation in memory.past.get(call_id, ()):
                 self._remember(observation, in_order=in_order and not failures)
-            self.due()  # a break at the head waits for nothing
 
     def _remember(self, observation: Observation, *, in_order: bool) -> None:
         if type(observation) is Outcome:
             result = observation.result
             if result.id in self._known or (self.failures and type(result) is Fail):
                 return
+            self._loose.pop(result.id, None)
             self._known[result.id] = result
             self._note_failed(result)
             if in_order:
@@ -206,18 +203,22 @@ class History:
 
     def _void(self, voided: Voided) -> None:
         """Takes these failures out, and with the first of them the order of what came after it."""
-        gone = {id for id in voided.ids if type(self._known.get(id)) is Fail}
+        gone = {id for id in voided.ids if type(self._known.get(id)) is Fail or type(self._loose.get(id)) is Fail}
         for id in gone:
-            del self._known[id], self._failed[id]
+            self._known.pop(id, None)
+            self._loose.pop(id, None)
+            del self._failed[id]
         seen = list(self._queue)
-        cut = next((place for place, head in enumerate(seen) if gone.intersection(_ids_of(head))), len(seen))
-        if cut < len(seen):
-            after = [id for head in seen[cut:] for id in _ids_of(head) if id not in gone]
-            self._queue = deque([*seen[:cut], _Break(after)])
-            self._unseen = [(head.first, head.last) for head in seen[:cut] if type(head) is Unseen]
+        cut = next((place for place, head in enumerate(seen) if type(head) is Outcome and head.result.id in gone), None)
+        if cut is not None:
+            self._queue = deque(seen[:cut])
+            self._unseen = [(head.first, head.last) for head in self._queue if type(head) is Unseen]
+            after = [head.result for head in seen[cut:] if type(head) is Outcome and head.result.id not in gone]
+            self._loose |= {result.id: self._known.pop(result.id) for result in after}
 
     def _forget(self) -> None:
         self._known.clear()
+        self._loose.clear()
         self._failed.clear()
         self._queue.clear()
         self._unseen.clear()
@@ -321,6 +322,10 @@ class History:
         self._made.add(id)
         return None
 
+    def take_loose(self, id: bytes) -> Resolve | Fail | None:
+        """How the call ended, if that is known and has no order any more: it is to be observed again."""
+        return self._loose.pop(id, None)
+
     def due(self) -> list[Resolve | Fail]:
         """The outcomes that may appear now, in order."""
         found: list[Resolve | Fail] = []
@@ -331,21 +336,12 @@ class History:
                     break
                 found.append(self._known.pop(head.result.id))
                 self._made.discard(head.result.id)
-            elif type(head) is _Break:
-                found += self._after(head)
             elif not self._has_repeated(head):
                 break
             self._queue.popleft()
         return found
 
-    def _after(self, head: _Break) -> list[Resolve | Fail]:
-        """What came after failures that are void: what has been made may appear, the rest when it is."""
-        made = [id for id in head.after if id in self._made]
-        self._late.update(head.after)
-        self._made.difference_update(made)
-        return [self._known.pop(id) for id in made]
-
-    def _has_repeated(self, observation: Observation | _Break) -> bool:
+    def _has_repeated(self, observation: Observation) -> bool:
         if type(observation) is Reading:
             return self._readings >= observation.number
         if type(observation) is Unseen and observation.last >= _FIRST_WAIT:
@@ -360,8 +356,6 @@ class History:
         found: list[Resolve | Fail] = []
         while self._queue and id in self._known:
             head = self._queue.popleft()
-            if type(head) is _Break:
-                found += self._after(head)
             if type(head) is not Outcome:
                 continue
             if head.result.id in self._made:
@@ -374,7 +368,7 @@ class History:
     def skip_looks(self) -> bool:
         """The program stands still: gives up the looks and readings that are next; False if it is a call that is missing."""
         before = len(self._queue)
-        while self._queue and type(self._queue[0]) in (Unseen, Reading):
+        while self._queue and type(self._queue[0]) is not Outcome:
             self._queue.popleft()
         return len(self._queue) < before
 
@@ -407,9 +401,3 @@ class History:
             return None
         self.former_version = self.version
         return Begun(self.job, self.call_id, self.version)
-
-
-def _ids_of(head: Observation | _Break) -> Sequence[bytes]:
-    if type(head) is Outcome:
-        return (head.result.id,)
-    return head.after if type(head) is _Break else ()

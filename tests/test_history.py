@@ -167,61 +167,48 @@ def test_after_a_failure_only_what_succeeded_is_seen_again() -> None:
 def test_a_loss_that_has_ended_an_attempt_is_made_again_after_what_came_before_it_in_its_order() -> None:
     plan = History(JOB, ROOT, in_order=True)
     a, b, c, d = (call(plan, name) for name in "abcd")
-    history = again(value(c), value(b), loss(a), value(d), void(a))
-    assert history.made(a) is None and not history.expects(a)
+    history = again(value(c), value(b), loss(a), value(d), Unseen(JOB, ROOT, 1, 1), void(a))
+    assert not history.expects(a) and history.take_loose(a) is None
     assert history.made(b) is None and history.due() == [] and history.is_repeating
     history.made(c)
     assert [result.id for result in history.due()] == [c, b]
     assert not history.is_repeating and history.next_wanted is None
-    assert isinstance(history.made(d), Resolve), "it came after the loss: it appears when it is made"
-
-
-def test_what_came_after_a_void_loss_waits_for_what_came_before_it() -> None:
-    plan = History(JOB, ROOT, in_order=True)
-    a, b, c = (call(plan, name) for name in "abc")
-    history = again(value(b), loss(a), value(c), Unseen(JOB, ROOT, 1, 1), void(a))
-    assert history.made(c) is None and history.due() == []
-    history.made(b)
-    assert [result.id for result in history.due()] == [b, c]
+    assert not history.expects(d) and isinstance(history.take_loose(d), Resolve), "it came after the loss: it is new again"
+    assert history.take_loose(d) is None
     assert not history.was_unseen(history.look()), "it was looked at after the loss"
 
 
-def test_a_void_loss_at_the_very_beginning_holds_nobody_up() -> None:
+def test_what_was_observed_again_after_a_loss_is_seen_in_that_order_by_the_next_attempt() -> None:
     plan = History(JOB, ROOT, in_order=True)
-    a, b = call(plan, "a"), call(plan, "b")
-    history = again(loss(a), value(b), void(a))
-    assert not history.is_repeating
-    assert isinstance(history.made(b), Resolve)
-
-
-def test_what_was_made_again_after_a_loss_is_seen_in_its_order_by_the_next_attempt() -> None:
-    plan = History(JOB, ROOT, in_order=True)
-    a, b, c, d = (call(plan, name) for name in "abcd")
-    history = again(value(b), loss(a), value(c), void(a), value(d), value(a))
+    a, b, c, d, e = (call(plan, name) for name in "abcde")
+    history = again(value(b), loss(a), value(c), value(e), void(a), value(d), value(c), value(a))
     for id in (a, c, d):
         assert history.made(id) is None and history.due() == []
     history.made(b)
-    assert [result.id for result in history.due()] == [b, c, d, a]
+    assert [result.id for result in history.due()] == [b, d, c, a]
+    assert isinstance(history.take_loose(e), Resolve), "it was not observed again"
 
 
 def test_a_call_may_be_lost_again() -> None:
     plan = History(JOB, ROOT, in_order=True)
     a, b, c, d = (call(plan, name) for name in "abcd")
-    history = again(loss(a), value(b), void(a), value(c), loss(a, "v"), value(d), void(a), value(a))
-    assert history.made(a) is None and history.made(d) is None and history.due() == []
-    assert isinstance(history.made(b), Resolve)
+    history = again(loss(a), value(b), void(a), value(c), value(b), loss(a, "v"), value(d), void(a), value(a))
+    assert not history.expects(d) and isinstance(history.take_loose(d), Resolve)
+    assert history.made(a) is None and history.made(b) is None and history.due() == []
     history.made(c)
-    assert [result.id for result in history.due()] == [c, d, a]
+    assert [result.id for result in history.due()] == [c, b, a]
 
 
-def test_a_second_void_among_what_has_no_order_ends_the_order_there() -> None:
+def test_a_failure_that_has_no_order_any_more_can_be_void_as_well() -> None:
     plan = History(JOB, ROOT, in_order=True)
-    a, b, c, d = (call(plan, name) for name in "abcd")
-    history = again(value(d), loss(a), loss(b, "v"), void(a), value(a), value(c), void(b))
-    assert history.made(b) is None and history.made(c) is None and history.due() == []
-    history.made(d)
-    assert [result.id for result in history.due()] == [d, c]
-    assert isinstance(history.made(a), Resolve)
+    a, b, c = (call(plan, name) for name in "abc")
+    history = again(loss(a), loss(b), void(a), value(a), value(c), void(b))
+    assert history.take_loose(b) is None and not history.expects(b)
+    assert history.made(c) is None and history.made(a) is None
+    assert [result.id for result in history.due()] == [a, c]
+    history = again(loss(a), loss(b), void(a), loss(b), value(c), void(b))
+    assert not history.expects(b) and history.take_loose(b) is None
+    assert isinstance(history.take_loose(c), Resolve)
 
 
 def test_what_depended_on_a_lost_call_is_void_with_it_and_other_failures_are_not() -> None:
@@ -244,16 +231,6 @@ def test_only_a_failure_can_be_void() -> None:
         assert in_order or not history.expects(a)
         assert [result.id for result in history.due()] == ([a] if in_order else [])
         assert not history.expects(b)
-
-
-def test_a_look_out_of_turn_goes_past_a_void_loss() -> None:
-    plan = History(JOB, ROOT, in_order=True)
-    a, b, c, d = (call(plan, name) for name in "abcd")
-    history = again(value(b), loss(a), value(c), void(a), value(d))
-    history.made(c)
-    history.made(d)
-    assert [result.id for result in history.hurry(d)] == [c, d]
-    assert isinstance(history.made(b), Resolve)
 
 
 def test_a_wait_that_was_cut_short_is_cut_again_before_anything_later_appears() -> None:
@@ -393,3 +370,100 @@ def test_a_program_that_goes_by_what_it_sees_takes_the_same_way_again(seed: int,
     first = First(seed, Random(world))
     trail = first.run(steps)
     assert Second(seed, first.journal).run(steps) == trail
+
+
+class Lost(Exception):
+    """The program has met the loss of a call, and ends with it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Attempt(Program):
+    """Sees again what is in the journal, and goes on from there; some of its calls are lost."""
+
+    def __init__(self, seed: int, world: Random, journal: list[Observation]) -> None:
+        super().__init__(seed, again(*journal))
+        self.world = world
+        self.journal = journal
+        self.held: list[Resolve | Fail] = []
+        self.lost: dict[bytes, str] = {}
+        self.appeared: dict[bytes, int] = {}
+
+    def on_made(self, id: bytes) -> None:
+        if self.history.expects(id):
+            result = self.history.made(id)
+            self.take([result] if result is not None else [])
+        elif loose := self.history.take_loose(id):
+            self.observe(loose)
+        self.go_on()
+        for pending in self.pending:
+            if self.world.random() < 0.3:
+                self.end(pending)
+
+    def go_on(self) -> None:
+        self.take(self.history.due())
+        if not self.history.is_repeating:
+            self.take(self.held)
+            self.held.clear()
+
+    @property
+    def pending(self) -> list[bytes]:
+        if self.history.is_repeating:
+            return []
+        return [id for id in self.made if id not in self.ended and not self.history.expects(id)]
+
+    def end(self, id: bytes) -> None:
+        if self.world.random() < 0.15:
+            result: Resolve | Fail = Fail(id, "m:WorkerLostError", f"worker {self.world.randrange(3)} was lost")
+        else:
+            result = Resolve(id, b"x" * self.world.randrange(5))
+        self.observe(result)
+        self.go_on()
+
+    def observe(self, result: Resolve | Fail) -> None:
+        self.journal.append(self.history.outcome(result, 0.0))
+        self.held.append(result)
+
+    def take(self, results: list[Resolve | Fail]) -> None:
+        self.ended |= {result.id: result.payload for result in results}
+        self.appeared |= {result.id: len(self.trail) for result in results}
+        self.lost |= {result.id: result.text for result in results if isinstance(result, Fail)}
+
+    def look(self, wanted: bytes) -> bool:
+        number = self.history.look()
+        unseen = self.history.was_unseen(number)
+        self.go_on()
+        if wanted not in self.ended and not unseen:
+            self.journal.append(Unseen(JOB, ROOT, number, number))
+        return wanted in self.ended and not unseen
+
+    def next_ended(self, taken: list[object]) -> bytes:
+        if all(id in taken for id in self.ended):
+            self.end(self.world.choice(self.pending))
+        first = super().next_ended(taken)
+        if first in self.lost:
+            raise Lost(self.lost[first])
+        return first
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32), st.lists(st.integers(1, 60), min_size=2, max_size=8))
+def test_every_attempt_goes_the_way_of_the_former_one_up_to_a_loss_that_ended_it(
+    seed: int, world: int, lengths: list[int]
+) -> None:
+    journal: list[Observation] = []
+    chance = Random(world)
+    former: list[object] = []
+    for steps in lengths:
+        attempt = Attempt(seed, chance, journal)
+        try:
+            attempt.run(steps)
+        except Lost as error:
+            voided = attempt.history.voided("m:WorkerLostError", error.text)
+            assert voided is not None
+            journal.append(voided)
+            assert attempt.trail[: len(former)] == former, "the former attempt got further without this loss"
+            former = attempt.trail[: min(attempt.appeared.get(id, len(attempt.trail)) for id in voided.ids)]
+        else:
+            assert attempt.trail[: len(former)] == former[:steps]
+            former = max(former, attempt.trail, key=len)
