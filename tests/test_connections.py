@@ -208,4 +208,4 @@ def test_a_program_whose_broker_is_not_there_is_told_what_to_do(monkeypatch: pyt
     ):
         pass
     shown = traceback.format_exception(away.value)
-    assert "nats_transport" not in "".join(shown) and "The above exception" not in "".join(shown)
+    assert "nats_" not in "".join(shown) and "The above exception" not in "".join(shown)

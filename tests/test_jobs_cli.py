@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nalar_mq import nats_transport
+from nalar_mq import nats_connection
 from nalar_mq.app import load_app
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import connect
@@ -149,7 +149,7 @@ async def test_jobs_need_a_broker_that_keeps_them(syncs: bool, tmp_path: Path, m
     config.write_text(
         f'listen: "127.0.0.1:{port}"\nhttp: "127.0.0.1:{monitor}"\njetstream {{ store_dir: "{tmp_path}"\n{interval} }}\n'
     )
-    monkeypatch.setattr(nats_transport, "_MONITOR_PORT", monitor)
+    monkeypatch.setattr(nats_connection, "_MONITOR_PORT", monitor)
     server = await asyncio.create_subprocess_exec(SCRIPTS / "nats-server", "-c", config, stderr=subprocess.DEVNULL)
     settings = Settings(broker=BrokerAccess(urls=(f"nats://127.0.0.1:{port}",)), node="here")
     trusting = Settings(broker=settings.broker, node="here", trust_broker=True)
@@ -181,7 +181,7 @@ async def test_another_server_on_the_monitoring_port_says_nothing_of_ours(
     broker_access: BrokerAccess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with EmbeddedBroker(tmp_path) as broker:
-        monkeypatch.setattr(nats_transport, "_MONITOR_PORT", int(broker.url.rpartition(":")[2]))
+        monkeypatch.setattr(nats_connection, "_MONITOR_PORT", int(broker.url.rpartition(":")[2]))
         transport = await NatsTransport.connect(broker_access, name="asks")
         assert await transport.syncs() is None
         await transport.aclose()

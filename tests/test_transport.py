@@ -564,7 +564,9 @@ async def test_queue_shows_what_it_holds_and_nobody_loses_a_turn(queue: WorkQueu
 async def test_queue_gives_nobody_what_was_removed(queue: WorkQueue, namespace: str) -> None:
     subject = f"{namespace}.jobs.a"
     waiting, in_hand, done = [(await queue.publish(subject, b"%d" % number))[0] for number in range(3)]
-    pulled = {message.sequence: message for message in await queue.pull(subject, batch=3, timeout_s=PATIENCE_S, ack_wait_s=30.0)}
+    pulled = {
+        message.sequence: message for message in await queue.pull(subject, batch=3, timeout_s=PATIENCE_S, ack_wait_s=30.0)
+    }
     await pulled[waiting].nak()
     await pulled[done].ack()
     assert [await queue.holds(sequence) for sequence in (waiting, in_hand, done, done + 1)] == [True, True, False, False]
