@@ -63,7 +63,7 @@ from nalar_mq.errors import (
 )
 from nalar_mq.explanations import Explanations
 from nalar_mq.future import Facts, Future, FutureInfo, waiting
-from nalar_mq.history import LOSSES, History
+from nalar_mq.history import History, losses_in
 from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
@@ -1545,9 +1545,9 @@ class Calls:
             self._journal().put(opening)
         self._journal().put(observation, on_durable)
 
-    def void(self, history: History, kind: str, text: str) -> None:
-        """A call of a job ends with a loss: what it had called and that failed of it is made again by another attempt."""
-        voided = history.voided(kind, text)
+    def void(self, history: History, losses: Iterable[BaseException]) -> None:
+        """A call of a job ends with losses: what it had called and that failed of them is made again by another attempt."""
+        voided = history.voided([values.encode_error(loss)[:2] for loss in losses])
         if voided is not None:
             self._observe(history, voided)
 
@@ -1560,7 +1560,7 @@ class Calls:
         else:
             assert type(result) is Fail
             error = _error_in(result, entry.future.actor)
-            again = again or isinstance(error, LOSSES)  # it is made again, and goes on where it was, if that ends the job
+            again = again or bool(losses_in(error))  # it is made again, and goes on where it was, if that ends the job
             entry.future.fail(error)
         self._end(entry)
         if entry.consumers is not None:

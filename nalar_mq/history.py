@@ -38,15 +38,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from random import Random
-from typing import Final, NamedTuple
+from typing import NamedTuple, cast
 
 from nalar_mq.address import Address
 from nalar_mq.errors import OverloadedError, OwnerLostError, WorkerLostError
 from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen, Voided
 
-LOSSES: Final = (WorkerLostError, OwnerLostError, OverloadedError)  # nobody's program is at fault
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
 _FIRST_WAIT = 2**56  # waits have greater numbers than looks
@@ -63,6 +62,17 @@ def _digest(parts: Iterable[bytes]) -> bytes:
         found.update(len(part).to_bytes(4, "big"))
         found.update(part)
     return found.digest()
+
+
+def losses_in(error: BaseException) -> list[WorkerLostError | OwnerLostError | OverloadedError]:
+    """The losses with which a program has ended, more than one of a task group; none if anything else is among them."""
+    if isinstance(error, WorkerLostError | OwnerLostError | OverloadedError):
+        return [error]
+    if not isinstance(error, BaseExceptionGroup):
+        return []
+    parts: tuple[BaseException, ...] = cast("BaseExceptionGroup[BaseException]", error).exceptions
+    found = [losses_in(part) for part in parts]
+    return [loss for losses in found for loss in losses] if all(found) else []
 
 
 class Memory(NamedTuple):
@@ -390,9 +400,9 @@ class History:
         self._note_failed(result)
         return Outcome(self.job, self.call_id, result, after_s)
 
-    def voided(self, kind: str, text: str) -> Voided | None:
-        """What is to be journaled when the program has ended with a loss of that text; None if no call of it failed of that."""
-        ids = tuple([id for id, failed in self._failed.items() if failed == (kind, text)])
+    def voided(self, losses: Collection[tuple[str, str]]) -> Voided | None:
+        """What is to be journaled when the program has ended with losses of these kinds and texts; None without such calls."""
+        ids = tuple([id for id, failed in self._failed.items() if failed in losses])
         return Voided(self.job, self.call_id, ids) if ids else None
 
     def opening(self) -> Begun | None:

@@ -77,7 +77,7 @@ from nalar_mq.errors import (
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of, workflow_of
 from nalar_mq.future import Future
-from nalar_mq.history import LOSSES, History, Memory
+from nalar_mq.history import History, Memory, losses_in
 from nalar_mq.isolation import Children, completed
 from nalar_mq.limits import Group, groups_with
 from nalar_mq.logs import logger
@@ -1546,8 +1546,8 @@ class Host:
             failure = failure._replace(payload=b"")  # its text and traceback are short
         execution.failure = failure.kind
         history = None if execution.context is None else execution.context.history
-        if history is not None and isinstance(error, LOSSES):
-            self._calls.void(history, failure.kind, failure.text)
+        if history is not None and (losses := losses_in(error)):
+            self._calls.void(history, losses)
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
         path, epoch = _path(execution, path_of(error)), execution.call.epoch

@@ -59,7 +59,7 @@ from nalar_mq.errors import (
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import raised_at
 from nalar_mq.future import Future
-from nalar_mq.history import LOSSES, Memory, root_id
+from nalar_mq.history import Memory, losses_in, root_id
 from nalar_mq.interchange import read_arguments
 from nalar_mq.jobs import Ended, JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
 from nalar_mq.logs import logger
@@ -485,11 +485,7 @@ class Intake:
             await self._try_again(job, self._options.back_off_s)
         elif _is_lost(error) and (job.losses - job.excused < self._options.losses or await self._has_got_further(job)):
             job.losses += 1
-            if isinstance(error, WorkerLostError):
-                if _is_of_a_call(error, job):
-                    job.excused -= JOB_RETRIES  # so many workers it has cost before
-                if error.worker:
-                    job.lost = _with(job.lost, error.worker)
+            self._note_losses(job, [loss for loss in losses_in(error) if isinstance(loss, WorkerLostError)])
             self._settle(job, again=True)
             await self._try_again(job, self._options.back_off_s)
         elif (found := await self.jobs.patiently(lambda: self._ended(job.id))) is not None:
@@ -502,6 +498,13 @@ class Intake:
             await self._try_again(job, pause_s * self._random.uniform(0.5, 1.0))
         else:
             await self._fail(job, error, ran_s)
+
+    def _note_losses(self, job: _Job, losses: list[WorkerLostError]) -> None:
+        own = job.future.id.hex() if job.future is not None else ""
+        if any(loss.call_id not in ("", own) for loss in losses):
+            job.excused -= JOB_RETRIES  # a call of it was lost, which has cost so many workers before
+        for worker in [loss.worker for loss in losses if loss.worker]:
+            job.lost = _with(job.lost, worker)
 
     def _settle(self, job: _Job, *, again: bool = False) -> None:
         if job.future is not None:
@@ -660,12 +663,7 @@ def _is_hopeless(error: BaseException, workflow: str) -> bool:
 
 def _is_lost(error: BaseException) -> bool:
     """True if it is not the workflow that is at fault, but a process that it needed."""
-    return isinstance(error, (*LOSSES, StateLostError))
-
-
-def _is_of_a_call(error: WorkerLostError, job: _Job) -> bool:
-    """True if it was not the job's own worker that was lost, but that of something it had called."""
-    return job.future is not None and error.call_id not in ("", job.future.id.hex())
+    return isinstance(error, StateLostError) or bool(losses_in(error))
 
 
 def _id_or_nothing(message: QueueMessage) -> str:

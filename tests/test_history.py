@@ -217,9 +217,9 @@ def test_what_depended_on_a_lost_call_is_void_with_it_and_other_failures_are_not
     history = again(loss(a), failure(b))
     assert history.outcome(Fail(c, "m:WorkerLostError", "worker w was lost"), 1.0).parent == ROOT
     history.outcome(Fail(d, "m:WorkerLostError", "worker v was lost"), 2.0)
-    assert history.voided("m:WorkerLostError", "worker w was lost") == void(a, c)
-    assert history.voided("m:E", "worker w was lost") is None
-    assert again(loss(a), void(a)).voided("m:WorkerLostError", "worker w was lost") is None
+    assert history.voided([("m:WorkerLostError", "worker w was lost")]) == void(a, c)
+    assert history.voided([("m:E", "worker w was lost")]) is None
+    assert again(loss(a), void(a)).voided([("m:WorkerLostError", "worker w was lost")]) is None
 
 
 def test_only_a_failure_can_be_void() -> None:
@@ -459,7 +459,7 @@ def test_every_attempt_goes_the_way_of_the_former_one_up_to_a_loss_that_ended_it
         try:
             attempt.run(steps)
         except Lost as error:
-            voided = attempt.history.voided("m:WorkerLostError", error.text)
+            voided = attempt.history.voided([("m:WorkerLostError", error.text)])
             assert voided is not None
             journal.append(voided)
             assert attempt.trail[: len(former)] == former, "the former attempt got further without this loss"

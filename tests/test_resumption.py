@@ -858,6 +858,19 @@ async def test_what_was_to_be_given_a_lost_value_is_made_again_with_it(site: Sit
     assert site.count("alone l") == LOSSES_OF_A_CALL + 2
 
 
+async def test_the_losses_of_a_task_group_are_no_failure(site: Site, one_retry: None) -> None:
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_in_a_group", "l")
+    for number in range(LOSSES_OF_A_CALL):
+        await site.ran("alone l", 2 * number + 2)
+        site.hub.kill(f"alone{number}")
+        await site.serve(f"alone{number + 1}", "Alone")
+    await site.ran("loses_in_a_group l", 2)
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == ["l", "l"]
+
+
 async def test_a_loss_that_the_program_has_met_is_met_again(site: Site, one_retry: None) -> None:
     await site.serve("tools", "tool")
     await site.serve("driver", "workflow")

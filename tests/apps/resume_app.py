@@ -487,3 +487,15 @@ async def outlives_later(name: str) -> str:
 async def needs_alone(name: str) -> str:
     RUNS.append(f"needs_alone {name}")
     return await Alone.wait(name)
+
+
+@workflow
+async def loses_in_a_group(name: str) -> list[str]:
+    RUNS.append(f"loses_in_a_group {name}")
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_alone(name)) for _ in range(2)]
+    return [task.result() for task in tasks]
+
+
+async def _alone(name: str) -> str:
+    return await Alone.wait(name)
