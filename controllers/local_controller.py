@@ -50,6 +50,7 @@ from nalar_mq.logs import logger
 from nalar_mq.permissions import Role
 
 from .adoption import AdoptedProcess, Link, peer_of
+from .crash_reports import CrashRow
 from .node_folder import NodeFolder, NodeRecord, Running, start_of
 from .supervision import Action, Event, Exited, Heard, Leaving, Limits, Moving, Phase, Ready, Slot, Stop, Tick, decide
 
@@ -200,6 +201,20 @@ class LocalController:
     def phases(self) -> dict[str, Phase]:
         """Where each worker is in its life, by name."""
         return {name: slot.phase for name, slot in self._slots.items()}
+
+    def crashes(self) -> dict[str, CrashRow]:
+        """The workers that have ended lately though nobody wanted it, by name."""
+        now = asyncio.get_running_loop().time()
+        found = {name: (slot, slot.crashes_at(now, self._limits)) for name, slot in self._slots.items()}
+        return {
+            name: CrashRow(slot.phase.value, crashes.count, now - crashes.since, now - crashes.last, crashes.reason)
+            for name, (slot, crashes) in found.items()
+            if crashes is not None
+        }
+
+    async def crashed(self) -> None:
+        """Returns when there are such workers."""
+        await self._until(lambda: bool(self.crashes()))
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -24,6 +24,9 @@ processes may pass, and between two of them it serves. One that ends with `EXIT_
 else has its name, and two that take it from each other would serve nobody. One that ends with `EXIT_LOST` stood still for so
 long that the others gave it up; its successor is started like that of any other process that has served. One that
 drains already when the next controller of the node comes is `Leaving`: it gets the time of a drain, and then a successor.
+
+Failures of which each comes within `calm_s` of the one before are `Crashes`: people are told of those until a worker has been
+calm for so long.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     first_pause_s: float = 0.1
     longest_pause_s: float = 10.0
     max_failures: int = 5
+    calm_s: float = 60.0
     silence_s: float = math.inf
     rejoin_s: float = 15.0
     orphan_s: float = 60.0
@@ -74,6 +78,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     def period_s(self) -> float:
         """How often the silence of a process is looked at."""
         return self.silence_s / _PERIODS
+
+
+class Crashes(msgspec.Struct, frozen=True):
+    """Failures of a slot, one soon after the other: how many, the first and the last on the loop's clock, and why the last."""
+
+    count: int
+    since: float
+    last: float
+    reason: str
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +100,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
         failures: how many in a row; 0 in a slot that was given up at once.
         has_served: a process in this slot has been ready.
         reason: why it failed, once it has.
+        crashes: its last failures; None if there are none yet.
     """
 
     name: str
@@ -97,6 +111,7 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     failures: int = 0
     has_served: bool = False
     reason: str = ""
+    crashes: Crashes | None = None
 
     @property
     def is_over(self) -> bool:
@@ -112,6 +127,11 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     def stands_still(self) -> bool:
         """True if its process has been silent for longer than it may be."""
         return self.silent_for > _PERIODS
+
+    def crashes_at(self, now: float, limits: Limits) -> Crashes | None:
+        """Its failures, if it has not been calm for a while since the last one."""
+        crashes = self.crashes
+        return crashes if crashes is not None and now - crashes.last < limits.calm_s else None
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -210,6 +230,7 @@ def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
     if slot.phase is Phase.STOPPING or event.code == EXIT_DRAINED:
         return _to(slot, Phase.STOPPED)
     why = event.reason or _why(event.code, slot)
+    slot = msgspec.structs.replace(slot, crashes=_one_more(slot.crashes_at(now, limits), now, why))
     if event.code == EXIT_REPLACED or (event.code == EXIT_CONFIG and not slot.has_served):
         return _to(slot, Phase.FAILED, failures=0, reason=why)
     was_healthy = now - slot.ready_at >= limits.healthy_after_s
@@ -218,6 +239,10 @@ def _on_exit(slot: Slot, event: Exited, now: float, limits: Limits) -> Slot:
         return _to(slot, Phase.FAILED, failures=failures, reason=f"{why}, {failures} times in a row")
     pause_s = 0.0 if was_healthy else min(limits.first_pause_s * 2 ** min(failures - 1, 30), limits.longest_pause_s)
     return _to(slot, Phase.WAITING, due=now + pause_s * (1 + event.spread / 2), failures=failures)
+
+
+def _one_more(before: Crashes | None, now: float, reason: str) -> Crashes:
+    return Crashes(1, now, now, reason) if before is None else Crashes(before.count + 1, before.since, now, reason)
 
 
 def _on_stop(slot: Slot, event: Stop, now: float) -> tuple[Slot, Action]:
@@ -241,7 +266,16 @@ def _to(
 ) -> Slot:
     kept = slot.failures if failures is None else failures
     has_served = slot.has_served or phase is Phase.READY
-    return Slot(name=slot.name, phase=phase, due=due, ready_at=ready_at, failures=kept, has_served=has_served, reason=reason)
+    return Slot(
+        name=slot.name,
+        phase=phase,
+        due=due,
+        ready_at=ready_at,
+        failures=kept,
+        has_served=has_served,
+        reason=reason,
+        crashes=slot.crashes,
+    )
 
 
 def _why(code: int, slot: Slot) -> str:

@@ -126,6 +126,7 @@ class Subjects:
         "lost_bucket",
         "members_bucket",
         "namespace",
+        "nodes_bucket",
         "overview",
         "places_bucket",
         "questions_ledger",
@@ -145,6 +146,7 @@ class Subjects:
         self.leader_bucket = f"{namespace}-leader"
         self.control_bucket = f"{namespace}-control"
         self.acts_bucket = f"{namespace}-acts"
+        self.nodes_bucket = f"{namespace}-nodes"
         self.decisions_ledger = f"{namespace}-decisions"
         self.decided = f"{namespace}.decided"
         self.overview = f"{namespace}.overview"

@@ -412,7 +412,8 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
     CALLS    calls that it has run to their end
     FUTURES  calls that it has made and that have not ended
 
-    The embedded model server, if one runs on this machine, is told of, too.
+    Workers that have ended lately though nobody wanted it, and the embedded model server, if one runs on this machine, are
+    told of, too.
     """
     from nalar_mq import commands
     from nalar_mq.engines import local_engine_state
@@ -421,15 +422,18 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
         _show_questions(options, _choice(broker), app, json)
         return
     file = commands.app_file(app) if app else None
-    settings, seen = _run(options, commands.processes(_choice(broker), app=file))
+    settings, seen, crashes = _run(options, commands.processes(_choice(broker), app=file))
     rows = [_process_row(process) for process in seen]
     engine = local_engine_state()
     if json:
         urls = list(settings.broker.urls)
         told = {"engine": engine} if engine is not None else {}
-        _show_json({"broker": urls, "namespace": settings.namespace, "members": rows, **told})
+        _show_json({"broker": urls, "namespace": settings.namespace, "members": rows, "crashes": crashes, **told})
         return
     _tell(f"broker {settings.broker.urls[0]}, namespace {settings.namespace}, {len(rows)} processes")
+    for node, workers in sorted(crashes.items()):
+        for name, row in sorted(workers.items()):
+            _tell(f"worker {name} of node {node} {row.describe()}")
     if engine is not None:
         _tell(f"engine of this machine: {engine.describe()}")
     columns = ("name", "role", "node", "pid", "state", "ended", "futures")

@@ -49,6 +49,7 @@ from nalar_mq.config import (
     load_settings,
     trusts_broker,
 )
+from nalar_mq.controllers.crash_reports import CrashRow, read_crashes, tell_crashes
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.node_acts import NodeActs
 from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
@@ -222,7 +223,8 @@ async def up(
         beside: list[_Work] = [functools.partial(_obey, settings, controller) for controller in controllers]
         if controls:
             beside.append(functools.partial(govern, settings, decider, tell))
-        await _serve(controllers, broker, tell, beside)
+        reporters = [functools.partial(_report_crashes, settings, controller) for controller in controllers]
+        await _serve(controllers, broker, tell, beside, reporters)
 
 
 async def worker(
@@ -265,7 +267,8 @@ async def worker(
         raise
     controller = _controller(app, settings, entry, workers, log_level, capacities, folder, orphan_s)
     show(settings.broker.urls[0])
-    await _serve([controller], None, tell, [functools.partial(_obey, settings, controller)])
+    beside = [functools.partial(_obey, settings, controller)]
+    await _serve([controller], None, tell, beside, [functools.partial(_report_crashes, settings, controller)])
 
 
 async def controller(choice: BrokerChoice, *, app: Path | None, policy: str | None, tell: Show) -> None:
@@ -352,13 +355,23 @@ class Seen(msgspec.Struct, frozen=True):
     glance: Glance | None
 
 
-async def processes(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Seen]]:
-    """The processes of a runtime that is there, and how it was reached."""
+async def processes(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Seen], dict[str, dict[str, CrashRow]]]:
+    """The processes of a runtime that is there, how it was reached, and which workers of which nodes keep ending."""
     settings = settings_of(choice, app)
     async with connect(settings=settings) as client:
-        glances = {view.name: view.glance for view in await client.look()}
+        views, crashes = await asyncio.gather(client.look(), _crashes(client))
+        glances = {view.name: view.glance for view in views}
         others = [(name, member) for name, member in await client.members() if name != client.process.name]
-        return settings, [Seen(name, member, glances.get(name)) for name, member in others]
+        return settings, [Seen(name, member, glances.get(name)) for name, member in others], crashes
+
+
+async def _crashes(client: Client) -> dict[str, dict[str, CrashRow]]:
+    process = client.process
+    try:
+        return await read_crashes(process.transport, process.subjects, process.settings.lease_s)
+    except BrokerError as error:  # one that was prepared before there was such a thing
+        _log.debug("crashes.unreadable", error=str(error))
+        return {}
 
 
 async def trace(choice: BrokerChoice, wanted: str, *, app: Path | None) -> Trace:
@@ -502,18 +515,37 @@ async def _obey(settings: Settings, controller: LocalController) -> None:
     await _connected_again_and_again(settings, random_token(f"{controller.node[:96]}-node"), obey)
 
 
+async def _report_crashes(settings: Settings, controller: LocalController) -> NoReturn:
+    """Tells everybody of workers of a node that keep ending, with a connection only while there are any."""
+    name = random_token(f"{controller.node[:96]}-crashes")
+    while True:
+        await controller.crashed()
+        try:
+            async with await _connected_as(settings, name) as transport:
+                await tell_crashes(transport, Subjects(settings.namespace), controller.node, controller, settings.lease_s)
+        except BrokerError as error:
+            _log.debug("crashes.not_told", name=name, error=str(error))
+            await asyncio.sleep(_GOVERN_AGAIN_S)
+
+
 async def _connected_again_and_again(
     settings: Settings, name: str, work: Callable[[NatsTransport, Subjects], Awaitable[None]]
 ) -> NoReturn:
     """Does the work with a connection of its own; with another one when the broker did not answer."""
-    access, subjects = issued(settings.broker, name, Role.CONTROLLER), Subjects(settings.namespace)
+    subjects = Subjects(settings.namespace)
     while True:
         try:
-            async with await NatsTransport.connect(access, name=name, inbox=subjects.inbox(name)) as transport:
+            async with await _connected_as(settings, name) as transport:
                 await work(transport, subjects)
         except BrokerError as error:
             _log.warning("controller.no_broker", name=name, error=str(error))
         await asyncio.sleep(_GOVERN_AGAIN_S)
+
+
+async def _connected_as(settings: Settings, name: str) -> NatsTransport:
+    """A connection of a controller of that name."""
+    access = issued(settings.broker, name, Role.CONTROLLER)
+    return await NatsTransport.connect(access, name=name, inbox=Subjects(settings.namespace).inbox(name))
 
 
 async def _tell_lead(controller: GlobalController, name: str, tell: Show) -> NoReturn:
@@ -532,12 +564,13 @@ async def _serve(
     broker: GuardedBroker | None,
     tell: Show,
     beside: Sequence[_Work] = (),
+    always: Sequence[_Work] = (),
 ) -> None:
-    """Runs nodes until SIGINT or SIGTERM, and what goes on `beside` them once their workers serve."""
+    """Runs nodes until SIGINT or SIGTERM, what goes on `beside` them once their workers serve, and what always does."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     with on_signals(lambda: (hurry if stop.is_set() else stop).set()):
         async with _started(controllers):
-            await _first(stop.wait(), _watch(controllers, tell, beside), *_guards(broker))
+            await _first(stop.wait(), _watch(controllers, tell, beside), *_guards(broker), *(work() for work in always))
             if stop.is_set():
                 tell("draining: what has begun is finished; a second signal ends it at once")
                 await _first(hurry.wait(), _all(controller.drain() for controller in controllers))

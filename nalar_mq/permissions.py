@@ -107,6 +107,7 @@ def _of_all(subjects: Subjects, me: str) -> Permissions:
         *_reading(_bucket(subjects.leader_bucket)),
         *_reading(_bucket(subjects.control_bucket)),
         *_reading(_bucket(subjects.acts_bucket)),
+        *_reading(_bucket(subjects.nodes_bucket)),
         *_reading(subjects.decisions_ledger),
         subjects.overview,
     )
@@ -167,6 +168,7 @@ def _of_controllers(subjects: Subjects) -> Permissions:
         *_sharing_bucket(subjects.leader_bucket),
         *_sharing_bucket(subjects.control_bucket),
         *_sharing_bucket(subjects.acts_bucket),
+        *_sharing_bucket(subjects.nodes_bucket),
         *_sharing(subjects.decisions_ledger, subjects.decided),
         subjects.inbox(">"),
         "_INBOX.>",

@@ -38,6 +38,7 @@ async def lay_out(transport: Transport, subjects: Subjects, lease_s: float) -> N
         open_lead(transport, subjects, lease_s),
         transport.key_value(subjects.control_bucket),
         transport.key_value(subjects.acts_bucket, ttl_s=lease_s),
+        transport.key_value(subjects.nodes_bucket, ttl_s=lease_s),
         transport.ledger(subjects.journal_ledger, [subjects.journal("*", "*")], max_age_s=journal.KEPT_S),
         open_history(transport, subjects),
         transport.object_store(subjects.claims_bucket, max_age_s=local_store.KEPT_S),

@@ -12,6 +12,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -483,6 +484,41 @@ def test_ps(runtime):
     assert worker["actors"]["answer"]["methods"] == {"": "(question: str, limit: int = 2) -> str"}
     assert worker["actors"]["answer"]["running"] == 0
     assert worker["name"] in nalar("ps", cwd=runtime).stdout
+    assert seen["crashes"] == {}
+
+
+def test_ps_tells_of_workers_that_keep_ending(app):
+    def worker() -> dict[str, Any] | None:
+        members = json.loads(nalar("ps", "--json", cwd=app).stdout)["members"]
+        return next((member for member in members if member["role"] == "worker"), None)
+
+    def crashes() -> dict[str, Any]:
+        told = json.loads(nalar("ps", "--json", cwd=app).stdout)["crashes"]
+        return {name: row for workers in told.values() for name, row in workers.items()}
+
+    def others(pids: set[int]) -> bool:
+        found = worker()
+        return found is not None and found["pid"] not in pids
+
+    running = Running("up", ".", "--workers", "1", cwd=app)
+    try:
+        running.says("1 workers are ready")
+        killed: set[int] = set()
+        for _ in range(2):
+            eventually(lambda: others(killed), "it has no successor")
+            found = worker()
+            assert found is not None
+            os.kill(found["pid"], signal.SIGKILL)
+            killed.add(found["pid"])
+        eventually(lambda: crashes().get(found["name"], {}).get("times") == 2, "nobody tells of it")
+        assert crashes()[found["name"]]["reason"].startswith("it was ended by signal 9")
+        assert re.search(
+            rf"^nalar: worker {found['name']} of node \S+ has ended 2 times within \d+ s, is \w+ now: it was ended by signal 9",
+            nalar("ps", cwd=app).stderr,
+            re.MULTILINE,
+        )
+    finally:
+        running.end()
 
 
 def test_ps_shows_queues_and_futures(runtime, tmp_path):

@@ -18,6 +18,7 @@ from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.supervision import (
     Action,
+    Crashes,
     Exited,
     Heard,
     Leaving,
@@ -108,6 +109,32 @@ def test_a_healthy_life_forgives_earlier_failures():
     slot = Slot(name="w", phase=Phase.READY, ready_at=100, failures=2, has_served=True)
     assert decide(slot, Exited(-9), 109, LIMITS)[0].failures == 3
     assert decide(slot, Exited(-9), 110, LIMITS)[0].failures == 1
+
+
+def crashed(slot: Slot, now: float, reason: str = "") -> Slot:
+    """The slot after another start that came to serve and ended without being asked to."""
+    slot, _ = decide(msgspec.structs.replace(slot, due=now), Tick(), now, LIMITS)
+    slot, _ = decide(slot, Ready(), now, LIMITS)
+    return decide(slot, Exited(-9, reason), now + 1.0, LIMITS)[0]
+
+
+def test_what_ends_again_and_again_is_told_of_until_it_has_been_calm_for_a_while():
+    slot = WAITING
+    assert slot.crashes_at(0.0, LIMITS) is None
+    for now in (100.0, 150.0, 205.0):
+        slot = crashed(slot, now, f"at {now}")
+    assert slot.crashes_at(206.0, LIMITS) == Crashes(3, 101.0, 206.0, "at 205.0")
+    assert slot.crashes_at(206.0 + LIMITS.calm_s, LIMITS) is None
+    slot = crashed(slot, 400.0)
+    assert slot.crashes_at(401.0, LIMITS) == Crashes(1, 401.0, 401.0, "it was ended by signal 9 while it served")
+
+
+def test_what_was_asked_for_is_no_crash():
+    slot, _ = decide(READY, Stop(7), 100, LIMITS)
+    for code, before in ((0, slot), (-9, slot), (6, READY)):
+        after, _ = decide(before, Exited(code), 103, LIMITS)
+        assert after.phase is Phase.STOPPED
+        assert after.crashes_at(103, LIMITS) is None
 
 
 WATCHFUL = msgspec.structs.replace(LIMITS, silence_s=12.0)
