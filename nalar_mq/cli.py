@@ -532,8 +532,11 @@ def drain(options: _Options, /, worker: str, grace: float, json: bool, app: Path
 
     ended = _run(options, commands.drain(_choice(broker), worker, grace_s=grace, app=file, take=take))
     if json:
-        _show_json({"worker": worker, "moved": ended.moved, "stores": ended.stores, "lost": ended.lost, "stayed": ended.stayed})
+        told = {"moved": ended.moved, "stores": ended.stores, "lost": ended.lost, "stayed": ended.stayed}
+        _show_json({"worker": worker, **told, "silent": ended.silent})
         return
+    if ended.silent:
+        _tell(f"{', '.join(ended.silent)} did not answer {worker}: lost, or not able to")
     _show(
         f"{worker} is drained: {ended.stores} stores handed over, {ended.moved} sessions moved, {ended.lost} in memory ended, "
         f"{ended.stayed} left on its disk"

@@ -18,8 +18,9 @@ What becomes of the sessions in a store:
 
     by bequest     A worker on the same machine which serves the same agents goes on with the store as a whole. It is asked
                    first (`Bequest`, `Accepted`), and opens the store the moment that it is closed here, or that this process
-                   is killed. One that is drained itself is asked if there is no other: what it still runs may need the
-                   sessions. Sessions whose call takes long move on their own before that, so that the others need not wait
+                   is killed. Those that could do it are asked together whether they would: of those that answer the one
+                   with the least to do goes on with it, and nobody waits for the others then. One that is drained itself is
+                   asked if there is no other: what it still runs may need the sessions. Sessions whose call takes long move on their own before that, so that the others need not wait
                    for it.
     by migration   If there is no such worker, all sessions move to others, idle ones from the disk, several at a time, each
                    to the one with the least to do (`migration`).
@@ -63,6 +64,7 @@ _LONG_S: Final = 0.25  # a session whose call has run for so long moves on its o
 _LULL_S: Final = 1.0  # how long a moment is waited for in which no call of a session in a store runs
 _YOUNG_S: Final = 1.0  # what has run for less when the grace period is over may end
 _ANSWER_S: Final = 5.0  # for the broker and for other workers to answer in
+_FURTHER_S: Final = 0.25  # for others to answer in when one has
 _LAST_WORDS_S: Final = 0.5
 _UNWIND_S: Final = 2.0  # for calls that have been ended
 _INHERIT_S: Final = 60.0
@@ -110,6 +112,7 @@ class Draining:
         self._swept = -1
         self._heirs: dict[str, Address] = {}
         self._unwilling: set[str] = set()
+        self._silent: set[str] = set()
         self._asked: dict[bytes, asyncio.Future[str]] = {}
         self._askers: list[tuple[Address, bytes]] = []
         self._moves: dict[Key, asyncio.Task[None]] = {}
@@ -226,6 +229,7 @@ class Draining:
             stores=ended.stores,
             lost=ended.lost,
             stayed=ended.stayed,
+            silent=ended.silent,
         )
         return ended
 
@@ -350,35 +354,70 @@ class Draining:
 
     async def _find_heir(self, store: Store, *, is_due: bool) -> bool:
         """Finds a worker that goes on with a store as a whole, when that `is_due`; False if there is none."""
-        me = self._table.members.get(self._process.name)
-        while me is not None:
-            heirs = set(heirs_among(self._table.members, self._process.name, me, self._kept)) - self._unwilling
-            if not heirs:
-                break
-            name = min(heirs, key=lambda heir: (self._given[heir], self._table.busy(heir), heir))
-            address = Address(name, self._table.members[name].incarnation)
-            bequest = Bequest(self._process.calls.fresh_id(), store.id, str(store.folder.resolve()), is_due)
-            refusal = await self._ask(address, bequest)
-            if not refusal:
-                self._heirs[store.id] = address
-                self._given[name] += 1
+        while heir := self._chosen(store) or await self._willing(store):
+            self._heirs[store.id] = heir
+            if not is_due:
                 return True
-            _log.info("store.not_taken", store=store.id, worker=name, reason=refusal)
-            self._unwilling.add(name)
-        self._heirs.pop(store.id, None)
+            answers = await self._ask([heir], store, is_due=True)
+            if answers.get(heir) == "":
+                return True
+            self._note_unwilling(store, answers, [heir])
+            del self._heirs[store.id]
         return False
 
-    async def _ask(self, heir: Address, bequest: Bequest) -> str:
-        asked: asyncio.Future[str] = self._loop.create_future()
-        self._asked[bequest.id] = asked
-        self._calls.tell(heir, bequest)
+    def _possible_heirs(self) -> list[Address]:
+        """The workers that could go on with a store, and have not said no, the most suitable one first."""
+        members = self._table.members
+        me = members.get(self._process.name)
+        names = set(heirs_among(members, self._process.name, me, self._kept)) - self._unwilling if me is not None else set[str]()
+        ordered = sorted(names, key=lambda heir: (self._given[heir], self._table.busy(heir), heir))
+        return [Address(name, members[name].incarnation) for name in ordered]
+
+    def _chosen(self, store: Store) -> Address | None:
+        """Who has said that it would go on with the store, if it still could."""
+        chosen = self._heirs.pop(store.id, None)
+        return chosen if chosen in self._possible_heirs() else None
+
+    async def _willing(self, store: Store) -> Address | None:
+        """Asks all that could go on with a store whether they would; the most suitable one of those."""
+        while asked := self._possible_heirs():
+            answers = await self._ask(asked, store, is_due=False)
+            willing = [heir for heir in self._possible_heirs() if answers.get(heir) == ""]
+            if willing:
+                self._given[willing[0].name] += 1
+                return willing[0]
+            self._note_unwilling(store, answers, asked)
+        return None
+
+    def _note_unwilling(self, store: Store, answers: Mapping[Address, str], asked: Iterable[Address]) -> None:
+        """They are asked nothing more."""
+        for name, refusal in ((heir.name, answers.get(heir, "it does not answer")) for heir in asked):
+            _log.info("store.not_taken", store=store.id, worker=name, reason=refusal)
+            self._unwilling.add(name)
+        self._silent.update(heir.name for heir in asked if heir not in answers)
+
+    async def _ask(self, heirs: Iterable[Address], store: Store, *, is_due: bool) -> dict[Address, str]:
+        """What they answer, all asked together: why not, or nothing; when one is willing, the others have to be quick."""
+        folder, asked = str(store.folder.resolve()), dict[asyncio.Future[str], tuple[Address, bytes]]()
+        for heir in heirs:
+            bequest = Bequest(self._process.calls.fresh_id(), store.id, folder, is_due)
+            answer: asyncio.Future[str] = self._loop.create_future()
+            self._asked[bequest.id] = answer
+            asked[answer] = heir, bequest.id
+            self._calls.tell(heir, bequest)
+        answers: dict[Address, str] = {}
+        until, waiting = self._loop.time() + _ANSWER_S, set(asked)
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                return await asked
-        except TimeoutError:
-            return "it does not answer"
+            while waiting and self._loop.time() < until:
+                timeout = until - self._loop.time()
+                done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                answers |= {asked[answer][0]: answer.result() for answer in done}
+                if "" in answers.values():
+                    until = min(until, self._loop.time() + _FURTHER_S)
         finally:
-            del self._asked[bequest.id]
+            for _, id in asked.values():
+                del self._asked[id]
+        return answers
 
     async def _bequeath(self) -> None:
         """Has others go on with the stores; where nobody does after all, moves the sessions one by one."""
@@ -489,6 +528,7 @@ class Draining:
             stores=self._handed_over,
             lost=len(self._lost),
             stayed=self._left_behind,
+            silent=tuple(sorted(self._silent)),
         )
 
     async def _tell_askers(self) -> None:

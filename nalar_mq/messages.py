@@ -432,6 +432,7 @@ class Drainage(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=17):
         stores: of managed state that another worker on the machine goes on with as a whole.
         lost: sessions that were ended because they cannot move.
         stayed: sessions that nobody could take; they are on the worker's disk, for whoever opens that.
+        silent: workers that it has asked to go on with a store, and that did not answer.
     """
 
     id: bytes
@@ -444,6 +445,7 @@ class Drainage(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=17):
     stores: int = 0
     lost: int = 0
     stayed: int = 0
+    silent: tuple[str, ...] = ()
 
 
 class Bequest(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=18):

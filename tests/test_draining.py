@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
+from nalar_mq import draining, simulation
 from nalar_mq.address import Address
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
@@ -319,3 +321,39 @@ async def test_a_job_that_outlasts_the_grace_goes_on_in_another_worker(runtime: 
             await first.aclose()
             async with asyncio.timeout(60):
                 assert await working.result() == 20
+
+
+async def drained_beside_killed_ones(folder: Path, killed: int, *, lives: bool) -> tuple[Drainage, float]:
+    """A worker is drained when others of its machine have been killed just now, and one lives or none; and how long that takes."""
+    hub, workers = MemoryHub(seed=1), list[Worker]()
+    broker = BrokerAccess(urls=("nats://nowhere:1",))
+    settings = Settings(broker=broker, namespace="t", node="here", lease_s=60.0, state=str(folder), local_store="off")
+    names = ["leaves", *(f"a{number}" for number in range(killed)), *(["lives"] if lives else [])]
+    for name in names:
+        worker = Worker(load_app(APP), settings, name=name, connect=hub.connect, random=Random(name), is_simulated=True)
+        workers.append(worker)
+        await worker.start()
+    client = connect(settings=settings, name="client-c", connect=hub.connect, random=Random("c"))
+    async with client:
+        await client.wait_for("echo")
+        assert await client.options(session="s").call("Notebook.note", 0.0) == 1
+        for number in range(killed):
+            hub.kill(f"a{number}")
+        begun = asyncio.get_running_loop().time()
+        ended = await workers[0].drain(30.0)
+        took_s = asyncio.get_running_loop().time() - begun
+    for worker in workers:
+        await worker.aclose()
+    return ended, took_s
+
+
+def test_of_workers_that_were_killed_just_now_nobody_waits_for_one_after_the_other(tmp_path: Path) -> None:
+    ended, took_s = simulation.run(drained_beside_killed_ones(tmp_path, 6, lives=True))
+    assert (ended.stores, ended.silent) == (1, ()), "one that answers is enough"
+    assert took_s < 2 * draining._ANSWER_S, "it waits for them to read its last words, all together"
+
+
+def test_workers_that_do_not_answer_are_asked_together_and_named(tmp_path: Path) -> None:
+    ended, took_s = simulation.run(drained_beside_killed_ones(tmp_path, 6, lives=False))
+    assert (ended.stores, ended.silent) == (0, tuple(f"a{number}" for number in range(6)))
+    assert took_s < 3 * draining._ANSWER_S

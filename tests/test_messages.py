@@ -296,7 +296,7 @@ def _samples() -> dict[str, bytes]:
         "forwarded": encode_message(Forwarded(ID, "w", 3, 2, "a", "s", "b", 1)),
         "returned": encode_message(Returned(Call(ID, "a", "m", b"p"))),
         "drain": encode_message(Drain(ID, 0.5)),
-        "drainage": encode_message(Drainage(ID, "no", True, 1, 2, 3, 4, 5, 6, 7)),
+        "drainage": encode_message(Drainage(ID, "no", True, 1, 2, 3, 4, 5, 6, 7, ("w",))),
         "bequest": encode_message(Bequest(ID, "b", "/f", True)),
         "accepted": encode_message(Accepted(ID, "no")),
         "probe": encode_message(Probe(ID, ID, ID, ("a/s",))),
@@ -375,7 +375,7 @@ GOLDEN = {
     "forwarded": "991ec410000102030405060708090a0b0c0d0e0fa1770302a161a173a16201",
     "returned": "930fdc001901c410000102030405060708090a0b0c0d0e0fa161a16dc40170a0a0c40090c400a000c00090c200a0c0900000a0a0a0a0",
     "drain": "9310c410000102030405060708090a0b0c0d0e0fcb3fe0000000000000",
-    "drainage": "9b11c410000102030405060708090a0b0c0d0e0fa26e6fc301020304050607",
+    "drainage": "9c11c410000102030405060708090a0b0c0d0e0fa26e6fc30102030405060791a177",
     "bequest": "9512c410000102030405060708090a0b0c0d0e0fa162a22f66c3",
     "accepted": "9313c410000102030405060708090a0b0c0d0e0fa26e6f",
     "probe": (
