@@ -149,6 +149,32 @@ async def test_a_call_finds_a_session_that_has_gone_on_from_a_store_that_nobody_
         assert await late.options(session="ann", timeout_s=30.0).call("Notebook.read") == ["third", "second"]
 
 
+async def test_what_waits_for_a_store_waits_at_its_owner_when_the_worker_where_it_waited_leaves(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """The owner does not know that the session has moved; nobody has the store open where it is now."""
+    ann, elsewhere = runtime.client.options(session="ann"), tmp_path / "of another node"
+    async with runtime.another_client() as late:
+        async with runtime.worker("third", elsewhere):
+            assert await ann.call("Notebook.note", "a") == 1
+            if await runtime.holder("ann") != "first":
+                await runtime.client.migrate("Notebook", "ann", to="first")
+            assert await late.options(session="ann").call("Notebook.read") == ["a"]
+            await runtime.client.migrate("Notebook", "ann", to="third")
+            assert await ann.call("Notebook.note", "b") == 2
+        waiting = [late.options(session="ann", timeout_s=60.0).call("Notebook.note", text) for text in "cd"]
+        first = migrations_of(runtime.workers["first"])
+        async with asyncio.timeout(60.0):
+            while sum(map(len, first._parked.values())) < len(waiting):
+                await asyncio.sleep(0.01)
+        await runtime.workers["first"].drain(5.0)
+        await runtime.workers["first"].aclose()
+        assert not any(call.available() for call in waiting)
+        async with runtime.worker("fourth", elsewhere):
+            assert [await call for call in waiting] == [3, 4]
+            assert await ann.call("Notebook.read") == ["a", "b", "c", "d"]
+
+
 async def test_a_session_stays_in_its_store_though_a_copy_comes_back_with_that_of_a_worker_which_died(runtime: Runtime) -> None:
     """Nothing had been committed of it when it was on its way there; whoever has both stores may not commit to the copy."""
     ann, begun = runtime.client.options(session="ann", timeout_s=60.0), asyncio.Event()
