@@ -180,9 +180,10 @@ class Places:
         """The store, and who has it open as soon as somebody has.
 
         The session may have moved on before its worker left, and after the directory was read: it is read again meanwhile, less
-        and less often, since very many may wait for one store.
+        and less often, since very many may wait for one store, and however often the table changes.
         """
-        pause_s = _READ_AGAIN_S * _spread(key)
+        clock, pause_s = asyncio.get_running_loop().time, _READ_AGAIN_S * _spread(key)
+        read_at = clock() + pause_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 while True:
@@ -191,10 +192,12 @@ class Places:
                     if holder is not None:
                         return store, holder
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(pause_s):
+                        async with asyncio.timeout_at(read_at):
                             await self._changed.wait()
+                    if clock() < read_at:
                         continue
                     pause_s = min(2 * pause_s, _READ_SELDOM_S)
+                    read_at = clock() + pause_s
                     with contextlib.suppress(BrokerError):
                         entry = await (await self._opened()).get(key)
                         named = self._read(entry.value) if entry is not None and entry.value is not None else None

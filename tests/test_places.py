@@ -183,6 +183,14 @@ def test_a_store_that_nobody_opens_is_waited_for_with_patience_and_not_for_ever(
     assert reads < 10
 
 
+def test_the_directory_is_read_again_however_often_the_table_changes() -> None:
+    changes = [number / 4 for number in range(int(4 * PATIENCE_S))]
+    (_, quiet), (answers, restless) = (simulation.run(wait_for_a_store(MemoryHub(seed=1), at)) for at in ((), changes))
+    assert [type(error) for _, _, error in answers] == [SessionUnavailableError]
+    assert quiet > 3
+    assert restless == quiet
+
+
 async def test_without_a_replica_there_is_no_place() -> None:
     asker = Asker(await MemoryHub(seed=1).connect("one"))
     assert await asker.ask("agent.s", b"1") == [(b"1", None, None)]
