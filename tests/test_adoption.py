@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from waiting import PATIENCE_S, eventually, until
 
 from nalar_mq.actions import Acts, Kill, Order, Provision, encode_decision
 from nalar_mq.address import Subjects
@@ -32,7 +33,6 @@ from nalar_mq.nats_transport import NatsTransport
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
-PATIENCE_S = 90.0
 APP = """
 import os
 import time
@@ -91,13 +91,6 @@ class Node:
         return self.process.wait(PATIENCE_S)
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -145,7 +138,7 @@ async def test_calls_go_on_when_a_controller_is_killed_and_its_successor_starts_
             loads = [group.create_task(load()) for _ in range(8)]
             await asyncio.to_thread(first.end, signal.SIGKILL)
             second = await asyncio.to_thread(start)
-            await asyncio.to_thread(eventually, lambda: second.said.count("worker.adopted") == 2, "they are not adopted")
+            await until(lambda: second.said.count("worker.adopted") == 2, "they are not adopted")
             before = client.process.me
             is_over.set()
         assert sum(task.result() for task in loads) > 8
@@ -155,7 +148,7 @@ async def test_calls_go_on_when_a_controller_is_killed_and_its_successor_starts_
     assert "worker.launched" not in second.said
 
     workers[0].kill()
-    await asyncio.to_thread(eventually, lambda: second.said.count("worker.ready") == 3, "it has no successor")
+    await until(lambda: second.said.count("worker.ready") == 3, "it has no successor")
     assert await asyncio.to_thread(second.end) == 0
     assert all(is_gone(worker) for worker in workers)
     assert not (tmp_path / ".nalar" / "nodes").exists()
@@ -245,10 +238,10 @@ async def test_killed_in_any_order_nothing_fails_and_nothing_is_left_twice(
                         os.kill(state.pid if victim == "engine" else state.supervisor, signal.SIGKILL)
             assert not [task.exception() for task in loads if task.done()]
         before = answered
-        await asyncio.to_thread(eventually, lambda: answered > before + 100, "nothing goes on")
+        await until(lambda: answered > before + 100, "nothing goes on")
         is_over.set()
         await asyncio.gather(*loads)
-        await asyncio.to_thread(eventually, lambda: len(workers()) == 3, "a worker is missing")
+        await until(lambda: len(workers()) == 3, "a worker is missing")
         alive = [process for process in psutil.process_iter() if is_worker_of(process, tmp_path)]
         assert sorted(process.pid for process in alive) == sorted(workers())
     assert len(begun()) <= 3
@@ -303,8 +296,8 @@ async def test_whoever_is_killed_no_call_fails_and_no_engine_or_worker_is_starte
         while not is_over.is_set():
             answers.append(await client.call("Model.ask"))
 
-    async def until(condition: Callable[[], object], what: str) -> None:
-        await asyncio.to_thread(eventually, lambda: condition() or any(task.done() for task in loads), what)
+    async def goes_on_until(condition: Callable[[], object], what: str) -> None:
+        await until(lambda: condition() or any(task.done() for task in loads), what)
         assert not [task.exception() for task in loads if task.done()]
 
     def has_answered(*processes: int) -> Callable[[], bool]:
@@ -314,32 +307,32 @@ async def test_whoever_is_killed_no_call_fails_and_no_engine_or_worker_is_starte
     async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
         await client.wait_for("Model")
         loads = [asyncio.create_task(load()) for _ in range(8)]
-        await until(has_answered(*(worker.pid for worker in workers)), "nobody answers")
+        await goes_on_until(has_answered(*(worker.pid for worker in workers)), "nobody answers")
         (engine,) = begun()
 
         await asyncio.to_thread(first.end, signal.SIGKILL)
-        await until(has_answered(engine, *(worker.pid for worker in workers)), "nobody answers")
+        await goes_on_until(has_answered(engine, *(worker.pid for worker in workers)), "nobody answers")
         second = await asyncio.to_thread(start, "--workers", "2", "--node", "n", **variables)
-        await until(lambda: second.said.count("worker.adopted") == 2, "they are not adopted")
-        await until(has_answered(engine, *(worker.pid for worker in workers)), "nobody answers")
+        await goes_on_until(lambda: second.said.count("worker.adopted") == 2, "they are not adopted")
+        await goes_on_until(has_answered(engine, *(worker.pid for worker in workers)), "nobody answers")
         assert begun() == [engine]
         assert "worker.launched" not in second.said
 
         seen = await asyncio.to_thread(run, tmp_path, broker_access, namespace, variables, "ps", "--json")
         assert (seen["engine"]["phase"], seen["engine"]["pid"], seen["engine"]["restarts"]) == ("ready", engine, 0)
         os.kill(engine, signal.SIGKILL)
-        await until(lambda: len(begun()) == 2, "it has no successor")
-        await until(has_answered(begun()[1], *(worker.pid for worker in workers)), "nobody answers")
+        await goes_on_until(lambda: len(begun()) == 2, "it has no successor")
+        await goes_on_until(has_answered(begun()[1], *(worker.pid for worker in workers)), "nobody answers")
 
         workers[0].kill()
-        await until(lambda: "worker.launched" in second.said, "it has no successor")
+        await goes_on_until(lambda: "worker.launched" in second.said, "it has no successor")
         (successor,) = {worker.pid for worker in second.workers()} - {worker.pid for worker in workers}
-        await until(has_answered(successor, begun()[1]), "nobody answers")
+        await goes_on_until(has_answered(successor, begun()[1]), "nobody answers")
         is_over.set()
         await asyncio.gather(*loads)
     assert len(begun()) == 2
     assert await asyncio.to_thread(second.end) == 0
-    await asyncio.to_thread(eventually, lambda: not is_there(begun()[1]), "the engine goes on")
+    await until(lambda: not is_there(begun()[1]), "the engine goes on")
 
 
 async def order(transport: NatsTransport, subjects: Subjects, *orders: Order) -> None:
@@ -358,9 +351,6 @@ async def test_what_was_decided_about_workers_holds_under_the_next_controller(
     async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
         table, transport, subjects = client.process.table, client.process.transport, client.process.subjects
         assert isinstance(transport, NatsTransport)
-
-        async def until(condition: Callable[[], object], what: str) -> None:
-            await asyncio.to_thread(eventually, condition, what)
 
         def pids() -> dict[str, int]:
             return {name: running.pid for name, running in kept().workers.items() if running.is_alive}
@@ -404,15 +394,15 @@ async def test_a_successor_that_comes_while_workers_drain_starts_others_in_their
     async with connect(settings=Settings(broker=broker_access, namespace=namespace)) as client:
         await client.wait_for("wait_for")
         lasts = client.call("wait_for", str(tmp_path / "gate"))
-        await asyncio.to_thread(eventually, lambda: (tmp_path / "gate.waits").exists(), "it does not run")
+        await until(lambda: (tmp_path / "gate.waits").exists(), "it does not run")
         if why == "orphaned":
             await asyncio.to_thread(first.end, signal.SIGKILL)
         else:
             first.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(eventually, lambda: client.process.table.members["n-1"].draining, "it does not drain")
+        await until(lambda: client.process.table.members["n-1"].draining, "it does not drain")
         await asyncio.to_thread(first.end, signal.SIGKILL)
         starts = asyncio.create_task(asyncio.to_thread(start, "--workers", "1", "--node", "n"))
-        await asyncio.to_thread(eventually, lambda: "worker.adopted" in said(tmp_path), "it is not adopted")
+        await until(lambda: "worker.adopted" in said(tmp_path), "it is not adopted")
         assert not is_gone(worker)
         (tmp_path / "gate").touch()
         assert await lasts == worker.pid

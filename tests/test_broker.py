@@ -13,12 +13,14 @@ import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq.broker import (
     EmbeddedBroker,
@@ -42,12 +44,6 @@ PATIENCE_S = 60.0
 async def broker(tmp_path: Path) -> AsyncIterator[EmbeddedBroker]:
     async with EmbeddedBroker(tmp_path / "data") as broker:
         yield broker
-
-
-async def until(condition: Callable[..., bool], *args: object) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition(*args):
-            await asyncio.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
@@ -218,12 +214,12 @@ async def test_killed_broker_returns_and_clients_go_on(broker: EmbeddedBroker) -
         for life in range(3):
             pid, url = pid_of(broker), broker.url
             os.kill(pid, signal.SIGKILL)
-            await until(states.__eq__, [False, True] * (life + 1))
+            await until(partial(states.__eq__, [False, True] * (life + 1)))
             await until(lambda: two.is_connected)
             assert broker.url == url
             assert broker.pid not in (None, pid)
             two.publish("a.b", b"%d" % life)
-            await until(heard.__eq__, [b"%d" % number for number in range(life + 1)])
+            await until(partial(heard.__eq__, [b"%d" % number for number in range(life + 1)]))
             revision = await bucket.update("k", b"%d" % life, revision)
             async with asyncio.timeout(PATIENCE_S):
                 entry = await anext(watch)

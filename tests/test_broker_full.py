@@ -9,12 +9,13 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from nalar_mq import errors
 from nalar_mq.app import load_app
@@ -69,12 +70,6 @@ class Site:
 async def within(awaitable: Any) -> Any:
     async with asyncio.timeout(PATIENCE_S):
         return await awaitable
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def _site(access: BrokerAccess, namespace: str, stack: AsyncExitStack, request_timeout_s: float = 5.0) -> Site:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 import nalar_mq
 from nalar_mq import calls as calls_module
@@ -74,12 +75,6 @@ async def runtime() -> AsyncIterator[Runtime]:
             gate.set()
 
 
-async def _until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 # Arguments that are futures.
 
 
@@ -87,7 +82,7 @@ async def test_values_that_came_wait_as_long_as_the_calls_that_need_them(runtime
     await runtime.open_client()
     a = runtime.actors
     lengths = [a.measure("go", a.large(400_000).later) for _ in range(100)]
-    await _until(lambda: all(e.missing is None for e in runtime.host._executions.values()) and runtime.worker.running == 100)
+    await until(lambda: all(e.missing is None for e in runtime.host._executions.values()) and runtime.worker.running == 100)
     a.gate("go").set()
     assert [await future for future in lengths] == [400_000] * 100
 
@@ -105,11 +100,11 @@ async def test_a_cancelled_argument_ends_the_call_that_waits_for_it(runtime: Run
     a = runtime.actors
     argument = a.wait_at("never")
     call = a.echo(argument)
-    await _until(lambda: runtime.worker.running == 2)
+    await until(lambda: runtime.worker.running == 2)
     argument.cancel()
     with pytest.raises(errors.CallCancelledError):
         await asyncio.wait_for(_value(call), PATIENCE_S)
-    await _until(lambda: runtime.worker.running == 0)
+    await until(lambda: runtime.worker.running == 0)
     assert not runtime.host._waiting
 
 
@@ -126,7 +121,7 @@ async def test_what_is_kept_of_sessions_without_a_name_does_not_grow(runtime: Ru
     client = await runtime.open_client()
     for _ in range(50):
         await client.call("Keeper.add", 1)
-    await _until(lambda: runtime.worker.running == 0)
+    await until(lambda: runtime.worker.running == 0)
     calls = client.process.calls
     attributes = {name: getattr(calls, name) for name in Calls.__slots__}
     kept = {name: len(held) for name, held in attributes.items() if isinstance(held, dict | list | set)}
@@ -140,9 +135,9 @@ async def test_an_instance_is_not_idle_while_its_call_runs(runtime: Runtime, mon
     a = runtime.actors
     kept = client.call("keeps", "idle")
     replica = runtime.host._replicas["Keeper"]
-    await _until(lambda: runtime.started("Keeper") == 1)
+    await until(lambda: runtime.started("Keeper") == 1)
     key = next(iter(replica.holders))
-    await _until(lambda: asyncio.get_running_loop().time() - replica._last_used[key] > 1.7 or bool(a.STOPPED))
+    await until(lambda: asyncio.get_running_loop().time() - replica._last_used[key] > 1.7 or bool(a.STOPPED))
     assert not a.STOPPED
     a.gate("idle").set()
     assert await kept == 2
@@ -155,10 +150,10 @@ async def test_thousands_of_queued_calls_that_cannot_begin_all_end(runtime: Runt
     client = await runtime.open_client()
     a = runtime.actors
     first = a.one_at_a_time("many")
-    await _until(lambda: runtime.started("one_at_a_time") == 1)
+    await until(lambda: runtime.started("one_at_a_time") == 1)
     bad = [client.call("one_at_a_time", 7) for _ in range(1200)]
     last = a.one_at_a_time("many")
-    await _until(lambda: runtime.worker.running == 1202)
+    await until(lambda: runtime.worker.running == 1202)
     a.gate("many").set()
     assert await first == "many"
     assert await asyncio.wait_for(_value(last), PATIENCE_S) == "many"
@@ -170,12 +165,12 @@ async def test_cancelling_one_call_of_a_batch_leaves_the_others_alone(runtime: R
     await runtime.open_client()
     a = runtime.actors
     alone = a.together("alone")
-    await _until(lambda: runtime.started("together") == 1)
+    await until(lambda: runtime.started("together") == 1)
     batch = [a.together(name) for name in "abc"]
-    await _until(lambda: runtime.worker.running == 4)
+    await until(lambda: runtime.worker.running == 4)
     a.gate("first-alone").set()
     assert await alone == "alone"
-    await _until(a.gate("batch-begun").is_set)
+    await until(a.gate("batch-begun").is_set)
     batch[0].cancel("not this one")
     with pytest.raises(errors.CallCancelledError, match="not this one"):
         await batch[0]
@@ -192,9 +187,9 @@ async def test_a_batch_goes_to_the_instance_its_calls_are_for(runtime: Runtime) 
         return caller.call(context, "Named", "tell", (x,), {}, options)
 
     first = tell("first", 0)
-    await _until(lambda: runtime.started("Named") == 1)
+    await until(lambda: runtime.started("Named") == 1)
     others = [tell(name, x) for x in range(3) for name in ("left", "right")]
-    await _until(lambda: runtime.worker.running == 7)
+    await until(lambda: runtime.worker.running == 7)
     runtime.actors.gate("named").set()
     assert await first == "first0"
     assert [await future for future in others] == [f"{name}{x}" for x in range(3) for name in ("left", "right")]
@@ -209,7 +204,7 @@ async def test_a_generator_whose_pieces_nobody_takes_is_bounded(runtime: Runtime
         await asyncio.wait_for(_value(runtime.actors.endless.options(timeout_s=2 * PATIENCE_S)()), PATIENCE_S)
     with pytest.raises(errors.ValueTooLargeError):
         await asyncio.wait_for(_value(runtime.actors.endless_in_thread.options(timeout_s=2 * PATIENCE_S)()), PATIENCE_S)
-    await _until(lambda: runtime.worker.running == 0)
+    await until(lambda: runtime.worker.running == 0)
 
 
 async def test_a_generator_that_raises_gives_its_pieces_before_its_error(runtime: Runtime) -> None:
@@ -238,7 +233,7 @@ async def test_credit_may_overtake_its_call(runtime: Runtime) -> None:
     runtime.host.on_call(me, Call(id, "endless", "", values.encode_arguments((), {}), "s"), 0.0)
     outflow = runtime.host._executions[id].outflow
     assert outflow is not None
-    await _until(lambda: outflow._sent == 64)
+    await until(lambda: outflow._sent == 64)
 
 
 async def test_threads_ways_of_waiting_are_refused_on_the_loop(runtime: Runtime) -> None:
@@ -263,7 +258,7 @@ async def test_an_error_of_any_size_and_manner_ends_its_call(runtime: Runtime) -
     for _ in range(3):
         client.cast("mute")
         assert await asyncio.wait_for(_error(a.mute()), PATIENCE_S) is not None
-    await _until(lambda: runtime.worker.running == 0)
+    await until(lambda: runtime.worker.running == 0)
     assert all(replica.mailbox.running == 0 for replica in runtime.host._replicas.values())
 
 
@@ -273,7 +268,7 @@ async def test_what_cannot_be_made_or_ends_itself_fails_its_calls(runtime: Runti
     for _ in range(3):
         error = await asyncio.wait_for(_error(client.options(session="s").call(call)), PATIENCE_S)
         assert isinstance(error, errors.CallError | RuntimeError)
-    await _until(lambda: runtime.worker.running == 0)
+    await until(lambda: runtime.worker.running == 0)
 
 
 async def test_futures_that_end_with_their_process_have_errors_of_their_own(runtime: Runtime) -> None:
@@ -296,8 +291,8 @@ async def test_an_endless_timeout_is_none(runtime: Runtime) -> None:
 async def test_a_cast_ends_at_its_deadline(runtime: Runtime) -> None:
     client = await runtime.open_client()
     client.options(timeout_s=0.2).cast("wait_at", "never")
-    await _until(lambda: runtime.started("wait_at") == 1)
-    await _until(lambda: runtime.worker.running == 0, 5)
+    await until(lambda: runtime.started("wait_at") == 1)
+    await until(lambda: runtime.worker.running == 0, within_s=5)
 
 
 async def test_a_cast_outlives_the_client_that_made_it(runtime: Runtime) -> None:
@@ -305,12 +300,12 @@ async def test_a_cast_outlives_the_client_that_made_it(runtime: Runtime) -> None
     async with runtime.client() as client:
         client.cast("wait_at", "later")
         client.call("wait_at", "other")
-        await _until(lambda: runtime.started("wait_at") == 2)
-    await _until(lambda: runtime.started("wait_at") < 2)
+        await until(lambda: runtime.started("wait_at") == 2)
+    await until(lambda: runtime.started("wait_at") < 2)
     assert runtime.started("wait_at") == 1
     before = runtime.host.completed
     a.gate("later").set()
-    await _until(lambda: runtime.worker.running == 0)
+    await until(lambda: runtime.worker.running == 0)
     assert runtime.host.completed == before + 1
 
 
@@ -320,7 +315,7 @@ async def test_grace_begins_anew_for_calls_that_wait_anew(runtime: Runtime, monk
     process, loop = client.process, asyncio.get_running_loop()
     future = client.options(retries=1).call("ghost")
     began = loop.time()
-    await _until(lambda: loop.time() - began > 0.4)
+    await until(lambda: loop.time() - began > 0.4)
     ghost = Address("ghost", 5)
     process.table.join("ghost", Member(WIRE_VERSION, 5, "here", "worker", 1, {"ghost": ActorInfo("tool", {})}))
     process.calls.on_table_changed()
@@ -344,12 +339,10 @@ async def test_a_call_that_is_made_while_nobody_serves_its_actor_is_retried_as_o
     async with asyncio.timeout(PATIENCE_S), connect(settings=settings, connect=hub.connect) as client:
         async with worker("first"):
             assert await client.call("later", 1, 0.0) == 1
-        while client.process.table.info("later") is not None:
-            await asyncio.sleep(0.01)
+        await until(lambda: client.process.table.info("later") is None)
         future = client.call("later", 2, 0.5)
         async with worker("second") as second:
-            while not second.running:
-                await asyncio.sleep(0.01)
+            await until(lambda: second.running)
             hub.kill("second")
             async with worker("third"):
                 assert await future == 2
@@ -358,7 +351,7 @@ async def test_a_call_that_is_made_while_nobody_serves_its_actor_is_retried_as_o
 async def test_who_ignores_its_cancellation_holds_nobody_up(runtime: Runtime) -> None:
     await runtime.open_client()
     future = runtime.actors.stubborn("s")
-    await _until(lambda: runtime.started("stubborn") == 1)
+    await until(lambda: runtime.started("stubborn") == 1)
     future.cancel()
     with pytest.raises(errors.CallCancelledError) as raised:
         await asyncio.wait_for(_value(future), PATIENCE_S)
@@ -385,23 +378,23 @@ async def test_a_child_process_ends_though_it_was_cancelled_before_it_began(runt
     await runtime.open_client()
     for _ in range(3):
         future = runtime.actors.sleeps(300)
-        await _until(lambda: runtime.started("sleeps") == 1)
+        await until(lambda: runtime.started("sleeps") == 1)
         future.cancel()
         with pytest.raises(errors.CallCancelledError):
             await future
-        await _until(lambda: runtime.started("sleeps") == 0)
+        await until(lambda: runtime.started("sleeps") == 0)
 
 
 async def test_cancelling_a_child_process_ends_its_own_children_and_never_blocks(runtime: Runtime, tmp_path: Path) -> None:
     await runtime.open_client()
     pid_file = tmp_path / "pid"
     future = runtime.actors.leaves_a_child_behind(300, str(pid_file))
-    await _until(pid_file.exists)
+    await until(pid_file.exists)
     future.cancel()
     with pytest.raises(errors.CallCancelledError):
         await asyncio.wait_for(_value(future), PATIENCE_S)
-    await _until(lambda: runtime.started("leaves_a_child_behind") == 0)
-    await _until(lambda: _has_ended(int(pid_file.read_text())))
+    await until(lambda: runtime.started("leaves_a_child_behind") == 0)
+    await until(lambda: _has_ended(int(pid_file.read_text())))
 
 
 def _has_ended(pid: int) -> bool:
@@ -419,7 +412,7 @@ async def test_a_result_that_makes_no_sense_does_not_stop_the_others(runtime: Ru
     calls = client.process.calls
     broken, good = runtime.actors.wait_at("a"), runtime.actors.wait_at("b")
     stream = broken.stream()
-    await _until(lambda: runtime.started("wait_at") == 2)
+    await until(lambda: runtime.started("wait_at") == 2)
     unknown = values.encode([1]).replace(b"\x01", b"\xc7\x03\x0bxyz")
     calls.on_messages(runtime.worker.process.me, [Resolve(broken.id, unknown), Resolve(good.id, values.encode(2))])
     assert await asyncio.wait_for(_value(good), PATIENCE_S) == 2

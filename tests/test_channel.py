@@ -7,10 +7,11 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
@@ -84,15 +85,6 @@ def resolve(number: int, size_bytes: int = 0) -> Resolve:
 
 def number_of(message: Message) -> int:
     return int.from_bytes(message.id, "big")
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Waits for a condition, in virtual time."""
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + timeout_s
-    while not condition():
-        assert loop.time() < end_s, "the condition did not come true"
-        await asyncio.sleep(0.01)
 
 
 def test_messages_of_one_turn_travel_in_one_frame_in_order():
@@ -520,7 +512,7 @@ def test_a_dead_neighbour_does_not_slow_the_others_down():
         a.endpoint.send(b.me, call(2))
         await asyncio.sleep(0.01)
         hub.heal()
-        await until(lambda: b.ids_from(a.me) == [2], 0.6)
+        await until(lambda: b.ids_from(a.me) == [2], within_s=0.6)
 
     simulation.run(main())
 

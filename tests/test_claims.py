@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import importlib
 import os
@@ -16,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until, until_collected
 
 from nalar_mq import claims, errors, gather, values
 from nalar_mq.app import load_app
@@ -37,16 +37,6 @@ PATIENCE_S = 60.0
 async def within(awaitable: Awaitable[Any]) -> Any:
     async with asyncio.timeout(PATIENCE_S):
         return await awaitable
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            met = condition()
-            if await met if asyncio.iscoroutine(met) else met:
-                return
-            gc.collect()
-            await asyncio.sleep(0.01)
 
 
 class Runtime:
@@ -169,7 +159,7 @@ async def test_every_way_a_large_value_can_go(runtime: Runtime, stores: tuple[st
         files = [path for store in {*stores, "here"} - {"off"} for path in runtime.files(store)]
         return not files and await objects.names() == []
 
-    await until(nothing_left)
+    await until_collected(nothing_left)
 
 
 async def test_processes_of_one_machine_leave_the_broker_alone(runtime: Runtime) -> None:
@@ -195,7 +185,7 @@ async def test_a_value_stays_until_its_last_holder_lets_go(runtime: Runtime) -> 
     names = {held.claim.name}
     del future, held
     assert (await within(waiting))[1] == SIZE
-    await until(lambda: not names & {path.name for path in runtime.files()})
+    await until_collected(lambda: not names & {path.name for path in runtime.files()})
 
 
 async def test_a_cast_gets_its_large_arguments(runtime: Runtime, tmp_path: Path) -> None:
@@ -206,7 +196,7 @@ async def test_a_cast_gets_its_large_arguments(runtime: Runtime, tmp_path: Path)
     await until(future.available)
     client.cast("note", str(tmp_path / "noted-too"), future)
     del future
-    await until(lambda: (tmp_path / "noted").exists() and (tmp_path / "noted-too").exists())
+    await until_collected(lambda: (tmp_path / "noted").exists() and (tmp_path / "noted-too").exists())
 
 
 async def test_a_result_that_nobody_wants_any_more_is_not_kept(runtime: Runtime) -> None:
@@ -218,7 +208,7 @@ async def test_a_result_that_nobody_wants_any_more_is_not_kept(runtime: Runtime)
         with pytest.raises(errors.CallCancelledError):
             await within(future)
     del future
-    await until(lambda: runtime.files() == [])
+    await until_collected(lambda: runtime.files() == [])
 
 
 async def test_an_error_with_a_large_field_keeps_its_text(runtime: Runtime) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until, until_collected
 
 from nalar_mq import errors
 from nalar_mq.client import Client, connect
@@ -23,16 +23,6 @@ from nalar_mq.nats_transport import NatsTransport
 APP = Path(__file__).parent / "apps" / "large_app.py"
 SIZE = 3_000_000
 PATIENCE_S = 60.0
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            met = condition()
-            if await met if asyncio.iscoroutine(met) else met:
-                return
-            gc.collect()
-            await asyncio.sleep(0.05)
 
 
 def values_in(folder: Path) -> list[Path]:
@@ -80,7 +70,7 @@ async def test_processes_of_one_node_leave_the_broker_alone(
         assert len(values_in(store)) >= 1
         assert await objects() == []
         del value
-        await until(lambda: not values_in(store))
+        await until_collected(lambda: not values_in(store))
 
 
 async def test_a_client_on_another_machine_gets_them_through_the_broker(
@@ -100,7 +90,7 @@ async def test_a_client_on_another_machine_gets_them_through_the_broker(
         async def nothing() -> bool:
             return await objects() == [] and not values_in(store)
 
-        await until(nothing)
+        await until_collected(nothing)
 
 
 @pytest.mark.parametrize("local_store", ["", "off"], ids=["folder", "broker"])
@@ -156,7 +146,7 @@ async def test_what_a_killed_holder_held_is_removed(
     async def nothing() -> bool:
         return await objects() == [] and not values_in(store)
 
-    await until(nothing)
+    await until_collected(nothing)
 
 
 async def test_a_call_whose_worker_is_killed_gets_its_large_argument_again(
@@ -167,10 +157,10 @@ async def test_a_call_whose_worker_is_killed_gets_its_large_argument_again(
         folder = tmp_path / "pids"
         folder.mkdir()
         waiting = client.call("hold", bytes(SIZE), str(folder))
-        await until(lambda: list(folder.iterdir()))
+        await until_collected(lambda: list(folder.iterdir()))
         [first] = folder.iterdir()
         os.kill(int(first.name), signal.SIGKILL)
-        await until(lambda: len(list(folder.iterdir())) == 2)
+        await until_collected(lambda: len(list(folder.iterdir())) == 2)
         (folder / "go").touch()
         assert await asyncio.wait_for(waiting, PATIENCE_S) == SIZE
 
@@ -180,7 +170,7 @@ async def test_a_hundred_megabytes_there_and_back(node: LocalController, setting
     async with connect(settings=settings) as client:
         await client.wait_for("make")
         await _there_and_back(client, 100_000_000)
-        await until(lambda: not values_in(store))
+        await until_collected(lambda: not values_in(store))
         with pytest.raises(errors.ValueTooLargeError, match="1,073,741,824"):
             await client.call("make", 1024**3)
 

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from waiting import eventually
 
 from nalar_mq.app import load_app
 from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
@@ -124,13 +125,6 @@ def nalar(*arguments: object, cwd: Path, code: int = 0, **env: str) -> subproces
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 class Running:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq import errors
 from nalar_mq.app import App, load_app
@@ -42,12 +43,6 @@ def witness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Witness:
 @pytest.fixture
 def app() -> App:
     return load_app(APP)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def result(client: Client, key: str, n: int) -> Any:

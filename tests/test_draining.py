@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from waiting import until
 
 from nalar_mq import draining, simulation
 from nalar_mq.address import Address
@@ -87,9 +88,9 @@ class Load:
     async def grows(self, by: int) -> None:
         """Returns when every caller has had so many more answers."""
         goals = {session: len(results) + by for session, results in self.results.items()}
-        async with asyncio.timeout(60):
-            while any(len(self.results[session]) < goal for session, goal in goals.items()):
-                await asyncio.sleep(0.005)
+        await until(
+            lambda: all(len(self.results[session]) >= goal for session, goal in goals.items()), "a session stands still"
+        )
 
     async def end(self) -> None:
         self.stopping.set()
@@ -188,8 +189,7 @@ async def test_a_session_in_memory_that_is_quiet_is_not_waited_for(runtime: Runt
 async def test_calls_that_wait_in_a_queue_go_elsewhere_and_run_once(runtime: Runtime, tmp_path: Path) -> None:
     async with runtime.worker("first") as first:
         calls = [runtime.client.call("trace", str(tmp_path), f"t{number}", 0.1) for number in range(30)]
-        while first.running < 30:
-            await asyncio.sleep(0.01)
+        await until(lambda: first.running >= 30, "some never began")
         async with runtime.worker("second"):
             await first.drain(30.0)
             await first.aclose()
@@ -232,9 +232,7 @@ async def test_without_another_worker_it_ends_at_once_and_keeps_what_it_has(runt
 async def test_what_has_begun_is_finished_when_all_workers_are_drained(runtime: Runtime) -> None:
     async with runtime.worker("first") as first, runtime.worker("second") as second:
         running = [runtime.client.call("report", 20, 0.02) for _ in range(4)]
-        async with asyncio.timeout(60):
-            while first.running + second.running < 4:
-                await asyncio.sleep(0.01)
+        await until(lambda: first.running + second.running >= 4, "some never began")
         await asyncio.gather(first.drain(30.0), second.drain(30.0))
         assert await asyncio.gather(*running) == [20] * 4
 
@@ -262,8 +260,7 @@ async def test_a_worker_lost_while_it_drains_is_told_of(runtime: Runtime) -> Non
         await first.start()
         held = runtime.client.options(session=await session_in(runtime, "first")).call("Counter.add", 60.0)
         draining = asyncio.create_task(runtime.client.drain("first", grace_s=3600.0))
-        while not runtime.client.process.table.members["first"].draining:
-            await asyncio.sleep(0.01)
+        await until(lambda: runtime.client.process.table.members["first"].draining, "it does not drain")
         with pytest.raises(DrainError, match="drained already"):
             await runtime.client.drain("first")
         runtime.hub.kill("first")
@@ -298,8 +295,7 @@ async def test_jobs_go_on_elsewhere_and_those_that_sleep_are_not_waited_for(runt
         working = await runtime.client.submit("report", steps=20, seconds=0.05)
         assert first._intake is not None
         intake = first._intake
-        while not (intake.in_hand == 2 and intake.at_work == 1):  # one of them is known to sleep
-            await asyncio.sleep(0.01)
+        await until(lambda: intake.in_hand == 2 and intake.at_work == 1, "none of them is known to sleep")
         async with runtime.worker("second"):
             async with asyncio.timeout(60):
                 await first.drain(3600.0)
@@ -314,8 +310,7 @@ async def test_a_job_that_outlasts_the_grace_goes_on_in_another_worker(runtime: 
     async with runtime.worker("first") as first:
         working = await runtime.client.submit("report", steps=20, seconds=0.05)
         assert first._intake is not None
-        while not first._intake.at_work:
-            await asyncio.sleep(0.01)
+        await until(lambda: first._intake.at_work, "it never began")
         async with runtime.worker("second"):
             await first.drain(0.2)
             await first.aclose()

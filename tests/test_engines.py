@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from nalar_mq import config, engines, values
 from nalar_mq.agents.llm import BlockingLlm, Chat, Llm
@@ -368,9 +369,7 @@ def engine_pid(folder: Path) -> int:
 
 
 async def ended(pid: int) -> None:
-    async with asyncio.timeout(60):
-        while Path(f"/proc/{pid}").exists():
-            await asyncio.sleep(0.02)
+    await until(lambda: not Path(f"/proc/{pid}").exists(), "it goes on")
 
 
 @needs_model

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq import errors
 from nalar_mq.broker import EmbeddedBroker
@@ -62,17 +63,9 @@ class Site:
         members = self.client.process.table.members
         return {name: member.incarnation for name, member in members.items() if member.role == "worker"}
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not condition():
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            pytest.fail(what)
-
     async def is_complete(self) -> None:
         """All workers are there, each in its present life."""
-        await self.until(lambda: set(self.incarnations) == set(self.node.names) == set(self.node.pids), "somebody is missing")
+        await until(lambda: set(self.incarnations) == set(self.node.names) == set(self.node.pids), "somebody is missing")
 
     async def submit(self, key: str, n: int, seconds: float) -> int:
         """The result of a job that has been accepted; asked for again under its id if nobody said that it was."""
@@ -93,7 +86,7 @@ class Site:
         calls = [may_retry.call("square", f"c{number}-{n}", n, 0.1) for n in range(load.calls)]
         jobs = [asyncio.ensure_future(self.submit(f"j{number}-{n}", n, 0.1)) for n in range(load.jobs)]
         share = moment * (load.calls + load.jobs * CALLS_OF_A_JOB)
-        await self.until(lambda: self.witness.began() - before >= share, "too few have begun")
+        await until(lambda: self.witness.began() - before >= share, "too few have begun")
         await harm()
         async with asyncio.timeout(PATIENCE_S):
             assert await asyncio.gather(*calls) == [n * n for n in range(load.calls)]
@@ -145,14 +138,14 @@ class Site:
         self.frozen.add(pid)
         os.kill(pid, signal.SIGSTOP)
         try:
-            await self.until(lambda: self.incarnations.get(name) != before, "the frozen worker was never given up")
+            await until(lambda: self.incarnations.get(name) != before, "the frozen worker was never given up")
         except BaseException:
             os.kill(pid, signal.SIGKILL)
             raise
         return pid
 
     async def ends(self, pids: list[int]) -> None:
-        await self.until(lambda: not any(map(psutil.pid_exists, pids)), "who was given up goes on")
+        await until(lambda: not any(map(psutil.pid_exists, pids)), "who was given up goes on")
 
 
 @asynccontextmanager
@@ -208,7 +201,7 @@ async def test_killed_broker(load: Load, say: Say, tmp_path: Path) -> None:
         async def kill() -> None:
             assert broker.pid is not None
             os.kill(broker.pid, signal.SIGKILL)
-            await here.until(lambda: not here.client.process.transport.is_connected, "the client never noticed")
+            await until(lambda: not here.client.process.transport.is_connected, "the client never noticed")
 
         for number in range(load.rounds):
             await here.round(number, load, kill, rng.uniform(0.05, 0.9))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
+from waiting import until
 
 from nalar_mq import as_completed, gather, values, wait
 from nalar_mq.call_context import Caller
@@ -83,7 +84,7 @@ async def test_waiters_in_threads_and_on_other_loops_are_woken(owner: Owner) -> 
     waiting = [asyncio.to_thread(future.value, 10) for _ in range(4)]
     waiting += [asyncio.to_thread(asyncio.run, elsewhere()) for _ in range(4)]
     tasks = [asyncio.ensure_future(each) for each in waiting]
-    await _until(lambda: len(future._waiters or ()) == 8)
+    await until(lambda: len(future._waiters or ()) == 8)
     future.resolve(values.encode("here"))
     assert await asyncio.gather(*tasks) == ["here"] * 8
 
@@ -110,7 +111,7 @@ async def test_waiting_for_a_time_ends_the_waiting_only(owner: Owner) -> None:
         await asyncio.to_thread(future.value, 0.01)
     assert not future._waiters
     task = asyncio.ensure_future(_value(future))
-    await _until(lambda: bool(future._waiters))
+    await until(lambda: bool(future._waiters))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -138,7 +139,7 @@ async def test_gather_raises_the_first_error_and_keeps_the_order(owner: Owner) -
     assert await all_of_them == (0, 1, 2, 3, 4)
     futures = [owner.future() for _ in range(3)]
     failing = asyncio.ensure_future(gather(*futures))
-    await _until(lambda: all(future._waiters for future in futures))
+    await until(lambda: all(future._waiters for future in futures))
     futures[1].fail(ValueError("second"))
     with pytest.raises(ValueError, match="second"):
         await failing
@@ -170,7 +171,7 @@ async def test_as_completed_gives_each_once_in_the_order_of_their_ends(owner: Ow
 
     in_thread = asyncio.ensure_future(asyncio.to_thread(take))
     on_loop = asyncio.ensure_future(take_on_loop())
-    await _until(lambda: len(futures[3]._waiters or ()) == 2)
+    await until(lambda: len(futures[3]._waiters or ()) == 2)
     for number in order[1:]:
         futures[number].resolve(values.encode(number))
     assert await on_loop == await in_thread == order
@@ -208,7 +209,7 @@ async def test_wait_returns_when_enough_have_ended(
     in_thread = asyncio.ensure_future(asyncio.to_thread(lambda: wait(futures, return_when=return_when).value()))
     waiting = asyncio.ensure_future(on_loop())
     if not before:
-        await _until(lambda: len(futures[2]._waiters or ()) == 2)
+        await until(lambda: len(futures[2]._waiters or ()) == 2)
         end()
     for waited in (await waiting, await in_thread):
         assert [futures.index(future) for future in waited.done] == done
@@ -284,9 +285,3 @@ async def _all(stream: Any) -> list[Any]:
 
 async def _value(future: Future[Any]) -> Any:
     return await future
-
-
-async def _until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.002)

@@ -10,7 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,7 @@ import nats
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE_S, until
 
 from nalar_mq.address import Subjects
 from nalar_mq.app import load_app
@@ -35,15 +36,8 @@ from nalar_mq.transport import Delivered
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
-PATIENCE_S = 90.0
 LEASE_S = 1.5
 SUBJECTS = Subjects("nalar")
-
-
-async def eventually(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not await condition():
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture
@@ -111,7 +105,7 @@ async def test_the_name_of_a_client_is_its_own_while_it_lives(broker: GuardedBro
         except BrokerAuthError:
             return False
 
-    await eventually(is_free, "the name is never free again")
+    await until(is_free, "the name is never free again")
 
 
 async def test_other_nats_clients_use_the_token_alone(broker: GuardedBroker) -> None:
@@ -144,7 +138,7 @@ async def test_a_broker_that_is_killed_knows_everybody_again(broker: GuardedBrok
         async def is_lost() -> bool:
             return not caller.process.transport.is_connected
 
-        await eventually(is_lost, "the loss is never seen")
+        await until(is_lost, "the loss is never seen")
         assert await caller.options(timeout_s=PATIENCE_S, retries=3).call("echo", "x") == "x"
         assert broker.server.restarts == 1
         async with worker(broker, "two"), client(broker) as another:
@@ -230,7 +224,7 @@ async def test_what_jetstream_passes_on_is_no_question_to_the_gate(broker: Guard
         async def is_passed_on() -> bool:
             return len(heard) >= 2
 
-        await eventually(is_passed_on, "nothing came")
+        await until(is_passed_on, "nothing came")
         async with await NatsTransport.connect(access, name="later"):  # is answered after what came before
             pass
         assert [message for message in heard if message.data != forged and not message.subject.startswith("$SYS")] == []

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq import errors, jobs
 from nalar_mq.app import App, load_app
@@ -61,15 +62,7 @@ class Site:
         return await (await self.client.submit(workflow, *args)).result(timeout=PATIENCE_S)
 
     async def ran(self, line: str, times: int = 1) -> None:
-        await self.until(lambda: self.actors.RUNS.count(line) >= times)
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                met = condition()
-                if await met if asyncio.iscoroutine(met) else met:
-                    return
-                await asyncio.sleep(0.01)
+        await until(lambda: self.actors.RUNS.count(line) >= times)
 
     async def store(self, kind: str) -> ObjectStore:
         return await self.client.process.transport.object_store(f"{self.settings.namespace}-{kind}")
@@ -80,7 +73,7 @@ class Site:
         async def nothing() -> bool:
             return await store.names() == []
 
-        await self.until(nothing)
+        await until(nothing)
 
 
 @pytest.fixture(params=["memory", "nats"])
@@ -132,7 +125,7 @@ async def test_values_belong_to_the_job_and_go_when_it_ends(site: Site) -> None:
     async def kept() -> bool:
         return len(await store.names()) == 3  # two that were made, and one again as the arguments of a call
 
-    await site.until(kept)
+    await until(kept)
     assert {job_of(name) for name in await store.names()} == {"mine"}
     assert [path.name for path in (site.root / "all").glob("*.job.*")] == [], "it lies where another machine cannot read it"
     site.actors.gate("g").set()
@@ -154,7 +147,7 @@ async def test_a_cancelled_job_leaves_no_values(site: Site) -> None:
     await site.ran("held g", 2)
     assert len(await (await site.store("claims")).names()) == 1
     assert await handle.cancel()
-    await site.until(lambda: worker.running == 0)
+    await until(lambda: worker.running == 0)
     await site.emptied()
 
 
@@ -176,7 +169,7 @@ async def test_a_large_outcome_is_seen_again_by_another_machine(losable: Site) -
     await losable.serve("driver", "workflow")
     handle = await losable.client.submit("interrupted", SIZE, "g")
     await losable.ran("weigh 2")
-    await losable.until(lambda: losable.client.process.table.replicas("make"))
+    await until(lambda: losable.client.process.table.replicas("make"))
     losable.hub.kill("driver")
     await losable.serve("driver2", "workflow")
     await losable.ran("interrupted g", 2)
@@ -225,7 +218,7 @@ async def test_a_sweep_removes_what_the_killed_have_left(losable: Site, monkeypa
     async def gone() -> bool:
         return [job_of(name) for name in await store.names()] == ["runs"]
 
-    await losable.until(gone)
+    await until(gone)
 
 
 async def test_values_outlive_killed_workers(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq import errors
 from nalar_mq.address import Subjects
@@ -80,11 +81,6 @@ class Bench:
             message = await answered
         await subscription.unsubscribe()
         return message.data, dict(message.headers or {})
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not condition():
-                await asyncio.sleep(0.01)
 
     async def emptied(self) -> None:
         """Returns when no job is in the queue."""
@@ -165,7 +161,7 @@ async def test_one_id_is_one_job(bench: Bench) -> None:
     await bench.worker("two")
     for _ in range(5):
         await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="same")
-    await bench.until(lambda: "gated a-x" in bench.actors.RUNS)
+    await until(lambda: "gated a-x" in bench.actors.RUNS)
     bench.actors.GATES["a"].set()
     assert (await bench.result("same")).value == "a-x"
     await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="same")
@@ -321,7 +317,7 @@ async def test_a_message_that_is_published_again_while_it_is_in_hand_runs_once(
     intake, goes_on = (await bench.worker("one"))._intake, asyncio.Event()
     monkeypatch.setattr(intake, "_until_current", goes_on.wait)
     await message.nak(0.0)
-    await bench.until(lambda: intake is not None and intake.in_hand == 1)
+    await until(lambda: intake is not None and intake.in_hand == 1)
     letter = await jobs.dead_letter("x")
     assert letter is not None
     await jobs.retry(letter)
@@ -384,7 +380,7 @@ async def test_what_a_worker_has_no_room_for_goes_back_though_it_takes_nothing_m
         patched.setattr(type(one), "nak", slow_nak)
         worker = await bench.worker("one", slow)
         assert worker._intake is not None
-        await bench.until(lambda: returning > 0)
+        await until(lambda: returning > 0)
         stopping = asyncio.create_task(worker._intake.stop_taking())
         await asyncio.sleep(0.1)
         may_return.set()
@@ -411,7 +407,7 @@ async def test_a_job_is_cancelled_whether_it_runs_or_waits(bench: Bench) -> None
     worker = await bench.worker("one")
     client = await bench.client()
     running = [await client.submit("gated", name=f"a-{n}", job_id=f"r{n}") for n in range(3)]
-    await bench.until(lambda: len(bench.actors.RUNS) == 3)
+    await until(lambda: len(bench.actors.RUNS) == 3)
     waiting = await client.submit("gated", "a-w", job_id="w")
     assert (await running[0].status()).state == "running"
     assert (await running[0].status()).worker == "one"
@@ -422,7 +418,7 @@ async def test_a_job_is_cancelled_whether_it_runs_or_waits(bench: Bench) -> None
     for handle in (waiting, running[0]):
         with pytest.raises(errors.CallCancelledError):
             await handle.result(timeout=PATIENCE_S)
-    await bench.until(lambda: worker.running == 2)
+    await until(lambda: worker.running == 2)
     bench.actors.GATES["a"].set()
     assert [await handle.result(timeout=PATIENCE_S) for handle in running[1:]] == ["a-1", "a-2"]
     await bench.emptied()
@@ -435,7 +431,7 @@ async def test_a_worker_takes_only_what_it_has_room_for(bench: Bench) -> None:
     worker = await bench.worker("one")
     client = await bench.client()
     handles = [await client.submit("gated", f"a-{n}") for n in range(20)]
-    await bench.until(lambda: len(bench.actors.RUNS) == 3)
+    await until(lambda: len(bench.actors.RUNS) == 3)
     overview = await (await bench.jobs()).overview()
     assert overview.queued == {"gated": 20}
     assert len(overview.running) == 3
@@ -451,7 +447,7 @@ async def test_a_job_longer_than_every_wait_runs_once(bench: Bench) -> None:
     await bench.worker("two")
     client = await bench.client()
     handle = await client.submit("gated", "a-x")
-    await bench.until(lambda: bench.actors.RUNS == ["gated a-x"])
+    await until(lambda: bench.actors.RUNS == ["gated a-x"])
     with pytest.raises(TimeoutError):
         await handle.result(timeout=3 * QUICK.ack_wait_s)
     assert bench.actors.RUNS == ["gated a-x"]
@@ -486,10 +482,10 @@ async def test_a_stopped_worker_gives_its_jobs_back(bench: Bench) -> None:
     first = await bench.worker("one")
     client = await bench.client()
     handles = [await client.submit("gated", f"a-{n}") for n in range(3)]
-    await bench.until(lambda: len(bench.actors.RUNS) == 3)
+    await until(lambda: len(bench.actors.RUNS) == 3)
     await first.aclose()
     await bench.worker("two")
-    await bench.until(lambda: len(bench.actors.RUNS) == 6)
+    await until(lambda: len(bench.actors.RUNS) == 6)
     bench.actors.GATES["a"].set()
     assert [await handle.result(timeout=PATIENCE_S) for handle in handles] == ["a-0", "a-1", "a-2"]
 
@@ -498,7 +494,7 @@ async def test_a_draining_worker_finishes_its_jobs(bench: Bench) -> None:
     first = await bench.worker("one")
     client = await bench.client()
     handle = await client.submit("gated", "a-0")
-    await bench.until(lambda: len(bench.actors.RUNS) == 1)
+    await until(lambda: len(bench.actors.RUNS) == 1)
     drained = asyncio.create_task(first.drain(PATIENCE_S))
     later = await client.submit("answer", "x")
     bench.actors.GATES["a"].set()
@@ -579,9 +575,7 @@ async def test_those_with_and_without_a_tenant_share_the_room_there_is(bench: Be
     intake = worker._intake
     assert intake is not None
     most = 0
-    async with asyncio.timeout(PATIENCE_S):
-        while intake.in_hand < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: intake.in_hand >= 3)
     for _ in range(20):
         most = max(most, intake.in_hand)
         await asyncio.sleep(0.02)
@@ -620,10 +614,10 @@ async def test_a_job_survives_the_loss_of_its_worker(bench: Bench) -> None:
     await bench.worker("one")
     client = await bench.client()
     handle = await client.submit("gated", "a-0")
-    await bench.until(lambda: len(bench.actors.RUNS) == 1)
+    await until(lambda: len(bench.actors.RUNS) == 1)
     bench.hub.kill("one")
     await bench.worker("two")
-    await bench.until(lambda: len(bench.actors.RUNS) == 2)
+    await until(lambda: len(bench.actors.RUNS) == 2)
     bench.actors.GATES["a"].set()
     assert await handle.result(timeout=PATIENCE_S) == "a-0"
     assert (await (await bench.jobs()).result(handle.id) or JobResult("", "", "failed")).timings.attempts == 2
@@ -676,7 +670,7 @@ async def test_garbage_in_the_place_of_a_result_ends_nothing(bench: Bench) -> No
     ledger = await bench.foreign.ledger(bench.subjects.results_ledger, [bench.subjects.result("*")])
     await bench.worker("one")
     await bench.publish("gated", b'["a-x"]', Nats_Msg_Id="mine")
-    await bench.until(lambda: bench.actors.RUNS == ["gated a-x"])
+    await until(lambda: bench.actors.RUNS == ["gated a-x"])
     for id in ("mine", "later"):
         await ledger.append(bench.subjects.result(id), b"{garbage")
     await bench.publish("answer", b'["y"]', Nats_Msg_Id="later")
@@ -692,7 +686,7 @@ async def test_garbage_in_the_place_of_a_result_ends_nothing(bench: Bench) -> No
 async def test_garbage_under_the_id_of_a_running_job_does_not_end_it(bench: Bench) -> None:
     await bench.worker("one")
     await bench.publish("gated", b'["a-x"]', Nalar_Job_Id="mine")
-    await bench.until(lambda: bench.actors.RUNS == ["gated a-x"])
+    await until(lambda: bench.actors.RUNS == ["gated a-x"])
     await bench.publish("gated", b"{garbage", Nalar_Job_Id="mine")
     queue = (await bench.jobs()).queue
     assert await queue.depth() == 2
@@ -819,7 +813,7 @@ async def test_a_job_whose_worker_is_gone_is_said_to_wait(bench: Bench) -> None:
     assert (status.state, status.worker) == ("queued", "")
     worker = await bench.worker("one")
     handle = await client.submit("gated", "a-0")
-    await bench.until(lambda: bool(bench.actors.RUNS))
+    await until(lambda: bool(bench.actors.RUNS))
     assert (await handle.status()).worker == worker.name
     bench.actors.GATES["a"].set()
     await handle.result(timeout=PATIENCE_S)

@@ -7,13 +7,14 @@ import contextlib
 import os
 import signal
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
@@ -86,12 +87,6 @@ async def site(settings: Settings, log: Path) -> AsyncIterator[Site]:
             await node.ready()
         async with connect(settings=settings) as client:
             yield Site(node, client, log)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def kill_workers(site: Site, kills: int, total: int, rng: Random) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import pytest
+from waiting import until
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.config import BrokerAccess
@@ -115,9 +116,7 @@ async def test_a_sealed_journal_takes_nothing_more_and_its_writer_learns_it(site
 
     told: list[int] = []
     journal.put(outcome(2), lambda: told.append(2))
-    async with asyncio.timeout(PATIENCE_S):
-        while not site.sealed:
-            await asyncio.sleep(0.01)
+    await until(lambda: site.sealed, "it still writes")
     assert site.sealed == [FIRST]
     journal.put(outcome(3), lambda: told.append(3))
     await asyncio.sleep(0)
@@ -131,9 +130,7 @@ async def test_a_journal_that_was_never_written_can_be_sealed(site: Site) -> Non
     assert await successor.read(FIRST, "j", is_lost=True) == {}
     journal = await site.journal()
     journal.put(outcome(1))
-    async with asyncio.timeout(PATIENCE_S):
-        while not site.sealed:
-            await asyncio.sleep(0.01)
+    await until(lambda: site.sealed, "it still writes")
 
 
 async def test_two_that_seal_at_once_read_the_same(site: Site) -> None:

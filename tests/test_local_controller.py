@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
@@ -218,12 +219,6 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-async def eventually(condition) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
@@ -237,10 +232,10 @@ async def test_single_workers_are_stopped_and_added_and_the_node_stays(bench):
         failed = asyncio.create_task(controller.failed())
         for name in controller.names:
             controller.stop_worker(name)
-        await eventually(lambda: not controller.pids)
+        await until(lambda: not controller.pids)
         assert not failed.done()
         assert [controller.add_worker("a") for _ in range(4)] == ["n-1", "n-2", "n-3", ""]
-        await eventually(lambda: set(controller.phases.values()) == {Phase.READY})
+        await until(lambda: set(controller.phases.values()) == {Phase.READY})
         assert [len(bench.pids(name)) for name in controller.names] == [2, 2, 1]
         await controller.drain()
         await failed
@@ -269,7 +264,7 @@ async def test_a_worker_that_dies_is_started_again_under_its_name(bench):
         await controller.ready()
         other, victim = controller.pids["n-1"], controller.pids["n-2"]
         os.kill(victim, signal.SIGKILL)
-        await eventually(lambda: controller.pids.get("n-2", victim) != victim)
+        await until(lambda: controller.pids.get("n-2", victim) != victim)
         await controller.ready()
         assert bench.pids("n-2") == [victim, controller.pids["n-2"]]
         assert controller.pids["n-1"] == other
@@ -286,7 +281,7 @@ while True:
         await controller.ready()
         victim = controller.pids["n-1"]
         os.kill(victim, signal.SIGSTOP)
-        await eventually(lambda: controller.pids.get("n-1", victim) != victim)
+        await until(lambda: controller.pids.get("n-1", victim) != victim)
         assert not alive(victim)
 
 
@@ -305,11 +300,11 @@ async def test_a_spare_takes_the_place_of_a_worker_that_dies_and_ends_with_the_c
     before = children()
     async with bench.controller(KEEPS_STATE, workers=2) as controller:
         await controller.ready()
-        await eventually(lambda: len(children() - before) == 3)
+        await until(lambda: len(children() - before) == 3)
         (spare,) = children() - before - set(controller.pids.values())
         os.kill(controller.pids["n-2"], signal.SIGKILL)
-        await eventually(lambda: controller.pids.get("n-2") == spare)
-        await eventually(lambda: len(children() - before) == 3)
+        await until(lambda: controller.pids.get("n-2") == spare)
+        await until(lambda: len(children() - before) == 3)
     assert children() <= before
 
 
@@ -317,12 +312,12 @@ async def test_a_spare_that_was_killed_is_replaced_or_done_without(bench):
     before = children()
     async with bench.controller(KEEPS_STATE) as controller:
         await controller.ready()
-        await eventually(lambda: len(children() - before) == 2)
+        await until(lambda: len(children() - before) == 2)
         victim = controller.pids["n-1"]
         (spare,) = children() - before - {victim}
         os.kill(spare, signal.SIGKILL)
         os.kill(victim, signal.SIGKILL)
-        await eventually(lambda: controller.pids.get("n-1") not in (None, victim, spare))
+        await until(lambda: controller.pids.get("n-1") not in (None, victim, spare))
         await controller.ready()
 
 
@@ -355,7 +350,7 @@ while True: time.sleep(1)
         pid = controller.pids["n-1"]
         await controller.drain(0.2)
         assert not alive(pid)
-        await eventually(lambda: not alive(child))
+        await until(lambda: not alive(child))
 
 
 async def test_an_app_that_cannot_be_loaded_is_not_tried_again(bench):
@@ -416,9 +411,9 @@ async def test_a_worker_that_is_added_changes_nothing_for_the_others(bench):
     async with bench.controller(body, workers=1) as controller:
         await controller.ready()
         assert controller.add_worker("a") == "n-2"
-        await eventually(lambda: controller.phases.get("n-2") is Phase.READY)
+        await until(lambda: controller.phases.get("n-2") is Phase.READY)
         os.kill(controller.pids["n-1"], signal.SIGKILL)
-        await eventually(lambda: len(bench.pids("n-1")) == 2 and controller.phases["n-1"] is Phase.READY)
+        await until(lambda: len(bench.pids("n-1")) == 2 and controller.phases["n-1"] is Phase.READY)
         orders = {name: json.loads((bench.folder / f"app.order.{name}").read_text()) for name in controller.names}
         assert [(order["workers"], order["agent"]) for order in orders.values()] == [(1, None), (1, "a")]
         await controller.drain()

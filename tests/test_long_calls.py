@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq.client import Client, connect
 from nalar_mq.config import LEASE_S, BrokerAccess, Settings
@@ -46,9 +47,7 @@ async def two_workers(settings: Settings, intake: IntakeOptions) -> AsyncIterato
     workers = [await asyncio.create_subprocess_exec(*command, name) for name in ("one", "two")]
     try:
         async with connect(settings=settings) as client:
-            async with asyncio.timeout(PATIENCE_S):
-                while len(client.process.table.replicas("square")) < len(workers):
-                    await asyncio.sleep(0.02)
+            await until(lambda: len(client.process.table.replicas("square")) >= len(workers), "a worker is missing")
             yield client
             assert [worker.returncode for worker in workers] == [None, None]
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq import values
 from nalar_mq.app import load_app
@@ -192,9 +193,7 @@ async def test_a_session_stays_in_its_store_though_a_copy_comes_back_with_that_o
     await target.aclose()
     with pytest.raises(MigrationError):
         await moving
-    async with asyncio.timeout(60.0):
-        while len(source.ids) < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(source.ids) >= 2)
     running.cancel()
     assert await waiting == 1
     await runtime.workers[here].aclose()
@@ -216,8 +215,7 @@ async def test_the_owner_hears_of_every_step_of_a_call_that_is_sent_after_its_se
         await begun.wait()
         begun.clear()
         future = late.options(session="ann", timeout_s=30.0).call("Notebook.note_for_ever", "it is sent on twice")
-        while runtime.workers["second"].running < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: runtime.workers["second"].running >= 2)
         moving = asyncio.create_task(runtime.client.migrate("Notebook", "ann", to="third"))
         await asyncio.sleep(0.1)
         before.cancel()
@@ -309,9 +307,7 @@ async def test_a_session_with_an_entry_that_is_damaged_stays_and_moves_once_it_i
         with pytest.raises(MigrationError, match="'ann' of 'Notebook' is damaged"):
             await runtime.client.migrate("Notebook", "ann", to=there)
     assert await runtime.holder("ann") == here
-    async with asyncio.timeout(30):
-        while migrations_of(runtime.workers[there])._coming:  # given up there, too
-            await asyncio.sleep(0.01)
+    await until(lambda: not migrations_of(runtime.workers[there])._coming, "it is not given up there")
     with store._env.begin(write=True) as txn:
         txn.delete(key, db=store._trees["entries"])
     await runtime.client.migrate("Notebook", "ann", to=there)
@@ -337,9 +333,7 @@ async def test_nothing_stays_of_a_session_that_is_given_up_while_pieces_of_it_wa
         migrations.on_piece(here.process.calls.me, piece)
     migrations.on_abandon(b"1" * 16)
     kept = target.session("Notebook", "ann").committer.store
-    async with asyncio.timeout(30):
-        while kept.session("Notebook", "ann").standing != LEFT:
-            await asyncio.sleep(0.01)
+    await until(lambda: kept.session("Notebook", "ann").standing == LEFT)
     for _ in range(50):
         await asyncio.sleep(0.001)
     assert kept.session("Notebook", "ann").standing == LEFT

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE_S, until
 
 from nalar_mq.app import load_app
 from nalar_mq.broker import EmbeddedBroker
@@ -24,7 +25,6 @@ from nalar_mq.transport import KeyValue
 from nalar_mq.worker import Worker
 
 APPS = Path(__file__).parent / "apps"
-PATIENCE_S = 90.0
 ENTRY_BYTES, FILLED_AT_ONCE = 2_000, 1_000
 SHORT, FULL = 5_000, 25_000  # entries
 
@@ -52,9 +52,7 @@ class Site:
     async def served(self) -> None:
         """Returns when some more calls have been answered."""
         wanted = len(self.acknowledged) + 5
-        async with asyncio.timeout(PATIENCE_S):
-            while len(self.acknowledged) < wanted:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(self.acknowledged) >= wanted, "the calls stand still")
 
     async def holder(self) -> str:
         """The worker that has the session, as the directory says."""
@@ -209,8 +207,8 @@ async def test_the_source_is_killed_when_it_changes_the_directory(request_comes:
             # Made by the client's connection, so that the request outlives who has sent it.
             slow._bucket = await client.process.transport.key_value(client.process.subjects.places_bucket)
             migrations._bucket = slow
-            while not ("second" in first.process.table.members and first.process.table.members["second"].stores):
-                await asyncio.sleep(0.01)  # it cannot be told to move before
+            members = first.process.table.members  # it cannot be told to move to somebody whom it does not know
+            await until(lambda: "second" in members and members["second"].stores, "the second never joined")
             moving = asyncio.create_task(client.migrate("Carrier", "ann", to="second"))
             await asyncio.wait([moving, asyncio.create_task(slow.asked.wait())], return_when=asyncio.FIRST_COMPLETED)
             assert not moving.done(), moving

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from nalar_mq.broker import EmbeddedBroker, find_nats_server
 from nalar_mq.config import BrokerAccess
@@ -30,12 +32,6 @@ from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Delivered
 
 PATIENCE_S = 60.0
-
-
-async def until(condition: Callable[..., bool], *args: object) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition(*args):
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -216,7 +212,7 @@ async def test_tls_with_a_certificate_of_our_own(tmp_path: Path, caplog: pytest.
                 await transport.subscribe("a", lambda message, heard=heard: heard.append(len(message.data)))  # type: ignore[misc]
                 for _ in range(50):
                     transport.publish("a", b"x" * 200_000)
-                await until(heard.__eq__, [200_000] * 50)
+                await until(partial(heard.__eq__, [200_000] * 50))
         assert caplog.records == []
         error = await refusal(BrokerAccess(urls=(f"tls://{place}",)))
         assert isinstance(error, BrokerUnreachableError)
@@ -329,9 +325,9 @@ async def test_connection_that_the_server_ends_is_made_again(own_broker: Embedde
         await transport.subscribe("a", lambda message: heard.append(message.data))
         # Longer than a control line may be: the server answers with an error and hangs up.
         transport.publish("x" * 6000, b"")
-        await until(states.__eq__, [False, True])
+        await until(lambda: states == [False, True])
         transport.publish("a", b"x")
-        await until(heard.__eq__, [b"x"])
+        await until(lambda: heard == [b"x"])
 
 
 async def test_listener_that_raises_does_not_keep_others_from_hearing(own_broker: EmbeddedBroker) -> None:
@@ -344,7 +340,7 @@ async def test_listener_that_raises_does_not_keep_others_from_hearing(own_broker
         transport.on_connection(bad)
         transport.on_connection(states.append)
         os.kill(own_broker.pid or 0, signal.SIGKILL)
-        await until(states.__eq__, [False, True])
+        await until(lambda: states == [False, True])
     assert states == [False, True]
 
 
@@ -524,8 +520,8 @@ async def test_half_open_connection_is_found_out(own_broker: EmbeddedBroker) -> 
     async with await NatsTransport.connect(own_broker.access, name="test") as transport:
         transport.on_connection(states.append)
         with stopped(own_broker):
-            await until(states.__eq__, [False])
-        await until(states.__eq__, [False, True])
+            await until(lambda: states == [False])
+        await until(lambda: states == [False, True])
         await transport.flush()
 
 

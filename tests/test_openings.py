@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
+from waiting import until
 
 from nalar_mq.address import Address, Subjects
 from nalar_mq.app import load_app
@@ -62,12 +61,6 @@ class Runtime:
 @pytest.fixture
 def runtime(namespace: str, tmp_path: Path) -> Runtime:
     return Runtime(namespace, tmp_path)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def test_a_copy_of_a_store_that_is_open_is_not_opened_by_another_worker(runtime: Runtime) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import nats
 import pytest
+from waiting import PATIENCE_S, until
 
 from nalar_mq.actions import Allow, States, encode_decision
 from nalar_mq.address import Subjects
@@ -26,7 +27,6 @@ from nalar_mq.transport import Delivered, Ledger
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
-PATIENCE_S = 90.0
 SUBJECTS = Subjects("nalar")
 USERS = {
     "one": Role.WORKER,
@@ -37,16 +37,6 @@ USERS = {
     "of-acme": Role.VISITOR,
 }
 TENANTS = {"of-acme": "acme"}
-
-
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], otherwise: str) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            holds = condition()
-            if holds if isinstance(holds, bool) else await holds:
-                return
-            await asyncio.sleep(0.01)
-    raise AssertionError(otherwise)
 
 
 def configuration(folder: Path) -> str:
@@ -74,7 +64,7 @@ async def url(tmp_path: Path) -> AsyncIterator[str]:
         )
     try:
         ports = tmp_path / f"nats-server_{server.pid}.ports"
-        await eventually(lambda: ports.exists() and b"]" in ports.read_bytes(), "the broker did not start")
+        await until(lambda: ports.exists() and b"]" in ports.read_bytes(), "the broker did not start")
         found: str = json.loads(ports.read_bytes())["nats"][0]
         async with await NatsTransport.connect(access(found, "admin"), name="admin") as transport:
             await lay_out(transport, SUBJECTS, 6.0)
@@ -156,7 +146,7 @@ async def test_on_whose_behalf_a_visitor_publishes_jobs_is_up_to_who_runs_the_br
         async def is_refused() -> bool:
             return any(["without Nalar-Tenant" in letter.cause async for letter in jobs.dead_letters()])
 
-        await eventually(is_refused, "it ran, or never came")
+        await until(is_refused, "it ran, or never came")
         acme.publish("nalar.job.on_behalf.acme", b"[]", headers={**header, "Nats-Msg-Id": "right"})
         assert await (await client.job("right")).result(timeout=PATIENCE_S) == ["acme", "acme"]
         for id in ("forged", "no", "b"):
@@ -227,20 +217,20 @@ async def test_what_jetstream_passes_on_is_in_nobodys_name(url: str) -> None:
         forger.publish("nalar.result.states", forged_states)
         forger.publish("nalar.result.record", forged_record)
         ledger = await forger.ledger(results, ["nalar.result.*"])
-        await eventually(lambda: _holds(ledger, "nalar.result.record"), "the stream does not keep it")
+        await until(lambda: _holds(ledger, "nalar.result.record"), "the stream does not keep it")
         for subject in ("nalar.states", "$KV.nalar-control.states"):
             forger.publish(f"$JS.API.DIRECT.GET.{results}.nalar.result.states", b"", reply=subject)
         for subject in ("nalar.look.one.two", "nalar.seen.one.two", "nalar.load.two", "nalar.box.one.two"):
             forger.publish(f"$JS.API.DIRECT.GET.{results}.nalar.result.frame", b"", reply=subject)
-        await eventually(lambda: endpoint.stats.indirect == 1, "the copy never came")
+        await until(lambda: endpoint.stats.indirect == 1, "the copy never came")
         assert worker.process.lookout.unreadable == 2
         assert worker.process.telemetry.unreadable == 1
         wanted = {"stream_name": results, "config": {"name": "p", "ack_policy": "none", "deliver_policy": "all"}}
         await visitor.request(f"$JS.API.CONSUMER.CREATE.{results}.p", json.dumps(wanted).encode(), timeout_s=PATIENCE_S)
         visitor.publish(f"$JS.API.CONSUMER.MSG.NEXT.{results}.p", b"", reply="nalar.box.one.two")
-        await eventually(lambda: endpoint.stats.indirect == 2, "the delivery never came")
+        await until(lambda: endpoint.stats.indirect == 2, "the delivery never came")
         forger.publish(f"$JS.API.STREAM.MSG.GET.{results}", b'{"seq": 1}', reply="nalar.box.one.two")
-        await eventually(lambda: endpoint.stats.malformed == 1, "the message never came")
+        await until(lambda: endpoint.stats.malformed == 1, "the message never came")
         bucket = await forger.key_value("nalar-members")
         for name in ("two", "one"):
             forger.publish(f"$JS.API.DIRECT.GET.{results}.nalar.result.record", b"", reply=f"$KV.nalar-members.{name}")
@@ -249,7 +239,7 @@ async def test_what_jetstream_passes_on_is_in_nobodys_name(url: str) -> None:
                 entry = await bucket.get(name)
                 return entry is not None and entry.value == b""
 
-            await eventually(is_forged, "the record never came")
+            await until(is_forged, "the record never came")
         assert not worker.process.table.replicas("stolen")
         assert "two" not in worker.process.table.members
 
@@ -257,7 +247,7 @@ async def test_what_jetstream_passes_on_is_in_nobodys_name(url: str) -> None:
             entry = await bucket.get("one")
             return entry is not None and bool(entry.value)
 
-        await eventually(is_back, "the record of the worker did not come back")
+        await until(is_back, "the record of the worker did not come back")
         assert not worker.closed.done()
         async with connect(settings=settings(url, "client-a"), name="client-a") as client:
             assert client.process.membership.unreadable >= 1
@@ -296,7 +286,7 @@ async def test_a_client_serves_nothing_whatever_it_says(url: str) -> None:
         bucket = await liar.key_value("nalar-members")
         await bucket.put("client-b", encode_record(Member(WIRE_VERSION, 1, "n", "worker", 1, actors)))
         membership = client.process.membership
-        await eventually(lambda: membership.unreadable > 0, "the record never came")
+        await until(lambda: membership.unreadable > 0, "the record never came")
         assert not client.process.table.replicas("secret")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from views import World
+from waiting import until
 
 from nalar_mq.columns import RUNNING, Serves
 from nalar_mq.controllers.deciding import Reloaded
@@ -338,12 +338,6 @@ async def test_an_exception_is_contained_and_told_with_its_line(tmp_path: Path) 
     await policy.load()
     with pytest.raises(PolicyFailedError, match=r"ZeroDivisionError: division by zero \(line 6\)"):
         await policy.decide(View())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 LOOPING = """

@@ -8,18 +8,17 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from waiting import PATIENCE_S, eventually
 
 from nalar_mq.cli import run_command
 from nalar_mq.config import BrokerAccess
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
-PATIENCE_S = 90.0
 
 POLICY = '''
 from nalar_mq.controllers.policy import allow, kill
@@ -106,13 +105,6 @@ class Running:
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_S)
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 @pytest.fixture

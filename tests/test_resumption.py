@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import importlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq.app import App, load_app
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext
@@ -68,20 +69,11 @@ class Site:
     async def submit(self, workflow: str, *args: object) -> JobHandle:
         return await self.client.submit(workflow, *args)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async def holds() -> bool:
-            return condition()
+    async def until(self, condition: Callable[[], object]) -> None:
+        await until(condition, self._in_vain, within_s=PATIENCE_S)
 
-        await self.until_found(holds)
-
-    async def until_found(self, condition: Callable[[], Awaitable[bool]]) -> None:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not await condition():
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            workers = "; ".join(map(_state_of, self.workers))
-            pytest.fail(f"waited in vain; ran: {self.actors.RUNS}; {workers}")
+    def _in_vain(self) -> str:
+        return f"waited in vain; ran: {self.actors.RUNS}; {'; '.join(map(_state_of, self.workers))}"
 
     def count(self, line: str) -> int:
         return int(self.actors.RUNS.count(line))
@@ -114,7 +106,7 @@ class Site:
             seen = (observation for pack in packs if isinstance(pack, Pack) for observation in pack.observations)
             return sum(isinstance(observation, kind) for observation in seen) >= count
 
-        await self.until_found(found)
+        await self.until(found)
 
 
 def _state_of(worker: Worker) -> str:
@@ -389,7 +381,7 @@ async def test_a_dead_letter_that_is_tried_again_does_not_find_its_failure_thoug
     async def has_failed() -> bool:
         return await jobs.dead_letter(job.id) is not None
 
-    await site.until_found(has_failed)
+    await site.until(has_failed)
     letter = await jobs.dead_letter(job.id)
     assert letter is not None
     site.hub.kill("driver")

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
@@ -72,12 +73,7 @@ class Site:
         return {key: pids for key, pids in self.witness.runs().items() if key.startswith("effect/") == is_effect}
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not condition():
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            pytest.fail(f"{what}; attempts: {len(self.attempts())}, runs: {len(self.witness.runs())}")
+        await until(condition, lambda: f"{what}; attempts: {len(self.attempts())}, runs: {len(self.witness.runs())}")
 
     def runner(self) -> int | None:
         """Who runs the workflow, if anybody does."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 import nalar_mq
 from nalar_mq import errors
@@ -253,7 +254,7 @@ async def test_a_waiting_call_gives_up_its_slot_and_a_computing_one_does_not(run
     a = runtime.actors
     waiting = [a.waits_for_another("slot") for _ in range(6)]
     computing = [a.one_at_a_time("slot") for _ in range(6)]
-    await _until(lambda: runtime.started("wait_at") == 6)
+    await until(lambda: runtime.started("wait_at") == 6)
     assert runtime.started("one_at_a_time") == 2
     await client.call("opens", "slot")
     assert [await future for future in [*waiting, *computing]] == ["slot"] * 12
@@ -277,7 +278,7 @@ async def test_a_deadline_ends_a_call_and_its_children(runtime: Runtime) -> None
     with pytest.raises(TimeoutError) as raised:
         await a.waits_for_child.options(timeout_s=0.2)("never")
     assert isinstance(raised.value, errors.CallTimeoutError)
-    await _until(lambda: runtime.first.running + runtime.second.running == 0)
+    await until(lambda: runtime.first.running + runtime.second.running == 0)
     outer, inner = await a.deadlines.options(timeout_s=5.0)()
     assert inner <= 0.5 < outer <= 5.0
     assert await a.left_s.options(timeout_s=None)() == -1.0
@@ -287,13 +288,13 @@ async def test_cancelling_says_whether_the_call_had_started(runtime: Runtime) ->
     await runtime.client()
     a = runtime.actors
     running, queued = a.one_at_a_time("c"), [a.one_at_a_time("c") for _ in range(8)]
-    await _until(lambda: runtime.first.running + runtime.second.running == 9)
+    await until(lambda: runtime.first.running + runtime.second.running == 9)
     queued[-1].cancel("not needed")
     with pytest.raises(errors.CallCancelledError, match="not needed") as raised:
         await queued[-1]
     assert raised.value.started is False
     blocked = a.block_at("b")
-    await _until(lambda: runtime.first.running + runtime.second.running == 9)
+    await until(lambda: runtime.first.running + runtime.second.running == 9)
     blocked.cancel()
     with pytest.raises(errors.CallCancelledError) as raised:
         await blocked
@@ -319,11 +320,11 @@ async def test_a_lost_worker_fails_its_calls_and_retries_those_that_may_be(runti
     plain = [a.wait_at("lost") for _ in range(8)]
     retried = [a.wait_at.options(retries=1)("lost") for _ in range(8)]
     first = runtime.first
-    await _until(lambda: first.running + runtime.second.running == 16)
+    await until(lambda: first.running + runtime.second.running == 16)
     on_first = first.running
     assert on_first
     runtime.hub.kill("first")
-    await _until(lambda: any(future.failed() for future in plain), 20)
+    await until(lambda: any(future.failed() for future in plain), within_s=20)
     await a.opens.options(retries=1)("lost")
     assert [await future for future in retried] == ["lost"] * 8
     outcomes = [await _outcome(future) for future in plain]
@@ -334,8 +335,8 @@ async def test_a_lost_client_takes_its_calls_with_it(runtime: Runtime) -> None:
     client = connect(settings=runtime.settings, connect=runtime.connect)
     async with client:
         client.call("waits_for_child", "never")
-        await _until(lambda: runtime.first.running + runtime.second.running == 2)
-    await _until(lambda: runtime.first.running + runtime.second.running == 0)
+        await until(lambda: runtime.first.running + runtime.second.running == 2)
+    await until(lambda: runtime.first.running + runtime.second.running == 0)
 
 
 async def test_a_drained_worker_finishes_and_gets_nothing_new(runtime: Runtime) -> None:
@@ -343,13 +344,13 @@ async def test_a_drained_worker_finishes_and_gets_nothing_new(runtime: Runtime) 
     a = runtime.actors
     calls = [a.wait_at("drain") for _ in range(8)]
     first, second = runtime.first, runtime.second
-    await _until(lambda: first.running + second.running == 8)
+    await until(lambda: first.running + second.running == 8)
     had = first.running
     draining = asyncio.ensure_future(first.drain(20))
     table = second.process.table
-    await _until(lambda: all(address.name != "first" for address in table.replicas("add")))
+    await until(lambda: all(address.name != "first" for address in table.replicas("add")))
     later = [a.wait_at("drain") for _ in range(8)]
-    await _until(lambda: second.running == 8 - had + 8)
+    await until(lambda: second.running == 8 - had + 8)
     assert first.running == had
     await a.opens("drain")
     assert [await future for future in [*calls, *later]] == ["drain"] * 16
@@ -400,21 +401,21 @@ async def test_isolated_code_runs_in_a_child_that_may_die(runtime: Runtime) -> N
     with pytest.raises(errors.WorkerLostError, match="signal 9"):
         await a.dies()
     long = a.sleeps(60)
-    await _until(lambda: runtime.started("sleeps") == 1)
+    await until(lambda: runtime.started("sleeps") == 1)
     long.cancel()
     with pytest.raises(errors.CallCancelledError):
         await long
-    await _until(lambda: runtime.started("sleeps") == 0)
+    await until(lambda: runtime.started("sleeps") == 0)
 
 
 async def test_a_cancelled_call_is_interrupted_by_the_function_named_for_it(runtime: Runtime) -> None:
     await runtime.client()
     running = runtime.actors.interruptible()
-    await _until(lambda: runtime.started("interruptible") == 1)
+    await until(lambda: runtime.started("interruptible") == 1)
     running.cancel()
     with pytest.raises(errors.CallCancelledError):
         await running
-    await _until(lambda: runtime.started("interruptible") == 0)
+    await until(lambda: runtime.started("interruptible") == 0)
 
 
 async def test_calls_go_to_no_more_replicas_than_max_instances(runtime: Runtime) -> None:
@@ -465,7 +466,7 @@ async def test_a_run_is_traced_from_its_root_across_workers(runtime: Runtime) ->
 async def test_a_run_is_traced_while_it_goes_on_and_after_it_has_failed(runtime: Runtime) -> None:
     client = await runtime.client()
     waiting = client.call("waits_for_child", "traced")
-    await _until(lambda: runtime.started("wait_at") == 1)
+    await until(lambda: runtime.started("wait_at") == 1)
     assert [call.state for call in (await client.trace(waiting)).calls] == ["waiting", "running"]
     await client.call("opens", "traced")
     await waiting
@@ -473,7 +474,7 @@ async def test_a_run_is_traced_while_it_goes_on_and_after_it_has_failed(runtime:
     root, failed = (await client.trace()).calls
     assert (root.state, failed.state, failed.error) == ("done", "failed", "basic:Refused")
     cancelled = client.call("wait_at", "never")
-    await _until(lambda: runtime.started("wait_at") == 1)
+    await until(lambda: runtime.started("wait_at") == 1)
     cancelled.cancel()
     with pytest.raises(errors.CallCancelledError):
         await cancelled
@@ -485,10 +486,10 @@ async def test_a_run_is_traced_while_it_goes_on_and_after_it_has_failed(runtime:
 async def test_workers_tell_what_they_have_in_hand(runtime: Runtime) -> None:
     client = await runtime.client(name="client-asks")
     futures = [client.call("narrow_gate", "look") for _ in range(6)]
-    await _until(lambda: runtime.started("narrow_gate") == 2)
+    await until(lambda: runtime.started("narrow_gate") == 2)
     other = await runtime.client(name="client-other")
     pending = [other.call("wait_at", "look") for _ in range(3)]
-    await _until(lambda: runtime.started("wait_at") == 3)
+    await until(lambda: runtime.started("wait_at") == 3)
     views = {view.name: view.glance for view in await client.look()}
     assert list(views) == ["client-other", "first", "second"]
     assert views["client-other"].futures == 3
@@ -532,11 +533,11 @@ async def test_a_future_can_be_given_another_priority(runtime: Runtime) -> None:
     await runtime.client()
     a = runtime.actors
     futures = [a.block_turn("one")]
-    await _until(lambda: a.TURNS == ["one"])
+    await until(lambda: a.TURNS == ["one"])
     futures += [a.block_turn(name) for name in ("two", "three", "four")]
     futures[3].set_priority(5)
     futures[1].set_priority(-5)
-    await _until(lambda: sorted(_priorities(runtime, "block_turn")) == [-5, 0, 0, 5])
+    await until(lambda: sorted(_priorities(runtime, "block_turn")) == [-5, 0, 0, 5])
     assert [future.info().priority for future in futures] == [0, -5, 0, 5]
     assert await _turns(runtime, futures) == ["one", "four", "three", "two"]
 
@@ -545,11 +546,11 @@ async def test_who_waits_for_a_future_lends_it_its_priority(runtime: Runtime) ->
     await runtime.client()
     a = runtime.actors
     futures = [a.block_turn("one")]
-    await _until(lambda: a.TURNS == ["one"])
+    await until(lambda: a.TURNS == ["one"])
     futures += [a.block_turn("two"), a.block_turn("three")]
     futures.append(a.echo.options(priority=7)(a.echo(futures[2].later).later))
     futures.append(a.waits_for_turn.options(priority=4)("four"))
-    await _until(lambda: sorted(_priorities(runtime, "block_turn")) == [0, 0, 4, 7])
+    await until(lambda: sorted(_priorities(runtime, "block_turn")) == [0, 0, 4, 7])
     assert await _turns(runtime, futures) == ["one", "three", "four", "two"]
 
 
@@ -558,7 +559,7 @@ async def test_what_is_known_of_a_future(runtime: Runtime) -> None:
     a = runtime.actors
     waiting = client.options(session="known", timeout_s=60, priority=2).call("wait_at", "info")
     needs_it = a.echo(waiting.later)
-    await _until(lambda: runtime.started("wait_at") == 1 and waiting.info().consumers != ())
+    await until(lambda: runtime.started("wait_at") == 1 and waiting.info().consumers != ())
     info, depends = waiting.info(), needs_it.info()
     assert (info.id, info.actor, info.parent, info.session) == (waiting.id.hex(), "wait_at", "", "known")
     assert (info.state, info.priority, info.job, info.dependencies) == ("pending", 2, "", ())
@@ -603,10 +604,10 @@ async def test_an_overloaded_worker_gives_back_what_matters_least(runtime: Runti
     worker = await runtime.worker("small", high_water=20)
     client = await runtime.client()
     running = client.call("one_at_a_time", "full")
-    await _until(lambda: worker.running == 1)
+    await until(lambda: worker.running == 1)
     low = [client.options(priority=0).call("one_at_a_time", "full") for _ in range(30)]
     high = [client.options(priority=5).call("one_at_a_time", "full") for _ in range(15)]
-    await _until(lambda: sum(future.failed() for future in low) == 26)
+    await until(lambda: sum(future.failed() for future in low) == 26)
     assert not any(future.failed() for future in high)
     shed = [future for future in low if future.failed()]
     assert shed == low[4:]  # of one priority the youngest
@@ -686,9 +687,3 @@ async def _outcome(future: Any) -> Any:
         return await future
     except (errors.CallError, TypeError) as error:
         return type(error)
-
-
-async def _until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)

@@ -13,13 +13,14 @@ import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
 import msgspec
 import pytest
+from waiting import PATIENCE_S, until
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.client import Client, connect
@@ -31,7 +32,6 @@ from nalar_mq.store import HERE, Store
 
 APP = Path(__file__).parent / "apps" / "accounts_app.py"
 LEASE_S = 3.0
-PATIENCE_S = 90.0
 
 
 class Show(msgspec.Struct, frozen=True):
@@ -117,16 +117,8 @@ class Site:
         phases = {**self.node.phases, **self.apart.phases}
         return {name: pid for name, pid in pids.items() if phases[name] is Phase.READY}
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not condition():
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            pytest.fail(what)
-
     async def is_complete(self) -> None:
-        await self.until(lambda: len(self.serving()) == len(self.node.names) + 1, "somebody is missing")
+        await until(lambda: len(self.serving()) == len(self.node.names) + 1, "somebody is missing")
 
     # What goes wrong, until the show is over.
 
@@ -149,19 +141,19 @@ class Site:
 
     async def freeze(self, controller: LocalController) -> None:
         """A worker stands still until it has been given up; if its controller lets it, it wakes up then."""
-        await self.until(lambda: set(self.serving()) & set(controller.names), "nobody to freeze")
+        await until(lambda: set(self.serving()) & set(controller.names), "nobody to freeze")
         name = next(name for name in controller.names if name in self.serving())
         pid, table = controller.pids[name], self.client.process.table
         incarnation = table.members[name].incarnation
         os.kill(pid, signal.SIGSTOP)
         try:
-            await self.until(
+            await until(
                 lambda: name not in table.members or table.members[name].incarnation != incarnation, "it was never given up"
             )
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        await self.until(lambda: controller.pids.get(name, pid) != pid, "who was given up goes on")
+        await until(lambda: controller.pids.get(name, pid) != pid, "who was given up goes on")
         self.done["workers frozen"] += 1
 
     async def move_sessions(self, sessions: list[str]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from nalar_mq import host, places, values
 from nalar_mq.app import load_app
@@ -181,7 +182,5 @@ async def test_sessions_leave_memory_and_come_back(runtime: Runtime, monkeypatch
         serving = worker.process.calls.host
         assert isinstance(serving, host.Host)
         replica = serving._replicas["Notebook"]
-        async with asyncio.timeout(20):
-            while replica.has_instance("ann"):
-                await asyncio.sleep(0.05)
+        await until(lambda: not replica.has_instance("ann"), "it is kept in memory")
         assert await ann.call("Notebook.note", "b") == 2

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import PATIENCE_S, eventually, until
 
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.client import connect
 from nalar_mq.config import Settings
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
-PATIENCE_S = 90.0
 APP = """
 import os
 
@@ -39,13 +39,6 @@ class Desk:
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the children of a killed parent")
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -117,17 +110,17 @@ async def test_stores_are_taken_over_at_once_and_nodes_and_clients_come_back(
                 return await asyncio.gather(*[client.options(session=name).call("Desk.add", text) for name in sessions])
 
         members = client.process.table.members
-        await asyncio.to_thread(eventually, lambda: len(client.process.table.replicas("Desk")) == 3, "one is missing")
+        await until(lambda: len(client.process.table.replicas("Desk")) == 3, "one is missing")
         beside = members["beside-1"].pid
         before = await note("first")
         ends = first.children()
         await asyncio.to_thread(first.end, signal.SIGKILL)
-        await asyncio.to_thread(eventually, lambda: all(map(is_gone, ends)), "a child goes on")
+        await until(lambda: all(map(is_gone, ends)), "a child goes on")
         await asyncio.to_thread(begin, *words)
         after = await note("second")
         assert [notes for _, notes in after] == [["first", "second"]] * len(sessions)
         assert {pid for pid, _ in after} & {pid for pid, _ in before} <= {beside}
-        await asyncio.to_thread(eventually, lambda: "beside-1" in members, "it does not come back")
+        await until(lambda: "beside-1" in members, "it does not come back")
         assert members["beside-1"].pid == beside
 
 
