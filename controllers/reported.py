@@ -12,6 +12,8 @@
   on. Those of one process keep their order; between processes there is none. What is done for each report alone is to read it
   and to see whether its number is the next; then the columns of all are checked and folded end to end. If one of them is
   refused, what has been done for the others is taken back and each is folded by itself, so that it is the only one.
+* A kind has its number for as long as a process has it, and longer: what has been learnt of it is there when the next process
+  has it. Only when there is no room for others, those that no process has are given up, all at once.
 * Times of a process become times of the view by the smallest difference between the two clocks that a report has shown.
 
     fold_all ──▶ one report of each process ──▶ checks, in the order of the parts of a report ──▶ effects
@@ -79,7 +81,7 @@ class Reported:
         futures: a row for each live future.
         sessions, jobs: their names.
         session_live, session_tenant: by number of the session: live futures, number of the tenant.
-        kinds: actor and method by number.
+        kinds: actor and method by number; two empty texts where a number stands for none.
         kind_agent: number of its agent, by number of the kind.
         service_s, wait_s: mean time of work and of waiting, by number of the kind.
         tenants: their names by number; the first one is empty.
@@ -106,6 +108,7 @@ class Reported:
         self._processes: dict[str, Process] = {}
         self._places: list[Process | None] = []
         self._kind_numbers: dict[tuple[str, str], int] = {}
+        self._free_kinds: list[int] = []
         self._agents: dict[str, int] = {}
         self._tenant_numbers: dict[str, int] = {"": 0}
         self._counted: Floats = np.zeros(0)
@@ -360,15 +363,47 @@ class Reported:
         """The numbers of kinds; those that have none get one, all of them in one step."""
         newly = [kind for kind in dict.fromkeys(kinds) if kind not in self._kind_numbers]
         if newly:
-            refuse(len(self.kinds) + len(newly) > MOST_KINDS_OF_ALL, f"more than {MOST_KINDS_OF_ALL} kinds of all processes")
-            self._kind_numbers.update(zip(newly, range(len(self.kinds), len(self.kinds) + len(newly)), strict=True))
-            self.kinds += newly
-            self.kind_agent = np.append(self.kind_agent, rows_of(self._agent(actor) for actor, _ in newly))
-            more = np.zeros(len(newly))
+            room = MOST_KINDS_OF_ALL - len(self.kinds) + len(self._free_kinds)
+            if len(newly) > room:
+                self._give_up_kinds(kinds)
+                room = MOST_KINDS_OF_ALL - len(self.kinds) + len(self._free_kinds)
+            refuse(len(newly) > room, f"more than {MOST_KINDS_OF_ALL} kinds of all processes")
+            self._add_kinds(newly)
+        return [self._kind_numbers[kind] for kind in kinds]
+
+    def _add_kinds(self, newly: Sequence[tuple[str, str]]) -> None:
+        again = self._free_kinds[: len(newly)]
+        del self._free_kinds[: len(newly)]
+        further = len(newly) - len(again)
+        numbers = [*again, *range(len(self.kinds), len(self.kinds) + further)]
+        if further:
+            more = np.zeros(further)
+            self.kinds += [("", "")] * further
+            self.kind_agent = np.append(self.kind_agent, np.zeros(further, np.int32))
             self.service_s, self.wait_s = np.append(self.service_s, more), np.append(self.wait_s, more)
             self._counted, self._ahead_s = np.append(self._counted, more), np.append(self._ahead_s, more)
-            self._histogram = np.concatenate((self._histogram, np.zeros((len(newly), CODES), np.int64)))
-        return [self._kind_numbers[kind] for kind in kinds]
+            self._histogram = np.concatenate((self._histogram, np.zeros((further, CODES), np.int64)))
+        for number, kind in zip(numbers, newly, strict=True):
+            self.kinds[number], self._kind_numbers[kind] = kind, number
+            self.kind_agent[number] = self._agent(kind[0])
+
+    def _give_up_kinds(self, wanted: Iterable[tuple[str, str]]) -> None:
+        """Forgets the kinds that no process has, and no call that is alive; `wanted` are about to be some process's."""
+        used = np.zeros(len(self.kinds), np.bool_)
+        used[[self._kind_numbers[kind] for kind in wanted if kind in self._kind_numbers]] = True
+        used[self.futures.kind[self.futures.live()]] = True
+        for name in ("number", "counted"):
+            numbers = self._slots.kinds[name]
+            used[numbers[numbers >= 0]] = True
+        used[self._free_kinds] = True
+        gone = np.flatnonzero(~used)
+        self._last_kind[np.isin(self._last_kind, gone)] = -1
+        for column in (self.service_s, self.wait_s, self._counted, self._ahead_s, self._histogram):
+            column[gone] = 0
+        for number in gone.tolist():
+            del self._kind_numbers[self.kinds[number]]
+            self.kinds[number] = "", ""
+        self._free_kinds += gone.tolist()
 
     def _agent(self, name: str) -> int:
         return self._agents.setdefault(name, len(self._agents))

@@ -777,20 +777,66 @@ def test_what_a_call_from_outside_says_never_has_the_report_of_its_worker_refuse
         assert len(view.futures) == 2
 
 
-def test_no_process_names_kinds_without_end() -> None:
+def naming(data: bytes, name: str, incarnation: int, kinds: tuple[tuple[str, str], ...]) -> bytes:
+    """A report like `data` in which a process names these kinds."""
+    fields = {"name": name, "incarnation": incarnation, "number": 1, "kinds": kinds}
+    return columns.encode_report(altered(data, begun=None, sessions=columns.NOBODY, **fields))
+
+
+def kinds_of(deployment: int, count: int = columns.MOST_KINDS) -> tuple[tuple[str, str], ...]:
+    return tuple((f"agent-{deployment}-{number}", "m") for number in range(count))
+
+
+def test_processes_that_live_name_no_kinds_without_end() -> None:
     changes, _, view = told(call(1))
     (data,) = changes.reports(3.0, 1 << 20)
-    for incarnation in range(1, 20):
-        kinds = tuple((f"agent-{incarnation}-{number}", "m") for number in range(columns.MOST_KINDS))
-        begins = altered(data, name="x", incarnation=incarnation, number=1, kinds=kinds)
-        if len(view.kinds) + len(kinds) <= MOST_KINDS_OF_ALL:
-            view.fold("x", columns.encode_report(begins), 103.0)
+    for number in range(20):
+        report = naming(data, f"x{number}", 1, kinds_of(number))
+        if len(view.kinds) + columns.MOST_KINDS <= MOST_KINDS_OF_ALL:
+            view.fold(f"x{number}", report, 103.0)
         else:
-            assert refused(view, "x", columns.encode_report(begins)) is MalformedReportError
+            assert refused(view, f"x{number}", report) is MalformedReportError
     assert len(view.kinds) == len(view.kind_agent) == len(view.service_s) <= MOST_KINDS_OF_ALL
     view.fold("w", data, 103.0)
     view.settle(104.0)
     assert len(view.futures) == 1
+
+
+def test_kinds_that_nobody_has_any_more_leave_room_for_others() -> None:
+    """However many deployments there have been, each with other names, the latest is seen; what stayed is what it was."""
+    stays, leaves = Changes("stays", 1, "n"), Changes("leaves", 1, "n")
+    view = View()
+    held = stays.begin(call(1, actor="kept"), 1.0)
+    for name, changes, actor in (("stays", stays, "kept"), ("leaves", leaves, "former")):
+        for number in range(2, 30):
+            future = changes.begin(call(number, actor=actor), 1.0)
+            changes.change(future, RUNNING, 1.0)
+            changes.end(future, DONE, 5.0)
+        for report in changes.reports(6.0, 1 << 20):
+            view.fold(name, report, 6.0)
+    view.settle(7.0)
+    assert view.service_s[view.kinds.index(("former", "m"))] > 0
+    kept_s = view.service_s[view.kinds.index(("kept", "m"))]
+    (begins,) = told(call(1))[0].reports(6.0, 1 << 20)
+    for deployment in range(1, 12):
+        view.fold("x", naming(begins, "x", deployment, kinds_of(deployment)), 8.0 + deployment)
+        if deployment == 2:
+            view.forget("leaves")
+        view.settle(8.0 + deployment)
+    assert len(view.kinds) == len(view.kind_agent) == len(view.service_s) == len(view._histogram) <= MOST_KINDS_OF_ALL
+    assert ("former", "m") not in view.kinds
+    assert set(kinds_of(11)) <= set(view.kinds)
+    assert not view.service_s[[view.kinds.index(kind) for kind in kinds_of(11, 50)]].any()
+    assert view.service_s[view.kinds.index(("kept", "m"))] == kept_s > 0
+    (row,) = view.live.tolist()
+    assert view.agent_of(row) == "kept"
+    numbers = view.agent_numbers()
+    assert all(view.kind_agent[view.kinds.index(kind)] == numbers[kind[0]] for kind in kinds_of(11, 50))
+    stays.end(held, DONE, 20.0)
+    for report in stays.reports(21.0, 1 << 20):
+        view.fold("stays", report, 21.0)
+    view.settle(22.0)
+    assert len(view.futures) == 0
 
 
 def test_a_name_that_is_too_long_is_refused() -> None:
