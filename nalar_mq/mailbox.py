@@ -336,7 +336,7 @@ class _Lane:
     """
 
     __slots__ = (
-        *("_highest_rank", "_other_numbers", "_plain", "_tangle", "busy", "first_numbers", "first_sender"),
+        *("_highest_rank", "_other_numbers", "_plain", "_tangle", "_tidy_at", "busy", "first_numbers", "first_sender"),
         *("hold_gaps", "is_frozen", "is_held", "offered", "queued"),
     )
 
@@ -352,6 +352,7 @@ class _Lane:
         self.first_numbers = _Numbers()
         self._other_numbers: dict[str, _Numbers] | None = None
         self._plain: _Plain | None = None
+        self._tidy_at = _FEW
         self._highest_rank = -math.inf  # of what is plain; looking for it in the last entry would cost a few cache misses
         self._tangle: _Tangle | None = _Tangle(hold_gaps) if hold_gaps else None
 
@@ -374,21 +375,20 @@ class _Lane:
             found = others[sender] = _Numbers()
         return found
 
-    def add(self, entry: _Entry) -> bool:
-        """Queues a call; False if the call to run next and the best one are what they were."""
+    def add(self, entry: _Entry, *, is_latest: bool) -> bool:
+        """Queues a call, the latest of its sender or not; False if the call to run next and the best one are what they were."""
         self.queued += 1
         if self._tangle is not None:
             self._tangle.add(entry, self.queued)
             return True
-        plain = self._plain
-        number, rank = entry.number, entry.rank
-        is_in_order = not number or self.numbers_of(entry.sender).highest == number
-        if is_in_order and entry.is_ready and (not plain or self._highest_rank <= rank):
+        plain, rank = self._plain, entry.rank
+        if is_latest and entry.is_ready and (not plain or self._highest_rank <= rank):
             if plain is None:
                 self._plain = [entry]
+                self._tidy_at = _FEW
             else:
                 plain.append(entry)
-                if len(plain) > _FEW:
+                if len(plain) > self._tidy_at:
                     self._tidy(plain)
             self._highest_rank = rank
             return self.queued == 1
@@ -396,11 +396,10 @@ class _Lane:
         return True
 
     def _tidy(self, plain: _Plain) -> None:
-        """Drops those that have been removed when they are half of it; many are in a deque."""
-        if len(plain) > 2 * self.queued + _SLACK:
+        """Drops those that have been removed, and looks again when they may be half of it; many are in a deque."""
+        if isinstance(plain, list) or len(plain) > 2 * self.queued + _SLACK:
             self._plain = deque(entry for entry in plain if entry.state is _QUEUED)
-        elif isinstance(plain, list):
-            self._plain = deque(plain)
+        self._tidy_at = 2 * self.queued + _SLACK
 
     def _tangled(self) -> _Tangle:
         """Its queued calls as a tangle."""
@@ -499,31 +498,39 @@ def _is_current(item: _Ranked) -> bool:
 
 
 class _BySession:
-    """Queued calls of which one at a time runs in each session."""
+    """Queued calls of which one at a time runs in each session.
+
+    Attributes:
+        ready: sessions that could run a call, with those that no longer can; nothing, if `pop` would give nothing.
+    """
 
     def __init__(self, hold_gaps: bool) -> None:
         self._hold_gaps = hold_gaps
         self._lanes: dict[str, _Lane] = {}
         self._instances: dict[str, set[str]] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
-        self._heap: list[tuple[float, int, _Lane]] = []
-
-    def has_next(self) -> bool:
-        """False if `pop` would give nothing."""
-        return bool(self._heap)
+        self.ready: list[tuple[float, int, _Lane]] = []
 
     def note(self, session: str, sender: str, number: int) -> bool:
         """Notes that `number` has come; False if it had before."""
-        lane = self._lanes.get(session) or self._lane(session)
-        return (lane.first_numbers if sender == lane.first_sender else lane.numbers_of(sender)).add(number)
+        return self._lane(session).note(sender, number)
 
-    def add(self, entry: _Entry) -> None:
-        lane = self._lanes.get(entry.session) or self._lane(entry.session)
+    def add(self, entry: _Entry) -> bool:
+        """Queues a call; False if its number had come before."""
+        session, number = entry.session, entry.number
+        lane = self._lanes.get(session) or self._lane(session)
+        is_latest = True
+        if number:
+            numbers = lane.first_numbers if entry.sender == lane.first_sender else lane.numbers_of(entry.sender)
+            if not numbers.add(number):
+                return False
+            is_latest = numbers.highest == number
         if not lane.queued:
-            self._idle.pop(entry.session, None)
-        if lane.add(entry) and lane.busy is None:
+            self._idle.pop(session, None)
+        if lane.add(entry, is_latest=is_latest) and lane.busy is None:
             lane.is_held = False  # another call may be its first one now
             self._offer(lane)
+        return True
 
     def mark_ready(self, entry: _Entry) -> None:
         lane = self._lanes[entry.session]
@@ -538,8 +545,8 @@ class _BySession:
         self._offer(lane)
 
     def pop(self, admits: _Admits | None) -> _Entry | None:
-        while self._heap:
-            rank, serial, lane = heapq.heappop(self._heap)
+        while self.ready:
+            rank, serial, lane = heapq.heappop(self.ready)
             if lane.offered != (rank, serial):
                 continue
             lane.offered = None
@@ -633,10 +640,10 @@ class _BySession:
             return
         lane.offered = best
         if best is not None:
-            heapq.heappush(self._heap, (*best, lane))
-            if len(self._heap) > 2 * len(self._lanes) + _SLACK:
-                self._heap = [(*other.offered, other) for other in self._lanes.values() if other.offered is not None]
-                heapq.heapify(self._heap)
+            heapq.heappush(self.ready, (*best, lane))
+            if len(self.ready) > 2 * len(self._lanes) + _SLACK:
+                self.ready = [(*other.offered, other) for other in self._lanes.values() if other.offered is not None]
+                heapq.heapify(self.ready)
 
     def _rest(self, session: str, lane: _Lane) -> None:
         """Keeps the numbers of a session without calls for a while; of many such sessions the oldest go."""
@@ -647,26 +654,27 @@ class _BySession:
 
 
 class _ByCall:
-    """Queued calls that have nothing to do with each other."""
+    """Queued calls that have nothing to do with each other.
+
+    Attributes:
+        ready: how many calls `pop` may give.
+    """
 
     def __init__(self) -> None:
         self._all = _ByRank()
         self._batches: dict[str, _ByRank] = {}
-        self._ready = 0
-
-    def has_next(self) -> bool:
-        """False if `pop` would give nothing."""
-        return self._ready > 0
+        self.ready = 0
 
     def note(self, session: str, sender: str, number: int) -> bool:
         return True
 
-    def add(self, entry: _Entry) -> None:
+    def add(self, entry: _Entry) -> bool:
         if entry.is_ready:
             self.mark_ready(entry)
+        return True
 
     def mark_ready(self, entry: _Entry) -> None:
-        self._ready += 1
+        self.ready += 1
         self._push(entry)
 
     def unhold(self, entry: _Entry) -> None:
@@ -683,7 +691,7 @@ class _ByCall:
 
     def _pop(self, ranked: _ByRank, admits: _Admits | None) -> _Entry | None:
         while (entry := ranked.pop()) is not None:
-            self._ready -= 1
+            self.ready -= 1
             if admits is None or admits(entry):
                 entry.state = _RUNNING
                 return entry
@@ -691,7 +699,7 @@ class _ByCall:
         return None
 
     def leave(self, entry: _Entry) -> None:
-        self._ready -= entry.is_ready
+        self.ready -= entry.is_ready
 
     def finish(self, entry: _Entry) -> None:
         pass
@@ -707,12 +715,12 @@ class _ByCall:
         pass
 
     def _push(self, entry: _Entry) -> None:
-        self._all.push(entry, self._ready)
+        self._all.push(entry, self.ready)
         if entry.batch:
             batch = self._batches.get(entry.batch)
             if batch is None:
                 batch = self._batches[entry.batch] = _ByRank()
-            batch.push(entry, self._ready)
+            batch.push(entry, self.ready)
 
 
 def _whole(session: str) -> str:
@@ -808,14 +816,19 @@ class Mailbox:
             batch: what it may share a batch with, if not empty; without `per_session` only.
             tenant, job: on whose behalf and in which job it is made, for limits.
         """
-        if call_key in self._entries or (number and not self._queue.note(session, sender, number)):
+        if call_key in self._entries:
             return False
         self._serial = serial = self._serial + 1
         effective = self._priorities.get(_whole(session), priority) if self._priorities else priority
         rank = now - effective * self._aging_s if effective else now
-        entry = self._entries[call_key] = _Entry(
-            call_key, session, sender, number, priority, now, rank, serial, batch, ready, reentrant
-        )
+        entry = _Entry(call_key, session, sender, number, priority, now, rank, serial, batch, ready, reentrant)
+        if reentrant:
+            is_new = not number or self._queue.note(session, sender, number)
+        else:
+            is_new = self._queue.add(entry)
+        if not is_new:
+            return False
+        self._entries[call_key] = entry
         self._queued += 1
         if tenant:
             entry.tenant = tenant
@@ -823,10 +836,9 @@ class Mailbox:
             entry.job = job
         if self._queued_of is not None:
             self._queued_of.setdefault(_whole(session), {})[call_key] = entry
-        if self._worst is not None and not reentrant:
-            self._note_worst(effective, entry)
         if not reentrant:
-            self._queue.add(entry)
+            if self._worst is not None:
+                self._note_worst(effective, entry)
             return True
         if number:
             self._queue.skip(session, sender, number)
@@ -847,7 +859,7 @@ class Mailbox:
 
     def has_next(self) -> bool:
         """False if `take` would give nothing; it may give nothing all the same."""
-        return bool(self._urgent) or (self._slots_used < self.concurrency and self._queue.has_next())
+        return bool(self._urgent or (self._slots_used < self.concurrency and self._queue.ready))
 
     def take(self, now: float) -> bytes | None:
         """The call to run next, which is running from now on; None if none may."""
@@ -905,8 +917,8 @@ class Mailbox:
         entry = self._entries.get(call_key)
         if entry is None or entry.state is _QUEUED:
             return
-        if entry.state is _RUNNING:
-            self._slots_used -= entry.has_slot
+        if entry.has_slot and entry.state is _RUNNING:
+            self._slots_used -= 1
         entry.state = _GONE
         del self._entries[call_key]
         if not entry.is_reentrant:
