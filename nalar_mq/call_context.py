@@ -33,6 +33,11 @@ class Slot(Protocol):
         """The call has cost so much. Any thread."""
         ...
 
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """`actor/session/instance` of the sessions that the call and its callers hold."""
+        ...
+
 
 class Caller(Protocol):
     """Makes calls: the runtime of this process as stubs see it."""
@@ -201,7 +206,6 @@ class CallContext(msgspec.Struct, eq=False):
         job: its job, or empty.
         priority: inherited by children.
         deadline: on the clock of `caller.loop`; None for no deadline.
-        holds: `actor/session/instance` of the sessions that this call and its callers hold.
         trace: W3C `traceparent`, or empty.
         budget: what may still be spent, or None.
         slot: its claim on the replica, or None outside a worker.
@@ -220,7 +224,6 @@ class CallContext(msgspec.Struct, eq=False):
     job: str = ""
     priority: int = 0
     deadline: float | None = None
-    holds: tuple[str, ...] = ()
     trace: str = ""
     budget: float | None = None
     slot: Slot | None = None

@@ -548,7 +548,7 @@ class Calls:
             options.priority if options.priority is not None else context.priority or info.priority,
             None if deadline is None else deadline - now,
             next(self._session_numbers) if place and is_on_loop else 0,
-            context.holds,
+            () if context.slot is None else context.slot.holds,
             options.cast,
             0,
             context.trace,

@@ -55,8 +55,7 @@ def session_key_of(call: Call) -> str:
 
 def workflow_of(execution: Execution) -> str:
     """The outermost workflow that a call is part of, itself included; empty where there is none."""
-    call, spec = execution.call, execution.replica.spec
-    return call.workflow or (spec.name if spec.kind == "workflow" else "")
+    return execution.call.workflow or execution.replica.workflow
 
 
 class Resumed(msgspec.Struct, eq=False):
@@ -152,6 +151,12 @@ class Execution(msgspec.Struct, eq=False):
     def hold(self) -> str:
         """How this execution's session is named in the `holds` of its children."""
         return f"{self.call.actor}/{self.session_key}"
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """The sessions that its children find held."""
+        call = self.call
+        return (*call.holds, self.hold) if self.replica.spec.stateful else call.holds
 
     @property
     def state(self) -> str:

@@ -134,6 +134,7 @@ REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB 
 _NOTHING = values.encode(None)
 _MOVED = "it moved with its session"
 _ALL: Group = ("", "", "")
+_NAMES_KEPT = 10_000
 _NAMES = re.compile(r"[A-Za-z0-9_-]*")
 _log = logger(__name__)
 
@@ -196,6 +197,7 @@ class Host:
         "_loop_thread",
         "_may_begin",
         "_moving",
+        "_names",
         "_priorities",
         "_pushed",
         "_pushed_bytes",
@@ -274,6 +276,7 @@ class Host:
         self._upkeep: asyncio.Task[None] | None = None
         self._ended: deque[CallRecord] = deque(maxlen=REMEMBERED)
         self._sender_names: dict[Address, str] = {}
+        self._names: dict[str, str] = {}  # of sessions that have called, and are names
         self._may_begin = may_begin
         self._looks = (
             self._pump_all,
@@ -312,7 +315,10 @@ class Host:
         if replica is None:
             self._refuse(owner, call, UnknownActorError(f"worker {self._calls.me.name!r} does not serve {call.actor!r}"))
             return
-        if (malformed := _malformed(call)) is not None:
+        session = self._names.get(call.session)
+        if (session is None or call.instance or call.job or call.tenant or call.timeout_s != call.timeout_s) and (
+            malformed := _malformed(call)
+        ) is not None:
             self._refuse(owner, call, malformed)
             return
         if replica.stores is not None and self._is_elsewhere(owner, call, hops, replica):
@@ -332,16 +338,15 @@ class Host:
         if self._table.is_governed and not hops and (ordered := self._ordered_elsewhere(replica, call)) is not None:
             self._pass_on(owner, call, *ordered)
             return
-        may_have_run = call.attempt or call.job or hops
-        if replica.stores is not None and may_have_run and self._is_recorded(owner, call, replica.stores):
+        if replica.stores is not None and (call.attempt or call.job or hops) and self._is_recorded(owner, call, replica.stores):
             return
         if self.gate is not None and self._is_turned_away(owner, call, replica, self.gate):
             return
-        _share_names(call, replica.spec.name, method.name)
+        self._share_names(call, session, replica.spec.name, method.name)
         if self._early_priorities:
             force_setattr(call, "priority", self._early_priorities.pop(call.id, call.priority))
         session_key = session_key_of(call) if call.instance else call.session
-        told = self._changes.begin(call, now, tenant=call.tenant)
+        told = self._changes.begin(call, now, QUEUED, call.tenant)
         execution = Execution(self, owner, call, replica, method, now, now, session_key, told, hops)
         self._executions[call.id] = execution
         if call.holds:
@@ -360,7 +365,7 @@ class Host:
         if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
             self._outflow(execution).allow(limit)
         # An ancestor that has ended holds nothing any more: then the call queues like any other.
-        reentrant = call.holds != () and execution.hold in call.holds and session_key in replica.holders
+        reentrant = bool(call.holds) and execution.hold in call.holds and session_key in replica.holders
         is_new = replica.mailbox.put(
             call.id,
             session=session_key,
@@ -381,6 +386,17 @@ class Host:
         self.pump(replica)
         if len(self._executions) > self._high_water:
             self._shed(replica)
+
+    def _share_names(self, call: Call, session: str | None, actor: str, method: str) -> None:
+        """Has queued calls share the names that each of them brought: a fifth of what a call takes."""
+        force_setattr(call, "actor", actor)
+        force_setattr(call, "method", method)
+        if session is not None:
+            force_setattr(call, "session", session)
+        elif not call.session.startswith("auto-"):  # those have one call, as a rule
+            if len(self._names) >= _NAMES_KEPT:
+                self._names.clear()
+            self._names[call.session] = call.session
 
     def on_spent(self, execution: Execution, amount: float, unit: str) -> None:
         """A call has cost something."""
@@ -1138,9 +1154,15 @@ class Host:
                 execution.context = self._context_of(execution)
                 execution.task = self._move(self._load_and_run(execution))
             return
-        prepared = self._prepare(execution, now)
-        if prepared is not None:
-            self._run(execution, *prepared)
+        if not self._has_begun(execution, now):
+            return
+        try:
+            args, kwargs = self._arguments(execution)
+        except Exception as error:
+            self._end(execution, None, error)
+            return
+        execution.context = self._context_of(execution)
+        self._run(execution, args, kwargs)
 
     def _move(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that brings a large value in or out."""
@@ -1177,14 +1199,15 @@ class Host:
 
     def _has_begun(self, execution: Execution, now: float) -> bool:
         """False if it has ended instead."""
-        call = execution.call
+        call, replica = execution.call, execution.replica
         execution.started = True
         execution.began = now
         self._changes.change(execution.told, RUNNING, now)
-        if execution.replica.spec.stateful:
-            execution.replica.holders.setdefault(execution.session_key, call.id)
-            if not execution.replica.has_instance(execution.session_key):
-                self._hold(execution.replica, execution.session_key, call.tenant)
+        if replica.spec.stateful:
+            session_key = execution.session_key
+            replica.holders.setdefault(session_key, call.id)
+            if session_key not in replica.instances:
+                self._hold(replica, session_key, call.tenant)
         if call.timeout_s is not None and now >= execution.arrived + call.timeout_s:
             self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
             return False
@@ -1204,14 +1227,13 @@ class Host:
             call.job,
             call.priority,
             None if timeout_s is None else execution.arrived + timeout_s,
-            (*call.holds, execution.hold) if execution.replica.spec.stateful else call.holds,
             call.trace,
             call.budget,
             execution,
             history=_history_of(execution) if call.job else None,
             actor=call.actor,
             tenant=call.tenant,
-            workflow=workflow_of(execution),
+            workflow=call.workflow or execution.replica.workflow,
         )
 
     def _variables(self, execution: Execution) -> contextvars.Context:
@@ -1279,7 +1301,7 @@ class Host:
         replica, function = execution.replica, execution.method.function
         if replica.spec.kind != "agent":
             return function
-        instance = replica.instance(execution.session_key if replica.spec.stateful else _instance_key(execution))
+        instance = replica.instances.get(execution.session_key if replica.spec.stateful else _instance_key(execution))
         if instance is None or replica.spec.managed:
             return None if instance is None else _bound(execution, instance, function)
         return function.__get__(instance)  # type: ignore[no-any-return]
@@ -1350,7 +1372,7 @@ class Host:
         if execution.replica.spec.kind != "agent":
             return function
         key = _instance_key(execution)
-        instance = execution.replica.instance(key)
+        instance = execution.replica.instances.get(key)
         if instance is None:
             instance = execution.replica.make(key, execution.call.init)
         return _bound(execution, instance, function)
@@ -1387,11 +1409,12 @@ class Host:
 
     def _end(self, execution: Execution, payload: bytes | None, error: BaseException | None) -> None:
         context = execution.context
-        if context is not None and context.cancelled:
-            error = CallCancelledError(context.cancelled, started=True)
-        history = None if context is None else context.history
-        if error is None and history is not None and history.next_wanted is not None:
-            error = _changed(execution, history, "it ends without the calls that it made before")
+        if context is not None:
+            if context.cancelled:
+                error = CallCancelledError(context.cancelled, started=True)
+            history = context.history
+            if error is None and history is not None and history.next_wanted is not None:
+                error = _changed(execution, history, "it ends without the calls that it made before")
         if payload is not None and (len(payload) > INLINE_LIMIT_BYTES or payload[:1] == MARK):
             is_wanted = error is None and not execution.is_answered and not execution.call.cast
             if is_wanted and payload[:1] != MARK:
@@ -1497,16 +1520,17 @@ class Host:
 
     def _finish(self, execution: Execution) -> None:
         self._forget(execution)
-        replica = execution.replica
-        if replica.spec.stateful and replica.holders.get(execution.session_key) == execution.call.id:
-            del replica.holders[execution.session_key]
-            if not replica.has_used(execution.session_key):  # idle from now on, not from its beginning
-                self._let_go(replica, execution.session_key)
-            if self._quiet and (waiter := self._quiet.pop((execution.call.actor, execution.session_key), None)) is not None:
+        replica, call = execution.replica, execution.call
+        session_key = execution.session_key
+        if replica.spec.stateful and replica.holders.get(session_key) == call.id:
+            del replica.holders[session_key]
+            if not replica.has_used(session_key):  # idle from now on, not from its beginning
+                self._let_go(replica, session_key)
+            if self._quiet and (waiter := self._quiet.pop((call.actor, session_key), None)) is not None:
                 waiter.set_result(None)
-        replica.mailbox.finish(execution.call.id)
-        if execution.call.job and _is_forgotten(execution) and self._calls.journal is not None:
-            self._calls.journal.release(execution.call.id)
+        replica.mailbox.finish(call.id)
+        if call.job and _is_forgotten(execution) and self._calls.journal is not None:
+            self._calls.journal.release(call.id)
         self.completed += 1
         self.pump(replica)
 
@@ -1516,14 +1540,14 @@ class Host:
         self._ended.append(execution.record(now))
         self._changes.end(execution.told, _outcome_of(execution) if execution.failure else DONE, now)
         execution.context = None  # it refers back: without this only the garbage collector would find the two
-        self._executions.pop(execution.call.id, None)
-        if execution.call.job:
-            self._waiting_in_jobs.pop(execution.call.id, None)
-        if execution.call.holds:
-            self._below_holders.pop(execution.call.id, None)
-        resumed = execution.resumed
-        if execution.call.cast or (resumed is not None and resumed.is_orphan):
-            self._unwatched.pop(execution.call.id, None)
+        call, resumed = execution.call, execution.resumed
+        self._executions.pop(call.id, None)
+        if call.job:
+            self._waiting_in_jobs.pop(call.id, None)
+        if call.holds:
+            self._below_holders.pop(call.id, None)
+        if call.cast or (resumed is not None and resumed.is_orphan):
+            self._unwatched.pop(call.id, None)
         if execution.missing:
             for id in execution.missing:
                 waiting = self._waiting.get(id)
@@ -1558,11 +1582,11 @@ class Host:
         if execution.is_answered or (resumed is not None and resumed.following is not None):
             return
         execution.is_answered = True
-        call = execution.call
+        call, consumers = execution.call, execution.consumers
         if call.job and not _is_forgotten(execution):
             self._kept[call.id] = _Kept(message, call.job, execution.owner, self._loop.time())
-        if execution.consumers is not None:
-            self._push(execution.consumers, execution.owner, message)
+        if consumers is not None:
+            self._push(consumers, execution.owner, message)
         if not call.cast and (resumed is None or not resumed.is_orphan):
             # Who has passed a future on seldom waits for its value as well: those who need it come first.
             self._calls.tell(execution.owner, message, linger=message.pushed != ())
@@ -1900,14 +1924,6 @@ def _results_of_batch(results: Any, count: int, label: str) -> list[Any]:
     return checked
 
 
-def _share_names(call: Call, actor: str, method: str) -> None:
-    """Has queued calls share the names that each of them brought: a fifth of what a call takes."""
-    force_setattr(call, "actor", actor)
-    force_setattr(call, "method", method)
-    if not call.session.startswith("auto-"):  # those have one call, as a rule
-        force_setattr(call, "session", sys.intern(call.session))
-
-
 def _bound(execution: Execution, instance: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of that instance; the call that holds the session may change its managed state from now on."""
     replica, context = execution.replica, execution.context
@@ -1949,7 +1965,7 @@ def _call_preempt_hook(execution: Execution, hook: str) -> None:
     spec = execution.replica.spec
     try:
         if spec.kind == "agent":
-            instance = execution.replica.instance(_instance_key(execution))
+            instance = execution.replica.instances.get(_instance_key(execution))
             if instance is not None:
                 getattr(instance, hook)()
         else:

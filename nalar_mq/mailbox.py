@@ -822,11 +822,10 @@ class Mailbox:
         effective = self._priorities.get(_whole(session), priority) if self._priorities else priority
         rank = now - effective * self._aging_s if effective else now
         entry = _Entry(call_key, session, sender, number, priority, now, rank, serial, batch, ready, reentrant)
-        if reentrant:
-            is_new = not number or self._queue.note(session, sender, number)
-        else:
-            is_new = self._queue.add(entry)
-        if not is_new:
+        if not reentrant:
+            if not self._queue.add(entry):
+                return False
+        elif number and not self._queue.note(session, sender, number):
             return False
         self._entries[call_key] = entry
         self._queued += 1

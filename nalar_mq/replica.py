@@ -30,6 +30,8 @@ class Replica:
         mailbox: its pending calls.
         holders: the id of the call that holds a session, of stateful actors.
         held: sessions of stateful actors whose state is in memory, each with the keys of its instances.
+        instances: by their keys; one that is not there has to be made.
+        workflow: its name if it is a workflow, else empty.
         uses_loop: its async code runs on the loop.
 
     Instances of a stateful agent are kept per session and construction; an agent without state has one instance for each
@@ -43,25 +45,22 @@ class Replica:
         self.holders: dict[str, bytes] = {}
         self.held: dict[str, set[str]] = {}
         self.is_pumping = False
+        self.workflow = spec.name if spec.kind == "workflow" else ""
         is_driver = spec.transparent and spec.kind == "workflow"
         self.uses_loop = not is_driver and spec.directives.isolation == "thread"
         self._loop = loop
-        self._instances: dict[str, Any] = {}
+        self.instances: dict[str, Any] = {}
         self._last_used: dict[str, float] = {}
         self._making: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def instance(self, key: str) -> Any | None:
-        """The instance under `key`, or None if it has to be made."""
-        return self._instances.get(key)
-
     def has_instance(self, key: str) -> bool:
         """True if there is an instance under `key`."""
-        return key in self._instances
+        return key in self.instances
 
     def has_used(self, key: str) -> bool:
         """A call of the instance under `key` has ended; False if there is none."""
-        if key not in self._instances:
+        if key not in self.instances:
             return False
         self._last_used[key] = self._loop.time()
         return True
@@ -81,14 +80,14 @@ class Replica:
         with self._lock:
             making = self._making.setdefault(key, threading.Lock())
         with making:
-            found = self._instances.get(key)
+            found = self.instances.get(key)
             if found is None:
                 args, kwargs = values.decode_arguments(init) if init else ([], {})
                 found = self._constructed(key, args, kwargs, kept, arrival)
                 if self.spec.transparent:
                     settle(self.spec, found, key, init)
                 self._hook(found, "on_start")
-                self._instances[key] = found
+                self.instances[key] = found
                 self._last_used[key] = self._loop.time()
             return found
 
@@ -172,7 +171,7 @@ class Replica:
 
     def take_out(self, key: str) -> Any | None:
         """The instance under `key`, for `end`: whoever asks for it from now on gets another."""
-        instance = self._instances.pop(key, None)
+        instance = self.instances.pop(key, None)
         self._last_used.pop(key, None)
         self._making.pop(key, None)
         return instance
@@ -190,5 +189,5 @@ class Replica:
 
     def stop(self) -> None:
         """Ends all instances; in a thread."""
-        for key in list(self._instances):
+        for key in list(self.instances):
             self.end(self.take_out(key))
