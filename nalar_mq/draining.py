@@ -20,8 +20,8 @@ What becomes of the sessions in a store:
                    first (`Bequest`, `Accepted`), and opens the store the moment that it is closed here, or that this process
                    is killed. Those that could do it are asked together whether they would: of those that answer the one
                    with the least to do goes on with it, and nobody waits for the others then. One that is drained itself is
-                   asked if there is no other: what it still runs may need the sessions. Sessions whose call takes long move on their own before that, so that the others need not wait
-                   for it.
+                   asked if there is no other: what it still runs may need the sessions. Sessions whose call takes long move
+                   on their own before that, so that the others need not wait for it.
     by migration   If there is no such worker, all sessions move to others, idle ones from the disk, several at a time, each
                    to the one with the least to do (`migration`).
     not at all     If nobody else serves the agent, they stay on the disk for whoever opens the store next.
@@ -367,10 +367,10 @@ class Draining:
 
     def _possible_heirs(self) -> list[Address]:
         """The workers that could go on with a store, and have not said no, the most suitable one first."""
-        members = self._table.members
-        me = members.get(self._process.name)
-        names = set(heirs_among(members, self._process.name, me, self._kept)) - self._unwilling if me is not None else set[str]()
-        ordered = sorted(names, key=lambda heir: (self._given[heir], self._table.busy(heir), heir))
+        members, name = self._table.members, self._process.name
+        me = members.get(name)
+        names = heirs_among(members, name, me, self._kept) if me is not None else []
+        ordered = sorted(set(names) - self._unwilling, key=lambda heir: (self._given[heir], self._table.busy(heir), heir))
         return [Address(name, members[name].incarnation) for name in ordered]
 
     def _chosen(self, store: Store) -> Address | None:

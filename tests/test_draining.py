@@ -319,7 +319,7 @@ async def test_a_job_that_outlasts_the_grace_goes_on_in_another_worker(runtime: 
 
 
 async def drained_beside_killed_ones(folder: Path, killed: int, *, lives: bool) -> tuple[Drainage, float]:
-    """A worker is drained when others of its machine have been killed just now, and one lives or none; and how long that takes."""
+    """A worker is drained when others of its machine have just been killed, and one lives or none; and how long that takes."""
     hub, workers = MemoryHub(seed=1), list[Worker]()
     broker = BrokerAccess(urls=("nats://nowhere:1",))
     settings = Settings(broker=broker, namespace="t", node="here", lease_s=60.0, state=str(folder), local_store="off")
