@@ -6,6 +6,7 @@ Fold:  slots taken and left, and what they stood for noted ──▶ all good: e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -15,20 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from nalar_mq.address import Address
-from nalar_mq.columns import EngineFigures, Report, Serves
+from nalar_mq.columns import FEW_SLOTS, EngineFigures, Report, Serves
 
 from .batches import Batch, highest_of, refuse
 from .slots import Reach, Stretches
 from .spending import Accounts
 from .tables import Floats, Ints, Longs
 
+_SPARSE: Final = 4  # slots for each that a process has taken
 CODES: Final = 512  # buckets of waiting, then those of work
 
 _Numbers = npt.NDArray[Any]
 
 
 class Process:
-    """One incarnation of a process that reports. Its own numbers for everything are slots of its stretches."""
+    """One incarnation of a process that reports. Its own numbers for everything are slots of its stretches.
+
+    `taken` is how many of futures, sessions and jobs it has given slots since it has told everything anew.
+    """
 
     def __init__(self, place: int, report: Report, ahead_s: float, slots: Slots) -> None:
         self.place = place
@@ -47,6 +52,7 @@ class Process:
         self.sessions = slots.sessions.add(64)
         self.jobs = slots.jobs.add(8)
         self.kind_count = 0
+        self.taken: Counter[str] = Counter()
         self.accounts = Accounts()
         self.held: set[tuple[int, int]] = set()
         self.serves: dict[str, Serves] = {}
@@ -124,7 +130,9 @@ class Fold:
         table: Stretches = getattr(self._slots, what)
         name = "rows" if what == "futures" else what
         for number, highest in highest_of(slots, counts):
-            table.widen(getattr(self.processes[number], name), highest + 1)
+            process = self.processes[number]
+            self._count_taken(process, what, int(counts[number]), highest)
+            table.widen(getattr(process, name), highest + 1)
         _, reach = self.reach(what)
         places = reach.places(counts, slots)
         assert places is not None
@@ -132,6 +140,13 @@ class Fold:
         refuse((column[places] >= 0).any() or not are_distinct(column, places), f"one of the {what} in a slot that has one")
         self.undo.callback(column.__setitem__, places, -1)
         return places, column
+
+    def _count_taken(self, process: Process, what: str, count: int, highest: int) -> None:
+        taken = process.taken[what] + count
+        most = max(FEW_SLOTS, _SPARSE * taken)
+        refuse(highest >= most, f"slot {highest} of {what} of a process that has taken {taken} of them: {most} are the most")
+        self.undo.callback(process.taken.__setitem__, what, process.taken[what])
+        process.taken[what] = taken
 
     def leave(self, what: str, counts: Longs, slots: Longs) -> Ints:
         """Frees slots; what they stood for."""

@@ -256,6 +256,7 @@ class Reported:
         self._forget_states(process)
         process.former = slots.futures.of(process.rows, "number").copy()
         process.kind_count = 0
+        process.taken.clear()
         process.is_stale = False
         slots.futures.clear(process.rows)
         slots.kinds.clear(process.kinds, "number")

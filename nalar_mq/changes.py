@@ -22,6 +22,7 @@ import msgspec
 from nalar_mq.columns import (
     CREATED,
     FAILED,
+    FEW_SLOTS,
     LONGEST_NAME,
     MOST_ACCOUNTS,
     MOST_KINDS,
@@ -194,6 +195,22 @@ class _Interned:
         closed, self._closed = self._closed, []
         self._free += closed
         return closed
+
+    def number_anew(self, slots: Iterable[int], number: int) -> dict[int, int]:
+        """Other slots for all names that are used, by the former ones; from 0 on, in the order in which `slots` has them."""
+        anew = {slot: place for place, slot in enumerate(dict.fromkeys(slots))}
+        self._uses = [self._uses[slot] for slot in anew]
+        self._names = [self._names[slot] for slot in anew]
+        self._tenants = [self._tenants[slot] for slot in anew]
+        self._slots = {name: slot for slot, name in enumerate(self._names)}
+        self._since = [number] * len(anew)
+        self._free, self._opened, self._closed = [], {}, []
+        return anew
+
+    @property
+    def room(self) -> int:
+        """All slots are below this."""
+        return len(self._uses)
 
     def open_again(self, slot: int) -> None:
         """Its name has to be told anew."""
@@ -403,6 +420,8 @@ class Changes:
         self._kinds_told = 0
         self._add_facts(parcels)
         rows = [row for row in self._rows if row is not None]
+        if max(len(self._rows), self._sessions.room, self._jobs.room) > FEW_SLOTS:
+            self._number_anew(rows)
         for row in rows:
             self._sessions.open_again(row.session)
             if row.job != NO_JOB:
@@ -417,6 +436,17 @@ class Changes:
             found.is_named = False
         self._add_counts(parcels, limit, whole=True)
         return self._encoded(now, parcels, is_whole=True)
+
+    def _number_anew(self, rows: list[_Row]) -> None:
+        """Gives all slots anew, in the order in which they are told of in a whole: where many were, few may be left."""
+        self._rows, self._free = list(rows), []
+        sessions = self._sessions.number_anew((*(row.session for row in rows), *self._held.values()), self._number)
+        jobs = self._jobs.number_anew((row.job for row in rows if row.job != NO_JOB), self._number)
+        self._held = {key: sessions[slot] for key, slot in self._held.items()}
+        for slot, row in enumerate(rows):
+            row.future.slot = slot
+            row.session = sessions[row.session]
+            row.job = row.job if row.job == NO_JOB else jobs[row.job]
 
     def _take_fresh(self, most: int = MOST_SLOTS) -> list[_Row]:
         """Rows of the futures that are to be told of for the first time."""

@@ -22,9 +22,12 @@ methods, has a number for the life of the process.
                           changed
 
 Who misses a number knows it, and asks for everything anew: the answer is reports like any other that are marked as pieces 1 to
-n of a whole, which replaces all that was known of the process. Times are seconds on the clock of the process; the report says
-what that shows. All columns are little-endian and of fixed width (`BEGUN` and its like say which), so that numpy can take them
-as they are. `nalar_mq.changes` makes reports.
+n of a whole, which replaces all that was known of the process. There slots are given anew if there were many, from 0 on in the
+order in which they are told of. So no slot beyond `FEW_SLOTS` is far beyond how many the process has taken since it told
+everything, and a report that names one is refused: room for all slots below would cost whoever takes it in.
+
+Times are seconds on the clock of the process; the report says what that shows. All columns are little-endian and of fixed width
+(`BEGUN` and its like say which), so that numpy can take them as they are. `nalar_mq.changes` makes reports.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ CANCELLED: Final = 2
 
 NO_JOB: Final = 0xFFFF_FFFF
 MOST_SLOTS: Final = 1 << 22
+FEW_SLOTS: Final = 1 << 16  # that a process may have at any time, however little it has told of
 MOST_KINDS: Final = 4096
 MOST_PIECES: Final = 4096
 MOST_ACCOUNTS: Final = 16_384  # of each of `SCOPES`

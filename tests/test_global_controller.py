@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from waiting import until
 
 from nalar_mq import simulation
@@ -23,7 +25,7 @@ from nalar_mq.actions import (
 )
 from nalar_mq.address import Address, Subjects
 from nalar_mq.changes import Changes, Tracked
-from nalar_mq.columns import DONE, RUNNING, Serves, decode_again
+from nalar_mq.columns import DONE, FEW_SLOTS, MOST_SLOTS, RUNNING, Named, Serves, decode_again, decode_report, encode_report
 from nalar_mq.config import BrokerAccess
 from nalar_mq.controllers.deciding import Reloaded, Trusted
 from nalar_mq.controllers.global_controller import GlobalController
@@ -479,6 +481,20 @@ async def test_the_history_tells_of_reports_that_could_not_be_used(hub: MemoryHu
     assert told["liar", "ForgedReportError"] == Unused("liar", "ForgedReportError", "'liar' reports as 'w'", 5)
     assert told["w", "LateReportError"].count == 2
     assert worker.standing.states == ()
+
+
+@simulated
+async def test_the_history_tells_of_a_slot_that_would_take_too_much_room(hub: MemoryHub) -> None:
+    worker, leader = await Worker("w").join(hub), await controller(hub, "c1", LeastLoaded())
+    await until(lambda: leader.audit.recent)
+    greedy, changes = await hub.connect("greedy"), Changes("greedy", 1, "n")
+    changes.hold("a", "s")
+    report = decode_report(changes.reports(worker.now, 4_000)[0])
+    far = struct.pack("<I", MOST_SLOTS - 1)
+    greedy.publish(SUBJECTS.report("greedy"), encode_report(msgspec.structs.replace(report, sessions=Named(far, ("s",)))))
+    await leader.until_round(leader.rounds + 10)
+    (told,) = [unused for entry in await entries(hub) for unused in entry.reports if unused.process == "greedy"]
+    assert told.reason == (f"slot {MOST_SLOTS - 1} of sessions of a process that has taken 1 of them: {FEW_SLOTS} are the most")
 
 
 @simulated

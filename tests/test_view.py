@@ -839,6 +839,72 @@ def test_kinds_that_nobody_has_any_more_leave_room_for_others() -> None:
     assert len(view.futures) == 0
 
 
+@pytest.mark.parametrize("what", ["futures", "sessions"])
+def test_a_slot_far_beyond_all_that_a_process_has_taken_is_refused_and_takes_no_room(what: str) -> None:
+    changes, _, view = told(call(1))
+    changes.begin(call(2, session="other"), 3.0)
+    (data,) = changes.reports(4.0, 1 << 20)
+    begun = decode_report(data).begun
+    assert begun is not None
+    before = view._slots.futures.nbytes + view._slots.sessions.nbytes
+    for slot, is_used in ((columns.MOST_SLOTS - 1, False), (columns.FEW_SLOTS, False), (columns.FEW_SLOTS - 1, True)):
+        far = struct.pack("<I", slot)
+        parts = {"slots" if what == "futures" else "sessions": far}
+        fields = {name: getattr(begun, name) for name in begun.__struct_fields__} | parts
+        named = {} if what == "futures" else {"sessions": columns.Named(far, ("other",))}
+        report = columns.encode_report(altered(data, begun=columns.Begun(**fields), **named))
+        if is_used:
+            _, _, view = told(call(1))
+            view.fold("w", report, 104.0)
+            assert len(view.futures) == 2
+        else:
+            with pytest.raises(MalformedReportError, match=rf"slot {slot} of {what} of a process that has taken 2 of them"):
+                view.fold("w", report, 104.0)
+            assert view._slots.futures.nbytes + view._slots.sessions.nbytes == before
+            _, _, view = told(call(1))
+
+
+def test_a_process_that_had_very_many_calls_is_seen_by_whoever_comes_later() -> None:
+    """What it tells anew has slots of its own, though the few that are left had high ones."""
+    changes, early = Changes("w", 1, "n"), View()
+    futures = [changes.begin(call(n, session=f"s{n}", job=f"j{n}"), 1.0) for n in range(1, columns.FEW_SLOTS + 3000)]
+    changes.hold("a", "held")
+    for data in changes.reports(2.0, 1 << 20):
+        early.fold("w", data, 2.0)
+    for future in futures[:-2500]:
+        changes.end(future, DONE, 3.0)
+    for data in changes.reports(4.0, 1 << 20):
+        early.fold("w", data, 4.0)
+    late, left = View(), futures[-2500:]
+    acts = (lambda: None, lambda: changes.begin(call(9, session="new"), 7.0), lambda: changes.let_go("a", "held"))
+    for now, act in enumerate(acts, 8):
+        act()
+        reports = changes.whole(now, 40_000) if now == 8 else changes.reports(now, 1 << 20)
+        for view in (early, late):
+            for data in reports:
+                view.fold("w", data, now)
+            view.settle(now)
+    for view in (early, late):
+        assert len(view.futures) == len(left) + 1
+        row = int(view.find(left[-1].call.id))
+        assert (view.sessions.name(int(view.futures.session[row])), view.jobs.name(int(view.futures.job[row]))) == (
+            left[-1].call.session,
+            left[-1].call.job,
+        )
+        assert "held" not in view.sessions and "new" in view.sessions
+    changes.change(left[0], RUNNING, 12.0)
+    changes.move(left[1], 7)
+    for data in changes.reports(13.0, 1 << 20):
+        late.fold("w", data, 13.0)
+    late.settle(13.0)
+    assert late.futures.state[int(late.find(left[0].call.id))] == RUNNING
+    assert late.futures.priority[int(late.find(left[1].call.id))] == 7
+    _, number, sessions = late.sessions_of("w")
+    slot = int(np.flatnonzero(sessions == late.sessions.number(left[5].call.session))[0])
+    assert changes.session_at(slot, number) == left[5].call.session
+    assert changes.session_at(slot, 1) is None, "in that report it had another"
+
+
 def test_a_name_that_is_too_long_is_refused() -> None:
     changes = Changes("w", 1, "n")
     changes.begin(call(1), 1.0)
