@@ -375,10 +375,12 @@ def _monitoring(url: str) -> bytes:
     Raises:
         OSError: it does not answer, or not by HTTP.
     """
-    import urllib.request  # loads as much as a small program: only those who ask pay for it
+    # They load as much as a small program: only those who ask pay for it. From the module itself: while another thread loads
+    # it, its package may not have it yet.
     from http.client import HTTPException
+    from urllib.request import ProxyHandler, build_opener
 
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = build_opener(ProxyHandler({}))
     try:
         with opener.open(url, timeout=_MONITOR_TIMEOUT_S) as answer:
             return bytes(answer.read(_MONITOR_BYTES))

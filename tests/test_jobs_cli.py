@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sysconfig
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +186,15 @@ async def test_another_server_on_the_monitoring_port_says_nothing_of_ours(
         transport = await NatsTransport.connect(broker_access, name="asks")
         assert await transport.syncs() is None
         await transport.aclose()
+
+
+async def test_two_may_ask_the_monitoring_at_once(broker_access: BrokerAccess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second finds a package that does not have its module yet, which the first still loads."""
+    monkeypatch.setattr(nats_connection, "_MONITOR_PORT", 1)
+    monkeypatch.delattr(urllib, "request")
+    transport = await NatsTransport.connect(broker_access, name="asks")
+    assert await transport.syncs() is None
+    await transport.aclose()
 
 
 def test_trust_is_given_by_hand_or_by_the_environment() -> None:
