@@ -9,15 +9,15 @@ import random
 import signal
 import subprocess
 import sys
-import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import msgspec
 import psutil
 import pytest
+from commands import is_gone, nalar, naming
 from waiting import PATIENCE_S, eventually, until
 
 from nalar_mq.actions import Acts, Kill, Order, Provision, encode_decision
@@ -32,7 +32,6 @@ from nalar_mq.messages import WIRE_VERSION
 from nalar_mq.nats_transport import NatsTransport
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 APP = """
 import os
 import time
@@ -57,42 +56,11 @@ def wait_for(gate: str) -> int:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is no child cannot be waited for there")
 
 
-class Node:
+class Node(commands.Running):
     """A `nalar worker`."""
-
-    def __init__(
-        self, folder: Path, access: BrokerAccess, namespace: str, *options: str, variables: dict[str, str] | None = None
-    ) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-        known = {"HOME": str(folder), "NATS_URL": access.urls[0], "NATS_TOKEN": access.token, "NALAR_NAMESPACE": namespace}
-        self.errors = folder / f"stderr-{time.monotonic_ns()}"
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [NALAR, "worker", "flow.py", *options],
-                cwd=folder,
-                env={**kept, **known, **(variables or {})},
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
-
-    @property
-    def said(self) -> str:
-        return self.errors.read_text()
-
-    def says(self, text: str) -> None:
-        eventually(lambda: text in self.said or self.process.poll() is not None, f"never said {text!r}")
-        assert text in self.said, self.said
 
     def workers(self) -> list[psutil.Process]:
         return [each for each in psutil.Process(self.process.pid).children() if "worker_process" in " ".join(each.cmdline())]
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE_S)
-
-
-def is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture
@@ -102,7 +70,7 @@ def start(tmp_path: Path, broker_access: BrokerAccess, namespace: str) -> Iterat
     workers: list[psutil.Process] = []
 
     def start(*options: str, **variables: str) -> Node:
-        node = Node(tmp_path, broker_access, namespace, *options, variables=variables)
+        node = Node("worker", "flow.py", *options, cwd=tmp_path, variables=naming(broker_access, namespace) | variables)
         nodes.append(node)
         node.says("workers are ready")
         workers.extend(node.workers())
@@ -160,7 +128,7 @@ def test_a_node_that_the_broker_refuses_leaves_nothing(
 ) -> None:
     (tmp_path / "flow.py").write_text(APP)
     stranger = msgspec.structs.replace(broker_access, token="wrong")
-    node = Node(tmp_path, stranger, namespace, *options)
+    node = Node("worker", "flow.py", *options, cwd=tmp_path, variables=naming(stranger, namespace))
     assert node.process.wait(PATIENCE_S) != 0
     assert not (tmp_path / ".nalar" / "nodes").exists(), node.said
 
@@ -251,9 +219,7 @@ async def test_killed_in_any_order_nothing_fails_and_nothing_is_left_twice(
 
 def run(folder: Path, access: BrokerAccess, namespace: str, variables: dict[str, str], *words: str) -> Any:
     """What a `nalar` says as JSON."""
-    known = {"NATS_URL": access.urls[0], "NATS_TOKEN": access.token, "NALAR_NAMESPACE": namespace, "HOME": str(folder)}
-    done = subprocess.run([NALAR, *words], cwd=folder, env=os.environ | known | variables, stdout=-1, check=True)
-    return msgspec.json.decode(done.stdout)
+    return msgspec.json.decode(nalar(*words, cwd=folder, **naming(access, namespace), **variables).stdout)
 
 
 def is_there(pid: int) -> bool:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import socket
-import subprocess
-import sysconfig
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Running, nalar
 
 from nalar_mq import errors
 from nalar_mq.app import load_app
@@ -23,7 +19,6 @@ from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.worker import Worker
 
-NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 60.0
 
 GOOD = """
@@ -113,24 +108,9 @@ APPS = {
 }
 
 
-def environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-    return kept | {"HOME": str(home)}
-
-
 def complaint(*arguments: object, cwd: Path, code: int, **env: str) -> str:
     """Runs a command that must fail; the one line that it says to the user."""
-    done = subprocess.run(
-        [NALAR, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(cwd) | env,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    done = nalar(*arguments, cwd=cwd, code=code, **env)
     assert done.stdout in ("", *_urls(done.stdout))
     said = [line for line in done.stderr.splitlines() if line.startswith("nalar: ")]
     assert len(said) == 1, done.stderr
@@ -180,19 +160,12 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("bad") / "app"
     folder.mkdir()
     (folder / "good.py").write_text(GOOD)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [NALAR, "up", "good.py", "--workers", "1"], cwd=folder, env=environment(folder), stdout=log, stderr=log
-        )
+    running = Running("up", "good.py", "--workers", "1", cwd=folder)
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while "1 workers are ready" not in (folder / "log").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.05)
+        running.says("1 workers are ready")
         yield folder
     finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_S) == 0
+        assert running.end() == 0
 
 
 CALLS = {

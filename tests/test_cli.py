@@ -8,15 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from waiting import eventually
+from commands import NALAR, Running, environment, is_gone, nalar
+from waiting import PATIENCE_S, eventually
 
 from nalar_mq.app import load_app
 from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
@@ -25,9 +24,6 @@ from nalar_mq.cli import run_command
 from nalar_mq.client_module import client_module
 from nalar_mq.errors import BrokerUnreachableError, ConfigError, RemoteTraceback, UnknownActorError
 from nalar_mq.exits import CallFailed, Interrupted, explain
-
-NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
-PATIENCE_S = 100.0
 
 FLOW = '''
 """A small program that knows nothing of the runtime."""
@@ -104,55 +100,6 @@ def write_app(folder: Path) -> Path:
 @pytest.fixture
 def app(tmp_path: Path) -> Path:
     return write_app(tmp_path / "app")
-
-
-def environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-    return kept | {"HOME": str(home)}
-
-
-def nalar(*arguments: object, cwd: Path, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end and checks its exit code; no traceback reaches the user."""
-    done = subprocess.run(
-        [NALAR, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(cwd) | env,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-class Running:
-    """A `nalar` process that goes on until it is told to stop."""
-
-    def __init__(self, *arguments: object, cwd: Path) -> None:
-        self.errors = cwd / f"stderr-{arguments[0]}-{time.monotonic_ns()}"
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [NALAR, *map(str, arguments)], cwd=cwd, env=environment(cwd), stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-
-    def says(self, text: str) -> None:
-        eventually(lambda: text in self.errors.read_text() or self.process.poll() is not None, f"never said {text!r}")
-        assert text in self.errors.read_text()
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 # Arguments.
@@ -438,7 +385,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         children = running.children()
         assert running.end() == 0
-        assert all_gone(children)
+        assert all(map(is_gone, children))
         assert not (folder / ".nalar" / "runtime.json").exists()
 
 
@@ -607,7 +554,7 @@ def test_several_nodes_on_one_machine_serve_and_are_drained_together(app):
     assert running.end() == 0
     assert caller.communicate(timeout=PATIENCE_S)[0] == "slept\n"
     assert caller.returncode == 0
-    assert all_gone(children)
+    assert all(map(is_gone, children))
 
 
 def test_a_node_that_fails_ends_the_others(app):
@@ -617,9 +564,8 @@ def test_a_node_that_fails_ends_the_others(app):
     )
     (app / "small.py").write_text(fails_at_the_third_load + FLOW)
     running = Running("up", ".", "--nodes", "2", "--workers", "1", cwd=app)
-    running.process.communicate(timeout=PATIENCE_S)
-    assert running.process.returncode == 2
-    said = [line for line in running.errors.read_text().splitlines() if line.startswith("nalar: error: ")]
+    assert running.process.wait(PATIENCE_S) == 2
+    said = [line for line in running.said.splitlines() if line.startswith("nalar: error: ")]
     assert len(said) == 1
     assert "the node that fails" in said[0]
     assert not (app / ".nalar" / "runtime.json").exists()
@@ -640,7 +586,7 @@ def test_a_node_whose_name_is_taken_gives_up(runtime):
         second = Running("worker", ".", "--workers", "1", "--node", "twice", cwd=runtime)
         try:
             assert first.process.wait(PATIENCE_S) == 2
-            assert "another process serves as 'twice-1'" in first.errors.read_text()
+            assert "another process serves as 'twice-1'" in first.said
             second.says("1 workers are ready")
         finally:
             assert second.end() == 0
@@ -670,7 +616,7 @@ def test_an_interrupted_run_leaves_nothing_behind(app):
     children = running.children()
     assert len(children) >= 2
     assert running.end(signal.SIGINT) == 130
-    eventually(lambda: all_gone(children), "a child goes on")
+    eventually(lambda: all(map(is_gone, children)), "a child goes on")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the broker of a killed parent")
@@ -682,7 +628,7 @@ def test_what_a_killed_run_leaves_behind_goes_with_the_next_one(app, tmp_path, m
     eventually((app / "began").exists, "the call never began")
     children = running.children()
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
-    eventually(lambda: all_gone(children), "a child goes on")
+    eventually(lambda: all(map(is_gone, children)), "a child goes on")
     assert list(temporary.glob("nalar-run-*")) != []
     nalar("run", ".", "pid", "--workers", "1", cwd=app)
     assert list(temporary.glob("nalar-run-*")) == []
@@ -694,7 +640,7 @@ def test_killing_up_kills_its_children(app):
     running.says("1 workers are ready")
     children = running.children()
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
-    eventually(lambda: all_gone(children), "a child goes on")
+    eventually(lambda: all(map(is_gone, children)), "a child goes on")
     assert "no broker is known" in nalar("ps", cwd=app, code=2).stderr
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Running, is_gone
 
 from nalar_mq.app import App, load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.worker import Worker
-from tests.test_cli import Running, all_gone
 from tests.test_corpus import FOLDER, plainly
 
 Outcome = tuple[str, str]
@@ -105,7 +105,7 @@ def up(request: pytest.FixtureRequest, folders: dict[str, Path], apps: dict[str,
     finally:
         children = running.children()
         assert running.end() == 0
-        assert all_gone(children)
+        assert all(map(is_gone, children))
 
 
 def test_worker_processes_give_what_plain_python_gives(up: tuple[str, Path]) -> None:

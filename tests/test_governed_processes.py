@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sysconfig
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from commands import Running, naming
 from waiting import PATIENCE_S, until
 
 from nalar_mq.actions import Leader, State, States, decode_decision
@@ -270,32 +270,17 @@ class Controllers:
     def __init__(self, access: BrokerAccess, namespace: str, folder: Path) -> None:
         (folder / "mine.py").write_text(POLICY)
         self._folder = folder
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-        self._environ = {
-            **kept,
-            "HOME": str(folder),
-            "NATS_URL": access.urls[0],
-            "NATS_TOKEN": access.token,
-            "NALAR_NAMESPACE": namespace,
-        }
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self._variables = naming(access, namespace)
+        self._running: list[Running] = []
 
-    def start(self) -> subprocess.Popen[bytes]:
-        with (self._folder / f"controller-{len(self.processes)}").open("w") as errors:
-            process = subprocess.Popen(
-                [NALAR, "controller", "--policy", "mine.py:Mine"], cwd=self._folder, env=self._environ, stderr=errors
-            )
-        self.processes.append(process)
-        return process
-
-    def said(self, process: subprocess.Popen[bytes]) -> str:
-        return (self._folder / f"controller-{self.processes.index(process)}").read_text()
+    def start(self) -> Running:
+        self._running.append(Running("controller", "--policy", "mine.py:Mine", cwd=self._folder, variables=self._variables))
+        return self._running[-1]
 
     def end(self) -> None:
-        for process in self.processes:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait()
+        for each in self._running:
+            each.process.send_signal(signal.SIGCONT)
+            each.end(signal.SIGKILL)
 
 
 async def record(bucket: KeyValue, key: str, kind: Any) -> Any:
@@ -313,7 +298,7 @@ async def test_no_call_notices_that_the_global_controller_is_gone(
     try:
         async with workers(broker_access, namespace, tmp_path) as (_, client):
             first = controllers.start()
-            await until(lambda: "leadership.taken" in controllers.said(first), "nobody leads")
+            await until(lambda: "leadership.taken" in first.said, "nobody leads")
             leader = await transport.key_value(subjects.leader_bucket)
             control = await transport.key_value(subjects.control_bucket)
 
@@ -343,13 +328,13 @@ async def test_no_call_notices_that_the_global_controller_is_gone(
             loads = [asyncio.ensure_future(load(f"s{n}")) for n in range(4)]
             await until(lambda: sum(done.values()) > 50, "nothing is done")
             begun = asyncio.get_running_loop().time()
-            first.send_signal(sign)
+            first.process.send_signal(sign)
             _, later = await has_led(name, states)
             took_s = asyncio.get_running_loop().time() - begun
             assert later.states == states.states
             if sign is signal.SIGSTOP:
-                first.send_signal(signal.SIGCONT)
-                await until(lambda: "leadership.lost" in controllers.said(first) or "stands by" in controllers.said(first), "")
+                first.process.send_signal(signal.SIGCONT)
+                await until(lambda: "leadership.lost" in first.said or "stands by" in first.said, "")
             before = sum(done.values())
             await until(lambda: sum(done.values()) > before + 50 or failed, "nothing is done")
             assert (await record(control, "states", States)).term == later.term

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
-import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import Running, Shell
+from waiting import eventually
 
 from nalar_mq import nats_connection
 from nalar_mq.app import load_app
-from nalar_mq.broker import EmbeddedBroker
+from nalar_mq.broker import EmbeddedBroker, find_nats_server
 from nalar_mq.client import connect
 from nalar_mq.config import BrokerAccess, Settings, trusts_broker
 from nalar_mq.errors import BrokerFeatureError
@@ -27,81 +26,34 @@ from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
-SCRIPTS = Path(sysconfig.get_path("scripts"))
 PATIENCE_S = 60.0
-
-
-def environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-    return kept | {"HOME": str(home)}
-
-
-class Shell:
-    """Runs `nalar` in the folder of an app that is up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, *words: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [SCRIPTS / "nalar", *words],
-            cwd=self.folder,
-            env=environment(self.folder),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    def state(self, id: str) -> str:
-        return str(json.loads(self("status", id, "--json").stdout)["state"])
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
     shutil.copy(APP, tmp_path)
-    errors = tmp_path / "up.err"
-    with errors.open("w") as log:
-        up = subprocess.Popen(
-            [SCRIPTS / "nalar", "up", APP.name, "--workers", "1"],
-            cwd=tmp_path,
-            env=environment(tmp_path),
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
+    up = Running("up", APP.name, "--workers", "1", cwd=tmp_path)
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while "ready" not in errors.read_text():
-            assert up.poll() is None and time.monotonic() < deadline, errors.read_text()
-            time.sleep(0.05)
+        up.says("ready")
         yield Shell(tmp_path)
     finally:
-        up.send_signal(signal.SIGTERM)
-        try:
-            up.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            up.kill()
-            up.wait()
+        up.end()
 
 
 @pytest.mark.timeout(300)
 def test_jobs_by_the_command_line(shell: Shell) -> None:
     assert json.loads(shell("submit", "answer", "question=why", "--wait").stdout) == {"answer": "WHY", "score": 2}
     assert shell("submit", "gated", "a-1", "--id", "g1").stdout == "g1\n"
-    while shell.state("g1") != "running":
-        time.sleep(0.05)
+    eventually(lambda: shell.json("status", "g1")["state"] == "running", "it never began")
     assert "has not ended: it is running" in shell("result", "g1", code=2).stderr
-    assert [job["id"] for job in json.loads(shell("jobs", "--json").stdout)["running"]] == ["g1"]
+    assert [job["id"] for job in shell.json("jobs")["running"]] == ["g1"]
     assert "is cancelled" in shell("cancel", "g1").stderr
     assert "had ended already" in shell("cancel", "g1").stderr
-    assert shell.state("g1") == "cancelled"
+    assert shell.json("status", "g1")["state"] == "cancelled"
     assert "CallCancelledError" in shell("result", "g1", code=1).stderr
     assert "there is no job 'never'" in shell("status", "never", code=1).stderr
     assert "KeyError" in shell("submit", "broken", "x", "--id", "b1", "--wait", code=1).stderr
-    assert [letter["key"] for letter in json.loads(shell("dead-letters", "ls", "--json").stdout)] == ["b1"]
+    assert [letter["key"] for letter in shell.json("dead-letters", "ls")] == ["b1"]
     assert "1 published again" in shell("dead-letters", "retry", "b1").stderr
     assert "KeyError" in shell("result", "b1", "--wait", code=1).stderr
     assert "1 removed" in shell("dead-letters", "drop", "b1").stderr
@@ -111,7 +63,7 @@ def test_jobs_by_the_command_line(shell: Shell) -> None:
 
 def test_questions_by_the_command_line(shell: Shell) -> None:
     shell("submit", "may_i", "what=go", "--id", "m1")
-    while not (found := json.loads(shell("ps", "--waiting", "--json").stdout)):
+    while not (found := shell.json("ps", "--waiting")):
         time.sleep(0.05)
     [question] = found
     assert (question["text"], question["asker"], question["job"]) == ("May I go?", "may_i", "m1")
@@ -151,7 +103,7 @@ async def test_jobs_need_a_broker_that_keeps_them(syncs: bool, tmp_path: Path, m
         f'listen: "127.0.0.1:{port}"\nhttp: "127.0.0.1:{monitor}"\njetstream {{ store_dir: "{tmp_path}"\n{interval} }}\n'
     )
     monkeypatch.setattr(nats_connection, "_MONITOR_PORT", monitor)
-    server = await asyncio.create_subprocess_exec(SCRIPTS / "nats-server", "-c", config, stderr=subprocess.DEVNULL)
+    server = await asyncio.create_subprocess_exec(find_nats_server(), "-c", config, stderr=subprocess.DEVNULL)
     settings = Settings(broker=BrokerAccess(urls=(f"nats://127.0.0.1:{port}",)), node="here")
     trusting = Settings(broker=settings.broker, node="here", trust_broker=True)
     try:

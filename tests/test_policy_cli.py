@@ -7,18 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from commands import Running, naming
 from waiting import PATIENCE_S, eventually
 
 from nalar_mq.cli import run_command
 from nalar_mq.config import BrokerAccess
-
-NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 
 POLICY = '''
 from nalar_mq.controllers.policy import allow, kill
@@ -61,9 +59,10 @@ class Done(NamedTuple):
 class Site:
     """A broker and a namespace, and a shell that knows them."""
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, folder: Path, variables: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
-        self.running: list[subprocess.Popen[str]] = []
+        self.running: list[Running] = []
+        self._variables = variables
         self._capsys = capsys
 
     def __call__(self, *words: str, code: int = 0) -> Done:
@@ -79,32 +78,8 @@ class Site:
         return json.loads(self(*words, "--json").stdout)
 
     def start(self, *words: str) -> Running:
-        return Running(self, *words)
-
-
-class Running:
-    """A command that goes on until it is told to stop."""
-
-    def __init__(self, site: Site, *words: str) -> None:
-        self.errors = site.folder / f"stderr-{len(site.running)}"
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [NALAR, *words], cwd=site.folder, stdout=subprocess.DEVNULL, stderr=errors, text=True
-            )
-        site.running.append(self.process)
-
-    @property
-    def said(self) -> str:
-        return self.errors.read_text()
-
-    def says(self, text: str) -> str:
-        eventually(lambda: text in self.said or self.process.poll() is not None, f"never said {text!r}")
-        assert text in self.said
-        return self.said
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE_S)
+        self.running.append(Running(*words, cwd=self.folder, variables=self._variables))
+        return self.running[-1]
 
 
 @pytest.fixture
@@ -118,15 +93,13 @@ def site(
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("NALAR_", "NATS_", "XDG_"))]:
         monkeypatch.delenv(name)
-    known = {"HOME": str(tmp_path), "NATS_URL": broker_access.urls[0], "NATS_TOKEN": broker_access.token}
-    for name, value in {**known, "NALAR_NAMESPACE": namespace}.items():
+    variables = naming(broker_access, namespace)
+    for name, value in {"HOME": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
-    site = Site(tmp_path, capsys)
+    site = Site(tmp_path, variables, capsys)
     yield site
-    for process in site.running:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    for running in site.running:
+        running.end(signal.SIGKILL)
 
 
 def test_a_second_controller_stands_by_and_leads_when_the_first_is_killed(site: Site) -> None:

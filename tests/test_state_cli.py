@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import Running, Shell
 
 from nalar_mq import values
 from nalar_mq.config import BrokerAccess
 from nalar_mq.store import Commit, Outcome, Store
 
 APP = Path(__file__).parent / "apps" / "state_app.py"
-SCRIPTS = Path(sysconfig.get_path("scripts"))
-PATIENCE_S = 60.0
 FIRST = 1 << 63
-
-
-def environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-    return kept | {"HOME": str(home)}
-
-
-class Shell:
-    """Runs `nalar` in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [SCRIPTS / "nalar", *words],
-            cwd=self.folder,
-            env=environment(self.folder),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    def shown(self, session: str) -> dict[str, object]:
-        return dict(json.loads(self("state", "show", "notebook", session).stdout)["state"])
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
+
+
+def shown(shell: Shell, agent: str, session: str) -> dict[str, Any]:
+    return dict(json.loads(shell("state", "show", agent, session).stdout))
 
 
 def fill(store: Store, names: range) -> None:
@@ -89,65 +60,47 @@ def flip(path: Path, wanted: bytes) -> None:
 
 
 @pytest.fixture
-def running(shell: Shell) -> Iterator[subprocess.Popen[bytes]]:
+def running(shell: Shell) -> Iterator[Running]:
     """An app with managed state that is up in the shell's folder."""
     shutil.copy(APP, shell.folder)
-    errors = shell.folder / "up.err"
-    with errors.open("w") as log:
-        up = subprocess.Popen(
-            [SCRIPTS / "nalar", "up", APP.name, "--workers", "1"],
-            cwd=shell.folder,
-            env=environment(shell.folder),
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
+    up = Running("up", APP.name, "--workers", "1", cwd=shell.folder)
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while "ready" not in errors.read_text():
-            assert up.poll() is None and time.monotonic() < deadline, errors.read_text()
-            time.sleep(0.05)
+        up.says("ready")
         yield up
     finally:
-        if up.poll() is None:
-            up.send_signal(signal.SIGTERM)
-            try:
-                up.wait(PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                up.kill()
-                up.wait()
+        up.end()
 
 
-def test_beside_a_worker_and_after_it(shell: Shell, running: subprocess.Popen[bytes]) -> None:
+def test_beside_a_worker_and_after_it(shell: Shell, running: Running) -> None:
     for _ in range(2):
         shell("call", "Notebook.note", "hello", "--session", "ann")
-    (row,) = json.loads(shell("state", "ls", "--json").stdout)
+    (row,) = shell.json("state", "ls")
     assert row["sessions"] >= 1 and row["pid"] and row["open_in"]
-    sessions = json.loads(shell("state", "ls", "Notebook", "--json").stdout)
+    sessions = shell.json("state", "ls", "Notebook")
     assert [(row["session"].partition("/")[0], row["entries"]) for row in sessions] == [("ann", 4)]
     name = sessions[0]["session"]
-    shown = json.loads(shell("state", "show", "Notebook", name).stdout)
-    assert shown["state"] == {"notes": ["hello", "hello"], "counts": {"hello": 2}, "total": 2} and shown["calls"] == 2
+    notebook = shown(shell, "Notebook", name)
+    assert notebook["state"] == {"notes": ["hello", "hello"], "counts": {"hello": 2}, "total": 2} and notebook["calls"] == 2
     assert "2 sessions" not in shell("state", "export", "all.nalar").stderr
     for command in (["drop", "Notebook", name], ["compact"], ["import", "all.nalar", "--replace"], ["adopt"]):
         assert f"process {row['pid']}" in shell("state", *command, code=2).stderr
     shell("call", "Notebook.note", "bye", "--session", "ann")
-    running.send_signal(signal.SIGTERM)
-    running.wait(PATIENCE_S)
+    running.end()
     shell("state", "verify")
     assert "there already" in shell("state", "import", "all.nalar", code=2).stderr
     shell("state", "import", "all.nalar", "--replace")
-    assert json.loads(shell("state", "show", "Notebook", name).stdout)["state"]["notes"] == ["hello", "hello"]
+    assert shown(shell, "Notebook", name)["state"]["notes"] == ["hello", "hello"]
     assert shell("run", APP.name, "Notebook.note", "again", "--session", "ann").stdout == "3\n"
 
 
 def test_lists_and_shows(shell: Shell, kept: Path) -> None:
-    rows = json.loads(shell("state", "ls", "--json").stdout)
+    rows = shell.json("state", "ls")
     assert [(row["store"], row["sessions"], row["directory"], row["pid"]) for row in rows] == [
         ("1", 5, "somewhere", None),
         ("2", 5, "somewhere", None),
     ]
     assert "s14" in shell("state", "ls", "notebook", "--state", kept).stdout
-    assert shell.shown("s23") == {"notes": ["one", ["two"]], "counts": {"one": 1}, "total": 2}
+    assert shown(shell, "notebook", "s23")["state"] == {"notes": ["one", ["two"]], "counts": {"one": 1}, "total": 2}
     assert "nalar state ls notebook" in shell("state", "show", "notebook", "nobody", code=2).stderr
     assert "--state" in shell("state", "ls", "--state", "nowhere", code=2).stderr
 
@@ -176,13 +129,13 @@ def test_a_damaged_session_is_restored_from_an_export(shell: Shell, kept: Path) 
     flip(kept / "2" / "data.mdb", b"\xa7unhappy")
     assert "10 sessions imported" in shell("state", "import", "all.nalar", "--replace").stderr
     shell("state", "verify")
-    assert shell.shown("s21") == {"notes": ["one", ["two"]], "counts": {"one": 1}, "total": 2}
+    assert shown(shell, "notebook", "s21")["state"] == {"notes": ["one", ["two"]], "counts": {"one": 1}, "total": 2}
 
 
 def test_an_export_comes_into_another_folder_whole(shell: Shell, kept: Path) -> None:
     shell("state", "export", "all.nalar")
     shell("state", "import", "all.nalar", "--state", "other")
-    assert json.loads(shell("state", "ls", "--state", "other", "--json").stdout)[0]["sessions"] == 10
+    assert shell.json("state", "ls", "--state", "other")[0]["sessions"] == 10
     store = Store.open(shell.folder / "other" / "1", "reader")
     session = store.session("notebook", "s24")
     assert session.header is not None and session.header.schema == 1
@@ -219,7 +172,7 @@ def test_compaction_gives_room_back_and_keeps_all(shell: Shell, kept: Path) -> N
     shell("state", "compact")
     assert (kept / "1" / "data.mdb").stat().st_size < before / 10
     shell("state", "verify")
-    assert shell.shown("s11") == {"notes": ["one", ["two"]], "counts": {"one": 1}, "total": 2}
+    assert shown(shell, "notebook", "s11")["state"] == {"notes": ["one", ["two"]], "counts": {"one": 1}, "total": 2}
     store = Store.open(kept / "1", "builder")
     fill(store, range(15, 18))
     store.close()
@@ -230,5 +183,5 @@ def test_stores_are_adopted_by_another_directory(shell: Shell, kept: Path, broke
     url = broker_access.urls[0].replace("nats://", f"nats://{broker_access.token}@")
     done = shell("state", "adopt", "--nats", url, "--namespace", namespace)
     assert "store 1: 5 sessions\n" in done.stderr and "store 2: 5 sessions\n" in done.stderr
-    directories = {row["directory"] for row in json.loads(shell("state", "ls", "--json").stdout)}
+    directories = {row["directory"] for row in shell.json("state", "ls")}
     assert len(directories) == 1 and directories != {"somewhere"}

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
-import subprocess
 import sys
-import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import Running, is_gone
 from waiting import PATIENCE_S, eventually, until
 
 from nalar_mq.broker import read_runtime_file
 from nalar_mq.client import connect
 from nalar_mq.config import Settings
 
-NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 APP = """
 import os
 
@@ -41,41 +37,15 @@ class Desk:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody ends the children of a killed parent")
 
 
-def is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
-class Command:
-    """A `nalar` that runs in a folder."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NALAR_", "NATS_", "XDG_"))}
-        self.errors = folder / f"stderr-{time.monotonic_ns()}"
-        with self.errors.open("w") as errors:
-            environ = {**kept, "HOME": str(folder)}
-            self.process = subprocess.Popen([NALAR, *words], cwd=folder, env=environ, stdout=subprocess.DEVNULL, stderr=errors)
-
-    def serves(self) -> None:
-        eventually(lambda: "are ready" in self.errors.read_text() or self.process.poll() is not None, "it is not ready")
-        assert self.process.poll() is None, self.errors.read_text()
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE_S)
-
-
 @pytest.fixture
-def begin(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+def begin(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     (tmp_path / "flow.py").write_text(APP)
-    commands: list[Command] = []
+    commands: list[Running] = []
     children: list[psutil.Process] = []
 
-    def begin(*words: str) -> Command:
-        commands.append(Command(tmp_path, *words))
-        commands[-1].serves()
+    def begin(*words: str) -> Running:
+        commands.append(Running(*words, cwd=tmp_path))
+        commands[-1].says("are ready")
         children.extend(commands[-1].children())
         return commands[-1]
 
@@ -94,7 +64,7 @@ def free_port() -> str:
 
 
 async def test_stores_are_taken_over_at_once_and_nodes_and_clients_come_back(
-    begin: Callable[..., Command], tmp_path: Path
+    begin: Callable[..., Running], tmp_path: Path
 ) -> None:
     words = ("up", "flow.py", "--workers", "2", "--port", free_port())
     first = await asyncio.to_thread(begin, *words)
@@ -125,7 +95,7 @@ async def test_stores_are_taken_over_at_once_and_nodes_and_clients_come_back(
 
 
 def test_workers_that_have_lost_both_their_controller_and_their_broker_end(
-    begin: Callable[..., Command], tmp_path: Path
+    begin: Callable[..., Running], tmp_path: Path
 ) -> None:
     up = begin("up", "flow.py", "--workers", "1", "--port", free_port())
     node = begin("worker", "flow.py", "--workers", "1", "--node", "beside", "--outlive", "1")
