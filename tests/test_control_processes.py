@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from pathlib import Path
 
+from controlled import Mind, controller_of
 from waiting import PATIENCE_S, until
 
-from nalar_mq.address import Address, Subjects
 from nalar_mq.client import connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.local_controller import LocalController
-from nalar_mq.controllers.policy import Action, allow, kill, provision, route
-from nalar_mq.controllers.view import View
+from nalar_mq.controllers.policy import allow, kill, provision, route
 from nalar_mq.errors import NotAllowedError
-from nalar_mq.nats_transport import NatsTransport
 
 APP = Path(__file__).parent / "apps" / "governed_app.py"
-
-
-class Mind:
-    """A policy that wants what it is told to want."""
-
-    def __init__(self) -> None:
-        self.wanted: tuple[Action, ...] = ()
-
-    def decide(self, view: View) -> Iterable[Action]:
-        return self.wanted
 
 
 async def test_worker_processes_report_and_obey(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
     settings = Settings(broker=broker_access, namespace=namespace, node="here", lease_s=6.0, state=str(tmp_path))
     mind = Mind()
-    transport = await NatsTransport.connect(broker_access, name="control")
     async with (
         LocalController(APP, settings, workers=2) as node,
-        GlobalController(transport, Subjects(namespace), Address("control", 1), Trusted(mind), lease_s=6.0) as controller,
+        controller_of(broker_access, namespace, mind, lease_s=6.0) as controller,
         connect(settings=settings) as client,
     ):
         await node.ready()
@@ -65,7 +50,6 @@ async def test_worker_processes_report_and_obey(broker_access: BrokerAccess, nam
                 except NotAllowedError:
                     break
                 await asyncio.sleep(0.05)
-    await transport.aclose()
 
 
 async def test_places_of_one_agent_go_to_another_while_both_are_called(
@@ -73,10 +57,9 @@ async def test_places_of_one_agent_go_to_another_while_both_are_called(
 ) -> None:
     settings = Settings(broker=broker_access, namespace=namespace, node="here", lease_s=6.0, state=str(tmp_path))
     mind = Mind()
-    transport = await NatsTransport.connect(broker_access, name="control")
     async with (
         LocalController(APP, settings, workers=4, capacities={"slot": 4}) as node,
-        GlobalController(transport, Subjects(namespace), Address("control", 1), Trusted(mind), lease_s=6.0) as controller,
+        controller_of(broker_access, namespace, mind, lease_s=6.0) as controller,
         connect(settings=settings) as client,
     ):
         await node.ready()
@@ -106,4 +89,3 @@ async def test_places_of_one_agent_go_to_another_while_both_are_called(
         await asyncio.gather(*working)
         assert node.pids["here-1"] in pids["right"]
         assert len(pids["left"]) == 1
-    await transport.aclose()

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+from virtual_time import simulated
 
 from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
@@ -133,6 +134,11 @@ class World:
         return [(answer.name, said.what, said.reason) for answer in found for said in answer.explanations]
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
 @contextlib.asynccontextmanager
 async def world(folder: Path, *names: str, policy: Policy | None = None) -> AsyncIterator[World]:
     found = World(folder)
@@ -141,18 +147,6 @@ async def world(folder: Path, *names: str, policy: Policy | None = None) -> Asyn
         yield found
     finally:
         await found.end()
-
-
-def simulated(scene: Callable[[Path], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
-    def test(tmp_path: Path) -> None:
-        async def play() -> None:
-            async with asyncio.timeout(100_000):
-                await scene(tmp_path)
-
-        simulation.run(play())
-
-    test.__name__ = test.__qualname__ = scene.__name__
-    return test
 
 
 def shut(*names: str) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
+from virtual_time import simulated
 from waiting import until
 
-from nalar_mq import simulation
 from nalar_mq.actions import (
     Acts,
     Decided,
@@ -126,16 +127,9 @@ async def controller(hub: MemoryHub, name: str, policy: Policy) -> GlobalControl
     return found
 
 
-def simulated(scene: Callable[[MemoryHub], Awaitable[None]]) -> Callable[[], None]:
-    def test() -> None:
-        async def play() -> None:
-            async with asyncio.timeout(10_000):
-                await scene(MemoryHub(1))
-
-        simulation.run(play())
-
-    test.__name__ = test.__qualname__ = scene.__name__
-    return test
+@pytest.fixture
+def hub() -> MemoryHub:
+    return MemoryHub(1)
 
 
 async def states_kept(hub: MemoryHub) -> States:

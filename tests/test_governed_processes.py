@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sysconfig
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,22 @@ from typing import Any
 import msgspec
 import pytest
 from commands import Running, naming
+from controlled import ControlledSite, Mind, controller_of
 from waiting import PATIENCE_S, until
 
 from nalar_mq.actions import Leader, State, States, decode_decision
-from nalar_mq.address import Address, Subjects
+from nalar_mq.address import Subjects
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.guards import Bounds
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.policy import Action, allow, kill, limit, migrate, provision, route, set_priority
-from nalar_mq.controllers.view import View
 from nalar_mq.errors import NotAllowedError
 from nalar_mq.future import Future
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import KeyValue
 
 APP = Path(__file__).parent / "apps" / "desks_app.py"
-NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 LEASE_S = 3.0
 
 POLICY = """
@@ -60,29 +57,14 @@ async def other() -> str:
 """
 
 
-class Mind:
-    """A policy that wants what it is told to want."""
-
-    def __init__(self) -> None:
-        self.wanted: tuple[Action, ...] = ()
-
-    def decide(self, view: View) -> Iterable[Action]:
-        return self.wanted
-
-
-class Site:
+class Site(ControlledSite):
     """Three workers, a client, and a controller that decides what it is told to decide."""
 
-    def __init__(self, folder: Path, node: LocalController, client: Client, controller: GlobalController, mind: Mind) -> None:
-        self.folder = folder
-        self.node = node
-        self.client = client
-        self.controller = controller
-        self._mind = mind
+    mind: Mind
 
     async def decide(self, *actions: Action) -> None:
         """Returns when that, and nothing else, holds or has been ordered, and this process has heard of it."""
-        self._mind.wanted = actions
+        self.mind.wanted = actions
         states = tuple(action for action in actions if isinstance(action, State))
         acts = [action for action in actions if not isinstance(action, State)]
         governor = self.controller.governor
@@ -95,14 +77,6 @@ class Site:
         call = self.client.options(session=session).call("stay")
         await until(lambda: session in self.controller.view.sessions, "it was never reported")
         return call
-
-    @property
-    def ran(self) -> list[str]:
-        path = self.folder / "ran"
-        return path.read_text().split() if path.exists() else []
-
-    def open(self, gate: str) -> None:
-        (self.folder / gate).touch()
 
     def pid(self, worker: str) -> int:
         return self.node.pids[worker]
@@ -124,23 +98,13 @@ async def workers(access: BrokerAccess, namespace: str, folder: Path) -> AsyncIt
 
 @pytest.fixture
 async def site(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> AsyncIterator[Site]:
-    transport, mind = await NatsTransport.connect(broker_access, name="control"), Mind()
-    try:
-        async with (
-            workers(broker_access, namespace, tmp_path) as (node, client),
-            GlobalController(
-                transport,
-                Subjects(namespace),
-                Address("control", 1),
-                Trusted(mind),
-                lease_s=LEASE_S,
-                bounds=Bounds(cooldown_s=0.0),
-            ) as controller,
-        ):
-            await until(lambda: controller.is_leader and len(controller.view.workers) == 3, "nobody has reported")
-            yield Site(tmp_path, node, client, controller, mind)
-    finally:
-        await transport.aclose()
+    mind = Mind()
+    async with (
+        workers(broker_access, namespace, tmp_path) as (node, client),
+        controller_of(broker_access, namespace, mind, lease_s=LEASE_S, bounds=Bounds(cooldown_s=0.0)) as controller,
+    ):
+        await until(lambda: controller.is_leader and len(controller.view.workers) == 3, "nobody has reported")
+        yield Site(tmp_path, node, client, controller, mind)
 
 
 async def test_a_session_lands_where_it_is_routed(site: Site) -> None:
@@ -163,7 +127,7 @@ async def test_a_session_that_is_raised_overtakes_what_waits_and_moves_with_its_
     one = site.node.names[0]
     await site.decide(route("in_turn", [one], [1.0], reason="all in one queue"))
     first = site.client.call("in_turn", "first", gate="go")
-    await until(lambda: site.ran == ["first"], "it does not begin")
+    await until(lambda: site.written("ran") == ["first"], "it does not begin")
     waiting = [site.client.options(session=name).call("in_turn", name) for name in ("a", "b", "c")]
     await until(lambda: "c" in site.controller.view.sessions, "it was never reported")
     raised = set_priority("c", 9, reason="the test wants it first")
@@ -171,7 +135,7 @@ async def test_a_session_that_is_raised_overtakes_what_waits_and_moves_with_its_
     await asyncio.sleep(LEASE_S)  # within which the worker has heard of it, whatever becomes of messages
     site.open("go")
     await asyncio.gather(first, *waiting)
-    assert site.ran == ["first", "c", "a", "b"]
+    assert site.written("ran") == ["first", "c", "a", "b"]
 
 
 async def test_a_session_is_migrated_with_its_state_and_with_what_waits_behind_a_call(site: Site) -> None:
@@ -233,35 +197,30 @@ async def test_an_agent_that_got_no_slot_at_first_gets_one_when_there_is_room(
 ) -> None:
     """It has none on either node, since another agent comes before it there; then that makes room on one of them."""
     settings = Settings(broker=broker_access, namespace=namespace, lease_s=LEASE_S)
-    app, transport, mind = tmp_path / "app.py", await NatsTransport.connect(broker_access, name="control"), Mind()
+    app, mind = tmp_path / "app.py", Mind()
     app.write_text(SLOTS)
     nodes = [
         LocalController(app, msgspec.structs.replace(settings, node=name), workers=1, capacities={"slot": 1.0})
         for name in ("n1", "n2")
     ]
-    try:
-        async with (
-            nodes[0],
-            nodes[1],
-            connect(settings=settings) as client,
-            GlobalController(
-                transport, Subjects(namespace), Address("control", 1), Trusted(mind), lease_s=LEASE_S
-            ) as controller,
-        ):
-            view = controller.view
-            await until(lambda: len(view.replicas("first")) == 2, "a node is missing")
-            await until(lambda: view.left("n2", "slot") == 0.0, "its capacities are missing")
-            assert view.replicas("other") == ()
-            (on_n2,) = view.nodes["n2"].workers
-            mind.wanted = (kill(on_n2, "first", reason="to make room"),)
-            await until(lambda: len(view.replicas("first")) == 1, "it is not obeyed")
-            mind.wanted = (provision("other", "n2", reason="there is room"),)
-            await until(lambda: bool(view.replicas("other")), f"it is not obeyed: {controller.governor.history}")
-            mind.wanted = ()
-            assert await client.call("other") == "other"
-            assert view.left("n2", "slot") == 0.0
-    finally:
-        await transport.aclose()
+    async with (
+        nodes[0],
+        nodes[1],
+        connect(settings=settings) as client,
+        controller_of(broker_access, namespace, mind, lease_s=LEASE_S) as controller,
+    ):
+        view = controller.view
+        await until(lambda: len(view.replicas("first")) == 2, "a node is missing")
+        await until(lambda: view.left("n2", "slot") == 0.0, "its capacities are missing")
+        assert view.replicas("other") == ()
+        (on_n2,) = view.nodes["n2"].workers
+        mind.wanted = (kill(on_n2, "first", reason="to make room"),)
+        await until(lambda: len(view.replicas("first")) == 1, "it is not obeyed")
+        mind.wanted = (provision("other", "n2", reason="there is room"),)
+        await until(lambda: bool(view.replicas("other")), f"it is not obeyed: {controller.governor.history}")
+        mind.wanted = ()
+        assert await client.call("other") == "other"
+        assert view.left("n2", "slot") == 0.0
 
 
 class Controllers:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from nalar_mq import simulation
+import pytest
+from virtual_time import simulated
+
 from nalar_mq.address import Address, Subjects
 from nalar_mq.app import load_app
 from nalar_mq.changes import Changes
@@ -87,6 +89,11 @@ class World:
         }
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
 @contextlib.asynccontextmanager
 async def world(folder: Path, *names: str, faults: Faults | None = None) -> AsyncIterator[World]:
     found = World(folder, faults)
@@ -95,18 +102,6 @@ async def world(folder: Path, *names: str, faults: Faults | None = None) -> Asyn
         yield found
     finally:
         await found.end()
-
-
-def simulated(scene: Callable[[Path], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
-    def test(tmp_path: Path) -> None:
-        async def play() -> None:
-            async with asyncio.timeout(100_000):
-                await scene(tmp_path)
-
-        simulation.run(play())
-
-    test.__name__ = test.__qualname__ = scene.__name__
-    return test
 
 
 @simulated

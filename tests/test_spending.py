@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from controlled import ControlledSite, controller_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import PATIENCE_S, until
@@ -19,13 +20,11 @@ from waiting import PATIENCE_S, until
 from nalar_mq import changes as changes_module
 from nalar_mq import spend
 from nalar_mq.actions import Limit
-from nalar_mq.address import Address, Subjects
 from nalar_mq.changes import Changes
-from nalar_mq.client import Client, connect
+from nalar_mq.client import connect
 from nalar_mq.columns import MOST_ACCOUNTS, Account, decode_report
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers import spending as spending_module
-from nalar_mq.controllers.global_controller import GlobalController, Trusted
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.controllers.policies import BudgetLimits
 from nalar_mq.controllers.policy import Action
@@ -33,7 +32,6 @@ from nalar_mq.controllers.spending import Accounts, Spending
 from nalar_mq.controllers.view import View
 from nalar_mq.errors import ForgedReportError, MalformedReportError, MissedReportError, RemoteError
 from nalar_mq.messages import Call
-from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.spending import spent_by
 
 APP = Path(__file__).parent / "apps" / "spending_app.py"
@@ -274,26 +272,13 @@ class Mind:
         return self.limits.decide(view)
 
 
-class Site:
+class Site(ControlledSite):
     """Two workers, a client, and a controller that minds budgets."""
 
-    def __init__(self, folder: Path, node: LocalController, client: Client, controller: GlobalController, mind: Mind) -> None:
-        self.folder = folder
-        self.node = node
-        self.client = client
-        self.controller = controller
-        self.mind = mind
-
-    @property
-    def bought(self) -> list[str]:
-        path = self.folder / "bought"
-        return path.read_text().split() if path.exists() else []
+    mind: Mind
 
     def spent(self, scope: str, name: str, unit: str = "tokens") -> float:
         return self.controller.view.spending.total(scope, name, unit)
-
-    def open(self, gate: str) -> None:
-        (self.folder / gate).touch()
 
     async def limited(self, **whose: str) -> list[Limit]:
         """Returns when those are limited, and every process of ours knows it."""
@@ -311,21 +296,16 @@ class Site:
 @asynccontextmanager
 async def running(access: BrokerAccess, namespace: str, folder: Path) -> AsyncIterator[Site]:
     settings = Settings(broker=access, namespace=namespace, node="here", lease_s=LEASE_S, state=str(folder / "state"))
-    transport, mind = await NatsTransport.connect(access, name="control"), Mind()
-    try:
-        async with (
-            LocalController(APP, settings, workers=2, variables={"SPENDING_FOLDER": str(folder)}, log_level="warning") as node,
-            connect(settings=settings) as client,
-            GlobalController(
-                transport, Subjects(namespace), Address("control", 1), Trusted(mind), lease_s=LEASE_S
-            ) as controller,
-        ):
-            await node.ready()
-            await client.wait_for("buy")
-            await until(lambda: controller.is_leader and len(controller.view.workers) == 2, "nobody has reported")
-            yield Site(folder, node, client, controller, mind)
-    finally:
-        await transport.aclose()
+    mind = Mind()
+    async with (
+        LocalController(APP, settings, workers=2, variables={"SPENDING_FOLDER": str(folder)}, log_level="warning") as node,
+        connect(settings=settings) as client,
+        controller_of(access, namespace, mind, lease_s=LEASE_S) as controller,
+    ):
+        await node.ready()
+        await client.wait_for("buy")
+        await until(lambda: controller.is_leader and len(controller.view.workers) == 2, "nobody has reported")
+        yield Site(folder, node, client, controller, mind)
 
 
 @pytest.fixture
@@ -367,7 +347,7 @@ async def test_a_job_over_its_budget_begins_nothing_more_and_others_do(site: Sit
     assert await cheap.result(timeout=PATIENCE_S) == ["cheap-1", "cheap-2"]
     told = [state for decision in site.controller.governor.history for state in decision.began if isinstance(state, Limit)]
     assert "job 'dear' has spent 100 tokens" in {state.reason for state in told if state.job == "dear"}
-    assert "dear-2" not in site.bought
+    assert "dear-2" not in site.written("bought")
     site.mind.limits = BudgetLimits(per_job=1000.0)
     assert await dear.result(timeout=PATIENCE_S) == ["dear-1", "dear-2"]
 
@@ -381,7 +361,7 @@ async def test_a_tenant_over_its_budget_begins_nothing_more_and_others_do(site: 
     held = poor.call("buy", "poor-2", 0.0)
     assert await rich.call("buy", "rich-2", 0.0) == "rich-2"
     assert await site.client.call("buy", "nobody's", 0.0) == "nobody's"
-    assert "poor-2" not in site.bought
+    assert "poor-2" not in site.written("bought")
     site.mind.limits = BudgetLimits()
     assert await held == "poor-2"
 
@@ -394,7 +374,7 @@ async def test_a_job_of_a_tenant_counts_for_it_and_is_limited_with_it(site: Site
     await site.limited(tenant="poor")
     site.open("open")
     assert await cheap.result(timeout=PATIENCE_S) == ["cheap-1", "cheap-2"]
-    assert "dear-2" not in site.bought
+    assert "dear-2" not in site.written("bought")
     assert site.spent("tenant", "rich") >= 100.0
     site.mind.limits = BudgetLimits()
     assert await dear.result(timeout=PATIENCE_S) == ["dear-1", "dear-2"]
@@ -410,7 +390,7 @@ async def test_a_job_over_its_budget_fails_with_the_reason_where_that_is_wanted(
         await dear.result(timeout=PATIENCE_S)
     assert failed.value.type_name == "NotAllowedError"
     assert await cheap.result(timeout=PATIENCE_S) == ["cheap-1", "cheap-2"]
-    assert "dear-2" not in site.bought
+    assert "dear-2" not in site.written("bought")
 
 
 async def test_a_job_keeps_its_tenant_in_another_worker(site: Site) -> None:
