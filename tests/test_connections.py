@@ -27,6 +27,7 @@ from tests.test_nats_transport import plain_server
 from tests.witness import Witness, result_of
 
 APP = Path(__file__).parent / "apps" / "witness.py"
+WORKER = Path(__file__).parent / "apps" / "one_worker.py"
 PATIENCE_S = 60.0
 QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2)
 FAULTS: list[Fault] = ["swallow up", "swallow down", "stall"]
@@ -136,24 +137,6 @@ async def test_bad_connections_are_found_out_within_ten_seconds(
     assert max(found) < 10
 
 
-WORKER = """
-import asyncio, sys
-import msgspec
-from pathlib import Path
-from nalar_mq.app import load_app
-from nalar_mq.config import Settings
-from nalar_mq.worker import Worker
-
-async def main():
-    settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    async with Worker(load_app(Path(sys.argv[2])), settings, name="w") as worker:
-        print("ready", flush=True)
-        await worker.closed
-
-asyncio.run(main())
-"""
-
-
 async def test_a_slow_consumer_is_cut_off_by_its_broker_and_nothing_is_lost(
     namespace: str, witness: Witness, tmp_path: Path
 ) -> None:
@@ -162,7 +145,7 @@ async def test_a_slow_consumer_is_cut_off_by_its_broker_and_nothing_is_lost(
     config = f'jetstream {{ store_dir: "{tmp_path}" }}\nmax_pending: 1MB\nlog_file: "{log}"'
     async with plain_server(tmp_path, config) as place:
         settings = Settings(broker=BrokerAccess(urls=(f"nats://{place}",)), namespace=namespace, node="here", trust_broker=True)
-        command = (sys.executable, "-c", WORKER, msgspec.json.encode(settings).decode(), str(APP))
+        command = (sys.executable, WORKER, msgspec.json.encode(settings).decode(), str(APP))
         worker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         try:
             assert worker.stdout is not None

@@ -31,6 +31,7 @@ from nalar_mq.process import Process
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "fire.py"
+WORKER = Path(__file__).parent / "apps" / "one_worker.py"
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
 PATIENCE_S = 60.0
 
@@ -367,7 +368,7 @@ async def test_a_flood_to_one_actor_leaves_the_others_alone(node: LocalControlle
 
 async def test_code_that_blocks_the_event_loop_keeps_its_lease(settings: Settings, folder: Path, tmp_path: Path) -> None:
     settings = msgspec.structs.replace(settings, lease_s=2.0)
-    worker = Program(sys.executable, "-c", SHORT_LEASE, msgspec.json.encode(settings).decode(), APP, log=tmp_path / "log")
+    worker = Program(sys.executable, WORKER, msgspec.json.encode(settings).decode(), APP, log=tmp_path / "log")
     try:
         await worker.says("ready")
         judge = Process(settings, name="judge", role="client")
@@ -382,24 +383,6 @@ async def test_code_that_blocks_the_event_loop_keeps_its_lease(settings: Setting
             await judge.aclose()
     finally:
         await worker.end(signal.SIGKILL)
-
-
-SHORT_LEASE = """
-import asyncio, sys
-import msgspec
-from pathlib import Path
-from nalar_mq.app import load_app
-from nalar_mq.config import Settings
-from nalar_mq.worker import Worker
-
-async def main():
-    settings = msgspec.json.decode(sys.argv[1], type=Settings)
-    async with Worker(load_app(Path(sys.argv[2])), settings, name="w") as worker:
-        print("ready", flush=True)
-        await worker.closed
-
-asyncio.run(main())
-"""
 
 
 async def test_up_call_and_ps_from_another_folder(tmp_path: Path) -> None:

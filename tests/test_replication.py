@@ -14,7 +14,7 @@ import pytest
 from nalar_mq import replication, values
 from nalar_mq.app import load_app
 from nalar_mq.broker import EmbeddedBroker
-from nalar_mq.client import Client, connect
+from nalar_mq.client import Caller, Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.controllers.local_controller import LocalController
 from nalar_mq.memory_transport import MemoryHub
@@ -188,6 +188,20 @@ async def test_a_machine_burns_while_it_is_used(broker_access: BrokerAccess, nam
                         assert await session.call("Archive.all") == [str(number) for number in range(60)]
 
 
+async def sessions_of_a_burnt_machine(client: Client, settings: Settings, state: Path) -> list[Caller]:
+    """Twenty sessions with sixty texts each, whose worker is dead and whose folder is gone."""
+    sessions = [client.options(session=f"s{number}", timeout_s=2 * PATIENCE_S) for number in range(20)]
+    async with LocalController(APP, settings, workers=1) as one:
+        await one.ready()
+        await client.wait_for("Archive", PATIENCE_S)
+        for number in range(60):
+            await asyncio.gather(*[session.call("Archive.put", str(number), 4000) for session in sessions])
+        shutil.move(state, state.with_name("burnt"))
+        for pid in one.pids.values():
+            os.kill(pid, signal.SIGKILL)
+    return sessions
+
+
 async def test_who_takes_a_store_over_is_killed_half_way(broker_access: BrokerAccess, namespace: str, tmp_path: Path) -> None:
     """What he has left is not taken for the store, not even on his own machine."""
 
@@ -195,15 +209,7 @@ async def test_who_takes_a_store_over_is_killed_half_way(broker_access: BrokerAc
         return Settings(broker=broker_access, namespace=namespace, node=node, lease_s=1.5, state=str(tmp_path / node))
 
     async with connect(settings=settings("client")) as client, asyncio.timeout(PATIENCE_S):
-        sessions = [client.options(session=f"s{number}", timeout_s=PATIENCE_S) for number in range(20)]
-        async with LocalController(APP, settings("one"), workers=1) as one:
-            await one.ready()
-            await client.wait_for("Archive", PATIENCE_S)
-            for number in range(60):
-                await asyncio.gather(*[session.call("Archive.put", str(number), 4000) for session in sessions])
-            shutil.move(tmp_path / "one", tmp_path / "burnt")
-            for pid in one.pids.values():
-                os.kill(pid, signal.SIGKILL)
+        sessions = await sessions_of_a_burnt_machine(client, settings("one"), tmp_path / "one")
         async with LocalController(APP, settings("two"), workers=1) as two:
             await two.ready()
             while not any(path.stat().st_size > 1_000_000 for path in (tmp_path / "two").glob("*/data.mdb")):
@@ -226,15 +232,7 @@ async def test_the_broker_goes_away_while_a_store_is_taken_over(harm: signal.Sig
             return Settings(broker=broker.access, namespace=namespace, node=node, lease_s=1.5, state=str(tmp_path / node))
 
         async with connect(settings=settings("client")) as client:
-            sessions = [client.options(session=f"s{number}", timeout_s=2 * PATIENCE_S) for number in range(20)]
-            async with LocalController(APP, settings("one"), workers=1) as one:
-                await one.ready()
-                await client.wait_for("Archive", PATIENCE_S)
-                for number in range(60):
-                    await asyncio.gather(*[session.call("Archive.put", str(number), 4000) for session in sessions])
-                shutil.move(tmp_path / "one", tmp_path / "burnt")
-                for pid in one.pids.values():
-                    os.kill(pid, signal.SIGKILL)
+            sessions = await sessions_of_a_burnt_machine(client, settings("one"), tmp_path / "one")
             async with LocalController(APP, settings("two"), workers=1) as two:
                 await two.ready()
                 while not list((tmp_path / "two").glob("unfinished-*")):
