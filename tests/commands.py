@@ -87,6 +87,9 @@ class Running:
         return self.said
 
     def children(self) -> list[psutil.Process]:
+        """The processes that it has begun, and those of these; none if it has ended: whoever asks then has better to tell."""
+        if self.process.poll() is not None:
+            return []
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self, number: int = signal.SIGTERM) -> int:
@@ -100,4 +103,7 @@ class Running:
 
 
 def is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it went between the two looks
+        return True
