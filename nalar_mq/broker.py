@@ -60,6 +60,7 @@ _BACKOFF_MAX_S: Final = 2.0
 _MIN_FREE_BYTES: Final = 16 * 1024 * 1024
 _LOG_LIMIT_BYTES: Final = 8 * 1024 * 1024
 _GATE: Final = "gate"
+_IN_USE: Final = "address already in use"  # as the server says it
 
 # Asks the kernel for SIGKILL at the death of the starting thread, makes sure that it has not died already, and becomes the
 # server. A process of its own does this because code between fork and exec is unsafe in a process with threads.
@@ -97,6 +98,10 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+class _PortInUseError(BrokerStartError):
+    """Something else listens where the broker was to."""
+
+
 class EmbeddedBroker:
     """A `nats-server` with JetStream that lives and dies with this object.
 
@@ -105,6 +110,7 @@ class EmbeddedBroker:
     Args:
         data_dir: folder for its data, configuration and log; made where it is absent.
         port: where it listens; None takes a free one.
+        needs_port: whether it has to be that one; else it takes another one where somebody listens there when it starts.
         host: the address it listens on.
         restart_attempts: how many deaths in a row are answered by a restart before the broker is given up.
         issuer: public key of who signs what the gate answers; without one there is no gate.
@@ -115,6 +121,7 @@ class EmbeddedBroker:
         data_dir: Path,
         *,
         port: int | None = None,
+        needs_port: bool = True,
         host: str = "127.0.0.1",
         restart_attempts: int = 8,
         issuer: str = "",
@@ -124,6 +131,7 @@ class EmbeddedBroker:
         self.failure: BrokerStartError | None = None
         self.restarts = 0
         self._port = port
+        self._needs_port = needs_port
         self._secret = ""
         self._issuer = issuer
         self._restart_attempts = restart_attempts
@@ -169,7 +177,7 @@ class EmbeddedBroker:
             if stale is not None:
                 await _end_stale_server(stale)
             self._secret = secrets.token_hex(24)
-            self._process = await self._launch()
+            self._process = await self._launch_somewhere()
         except BaseException:
             self._release()
             raise
@@ -225,11 +233,21 @@ class EmbeddedBroker:
         if free_bytes < _MIN_FREE_BYTES:
             raise BrokerStartError(f"{self.data_dir} has only {free_bytes // 1024} KiB free: the broker keeps its data there")
 
+    async def _launch_somewhere(self) -> asyncio.subprocess.Process:
+        """At the port that is wished for, or at another one if that may be: two that begin at once wish for the same."""
+        try:
+            return await self._launch()
+        except _PortInUseError:
+            if self._needs_port:
+                raise
+        self._port = None
+        return await self._launch()
+
     async def _launch(self) -> asyncio.subprocess.Process:
         """Starts the server once and waits until it is ready; learns the port if none was fixed."""
         port = self._port
         if port is not None and not port_is_free(self.host, port):
-            raise BrokerStartError(
+            raise _PortInUseError(
                 f"port {port} of {self.host} is in use: end what listens there, take another port, "
                 f"or use that broker with --nats {_url(self.host, port)}"
             )
@@ -293,7 +311,8 @@ class EmbeddedBroker:
                         return port
                     await asyncio.sleep(_READY_POLL_S)
         reason = _reason(self._log_file, log_start) or f"it was not ready within {_READY_TIMEOUT_S:.0f} s"
-        raise BrokerStartError(f"nats-server did not start: {reason} (log: {self._log_file})")
+        kind = _PortInUseError if _IN_USE in reason else BrokerStartError
+        raise kind(f"nats-server did not start: {reason} (log: {self._log_file})")
 
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()

@@ -705,11 +705,18 @@ def _controller(
 def _own_broker(folder: Path, namespace: str, port: int | None) -> GuardedBroker:
     """With port and secrets of one that was killed here, so that nodes and clients find it again; else with new ones."""
     data, former = folder / RUNTIME_FOLDER / "broker", read_left_runtime_file(folder)
-    key = read_node_key(folder)
+    key, needs_port = read_node_key(folder), port is not None
     if former is None or former.namespace != namespace or not former.token or not key:
-        return GuardedBroker(data, namespace=namespace, port=_port(port))
+        return GuardedBroker(data, namespace=namespace, port=_port(port), needs_port=needs_port)
     _log.info("broker.goes_on", url=former.url)
-    return GuardedBroker(data, namespace=namespace, port=_port(port, former.url), token=former.token, node_key=key)
+    return GuardedBroker(
+        data,
+        namespace=namespace,
+        port=_port(port, former.url),
+        needs_port=needs_port,
+        token=former.token,
+        node_key=key,
+    )
 
 
 def _port(port: int | None, former_url: str = "") -> int | None:

@@ -22,7 +22,7 @@ class GuardedBroker:
     """A broker of our own for one namespace; an async context manager.
 
     Args:
-        data_dir, port: as for `EmbeddedBroker`.
+        data_dir, port, needs_port: as for `EmbeddedBroker`.
         namespace: whose permissions it gives.
         lease_s: after which the record of a silent process goes.
         token, node_key: the secrets of a former one whose processes are to come back; made anew if empty.
@@ -34,6 +34,7 @@ class GuardedBroker:
         *,
         namespace: str,
         port: int | None = None,
+        needs_port: bool = True,
         lease_s: float = LEASE_S,
         token: str = "",
         node_key: str = "",
@@ -44,7 +45,7 @@ class GuardedBroker:
         self._subjects = Subjects(namespace)
         self._lease_s = lease_s
         self._stack = AsyncExitStack()
-        self.server = EmbeddedBroker(data_dir, port=port, issuer=self._issuer.public)
+        self.server = EmbeddedBroker(data_dir, port=port, needs_port=needs_port, issuer=self._issuer.public)
 
     @property
     def client_access(self) -> BrokerAccess:

@@ -22,6 +22,8 @@ import psutil
 import pytest
 from waiting import until
 
+from nalar_mq import broker as broker_module
+from nalar_mq import commands
 from nalar_mq.broker import (
     EmbeddedBroker,
     RuntimeFile,
@@ -120,6 +122,23 @@ async def test_chosen_port_is_taken(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     async with EmbeddedBroker(tmp_path, port=port) as broker:
         assert broker.url == f"nats://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("looked_free", [False, True])
+async def test_a_port_that_somebody_takes_first_need_not_be_had(
+    tmp_path: Path, namespace: str, monkeypatch: pytest.MonkeyPatch, looked_free: bool
+) -> None:
+    """Two that begin at once find the same one free, and one of them comes too late."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(commands, "DEFAULT_PORT", port)
+        monkeypatch.setattr(commands, "port_is_free", lambda *_: True)
+        if looked_free:
+            monkeypatch.setattr(broker_module, "port_is_free", lambda *_: True)
+        async with commands._own_broker(tmp_path, namespace, None) as broker:
+            assert broker.server.url != f"nats://127.0.0.1:{port}"
+        with pytest.raises(BrokerStartError, match="in use"):
+            await EmbeddedBroker(tmp_path / "other", port=port).start()
 
 
 async def test_folder_with_blanks_and_quotes_serves(tmp_path: Path) -> None:
