@@ -20,8 +20,8 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
                              says which of its calls failed of it, its text being the same. They are made again. What came
                              before the first of them is seen again in its order. What came after it has no order any more,
                              since the program may go another way from there: it counts as what has ended just now, and is
-                             observed again when its call is made. Should the process be lost before the `Voided` is
-                             durable, the next attempt ends in the same way and writes it.
+                             observed again when its call is made, or the clock read. Should the process be lost before
+                             the `Voided` is durable, the next attempt ends in the same way and writes it.
 
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.
@@ -120,6 +120,7 @@ class History:
         "_lock",
         "_looks",
         "_loose",
+        "_loose_readings",
         "_made",
         "_noted",
         "_observed_s",
@@ -170,6 +171,7 @@ class History:
         self._late: set[bytes] = set()
         self._known: dict[bytes, Resolve | Fail] = {}
         self._loose: dict[bytes, Resolve | Fail] = {}
+        self._loose_readings: set[int] = set()
         self._failed: dict[bytes, tuple[str, str]] = {}
         self._queue: deque[Observation] = deque()
         self._unseen: list[tuple[int, int]] = []
@@ -204,6 +206,7 @@ class History:
             self._forget()
         elif type(observation) is Reading:
             self._seen_readings.setdefault(observation.number, observation.at_s)
+            self._loose_readings.discard(observation.number)
             if in_order:
                 self._queue.append(observation)
 
@@ -225,10 +228,12 @@ class History:
             self._unseen = [(head.first, head.last) for head in self._queue if type(head) is Unseen]
             after = [head.result for head in seen[cut:] if type(head) is Outcome and head.result.id not in gone]
             self._loose |= {result.id: self._known.pop(result.id) for result in after}
+            self._loose_readings |= {head.number for head in seen[cut:] if type(head) is Reading}
 
     def _forget(self) -> None:
         self._known.clear()
         self._loose.clear()
+        self._loose_readings.clear()
         self._failed.clear()
         self._queue.clear()
         self._unseen.clear()
@@ -286,13 +291,14 @@ class History:
             return len(self._noted) == 1
 
     def read_clock(self, wall_s: float) -> tuple[float, Reading | None]:
-        """What the clock shows, in seconds since the epoch; unless it has shown that before, also what is to be journaled."""
+        """What the clock shows, in seconds since the epoch; unless that was seen in order before, also what is to be journaled."""
         with self._lock:
             self._readings += 1
             number = self._readings
             seen_s = self._seen_readings.pop(number, None)
             self._latest_s = max(self._latest_s, wall_s) if seen_s is None else seen_s
-            return self._latest_s, Reading(self.job, self.call_id, number, self._latest_s) if seen_s is None else None
+            is_new = seen_s is None or number in self._loose_readings
+            return self._latest_s, Reading(self.job, self.call_id, number, self._latest_s) if is_new else None
 
     @property
     def random(self) -> Random:

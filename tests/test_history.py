@@ -189,6 +189,25 @@ def test_what_was_observed_again_after_a_loss_is_seen_in_that_order_by_the_next_
     assert isinstance(history.take_loose(e), Resolve), "it was not observed again"
 
 
+def test_what_the_clock_showed_after_a_loss_is_shown_and_seen_in_order_again() -> None:
+    """It shows the same, so that what was called with it is found; the next attempt sees it before what came after it."""
+    plan = History(JOB, ROOT, in_order=True)
+    a, b = call(plan, "a"), call(plan, "b")
+    past = [Reading(JOB, ROOT, 1, 10.0), loss(a), Reading(JOB, ROOT, 2, 20.0), void(a)]
+    second = again(*past)
+    assert second.read_clock(99.0) == (10.0, None)
+    shown, reading = second.read_clock(99.0)
+    assert (shown, reading) == (20.0, Reading(JOB, ROOT, 2, 20.0))
+    assert reading is not None
+    third = again(*past, reading, value(a), value(b))
+    for id in (a, b):
+        third.made(id)
+    assert third.read_clock(99.0) == (10.0, None)
+    assert third.due() == [], "it had read the clock again before that"
+    assert third.read_clock(99.0) == (20.0, None)
+    assert [result.id for result in third.due()] == [a, b]
+
+
 def test_a_call_may_be_lost_again() -> None:
     plan = History(JOB, ROOT, in_order=True)
     a, b, c, d = (call(plan, name) for name in "abcd")
