@@ -291,7 +291,7 @@ class History:
             return len(self._noted) == 1
 
     def read_clock(self, wall_s: float) -> tuple[float, Reading | None]:
-        """What the clock shows, in seconds since the epoch; unless that was seen in order before, also what is to be journaled."""
+        """What the clock shows, in seconds since the epoch; unless its place is known from before, also what to journal."""
         with self._lock:
             self._readings += 1
             number = self._readings

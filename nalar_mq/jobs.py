@@ -38,7 +38,9 @@ Whoever finds a failed result under the id of a message asks whether it is of th
 just goes. If it is, and there is no letter of it, and the message is still in the queue, then nobody has written the letter
 yet: a person who removes one takes the message out of the queue first, as does every holder after the letter. The letter
 is appended on condition that the former one under its key is what was seen. And whoever has had a message in hand before
-begins it only if it is in the queue after it has no result: else a person has published it again meanwhile.
+begins it only if it is in the queue after it has no result: else a person has published it again meanwhile. That is done
+twice where the first answer of the broker is lost, or by two people at once: the result that goes before it is that of the
+message that has failed, no other, so that what the first one has come to is found by the second.
 """
 
 from __future__ import annotations
@@ -328,13 +330,23 @@ class Jobs:
             self._objects = await self._transport.object_store(self._subjects.results_bucket, max_age_s=self._kept_s)
         return self._objects
 
-    async def forget_result(self, id: str) -> None:
-        """Removes what lies where the result of a job belongs."""
+    async def forget_result(self, id: str, *, failed: int = 0) -> bool:
+        """Removes what lies where the result of a job belongs; what comes there meanwhile stays.
+
+        Args:
+            id: of the job.
+            failed: only the failure of the message of that number, if it is one; all else stays, and this returns False.
+        """
         kept = await self._results.last(self._subjects.result(id))
-        await self._results.purge(self._subjects.result(id))
+        if kept is None:
+            return True
+        if failed and _sequence_in(kept) != failed:
+            return False
+        await self._results.purge(self._subjects.result(id), below=kept.sequence + 1)
         with contextlib.suppress(WireError):
-            if kept is not None and (at := read_result(kept.data).value_at):
+            if at := read_result(kept.data).value_at:
                 await (await self._open_objects()).delete(at.object)
+        return True
 
     async def finish(self, result: JobResult, *, failed: int = 0) -> bool:
         """Ends a job; False if it has ended already, and this is dropped.
@@ -534,18 +546,19 @@ class Jobs:
     async def retry(self, letter: DeadLetter) -> str:
         """Publishes a dead letter again under its id and removes it; returns the id, empty if it gets another one.
 
+        Nothing is published if the job has ended since that message failed: somebody has done so before.
+
         Raises:
             ValueTooLargeError: it was too large to be kept whole.
         """
         if letter.is_cut:
             raise ValueTooLargeError(f"dead letter {letter.key!r} was too large to be kept whole, so it cannot be retried")
         await self._take_out(letter)
-        if letter.job:
-            await self.forget_result(letter.job)
-        headers = {JOB_ID: letter.job} if letter.job else {}
-        if tenant := self._words_of(letter.subject)[1]:
-            headers[TENANT] = tenant
-        await self.queue.publish(letter.subject, letter.data, headers=headers)
+        if not letter.job or await self.forget_result(letter.job, failed=letter.message):
+            headers = {JOB_ID: letter.job} if letter.job else {}
+            if tenant := self._words_of(letter.subject)[1]:
+                headers[TENANT] = tenant
+            await self.queue.publish(letter.subject, letter.data, headers=headers)
         await self._remove(letter)
         return letter.job
 

@@ -26,7 +26,7 @@ from nalar_mq.jobs import JobError, JobResult, Jobs, read_result
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.nats_transport import NatsTransport
-from nalar_mq.transport import Delivered, QueueMessage, Transport
+from nalar_mq.transport import Delivered, Kept, QueueMessage, Transport
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
@@ -307,6 +307,54 @@ async def test_a_dead_letter_that_is_tried_again_is_the_only_message_of_its_job(
     await bench.emptied()
     assert bench.actors.RUNS.count("answer x") == 1
     assert [other async for other in jobs.dead_letters()] == []
+
+
+async def test_who_tries_a_dead_letter_again_twice_has_it_run_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time the broker has taken it, but its answer is lost; by the second time the job is done."""
+    jobs, _ = await failed_by_one_that_died(bench, "answer", b'["x"]', "x")
+    letter = await jobs.dead_letter("x")
+    assert letter is not None
+    publish = jobs.queue.publish
+
+    async def unanswered(*args: Any, **kwargs: Any) -> tuple[int, bool]:
+        await publish(*args, **kwargs)
+        raise errors.BrokerUnreachableError("nats://nowhere")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs.queue, "publish", unanswered)
+        with pytest.raises(errors.BrokerUnreachableError):
+            await jobs.retry(letter)
+    await bench.worker("one")
+    assert (await bench.result("x")).state == "done"
+    await bench.emptied()
+    assert await jobs.dead_letter("x") == letter
+    assert await jobs.retry(letter) == "x"
+    await bench.emptied()
+    assert (await bench.result("x")).state == "done"
+    assert bench.actors.RUNS.count("answer x") == 1
+    assert [other async for other in jobs.dead_letters()] == []
+
+
+async def test_a_result_that_comes_while_a_former_one_is_forgotten_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two try a dead letter again; for one of them the job is done while it looks."""
+    jobs, _ = await failed_by_one_that_died(bench, "answer", b'["x"]', "x")
+    letter, other = await jobs.dead_letter("x"), await bench.jobs()
+    assert letter is not None
+    last = other._results.last
+
+    async def slow(subject: str) -> Kept | None:
+        found = await last(subject)
+        await jobs.retry(letter)
+        await bench.worker("one")
+        assert (await bench.result("x")).state == "done"
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(other._results, "last", slow)
+        assert await other.retry(letter) == "x"
+    await bench.emptied()
+    assert (await bench.result("x")).state == "done"
+    assert bench.actors.RUNS.count("answer x") == 1
 
 
 async def test_a_message_that_is_published_again_while_it_is_in_hand_runs_once(
