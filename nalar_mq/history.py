@@ -17,11 +17,13 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
     after a loss             An attempt may end with the loss of something else than its own worker: a call was lost more often
                              than it may be sent again, or shed. Nobody is at fault, and the same error from the journal
                              would end every other attempt as well. So whoever ends with such an error voids it: a `Voided`
-                             says which of its calls failed of it, its text being the same. They are made again. What came
-                             before the first of them is seen again in its order. What came after it has no order any more,
-                             since the program may go another way from there: it counts as what has ended just now, and is
-                             observed again when its call is made, or the clock read. Should the process be lost before
-                             the `Voided` is durable, the next attempt ends in the same way and writes it.
+                             says which of its calls failed of it, its text being the same, and which were lost after the
+                             first of those: a worker takes many calls with it, and each of them would end an attempt that
+                             costs nobody anything. They are made again. What came before the first of them is seen again
+                             in its order. What came after it has no order any more, since the program may go another way
+                             from there: it counts as what has ended just now, and is observed again when its call is made,
+                             or the clock read. Should the process be lost before the `Voided` is durable, the next attempt
+                             ends in the same way and writes it.
 
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.
@@ -39,6 +41,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import dropwhile
 from random import Random
 from typing import NamedTuple, cast
 
@@ -46,6 +49,8 @@ from nalar_mq.address import Address
 from nalar_mq.errors import OverloadedError, OwnerLostError, WorkerLostError
 from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen, Voided
 
+_LOSSES = WorkerLostError, OwnerLostError, OverloadedError
+_LOSS_KINDS = frozenset(f"{loss.__module__}:{loss.__qualname__}" for loss in _LOSSES)
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
 _FIRST_WAIT = 2**56  # waits have greater numbers than looks
@@ -66,7 +71,7 @@ def _digest(parts: Iterable[bytes]) -> bytes:
 
 def losses_in(error: BaseException) -> list[WorkerLostError | OwnerLostError | OverloadedError]:
     """The losses with which a program has ended, more than one of a task group; none if anything else is among them."""
-    if isinstance(error, WorkerLostError | OwnerLostError | OverloadedError):
+    if isinstance(error, _LOSSES):
         return [error]
     if not isinstance(error, BaseExceptionGroup):
         return []
@@ -212,6 +217,7 @@ class History:
 
     def _note_failed(self, result: Resolve | Fail) -> None:
         if type(result) is Fail:
+            self._failed.pop(result.id, None)  # what is observed again comes last
             self._failed[result.id] = result.kind, result.text
 
     def _void(self, voided: Voided) -> None:
@@ -408,7 +414,8 @@ class History:
 
     def voided(self, losses: Collection[tuple[str, str]]) -> Voided | None:
         """What is to be journaled when the program has ended with losses of these kinds and texts; None without such calls."""
-        ids = tuple([id for id, failed in self._failed.items() if failed in losses])
+        found = dropwhile(lambda item: item[1] not in losses, self._failed.items())
+        ids = tuple([id for id, failed in found if failed in losses or failed[0] in _LOSS_KINDS])
         return Voided(self.job, self.call_id, ids) if ids else None
 
     def opening(self) -> Begun | None:

@@ -901,7 +901,7 @@ class Begun(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=4):
 
 
 class Voided(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=5):
-    """In a journal: the call `parent` has ended with a loss of which these calls of its failed: they are made again."""
+    """In a journal: the call `parent` has ended with a loss, and so have these calls of its: they are made again."""
 
     job: str
     parent: bytes

@@ -12,6 +12,7 @@ from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolv
 
 JOB = "j"
 ROOT = root_id(JOB, 0)
+LOST = "nalar_mq.errors:WorkerLostError"
 
 
 def call(history: History, name: str, payload: bytes = b"") -> bytes:
@@ -27,7 +28,7 @@ def failure(id: bytes) -> Outcome:
 
 
 def loss(id: bytes, worker: str = "w") -> Outcome:
-    return Outcome(JOB, ROOT, Fail(id, "m:WorkerLostError", f"worker {worker} was lost"))
+    return Outcome(JOB, ROOT, Fail(id, LOST, f"worker {worker} was lost"))
 
 
 def void(*ids: bytes) -> Voided:
@@ -233,12 +234,21 @@ def test_a_failure_that_has_no_order_any_more_can_be_void_as_well() -> None:
 def test_what_depended_on_a_lost_call_is_void_with_it_and_other_failures_are_not() -> None:
     plan = History(JOB, ROOT, in_order=True)
     a, b, c, d = (call(plan, name) for name in "abcd")
-    history = again(loss(a), failure(b))
-    assert history.outcome(Fail(c, "m:WorkerLostError", "worker w was lost"), 1.0).parent == ROOT
-    history.outcome(Fail(d, "m:WorkerLostError", "worker v was lost"), 2.0)
-    assert history.voided([("m:WorkerLostError", "worker w was lost")]) == void(a, c)
+    history = again(loss(d, "v"), loss(a), failure(b))
+    assert history.outcome(Fail(c, LOST, "worker w was lost"), 1.0).parent == ROOT
+    assert history.voided([(LOST, "worker w was lost")]) == void(a, c)
     assert history.voided([("m:E", "worker w was lost")]) is None
-    assert again(loss(a), void(a)).voided([("m:WorkerLostError", "worker w was lost")]) is None
+    assert again(loss(a), void(a)).voided([(LOST, "worker w was lost")]) is None
+
+
+def test_what_was_lost_after_a_loss_is_void_with_it() -> None:
+    plan = History(JOB, ROOT, in_order=True)
+    a, b, c, d = (call(plan, name) for name in "abcd")
+    history = again(loss(c, "v"), loss(a), failure(b))
+    history.outcome(Fail(d, LOST, "worker u was lost"), 1.0)
+    assert history.voided([(LOST, "worker w was lost")]) == void(a, d)
+    history.outcome(Fail(c, LOST, "worker v was lost"), 2.0)
+    assert history.voided([(LOST, "worker w was lost")]) == void(a, d, c), "it was observed again, after the others"
 
 
 def test_only_a_failure_can_be_void() -> None:
@@ -434,7 +444,7 @@ class Attempt(Program):
 
     def end(self, id: bytes) -> None:
         if self.world.random() < 0.15:
-            result: Resolve | Fail = Fail(id, "m:WorkerLostError", f"worker {self.world.randrange(3)} was lost")
+            result: Resolve | Fail = Fail(id, LOST, f"worker {self.world.randrange(3)} was lost")
         else:
             result = Resolve(id, b"x" * self.world.randrange(5))
         self.observe(result)
@@ -478,7 +488,7 @@ def test_every_attempt_goes_the_way_of_the_former_one_up_to_a_loss_that_ended_it
         try:
             attempt.run(steps)
         except Lost as error:
-            voided = attempt.history.voided([("m:WorkerLostError", error.text)])
+            voided = attempt.history.voided([(LOST, error.text)])
             assert voided is not None
             journal.append(voided)
             assert attempt.trail[: len(former)] == former, "the former attempt got further without this loss"

@@ -863,6 +863,23 @@ async def test_the_losses_of_a_task_group_are_no_failure(site: Site, one_retry: 
     assert await job.result(timeout=PATIENCE_S) == ["l", "l"]
 
 
+async def test_calls_that_were_lost_together_are_made_again_together(site: Site, one_retry: None) -> None:
+    """The program has met one of the losses; the others have cost no further workers, and count no more than that one."""
+    site.intake = msgspec.structs.replace(QUICK, losses=2 * LOSSES_OF_A_CALL)
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_several", "l")
+    for number in range(LOSSES_OF_A_CALL + 1):
+        for line in ("alone l", "stays l", "rests l"):
+            await site.ran(line, number + 1)
+        if number < LOSSES_OF_A_CALL:
+            site.hub.kill(f"alone{number}")
+            await site.serve(f"alone{number + 1}", "Alone")
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == ["l", "l", "l"]
+    assert site.count("loses_several l") == 2
+
+
 async def test_a_loss_that_the_program_has_met_is_met_again(site: Site, one_retry: None) -> None:
     await site.serve("tools", "tool")
     await site.serve("driver", "workflow")

@@ -45,6 +45,18 @@ class Alone:
         await gate(name).wait()
         return name
 
+    @method
+    async def stay(self, name: str) -> str:
+        RUNS.append(f"stays {name}")
+        await gate(name).wait()
+        return name
+
+    @method
+    async def rest(self, name: str) -> str:
+        RUNS.append(f"rests {name}")
+        await gate(name).wait()
+        return name
+
 
 @tool
 async def key(x: int) -> str:
@@ -495,6 +507,13 @@ async def loses_in_a_group(name: str) -> list[str]:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_alone(name)) for _ in range(2)]
     return [task.result() for task in tasks]
+
+
+@workflow
+async def loses_several(name: str) -> list[str]:
+    """Is lost with calls that have nothing in common but their worker."""
+    RUNS.append(f"loses_several {name}")
+    return await gather(Alone.wait(name), Alone.stay(name), Alone.rest(name))
 
 
 async def _alone(name: str) -> str:
