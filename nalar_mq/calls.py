@@ -1547,8 +1547,7 @@ class Calls:
 
     def void(self, history: History, losses: Iterable[BaseException]) -> None:
         """A call of a job ends with losses: what it had called and that failed of them is made again by another attempt."""
-        voided = history.voided([values.encode_error(loss)[:2] for loss in losses])
-        if voided is not None:
+        for voided in history.voided([values.encode_error(loss)[:2] for loss in losses]):
             self._observe(history, voided)
 
     def _appear(self, entry: Entry, result: Resolve | Fail, *, again: bool = False) -> None:

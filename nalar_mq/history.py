@@ -53,6 +53,7 @@ _LOSSES = WorkerLostError, OwnerLostError, OverloadedError
 _LOSS_KINDS = frozenset(f"{loss.__module__}:{loss.__qualname__}" for loss in _LOSSES)
 RETRIES = 100  # of the calls that one execution of a job makes, all together
 _ROOT = b"job"
+_MOST_VOIDED = 1000  # calls that one observation says to be void
 _FIRST_WAIT = 2**56  # waits have greater numbers than looks
 
 
@@ -412,11 +413,16 @@ class History:
         self._note_failed(result)
         return Outcome(self.job, self.call_id, result, after_s)
 
-    def voided(self, losses: Collection[tuple[str, str]]) -> Voided | None:
-        """What is to be journaled when the program has ended with losses of these kinds and texts; None without such calls."""
+    def voided(self, losses: Collection[tuple[str, str]]) -> list[Voided]:
+        """What is to be journaled when the program has ended with losses of these kinds and texts; nothing without such calls.
+
+        Of very many calls in parts, of which each fits into a message. If not all become durable, the next attempt meets the
+        loss of a call that is in none, and ends as this one.
+        """
         found = dropwhile(lambda item: item[1] not in losses, self._failed.items())
-        ids = tuple([id for id, failed in found if failed in losses or failed[0] in _LOSS_KINDS])
-        return Voided(self.job, self.call_id, ids) if ids else None
+        ids = [id for id, failed in found if failed in losses or failed[0] in _LOSS_KINDS]
+        parts = (tuple(ids[start : start + _MOST_VOIDED]) for start in range(0, len(ids), _MOST_VOIDED))
+        return [Voided(self.job, self.call_id, part) for part in parts]
 
     def opening(self) -> Begun | None:
         """What is to be journaled before anything else, the first time; None if it stands there."""

@@ -40,6 +40,7 @@ from nalar_mq.messages import (
     Outcome,
     Pack,
     Seal,
+    Voided,
     decode_journal,
     encode_record,
 )
@@ -51,6 +52,7 @@ _log = logger(__name__)
 KEPT_S: Final = 7 * 24 * 3600.0
 _PACK_BYTES: Final = 512 * 1024
 _ENTRY_BYTES: Final = 128  # of an observation besides its payload
+_ID_BYTES: Final = 18  # of a call, among others
 _TRIM_EVERY_S: Final = 5.0
 _JOURNALS_KEPT: Final = 32
 _RELEASED_KEPT: Final = 10_000
@@ -289,6 +291,8 @@ class Journal:
 
 
 def _size_of(observation: Observation | None) -> int:
+    if type(observation) is Voided:
+        return _ENTRY_BYTES + _ID_BYTES * len(observation.ids)
     if type(observation) is not Outcome:
         return _ENTRY_BYTES
     result = observation.result

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nalar_mq.history import History, Memory, root_id
-from nalar_mq.messages import Begun, Fail, Observation, Outcome, Reading, Resolve, Unseen, Voided
+from nalar_mq.messages import (
+    WIRE_VERSION,
+    Begun,
+    Fail,
+    Observation,
+    Outcome,
+    Pack,
+    Reading,
+    Resolve,
+    Unseen,
+    Voided,
+    encode_record,
+)
 
 JOB = "j"
 ROOT = root_id(JOB, 0)
@@ -236,9 +248,9 @@ def test_what_depended_on_a_lost_call_is_void_with_it_and_other_failures_are_not
     a, b, c, d = (call(plan, name) for name in "abcd")
     history = again(loss(d, "v"), loss(a), failure(b))
     assert history.outcome(Fail(c, LOST, "worker w was lost"), 1.0).parent == ROOT
-    assert history.voided([(LOST, "worker w was lost")]) == void(a, c)
-    assert history.voided([("m:E", "worker w was lost")]) is None
-    assert again(loss(a), void(a)).voided([(LOST, "worker w was lost")]) is None
+    assert history.voided([(LOST, "worker w was lost")]) == [void(a, c)]
+    assert history.voided([("m:E", "worker w was lost")]) == []
+    assert again(loss(a), void(a)).voided([(LOST, "worker w was lost")]) == []
 
 
 def test_what_was_lost_after_a_loss_is_void_with_it() -> None:
@@ -246,9 +258,21 @@ def test_what_was_lost_after_a_loss_is_void_with_it() -> None:
     a, b, c, d = (call(plan, name) for name in "abcd")
     history = again(loss(c, "v"), loss(a), failure(b))
     history.outcome(Fail(d, LOST, "worker u was lost"), 1.0)
-    assert history.voided([(LOST, "worker w was lost")]) == void(a, d)
+    assert history.voided([(LOST, "worker w was lost")]) == [void(a, d)]
     history.outcome(Fail(c, LOST, "worker v was lost"), 2.0)
-    assert history.voided([(LOST, "worker w was lost")]) == void(a, d, c), "it was observed again, after the others"
+    assert history.voided([(LOST, "worker w was lost")]) == [void(a, d, c)], "it was observed again, after the others"
+
+
+def test_very_many_losses_are_void_in_parts() -> None:
+    ids = [number.to_bytes(16, "big") for number in range(70_000)]
+    history = History(JOB, ROOT, in_order=True)
+    past = [history.outcome(loss(id).result, 0.0) for id in ids]
+    parts = history.voided([(LOST, "worker w was lost")])
+    assert max(len(encode_record(Pack(WIRE_VERSION, (part,)))) for part in parts) < 32_000
+    later = again(*past, *parts)
+    assert not any(map(later.expects, ids)) and not any(map(later.take_loose, ids))
+    some = again(*past, parts[0])
+    assert not some.expects(ids[0]) and isinstance(some.take_loose(ids[-1]), Fail), "the next attempt ends with that one"
 
 
 def test_only_a_failure_can_be_void() -> None:
@@ -489,10 +513,10 @@ def test_every_attempt_goes_the_way_of_the_former_one_up_to_a_loss_that_ended_it
             attempt.run(steps)
         except Lost as error:
             voided = attempt.history.voided([(LOST, error.text)])
-            assert voided is not None
-            journal.append(voided)
+            assert voided
+            journal += voided
             assert attempt.trail[: len(former)] == former, "the former attempt got further without this loss"
-            former = attempt.trail[: min(attempt.appeared.get(id, len(attempt.trail)) for id in voided.ids)]
+            former = attempt.trail[: min(attempt.appeared.get(id, len(attempt.trail)) for part in voided for id in part.ids)]
         else:
             assert attempt.trail[: len(former)] == former[:steps]
             former = max(former, attempt.trail, key=len)

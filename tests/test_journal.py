@@ -14,7 +14,7 @@ from nalar_mq.config import BrokerAccess
 from nalar_mq.errors import BrokerError
 from nalar_mq.journal import Journal
 from nalar_mq.memory_transport import MemoryHub
-from nalar_mq.messages import Outcome, Resolve, Unseen
+from nalar_mq.messages import Outcome, Resolve, Unseen, Voided
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Ledger, Transport
 
@@ -99,6 +99,16 @@ async def test_observations_of_one_turn_share_a_message(site: Site) -> None:
     await written(journal, [outcome(number) for number in range(500)])
     ledger = await site.ledger()
     assert len(await ledger.read(site.subjects.journal("*", "*"))) == 1
+
+
+async def test_very_many_void_calls_travel_in_several_messages(site: Site) -> None:
+    journal, ids = await site.journal(), tuple([number.to_bytes(16, "big") for number in range(1000)])
+    voided = [Voided("j", b"p", ids)] * 80
+    for observation in voided:
+        journal.put(observation)
+    await durable(journal)
+    past = await (await site.journal(Address("other", 1))).read(FIRST, "j", is_lost=True)
+    assert [observation for _, observation in past[b"p"]] == voided
 
 
 async def test_large_observations_travel_in_several_messages(site: Site) -> None:
