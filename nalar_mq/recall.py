@@ -2,7 +2,8 @@
 
     1. Every live worker is asked which calls of the job it has whose owner is gone (`Locate`), and told which processes are
        held to be lost, so that it takes nothing more from those. An answer is waited for until it comes or that worker is
-       lost: one whose loop is blocked answers late, and what it has must not be run twice.
+       lost: one whose loop is blocked answers late, and what it has must not be run twice. So does one whose journal is not
+       durable yet: it might be read without what comes before all that the next attempt observes.
     2. The journals of the processes that are no more are sealed and read, and those of live ones that hold something of it.
 
 Jobs that are tried again at the same time are asked for together. The broker is waited for as long as it is away.
@@ -11,6 +12,7 @@ Jobs that are tried again at the same time are asked for together. The broker is
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Protocol
@@ -127,6 +129,7 @@ class Recall:
     async def _gather(self, jobs: frozenset[str]) -> dict[str, Memory]:
         while True:
             answers = await self._ask(jobs)
+            await self._until_durable()
             try:
                 pasts = await self._read(jobs, answers)
             except BrokerError as error:
@@ -138,6 +141,12 @@ class Recall:
                 located |= dict.fromkeys(self.finder.calls_without_owner(jobs), self._me)
             lost = tuple(map(str, self._lost))
             return {job: Memory(_in_order(pasts[job]), dict(located), lost) for job in jobs}
+
+    async def _until_durable(self) -> None:
+        """Returns when the journal of this process holds all that was put into it; not once somebody has taken over."""
+        durable = asyncio.Event()
+        self._journal.after(durable.set)
+        await durable.wait()
 
     # Asking.
 
@@ -167,6 +176,9 @@ class Recall:
         """Another process goes on with jobs."""
         for address in filter(None, map(Address.parse, locate.lost)):
             self._lose(address)
+        self._journal.after(functools.partial(self._say, sender, locate))
+
+    def _say(self, sender: Address, locate: Locate) -> None:
         jobs = frozenset(locate.jobs)
         ids = self.finder.calls_without_owner(jobs) if self.finder is not None else []
         journaled = tuple(job for job in locate.jobs if self._journal.has_of(job))

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 from waiting import until
 
+from nalar_mq.address import Address
 from nalar_mq.app import App, load_app
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext
 from nalar_mq.client import Client, connect
@@ -30,7 +31,7 @@ from nalar_mq.history import History
 from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.jobs import JOB_ID, JobHandle, Jobs
 from nalar_mq.memory_transport import MemoryHub
-from nalar_mq.messages import Fail, Observation, Outcome, Pack, Running, decode_journal
+from nalar_mq.messages import Fail, Locate, Located, Message, Observation, Outcome, Pack, Running, Voided, decode_journal
 from nalar_mq.values import encode_error
 from nalar_mq.worker import Worker
 
@@ -878,6 +879,57 @@ async def test_calls_that_were_lost_together_are_made_again_together(site: Site,
     site.open("l")
     assert await job.result(timeout=PATIENCE_S) == ["l", "l", "l"]
     assert site.count("loses_several l") == 2
+
+
+async def test_an_attempt_begins_when_what_the_former_one_observed_is_durable(
+    site: Site, one_retry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of the former one lives, and the broker is slow to keep what it has written last."""
+    driver = await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    journal, goes_on = driver.process.calls.journal, asyncio.Event()
+    assert journal is not None
+    append = journal._appender.append
+
+    async def slow(data: bytes) -> bool:
+        pack = decode_journal(data)
+        if isinstance(pack, Pack) and any(isinstance(observation, Voided) for observation in pack.observations):
+            await goes_on.wait()
+        return await append(data)
+
+    monkeypatch.setattr(journal._appender, "append", slow)
+    job = await site.submit("needs_alone", "n")
+    await lose_alone(site, "n")
+    await site.until(lambda: site.deliveries() >= 2)
+    await asyncio.sleep(0.5)  # enough for an attempt that waits for nothing to begin
+    goes_on.set()
+    await site.ran("alone n", LOSSES_OF_A_CALL + 1)
+    site.open("n")
+    assert await job.result(timeout=PATIENCE_S) == "n"
+    assert site.count("needs_alone n") == 2
+
+
+async def test_a_process_says_what_it_has_of_a_job_when_that_is_durable(site: Site) -> None:
+    driver = await site.serve("driver", "workflow")
+    journal, recall, told = driver.process.calls.journal, driver.process.recall, list[Message]()
+    assert journal is not None
+    other, begun, goes_on = Address("other", 1), asyncio.Event(), asyncio.Event()
+
+    async def slow(data: bytes) -> bool:
+        begun.set()
+        return await goes_on.wait()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(journal._appender, "append", slow)
+        patched.setattr(recall, "_tell", lambda to, message: told.append(message))
+        journal.put(Outcome("j", b"p", Fail(b"c", "m:E", "text")))
+        await begun.wait()
+        recall.on_locate(other, Locate(1, ("j", "k"), ()))
+        await asyncio.sleep(0.1)
+        assert told == []
+        goes_on.set()
+        await site.until(lambda: told)
+    assert told == [Located(1, (), ("j",))]
 
 
 async def test_a_loss_that_the_program_has_met_is_met_again(site: Site, one_retry: None) -> None:
