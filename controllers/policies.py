@@ -82,17 +82,17 @@ class Reallocation:
 
     def decide(self, view: View) -> Iterable[Action]:
         """One instance for the busiest agent, and one less of the idlest one that reserves the same."""
-        agents = view.agents
+        agents, rooms = view.agents, tuple(view.nodes)
         for agent in [agent for agent, serves in view.able.items() if serves.resources and agent not in agents]:
-            places = [node for node in view.nodes if view.spare(agent, node) and view.has_room(node, agent)]
-            if places:
-                yield provision(agent, places[0], reason=f"nobody serves {agent!r}")
+            place = next((node for node in rooms if view.has_room(node, agent) and view.spare(agent, node)), "")
+            if place:
+                yield provision(agent, place, reason=f"nobody serves {agent!r}")
         loads = {agent: view.load(agent) for agent in agents if agents[agent].resources and view.serving(agent)}
         taker = max(loads, key=lambda agent: loads[agent], default="")
         if not taker or loads[taker] < self.busy:
             return
         reason = f"{taker!r} has {loads[taker]:.1f} calls for each that it can run"
-        nodes = [node for node in view.nodes if view.has_room(node, taker)]
+        nodes = [node for node in rooms if view.has_room(node, taker)]
         if nodes:
             yield provision(taker, nodes[0], reason=reason)
         spare = [agent for agent in loads if len(view.serving(agent)) > max(agents[agent].min_instances, 1)]

@@ -109,6 +109,8 @@ class View(Reported):
         self._orphans: list[tuple[int, Ints, Longs]] = []
         self._replicas: dict[str, tuple[Replica, ...]] | None = None
         self._live: Ints | None = None
+        self._able: Mapping[str, Serves] | None = None
+        self._left: dict[str, dict[str, float]] | None = None
 
     # Settling.
 
@@ -117,7 +119,7 @@ class View(Reported):
         self.now = now
         self.version += 1
         self._replicas = None
-        self._live = None
+        self._live = self._able = self._left = None
         self._count_sessions()
         rows = self.futures.settle()
         self._learn(rows)
@@ -215,8 +217,11 @@ class View(Reported):
     @property
     def able(self) -> Mapping[str, Serves]:
         """What could be served anywhere, though nobody may serve it now, by name."""
-        found = {name: serves for process in self._processes.values() for name, serves in (process.able or {}).items()}
-        return {**found, **self.agents}
+        if self._able is None:
+            processes = self._processes.values()
+            found = {name: serves for process in processes for name, serves in (process.able or {}).items()}
+            self._able = {**found, **self.agents}
+        return self._able
 
     @property
     def processes(self) -> Mapping[str, Address]:
@@ -251,14 +256,18 @@ class View(Reported):
 
     def left(self, node: str, resource: str) -> float:
         """How much of a resource of a node is neither used nor reserved by the instances there."""
-        found = self.nodes.get(node)
-        used, whole = found.resources.get(resource, (0.0, 0.0)) if found is not None else (0.0, 0.0)
-        reserved = sum(
-            serves.resources[resource] * sum(replica.node == node for replica in self.replicas(agent))
-            for agent, serves in self.agents.items()
-            if resource in serves.resources
-        )
-        return whole - max(used, reserved)
+        if self._left is None:
+            self._left = {name: self._left_of(found) for name, found in self.nodes.items()}
+        return self._left.get(node, {}).get(resource, 0.0)
+
+    def _left_of(self, node: Node) -> dict[str, float]:
+        """How much of each resource of a node is left."""
+        reserved: dict[str, float] = {}
+        for serves in (serves for worker in node.workers for serves in self._processes[worker].serves.values()):
+            for name, amount in serves.resources.items():
+                reserved[name] = reserved.get(name, 0.0) + amount
+        known = {**dict.fromkeys(reserved, (0.0, 0.0)), **node.resources}
+        return {name: whole - max(used, reserved.get(name, 0.0)) for name, (used, whole) in known.items()}
 
     def has_room(self, node: str, agent: str) -> bool:
         """True if a node has what another instance of an agent would reserve."""

@@ -177,6 +177,23 @@ def test_an_agent_that_nobody_serves_gets_an_instance_where_there_is_room() -> N
     assert decided(Reallocation(), world.tick()) == []
 
 
+def test_what_is_left_on_nodes_is_found_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many agents are served by nobody, for want of room on each of many nodes."""
+    world, left_out = World(), Serves("agent", min_instances=0, resources={"gpu": 1.0})
+    apps = {f"left_out{number}": left_out for number in range(10)}
+    for number in range(20):
+        world.worker(f"w{number}", f"n{number}", {"gpu": (0.0, 1.0)}, apps, served=ON_GPU)
+    view, nodes, asked = world.tick(), vars(View)["nodes"].fget, list[int]()
+
+    def counted(view: View) -> object:
+        asked.append(view.version)
+        return nodes(view)
+
+    monkeypatch.setattr(View, "nodes", property(counted))
+    assert decided(Reallocation(), view) == []
+    assert len(asked) <= 3
+
+
 def test_the_last_instance_stays() -> None:
     world = World()
     world.worker("w1", "n1", idle=ON_GPU)
