@@ -61,7 +61,18 @@ from nalar_mq.exits import raised_at
 from nalar_mq.future import Future
 from nalar_mq.history import Memory, losses_in, root_id
 from nalar_mq.interchange import read_arguments
-from nalar_mq.jobs import Ended, JobError, JobResult, Jobs, Timings, check_durable, job_id_of, plain_text, write_job_value
+from nalar_mq.jobs import (
+    Ended,
+    JobError,
+    JobResult,
+    Jobs,
+    Timings,
+    check_durable,
+    job_id_of,
+    plain_text,
+    sequence_in,
+    write_job_value,
+)
 from nalar_mq.logs import logger
 from nalar_mq.messages import WIRE_VERSION, Running
 from nalar_mq.placement import RoutingTable
@@ -324,11 +335,12 @@ class Intake:
             return
         await self._until_current()  # who slept through its lease may hold a job that others have ended by now
         is_claimed = await self._claim_at_once(job)
-        found = await self.jobs.patiently(lambda: self._ended(job.id))
+        found = await self.jobs.patiently(lambda: self._ended(job.id, job.message))
         if found is None and not is_claimed:
             if not await self._claim(job):
                 return
-            found = await self.jobs.patiently(lambda: self._ended(job.id))  # who had it may have ended it meanwhile
+            # Who had it may have ended it meanwhile.
+            found = await self.jobs.patiently(lambda: self._ended(job.id, job.message))
             if found is None and not await self.jobs.patiently(lambda: self.jobs.is_queued(job.message.sequence)):
                 await self.jobs.patiently(lambda: self._forget(job))  # it has failed, and somebody has published it again
                 return
@@ -449,12 +461,12 @@ class Intake:
             return
         done = JobResult(job.id, name, "done", value, timings=self._timings(job, self._loop.time() - begun_s))
         try:
-            counts = await self.jobs.patiently(lambda: self.jobs.finish(done))
+            before = await self._finish(done, job.message)
         except ValueTooLargeError as error:
             await self._fail(job, error, done.timings.ran_s)
             return
-        _log.info("job.done" if counts else "job.ended_elsewhere", job=job.id, workflow=name)
-        await self._leave(job, None if counts else await self.jobs.patiently(lambda: self._ended(job.id)))
+        _log.info("job.done" if before is None else "job.ended_elsewhere", job=job.id, workflow=name)
+        await self._leave(job, before)
 
     async def _has_got_further(self, job: _Job) -> bool:
         """True if the job has seen more than when its losses were last excused; now they are, and that is recorded."""
@@ -488,7 +500,7 @@ class Intake:
             self._note_losses(job, [loss for loss in losses_in(error) if isinstance(loss, WorkerLostError)])
             self._settle(job, again=True)
             await self._try_again(job, self._options.back_off_s)
-        elif (found := await self.jobs.patiently(lambda: self._ended(job.id))) is not None:
+        elif (found := await self.jobs.patiently(lambda: self._ended(job.id, job.message))) is not None:
             await self._leave(job, found)
         elif job.failures < job.spec.directives.retries and not _is_hopeless(error, job.spec.name):
             job.failures += 1
@@ -526,12 +538,18 @@ class Intake:
 
     async def _end_in_failure(self, failed: JobResult, message: QueueMessage, error: BaseException) -> None:
         """Writes the result and the dead letter, unless the job has ended by something else than this message."""
-        sequence = message.sequence
-        if not await self.jobs.patiently(lambda: self.jobs.finish(failed, failed=sequence)):
-            ended = await self.jobs.patiently(lambda: self._ended(failed.id))
-            if ended is not None and ended.failed != sequence:
-                return
+        before = await self._finish(failed, message, failed=message.sequence)
+        if before is not None and before.failed != message.sequence:
+            return
         await self.jobs.patiently(lambda: self.jobs.bury(message, failed.id, error))
+
+    async def _finish(self, result: JobResult, message: QueueMessage, *, failed: int = 0) -> Ended | None:
+        """Writes the result; how the job had ended before, if it had, and this one is dropped."""
+        while not await self.jobs.patiently(lambda: self.jobs.finish(result, failed=failed)):
+            before = await self.jobs.patiently(lambda: self._ended(result.id, message))
+            if before is not None or not await self.jobs.patiently(lambda: self.jobs.is_queued(message.sequence)):
+                return before
+        return None
 
     def _timings(self, job: _Job, ran_s: float) -> Timings:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -588,19 +606,27 @@ class Intake:
             looks = number % _BEATS_A_LOOK == 0
             await asyncio.gather(*(self._beat(job, looks=looks) for job in list(self._running.values()) if job.revision))
 
-    async def _ended(self, id: str) -> Ended | None:
-        """How a job has ended. What stands there and is no result was not written by us: it goes, and ends nothing."""
+    async def _ended(self, id: str, message: QueueMessage | None = None) -> Ended | None:
+        """How a job has ended. What stands there and is no result was not written by us: it goes, and ends nothing.
+
+        So does the failure of the message for which `message`, if it is given, was published again, or of one before that.
+        """
         try:
-            return await self.jobs.ended(id)
+            ended = await self.jobs.ended(id)
         except WireError as error:
             _log.warning("job.result_unreadable", job=id, reason=str(error))
             await self.jobs.forget_result(id)
             return None
+        former = sequence_in(message.headers) if message is not None else 0
+        if ended is None or not 0 < ended.failed <= former:
+            return ended
+        await self.jobs.forget_result(id, failed=ended.failed)
+        return None
 
     async def _beat(self, job: _Job, *, looks: bool) -> None:
         try:
             await job.message.in_progress()
-            ended = await self._ended(job.id) if looks else None
+            ended = await self._ended(job.id, job.message) if looks else None
         except BrokerError:
             return
         if ended is not None and job.future is not None and self._running.get(job.id) is job:

@@ -40,7 +40,9 @@ yet: a person who removes one takes the message out of the queue first, as does 
 is appended on condition that the former one under its key is what was seen. And whoever has had a message in hand before
 begins it only if it is in the queue after it has no result: else a person has published it again meanwhile. That is done
 twice where the first answer of the broker is lost, or by two people at once: the result that goes before it is that of the
-message that has failed, no other, so that what the first one has come to is found by the second.
+message that has failed, no other, so that what the first one has come to is found by the second. What is published again
+says in `Nalar-Sequence` which message it stands for: the failure of that one, which may be written late by a process that
+stood still, does not end it, and goes.
 """
 
 from __future__ import annotations
@@ -252,7 +254,7 @@ class Jobs:
     async def ended(self, id: str) -> Ended | None:
         """The same, with what has failed if it has."""
         kept = await self._results.last(self._subjects.result(check_token(id, "job id")))
-        return None if kept is None else Ended(read_result(kept.data), _sequence_in(kept))
+        return None if kept is None else Ended(read_result(kept.data), sequence_in(kept.headers))
 
     async def wait(self, id: str) -> JobResult:
         """How a job ends, as soon as it does; waits while the broker is away.
@@ -340,7 +342,7 @@ class Jobs:
         kept = await self._results.last(self._subjects.result(id))
         if kept is None:
             return True
-        if failed and _sequence_in(kept) != failed:
+        if failed and sequence_in(kept.headers) != failed:
             return False
         await self._results.purge(self._subjects.result(id), below=kept.sequence + 1)
         with contextlib.suppress(WireError):
@@ -525,7 +527,7 @@ class Jobs:
         letter = self._subjects.dead(id or f"seq-{message.sequence}")
         while True:
             former = await self._dead.last(letter)
-            if former is not None and _sequence_in(former) == message.sequence:
+            if former is not None and sequence_in(former.headers) == message.sequence:
                 return
             if not await self.is_queued(message.sequence):
                 return  # it has been written, and somebody has removed it since
@@ -556,6 +558,8 @@ class Jobs:
         await self._take_out(letter)
         if not letter.job or await self.forget_result(letter.job, failed=letter.message):
             headers = {JOB_ID: letter.job} if letter.job else {}
+            if letter.message:
+                headers[_SEQUENCE] = str(letter.message)
             if tenant := self._words_of(letter.subject)[1]:
                 headers[TENANT] = tenant
             await self.queue.publish(letter.subject, letter.data, headers=headers)
@@ -713,13 +717,13 @@ def _dead_letter(kept: Kept) -> DeadLetter:
         kept.data,
         kept.sequence,
         "Nalar-Cut-From-Bytes" in headers,
-        _sequence_in(kept),
+        sequence_in(headers),
     )
 
 
-def _sequence_in(kept: Kept) -> int:
-    """The number of the message that has failed, as a result or a dead letter says it; 0 if it does not."""
-    said = kept.headers.get(_SEQUENCE, "")
+def sequence_in(headers: Mapping[str, str]) -> int:
+    """The number of the message that has failed, as a result, a dead letter or its successor says it; 0 if it does not."""
+    said = headers.get(_SEQUENCE, "")
     return int(said) if said.isascii() and said.isdigit() else 0
 
 

@@ -335,6 +335,30 @@ async def test_who_tries_a_dead_letter_again_twice_has_it_run_once(bench: Bench,
     assert [other async for other in jobs.dead_letters()] == []
 
 
+@pytest.mark.parametrize("begins", ["before it runs", "while it runs"])
+@pytest.mark.parametrize("ends", ["done", "failed"])
+async def test_a_failure_that_comes_late_does_not_end_what_was_published_again(bench: Bench, begins: str, ends: str) -> None:
+    """Its process stood still before it wrote the result; others have run the job meanwhile, which has failed as well."""
+    workflow, payload = ("gated", b'["x"]') if ends == "done" else ("gated_broken", b'["x"]')
+    jobs, message = await failed_by_one_that_died(bench, workflow, payload, "x")
+    letter = await jobs.dead_letter("x")
+    assert letter is not None
+    late = JobResult("x", workflow, "failed", error=JobError("KeyError", "late"))
+    await jobs.retry(letter)
+    if begins == "before it runs":
+        assert await jobs.finish(late, failed=message.sequence)
+    await bench.worker("one")
+    await until(lambda: bench.actors.RUNS.count(f"{workflow} x") == 1)
+    if begins == "while it runs":
+        assert await jobs.finish(late, failed=message.sequence)
+        await asyncio.sleep(2 * QUICK.ack_wait_s)  # it looks now and then whether somebody has ended it
+    bench.actors.GATES["x"].set()
+    await bench.emptied()
+    result = await bench.result("x")
+    assert (result.state, result.error.message if result.error else "") == (ends, "it broke" if ends == "failed" else "")
+    assert [other.cause async for other in jobs.dead_letters()] == ([] if ends == "done" else ["ValueError: it broke"])
+
+
 async def test_a_result_that_comes_while_a_former_one_is_forgotten_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two try a dead letter again; for one of them the job is done while it looks."""
     jobs, _ = await failed_by_one_that_died(bench, "answer", b'["x"]', "x")

@@ -66,6 +66,13 @@ async def gated(name: str) -> str:
     return name
 
 
+@workflow
+async def gated_broken(name: str) -> None:
+    note(f"gated_broken {name}")
+    await GATES.setdefault(name, asyncio.Event()).wait()
+    raise ValueError("it broke")
+
+
 @workflow(retries=2)
 async def flaky(name: str, failures: int) -> int:
     note(f"flaky {name}")
