@@ -437,11 +437,13 @@ class Stores:
     async def aclose(self) -> None:
         """Writes what has been committed so far and closes all stores; idempotent."""
         committers, self._open = self._all(), {False: {}, True: {}}
-        await self._note_closing(committers)
-        for shipper in self._shippers:
-            await shipper.aclose()
-        for committer in committers:
-            await asyncio.to_thread(committer.close)
+        try:
+            await self._note_closing(committers)
+            for shipper in self._shippers:
+                await shipper.aclose()
+        finally:  # also if this worker is given up meanwhile: others wait for them
+            for committer in committers:
+                await asyncio.to_thread(committer.close)
 
 
 async def adopt(store: Store, bucket: KeyValue, directory: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -205,6 +206,30 @@ async def test_a_store_that_was_closed_goes_on_elsewhere_at_once(runtime: Runtim
                 patched.setattr(Openings, "_is_gone", None)  # nobody is waited for
                 async with runtime.worker(f"w{number}", "here"):
                     assert await client.options(session="ann").call("Notebook.note", "a") == number + 1
+
+
+async def test_a_worker_that_is_given_up_while_it_closes_its_stores_closes_them(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker does not answer: who is to go on with them needs them all the same."""
+    asked = asyncio.Event()
+
+    async def wait(self: object, store: Store, **_: object) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async with runtime.worker("w1", "here") as worker, runtime.client() as client:
+        assert await client.options(session="ann").call("Notebook.note", "a") == 1
+        stores = worker.process.stores
+        assert stores is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(Openings, "note", wait)
+            closing = asyncio.create_task(stores.aclose())
+            await asked.wait()
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+        Store.open(runtime.root / "here" / "1", "shell").close()
 
 
 @pytest.mark.parametrize("back", [1, 2, 5])
