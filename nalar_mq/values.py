@@ -101,6 +101,7 @@ _MOST_PIECES: Final = 1_000_000
 _SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
 _TEXT_ONLY: Final = frozenset({str})
 _NOTHING: Final[Mapping[str, object]] = {}
+_MANY_BYTES: Final = 2**20  # a buffer that grows would be copied more than once, and no other thread would run meanwhile
 _NATIVE_INT: Final = range(-(2**63), 2**64)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -144,6 +145,8 @@ def encode(value: object, deps: list[Deferred] | None = None, what: str = "value
             `what` and the path to the part.
     """
     if type(value) in _SCALARS:
+        if type(value) is bytes and _MANY_BYTES < len(value) < 2**32:
+            return b"\xc6" + len(value).to_bytes(4, "big") + value
         try:
             return _encode(value)
         except (OverflowError, UnicodeEncodeError):

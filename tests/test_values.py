@@ -312,6 +312,13 @@ def test_equal_sets_are_equal_bytes(items: set[Any], rng: random.Random) -> None
     assert encode(frozenset(shuffled)) != encode(items)
 
 
+@pytest.mark.parametrize("size", [2**20, 2**20 + 1, 3 * 2**20])
+def test_many_bytes_are_encoded_as_few(size: int) -> None:
+    data = bytes([size % 251]) * size
+    assert encode(data) == msgspec.msgpack.encode(data)
+    assert decode(encode(data)) == data
+
+
 def test_subclasses_keep_class_content_and_attributes_without_their_own_methods() -> None:
     text = Text("hej")
     text.lang = "sv"
