@@ -38,9 +38,10 @@ The first observation of a workflow says by which code it was made; other code d
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import dropwhile
 from random import Random
 from typing import NamedTuple, cast
@@ -178,7 +179,7 @@ class History:
         self._known: dict[bytes, Resolve | Fail] = {}
         self._loose: dict[bytes, Resolve | Fail] = {}
         self._loose_readings: set[int] = set()
-        self._failed: dict[bytes, tuple[str, str]] = {}
+        self._failed: dict[bytes, tuple[str, int]] = {}  # the kind, and the hash of the text
         self._queue: deque[Observation] = deque()
         self._unseen: list[tuple[int, int]] = []
         self._waits: dict[bytes, int] = {}
@@ -219,7 +220,7 @@ class History:
     def _note_failed(self, result: Resolve | Fail) -> None:
         if type(result) is Fail:
             self._failed.pop(result.id, None)  # what is observed again comes last
-            self._failed[result.id] = result.kind, result.text
+            self._failed[result.id] = sys.intern(result.kind), hash(result.text)
 
     def _void(self, voided: Voided) -> None:
         """Takes these failures out, and with the first of them the order of what came after it."""
@@ -413,14 +414,15 @@ class History:
         self._note_failed(result)
         return Outcome(self.job, self.call_id, result, after_s)
 
-    def voided(self, losses: Collection[tuple[str, str]]) -> list[Voided]:
+    def voided(self, losses: Iterable[tuple[str, str]]) -> list[Voided]:
         """What is to be journaled when the program has ended with losses of these kinds and texts; nothing without such calls.
 
         Of very many calls in parts, of which each fits into a message. If not all become durable, the next attempt meets the
         loss of a call that is in none, and ends as this one.
         """
-        found = dropwhile(lambda item: item[1] not in losses, self._failed.items())
-        ids = [id for id, failed in found if failed in losses or failed[0] in _LOSS_KINDS]
+        met = {(kind, hash(text)) for kind, text in losses}
+        found = dropwhile(lambda item: item[1] not in met, self._failed.items())
+        ids = [id for id, failed in found if failed in met or failed[0] in _LOSS_KINDS]
         parts = (tuple(ids[start : start + _MOST_VOIDED]) for start in range(0, len(ids), _MOST_VOIDED))
         return [Voided(self.job, self.call_id, part) for part in parts]
 

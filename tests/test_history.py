@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from random import Random
 
 from hypothesis import given
@@ -273,6 +274,19 @@ def test_very_many_losses_are_void_in_parts() -> None:
     assert not any(map(later.expects, ids)) and not any(map(later.take_loose, ids))
     some = again(*past, parts[0])
     assert not some.expects(ids[0]) and isinstance(some.take_loose(ids[-1]), Fail), "the next attempt ends with that one"
+
+
+def test_the_texts_of_failures_are_not_kept() -> None:
+    """A program may meet very many of them, and go on."""
+    history = History(JOB, ROOT, in_order=True)
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            history.outcome(Fail(number.to_bytes(16, "big"), "m:E", f"{number}" + "x" * 100_000), 0.0)
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept_bytes < 1_000_000
 
 
 def test_only_a_failure_can_be_void() -> None:
