@@ -320,6 +320,9 @@ def _check_head(report: Report) -> None:
         raise MalformedReportError("a queue of negative length")
     if any(not (0 <= used < inf and 0 <= whole < inf) for used, whole in (report.resources or {}).values()):
         raise MalformedReportError("an amount of a resource that is none")
+    serves = (*(report.serves or {}).values(), *(report.able or {}).values())
+    if any(not 0 <= amount < inf for each in serves for amount in each.resources.values()):
+        raise MalformedReportError("a reserved amount that is none")
     _check_engines(report.engines or {})
 
 

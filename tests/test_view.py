@@ -479,6 +479,17 @@ def refused(view: View, sender: str, data: bytes, now: float = 102.0) -> type[Ex
     return type(caught.value)
 
 
+@pytest.mark.parametrize("what", ["serves", "able"])
+@pytest.mark.parametrize("amount", [-1e9, math.inf, math.nan])
+def test_an_instance_reserves_an_amount_that_is_one(what: str, amount: float) -> None:
+    """Less than nothing would leave room on every node for as many instances as anybody wants."""
+    changes, _, view = told(call(1))
+    (data,) = changes.reports(3.0, 1 << 20)
+    bad = columns.encode_report(altered(data, **{what: {"a": Serves("agent", resources={"gpu": amount})}}))
+    assert refused(view, "w", bad) is MalformedReportError
+    view.fold("w", data, 102.0)
+
+
 def test_reports_of_others_are_forged() -> None:
     changes, _, view = told(call(1))
     (data,) = changes.reports(3.0, 1 << 20)
