@@ -36,7 +36,7 @@ from nalar_mq.transport import Delivered
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
-LEASE_S = 1.5
+LEASE_S = 3.0
 SUBJECTS = Subjects("nalar")
 
 
