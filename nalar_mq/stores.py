@@ -437,13 +437,12 @@ class Stores:
     async def aclose(self) -> None:
         """Writes what has been committed so far and closes all stores; idempotent."""
         committers, self._open = self._all(), {False: {}, True: {}}
-        try:
-            await self._note_closing(committers)
-            for shipper in self._shippers:
-                await shipper.aclose()
-        finally:  # also if this worker is given up meanwhile: others wait for them
+        async with contextlib.AsyncExitStack() as stack:  # all of them, whatever goes wrong: others wait for them
             for committer in committers:
-                await asyncio.to_thread(committer.close)
+                stack.push_async_callback(asyncio.to_thread, committer.close)
+            for shipper in self._shippers:
+                stack.push_async_callback(shipper.aclose)
+            await self._note_closing(committers)
 
 
 async def adopt(store: Store, bucket: KeyValue, directory: str) -> int:
