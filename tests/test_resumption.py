@@ -23,6 +23,7 @@ from waiting import until
 from nalar_mq.address import Address
 from nalar_mq.app import App, load_app
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext
+from nalar_mq.calls import Calls
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import CallCancelledError, OwnerLostError, RemoteError
@@ -808,6 +809,27 @@ async def test_a_call_that_is_lost_too_often_is_made_again_when_its_job_is_tried
     assert (site.count("loses_one l"), site.count("alone l")) == (2, LOSSES_OF_A_CALL + 1)
     [ended] = (await (await site.client.jobs()).overview()).ended
     assert ended.timings.attempts == 2
+
+
+async def test_what_is_void_is_said_by_the_next_attempt_if_it_was_not_durable(
+    site: Site, one_retry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    void, unsaid = Calls.void, [1]
+
+    def once_lost(self: Calls, history: History, losses: list[BaseException]) -> None:
+        if unsaid:
+            unsaid.pop()
+        else:
+            void(self, history, losses)
+
+    monkeypatch.setattr(Calls, "void", once_lost)
+    await site.serve("driver", "workflow")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("needs_alone", "n")
+    await lose_alone(site, "n")
+    site.open("n")
+    assert await job.result(timeout=PATIENCE_S) == "n"
+    assert (site.count("needs_alone n"), site.count("alone n")) == (3, LOSSES_OF_A_CALL + 1)
 
 
 async def test_who_goes_on_elsewhere_makes_a_lost_call_again_too(site: Site, one_retry: None) -> None:
