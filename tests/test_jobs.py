@@ -231,8 +231,8 @@ async def test_dead_letters_are_retried_and_dropped(bench: Bench) -> None:
     assert (await jobs.status("c")).state == "failed"
 
 
-async def test_a_dead_letter_that_was_dropped_does_not_come_back_with_a_duplicate(bench: Bench) -> None:
-    """That was in other hands before, which had no room for it."""
+async def failed_and_dropped(bench: Bench) -> Jobs:
+    """Job `c` has failed, its dead letter was dropped, and nobody takes jobs any more."""
     worker = await bench.worker("one")
     jobs = await bench.jobs()
     await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
@@ -242,6 +242,12 @@ async def test_a_dead_letter_that_was_dropped_does_not_come_back_with_a_duplicat
     assert letter is not None
     await jobs.drop(letter)
     await worker.aclose()
+    return jobs
+
+
+async def test_a_dead_letter_that_was_dropped_does_not_come_back_with_a_duplicate(bench: Bench) -> None:
+    """That was in other hands before, which had no room for it."""
+    jobs = await failed_and_dropped(bench)
     await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
     (message,) = await jobs.queue.pull(bench.subjects.job("broken"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
     await message.nak(0.0)
@@ -401,15 +407,7 @@ async def test_a_message_that_is_published_again_while_it_is_in_hand_runs_once(
 
 
 async def test_a_duplicate_of_a_failed_job_has_not_failed_though_who_had_it_died(bench: Bench) -> None:
-    worker = await bench.worker("one")
-    jobs = await bench.jobs()
-    await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
-    await bench.result("c")
-    await bench.emptied()
-    letter = await jobs.dead_letter("c")
-    assert letter is not None
-    await jobs.drop(letter)
-    await worker.aclose()
+    jobs = await failed_and_dropped(bench)
     sequence = await bench.publish("broken", b'["c"]', Nalar_Job_Id="c")
     (message,) = await jobs.queue.pull(bench.subjects.job("broken"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
     await jobs.hold("c", Running(WIRE_VERSION, "dead", 1, sequence, "broken"), 0)
