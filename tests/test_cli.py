@@ -419,13 +419,15 @@ def test_calls_that_fail(runtime):
 
 
 def test_ps(runtime):
+    pid = json.loads(nalar("call", "pid", cwd=runtime).stdout)
     seen = json.loads(nalar("ps", "--json", cwd=runtime).stdout)
-    (worker,) = [member for member in seen["members"] if member["role"] == "worker"]
+    (worker,) = [member for member in seen["members"] if member["pid"] == pid]
+    assert worker["role"] == "worker"
     assert worker["state"] == "serving"
     assert worker["actors"]["answer"]["methods"] == {"": "(question: str, limit: int = 2) -> str"}
     assert worker["actors"]["answer"]["running"] == 0
     assert worker["name"] in nalar("ps", cwd=runtime).stdout
-    assert seen["crashes"] == {}
+    assert worker["node"] not in seen["crashes"]
 
 
 def test_ps_tells_of_workers_that_keep_ending(app):
