@@ -22,7 +22,8 @@ sent again under the same id if it may be retried, and else fails with `WorkerLo
 
 Jobs. A call that a job makes ends in two steps: what arrived first is written into the journal, and once it is durable the
 future gets it, whoever waits for it as an argument too (their executors are not told to push to each other), and the
-executor is told that it may forget it (`Settled`). A job that is tried again makes the same calls (`history`): those whose
+executor is told that it may forget it (`Settled`). What a call has made and still runs when it ends with an error is
+cancelled. A job that is tried again makes the same calls (`history`): those whose
 outcome former attempts saw get it without being sent, those that still run somewhere are sent there, where they have a new
 owner from then on, and the others run.
 """
@@ -283,7 +284,7 @@ class JobPart(msgspec.Struct, eq=False):
         history: of the call that made it; None for the job itself.
         located: where it runs already.
         epoch: which making of its id it is.
-        is_abandoned: the attempt that made it has failed; that it was cancelled for this is nothing that its program saw.
+        is_abandoned: the call that made it has ended; what became of it after that is nothing that its program saw.
         is_kept: its outcome is on the way into the journal.
         begin: begins what this process itself is to end; None for a call.
         is_parked: it waits for nothing but people or time.
@@ -1507,13 +1508,13 @@ class Calls:
         for id in list(self._children.get(parent, ())):
             self._cancel(id, reason)
 
-    def abandon_children(self, parent: bytes) -> None:
-        """Cancels what a workflow that has failed had called: in another attempt it runs anew."""
+    def abandon_children(self, parent: bytes, reason: str) -> None:
+        """Cancels what a call of a job that has failed, or was cancelled, had called: in another attempt it runs anew."""
         for id in list(self._children.get(parent, ())):
             part = self._entries[id].part
             if part is not None:
                 part.is_abandoned = True
-            self._cancel(id, "the workflow that made it has failed")
+            self._cancel(id, reason)
 
     def release_place(self, actor: str, session: str, instance: str, store: str = "") -> None:
         """The session has ended here, or in that store; whoever calls it next decides its place anew."""
@@ -1530,14 +1531,16 @@ class Calls:
         if entry.is_kept:
             return
         assert entry.part is not None
-        if entry.part.is_abandoned and type(message) is Fail:
+        is_late = entry.part.is_abandoned or history.is_over
+        if is_late and type(message) is Fail:
             self._appear(entry, message, again=True)
             return
         entry.part.is_kept = True
         self._stop_watching(entry)
         result = msgspec.structs.replace(message, pushed=()) if message.pushed else message
         appear = functools.partial(self._appear, entry, result)
-        self._observe(history, history.outcome(result, self.loop.time()), lambda: _when_repeated(history, appear))
+        outcome = history.outcome(result, self.loop.time(), is_late=is_late)
+        self._observe(history, outcome, lambda: _when_repeated(history, appear))
 
     def _observe(self, history: History, observation: Observation, on_durable: Callable[[], None] | None = None) -> None:
         opening = history.opening()
@@ -1661,8 +1664,9 @@ class Calls:
 
     def _journal_on_the_way(self, history: History, observation: Unseen | Reading) -> None:
         """What the program knows already becomes durable before anything that it does now can be seen."""
-        history.on_the_way += 1
-        self._observe(history, observation, functools.partial(_has_landed, history))
+        if not history.is_over:
+            history.on_the_way += 1
+            self._observe(history, observation, functools.partial(_has_landed, history))
 
     def stop_repeating(self, history: History) -> None:
         """The call has been cancelled: what it has made ends now."""

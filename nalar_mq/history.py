@@ -24,6 +24,12 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
                              from there: it counts as what has ended just now, and is observed again when its call is made,
                              or the clock read. Should the process be lost before the `Voided` is durable, the next attempt
                              ends in the same way and writes it.
+    after its end            When a call has ended with an error, or been cancelled, what it has called and still runs is
+                             cancelled, since another attempt makes it again. What that comes to is nothing that its program
+                             has seen, and may be written after the next attempt has read what there was. So a failure is
+                             not written at all, and a value is marked as late (`is_late`): it has no order, and does not
+                             count where another attempt has observed the same call. It is observed when its call is made
+                             again. Looks and readings of code that goes on after its call has ended are not written.
 
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.
@@ -115,6 +121,7 @@ class History:
         version: of the code that this execution runs; empty where it does not matter.
         former_version: of the code that began the job; empty if nothing has been observed.
         held: what is to be done when all has been seen again, in order.
+        is_over: the execution has ended.
     """
 
     __slots__ = (
@@ -142,6 +149,7 @@ class History:
         "failures",
         "former_version",
         "held",
+        "is_over",
         "job",
         "memory",
         "on_the_way",
@@ -169,6 +177,7 @@ class History:
         self.version = version
         self.former_version = ""
         self.held: list[Callable[[], None]] = []
+        self.is_over = False
         self._observed_s = began_s
         self._lock = threading.Lock()
         self._counts: dict[bytes, int] = {}
@@ -197,6 +206,9 @@ class History:
         if type(observation) is Outcome:
             result = observation.result
             if result.id in self._known or (self.failures and type(result) is Fail):
+                return
+            if observation.is_late:
+                self._loose.setdefault(result.id, result)
                 return
             self._loose.pop(result.id, None)
             self._known[result.id] = result
@@ -408,8 +420,10 @@ class History:
 
     # What this attempt observes.
 
-    def outcome(self, result: Resolve | Fail, now_s: float) -> Outcome:
-        """What is to be journaled of a call that has ended."""
+    def outcome(self, result: Resolve | Fail, now_s: float, *, is_late: bool = False) -> Outcome:
+        """What is to be journaled of a call that has ended; late if its maker had ended before."""
+        if is_late:
+            return Outcome(self.job, self.call_id, result, is_late=True)
         after_s, self._observed_s = max(0.0, now_s - self._observed_s), now_s
         self._note_failed(result)
         return Outcome(self.job, self.call_id, result, after_s)

@@ -915,9 +915,11 @@ class Host:
             return
         context.cancelled = reason or "cancelled"
         if with_children:
-            self._calls.cancel_children(execution.call.id, context.cancelled)
             if context.history is not None:
+                self._calls.abandon_children(execution.call.id, context.cancelled)
                 self._calls.stop_repeating(context.history)
+            else:
+                self._calls.cancel_children(execution.call.id, context.cancelled)
         self._preempt(execution)
         if execution.child is not None:
             execution.child()
@@ -1470,8 +1472,9 @@ class Host:
                 pushed = _names(execution.consumers) if execution.consumers else ()
                 self._answer(execution, Resolve(execution.call.id, payload, pushed))
             else:
-                if execution.call.job and not execution.call.parent and not self._is_closing:
-                    self._calls.abandon_children(execution.call.id)
+                call = execution.call
+                if call.job and not (call.cast or execution.is_answered or self._is_closing):
+                    self._calls.abandon_children(call.id, "the call that made it has failed")
                 self._answer_error(execution, error)
         except Exception as cause:  # it does not fit through the transport
             execution.is_answered = False
@@ -1539,6 +1542,8 @@ class Host:
         now = self._loop.time()
         self._ended.append(execution.record(now))
         self._changes.end(execution.told, _outcome_of(execution) if execution.failure else DONE, now)
+        if execution.context is not None and execution.context.history is not None:
+            execution.context.history.is_over = True
         execution.context = None  # it refers back: without this only the garbage collector would find the two
         call, resumed = execution.call, execution.resumed
         self._executions.pop(call.id, None)

@@ -866,12 +866,14 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=1):
         parent: id of the call that made it.
         result: how it ended; `Resolve` without a value for a call that nobody waits for.
         after_s: seconds since what `parent` observed before, or since it began.
+        is_late: `parent` had ended before, and its program has seen nothing of this.
     """
 
     job: str
     parent: bytes
     result: Resolve | Fail
     after_s: float = 0.0
+    is_late: bool = False
 
 
 class Unseen(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,6 +159,31 @@ def test_a_program_at_a_standstill_gives_up_looks_but_no_calls() -> None:
     assert history.next_wanted == value(a)
     history.made(a)
     assert history.next_wanted is None
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("failures", [0, 1])
+def test_what_came_late_is_observed_again_when_its_call_is_made(in_order: bool, failures: int) -> None:
+    first = History(JOB, ROOT, in_order=in_order)
+    a, b = call(first, "a"), call(first, "b")
+    late = first.outcome(Resolve(b, b"late"), 1.0, is_late=True)
+    history = again(value(a), late, in_order=in_order, failures=failures)
+    assert history.made(call(history, "a")) or history.due()
+    assert not history.is_repeating
+    assert not history.expects(b)
+    assert history.take_loose(call(history, "b")) == late.result
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_what_came_late_does_not_count_where_it_was_observed(in_order: bool, comes_first: bool) -> None:
+    first = History(JOB, ROOT, in_order=in_order)
+    a, b = call(first, "a"), call(first, "b")
+    late, seen = first.outcome(Resolve(b, b"late"), 1.0, is_late=True), value(b, b"seen")
+    history = again(*((late, value(a), seen) if comes_first else (value(a), seen, late)), in_order=in_order)
+    found = [history.made(call(history, "b")), *history.due(), history.made(call(history, "a")), *history.due()]
+    assert [result.payload for result in found if result] == ([b"v", b"seen"] if in_order else [b"seen", b"v"])
+    assert history.take_loose(b) is None
 
 
 def test_agents_and_tools_find_outcomes_in_any_order() -> None:

@@ -27,13 +27,25 @@ from nalar_mq.calls import Calls
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import CallCancelledError, OwnerLostError, RemoteError
-from nalar_mq.future import Future
+from nalar_mq.future import Future, as_completed
 from nalar_mq.history import History
 from nalar_mq.intake import Intake, IntakeOptions
 from nalar_mq.jobs import JOB_ID, JobHandle, Jobs
 from nalar_mq.memory_transport import MemoryHub
-from nalar_mq.messages import Fail, Locate, Located, Message, Observation, Outcome, Pack, Running, Voided, decode_journal
-from nalar_mq.values import encode_error
+from nalar_mq.messages import (
+    Fail,
+    Locate,
+    Located,
+    Message,
+    Observation,
+    Outcome,
+    Pack,
+    Resolve,
+    Running,
+    Voided,
+    decode_journal,
+)
+from nalar_mq.values import encode, encode_error
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "resume_app.py"
@@ -573,12 +585,15 @@ async def test_what_a_failed_workflow_has_called_does_not_go_on_beside_its_next_
     assert await job.result(timeout=PATIENCE_S) == "b"
 
 
-async def test_a_stopped_worker_is_waited_for_before_its_jobs_go_on(site: Site) -> None:
+@pytest.mark.parametrize("way", ["closed", "drained"])
+async def test_a_stopped_worker_is_waited_for_before_its_jobs_go_on(site: Site, way: str) -> None:
     await asyncio.gather(*(site.serve(f"tools{n}", "tool") for n in range(2)))
     first = await site.serve("driver", "workflow")
     jobs = [await site.submit("waits_for_tool", f"w{n}") for n in range(6)]
     await site.until(lambda: sum(line.startswith("gated") for line in site.actors.RUNS) == 6)
     await site.serve("driver2", "workflow")
+    if way == "drained":
+        await first.drain(0.0)
     await first.aclose()
     await site.until(lambda: sum(line.startswith("waits_for_tool") for line in site.actors.RUNS) == 12)
     for n in range(6):
@@ -861,6 +876,69 @@ async def test_an_agent_whose_call_is_lost_too_often_goes_on_where_it_was(site: 
     site.open("l")
     assert await job.result(timeout=PATIENCE_S) == 921
     assert (site.count("risk l"), site.count("step 920"), site.count("alone l")) == (2, 1, LOSSES_OF_A_CALL + 1)
+
+
+async def test_what_an_agent_had_called_when_its_attempt_ended_has_not_failed_in_the_next_one(
+    site: Site, one_retry: None
+) -> None:
+    """It was cancelled with the agent, whose program has seen nothing of that."""
+    tools = await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    await site.serve("clerks", "Clerk")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_beside", "l")
+    await site.ran("gated l")
+    await lose_alone(site, "l")
+    await site.ran("gated l", 2)
+    assert tools.running == 1
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == ["l", "l"]
+    assert (site.count("loses_beside l"), site.count("leans l"), site.count("gated l")) == (2, 2, 2)
+
+
+async def test_what_an_agent_had_called_does_not_go_on_beside_its_next_attempt(site: Site, one_retry: None) -> None:
+    """Its own loss would end one more attempt, too."""
+    tools = [await site.serve(f"tools{number}", "tool") for number in range(2)]
+    await site.serve("driver", "workflow")
+    clerks = await site.serve("clerks0", "Clerk")
+    await site.serve("alone0", "Alone")
+    job = await site.submit("loses_two_below", "l")
+    await site.ran("gated l")
+    await clerks.process.membership.drain()  # it goes on, and takes nothing more
+    await site.serve("clerks1", "Clerk")
+    await lose_alone(site, "l")
+    await site.ran("gated l", 2)
+    await site.until(lambda: sum(worker.running for worker in tools) == 1)
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == ["l", "l"]
+
+
+async def test_what_comes_after_an_attempt_has_ended_has_no_place_in_the_order_of_the_next_one(site: Site) -> None:
+    """Its process lives and writes it when the next attempt has read what there was; a third one reads both."""
+    tools = await site.serve("tools", "tool")
+    drivers = [await site.serve(f"driver{number}", "workflow") for number in range(3)]
+    histories: list[History] = []
+    for driver in drivers:
+        await driver.process.wait_for("gated", PATIENCE_S)
+
+    async def make(driver: Worker) -> list[Future[Any]]:
+        memory = await driver.process.recall.memory("j", ()) if histories else None
+        histories.append(History("j", b"p", in_order=True, memory=memory))
+        context = CallContext(driver.process.calls, call_id=b"p", job="j", session="s", history=histories[-1])
+        return [driver.process.calls.call(context, "gated", "", (name,), {}, DEFAULT_OPTIONS) for name in ("x", "y")]
+
+    def come(driver: Worker, future: Future[Any], name: str) -> None:
+        driver.process.calls.on_messages(tools.process.me, [Resolve(future.id, encode(name))])
+
+    first, second = await make(drivers[0]), await make(drivers[1])
+    drivers[0].process.calls.abandon_children(b"p", "its maker has failed")
+    come(drivers[0], first[0], "x")
+    await site.journaled(1)
+    for position in (1, 0):
+        come(drivers[1], second[position], "xy"[position])
+        await site.journaled(3 - position)
+    async with asyncio.timeout(PATIENCE_S):
+        assert [await future async for future in as_completed(await make(drivers[2]))] == ["y", "x"]
 
 
 async def test_what_was_to_be_given_a_lost_value_is_made_again_with_it(site: Site, one_retry: None) -> None:

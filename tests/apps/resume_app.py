@@ -103,6 +103,16 @@ class Clerk:
         await Alone.wait(name)
         return number
 
+    @method
+    async def lean(self, name: str) -> str:
+        RUNS.append(f"leans {name}")
+        return await gated(name)
+
+    @method
+    async def risk_two(self, name: str) -> list[str]:
+        RUNS.append(f"risk_two {name}")
+        return await gather(Alone.wait(name), gated(name))
+
 
 @agent(stateful=True)
 class Counter:
@@ -465,6 +475,19 @@ async def loses_one(name: str) -> list[str]:
 async def loses_below(name: str) -> int:
     RUNS.append(f"loses_below {name}")
     return await Clerk.risk(name)
+
+
+@workflow
+async def loses_beside(name: str) -> list[str]:
+    """Is lost with a call while an agent waits for a call of its own."""
+    RUNS.append(f"loses_beside {name}")
+    return await gather(Alone.wait(name), Clerk.lean(name))
+
+
+@workflow
+async def loses_two_below(name: str) -> list[str]:
+    RUNS.append(f"loses_two_below {name}")
+    return await Clerk.risk_two(name)
 
 
 @workflow
