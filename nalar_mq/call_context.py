@@ -39,12 +39,41 @@ class Slot(Protocol):
         ...
 
 
+class Witness(Protocol):
+    """Shows the program of a job what it may see of its calls."""
+
+    def look(self, future: Future[Any], history: History) -> bool:
+        """A call of a job looks whether a future of its own has ended: True if it has, for all attempts. Any thread."""
+        ...
+
+    def go_on(self, history: History) -> None:
+        """A call of a job has looked as a former attempt did: shows what comes next. Any thread."""
+        ...
+
+    def note_unseen(self, history: History, number: int) -> None:
+        """A look of that number found nothing. Any thread."""
+        ...
+
+    def cut_again(self, history: History, number: int) -> None:
+        """A wait of that number has been cut short as in a former attempt. Any thread."""
+        ...
+
+    def read_clock(self, history: History) -> float:
+        """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
+        ...
+
+
 class Caller(Protocol):
     """Makes calls: the runtime of this process as stubs see it."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop it runs on."""
+        ...
+
+    @property
+    def witness(self) -> Witness:
+        """For calls of jobs."""
         ...
 
     def call(
@@ -83,22 +112,6 @@ class Caller(Protocol):
         """The consumer of a stream takes chunks up to number `limit`. Any thread."""
         ...
 
-    def look(self, future: Future[Any], history: History) -> bool:
-        """A call of a job looks whether a future of its own has ended: True if it has, for all attempts. Any thread."""
-        ...
-
-    def go_on(self, history: History) -> None:
-        """A call of a job has looked as a former attempt did: shows what comes next. Any thread."""
-        ...
-
-    def note_unseen(self, history: History, number: int) -> None:
-        """A look of that number found nothing. Any thread."""
-        ...
-
-    def cut_again(self, history: History, number: int) -> None:
-        """A wait of that number has been cut short as in a former attempt. Any thread."""
-        ...
-
     def own(
         self,
         context: CallContext,
@@ -125,10 +138,6 @@ class Caller(Protocol):
 
     def ask(self, future: Future[Any], question: Question, on_answer: Callable[[Answer], None]) -> None:
         """Asks somebody outside what `future`, made by `own`, waits for; on the loop."""
-        ...
-
-    def read_clock(self, history: History) -> float:
-        """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
         ...
 
 

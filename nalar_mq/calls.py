@@ -20,12 +20,10 @@ session in its store when it has left and somebody else has opened that, before 
 Loss. When the incarnation that has a call is lost, a call that was never sent to it is routed anew; one that may have run is
 sent again under the same id if it may be retried, and else fails with `WorkerLostError`.
 
-Jobs. A call that a job makes ends in two steps: what arrived first is written into the journal, and once it is durable the
-future gets it, whoever waits for it as an argument too (their executors are not told to push to each other), and the
-executor is told that it may forget it (`Settled`). What a call has made and still runs when it ends with an error is
-cancelled. A job that is tried again makes the same calls (`history`): those whose
-outcome former attempts saw get it without being sent, those that still run somewhere are sent there, where they have a new
-owner from then on, and the others run.
+Calls that were passed on after a session are followed by `crossings`. What a job sees of its calls, and when, is the
+matter of `witness`. What a call of a job has made and still runs when it ends with an error is cancelled. A job that is
+tried again makes the same calls (`history`): those whose outcome former attempts saw get it without being sent, those that
+still run somewhere are sent there, where they have a new owner from then on, and the others run.
 """
 
 from __future__ import annotations
@@ -36,9 +34,9 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -47,6 +45,8 @@ from nalar_mq.address import Address, is_client_name
 from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.channel import Endpoint
 from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, Claims, Held, check_size
+from nalar_mq.crossings import Crossings
+from nalar_mq.entries import Entry, JobPart, number_of
 from nalar_mq.errors import (
     CallCancelledError,
     CallError,
@@ -63,8 +63,8 @@ from nalar_mq.errors import (
     path_of,
 )
 from nalar_mq.explanations import Explanations
-from nalar_mq.future import Facts, Future, FutureInfo, waiting
-from nalar_mq.history import History, losses_in
+from nalar_mq.future import Facts, Future, FutureInfo
+from nalar_mq.history import History
 from nalar_mq.journal import Journal
 from nalar_mq.logs import logger
 from nalar_mq.lookout import Glance
@@ -93,31 +93,27 @@ from nalar_mq.messages import (
     Message,
     Migrate,
     Migrated,
-    Observation,
     Parked,
     Piece,
     Prioritise,
     Probe,
-    Reading,
     Release,
     Resolve,
     Returned,
     Settled,
     Taken,
     Thaw,
-    Unseen,
     Want,
 )
 from nalar_mq.placement import RoutingTable
 from nalar_mq.places import Places
 from nalar_mq.questions import Answer, Asker, Question
+from nalar_mq.receivers import Draining, Host, Migrating, Resumption
 from nalar_mq.threads import LoopInbox
+from nalar_mq.witness import Witness, error_in
 
 JOB_RETRIES = 3  # of a call that belongs to a job, after the loss of its worker
 GRACE_S = 3.0  # how long a call waits for somebody to serve an actor that nobody serves yet
-_STANDSTILL_S = 5.0  # how long a workflow that repeats a job may wait and do nothing of what it did before
-_SLOWER = 3.0  # and how often the time that it took the first time
-_WATCH_EVERY_S = 0.5
 _FIRST_PAUSE_S = 0.05  # before a call is sent again, doubled with each attempt
 _LONGEST_PAUSE_S = 2.0
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
@@ -126,234 +122,6 @@ _CAST_HOLDS_S = 600.0  # how long at most large values are held for a cast
 _LONGEST_S = 1e9  # a timeout beyond this, infinity among them, is none: timers cannot hold it
 _LABELS_KEPT = 10_000
 _log = logger(__name__)
-
-
-class Host(Protocol):
-    """The part of a worker that runs calls."""
-
-    def refusal(self, actor: str) -> str:
-        """Why sessions of that agent can neither leave nor come; empty if they can."""
-        ...
-
-    def on_call(self, owner: Address, call: Call, now: float) -> None:
-        """A call has arrived at `now`."""
-        ...
-
-    def on_cancel(self, owner: Address, cancel: Cancel) -> None:
-        """Its owner does not want it any more."""
-        ...
-
-    def on_consume(self, owner: Address, consume: Consume) -> None:
-        """Its result is to be pushed to one more process."""
-        ...
-
-    def on_credit(self, owner: Address, credit: Credit) -> None:
-        """Its owner takes more pieces of its stream."""
-        ...
-
-    def on_prioritise(self, owner: Address, message: Prioritise) -> None:
-        """Its owner has given it another priority."""
-        ...
-
-    def on_pushed(self, message: Resolve | Fail) -> None:
-        """A value that a queued call depends on, or may soon."""
-        ...
-
-    def on_probe(self, probe: Probe) -> None:
-        """Somebody looks for a circle of waiting calls."""
-        ...
-
-    def on_owner_lost(self, owner: Address) -> None:
-        """Nobody is left who wants that process's calls."""
-        ...
-
-    def label_of(self, id: bytes) -> str:
-        """The actor, and its method, of a call that runs here; empty if it does not."""
-        ...
-
-    def is_waiting(self, id: bytes) -> bool:
-        """True if the call runs here and waits for others."""
-        ...
-
-    def take_forwarded(self, forward: Forward) -> None:
-        """A call that another worker had before."""
-        ...
-
-    def explain(self, id: bytes) -> list[Explanation]:
-        """What was decided here about a call."""
-        ...
-
-    def on_standstill(self, history: History) -> None:
-        """A workflow that repeats a job waits, and does not do what it did before."""
-        ...
-
-    def mute(self) -> None:
-        """What calls of jobs come to here is no answer to anybody any more."""
-        ...
-
-    def on_settled(self, owner: Address, settled: Settled) -> None:
-        """The outcome of a call of a job is durable."""
-        ...
-
-    @property
-    def completed(self) -> int:
-        """Calls that have been run to their end."""
-        ...
-
-    def load(self) -> dict[str, tuple[int, int]]:
-        """Queued and running calls by actor; those without any are left out."""
-        ...
-
-    def records(self) -> list[CallRecord]:
-        """Calls that have not ended, and the last ones that have."""
-        ...
-
-
-class Resumption(Protocol):
-    """The part of a process that knows of the former attempts at a job."""
-
-    def on_locate(self, sender: Address, locate: Locate) -> None:
-        """Somebody goes on with jobs of which calls may be here."""
-        ...
-
-    def on_located(self, sender: Address, located: Located) -> None:
-        """A worker has answered."""
-        ...
-
-
-class Migrating(Protocol):
-    """The part of a worker that moves sessions."""
-
-    def on_migrate(self, asker: Address, order: Migrate) -> None:
-        """Somebody wants a session to move."""
-        ...
-
-    def on_piece(self, source: Address, piece: Piece) -> None:
-        """A part of a session that another worker sends here."""
-        ...
-
-    def on_taken(self, taken: Taken) -> None:
-        """The other worker has a part, or refuses the session."""
-        ...
-
-    def on_thaw(self, id: bytes) -> None:
-        """The session is served here from now on."""
-        ...
-
-    def on_abandon(self, id: bytes) -> None:
-        """The session stays where it was."""
-        ...
-
-    def on_forward(self, forward: Forward) -> None:
-        """A call that came to where its session was before."""
-        ...
-
-    def on_crossing(self, crossing: Crossing) -> None:
-        """An owner wants to know when all that it has sent is where the session is."""
-        ...
-
-    def on_lost(self, address: Address, given_back: Iterable[Message]) -> None:
-        """That process is gone; it may not have had the messages that are given back."""
-        ...
-
-    def on_table_changed(self) -> None:
-        """The routing table has changed."""
-        ...
-
-
-class Draining(Protocol):
-    """The part of a worker that leaves, or goes on with what others leave."""
-
-    def on_drain(self, asker: Address, order: Drain) -> None:
-        """Somebody wants this worker to move all it has elsewhere, and to end."""
-        ...
-
-    def on_bequest(self, sender: Address, bequest: Bequest) -> None:
-        """A worker that drains has a store to give away."""
-        ...
-
-    def on_accepted(self, accepted: Accepted) -> None:
-        """Another worker goes on with a store, or refuses to."""
-        ...
-
-
-class JobPart(msgspec.Struct, eq=False):
-    """What is to be known of a call because it belongs to a job, and only then: most calls do without.
-
-    Attributes:
-        history: of the call that made it; None for the job itself.
-        located: where it runs already.
-        epoch: which making of its id it is.
-        is_abandoned: the call that made it has ended; what became of it after that is nothing that its program saw.
-        is_kept: its outcome is on the way into the journal.
-        begin: begins what this process itself is to end; None for a call.
-        is_parked: it waits for nothing but people or time.
-    """
-
-    history: History | None
-    located: Address | None = None
-    epoch: int = 0
-    is_abandoned: bool = False
-    is_kept: bool = False
-    begin: Callable[[], None] | None = None
-    is_parked: bool = False
-
-
-class Entry(msgspec.Struct, eq=False):
-    """One call that has not ended. A struct, which is made in a fifth of the time that an `__init__` in Python takes."""
-
-    future: Future[Any]
-    call: Call | None
-    parent: bytes
-    deadline: float | None
-    place: str
-    retries: int
-    actor: str
-    made: float
-    session: str
-    job: str
-    priority: int
-    address: Address | None = None
-    consumers: list[Address] | None = None
-    depends: list[Future[Any]] | None = None
-    tick: int = 0
-    credit: int = 0
-    cancelling: bool = False
-    part: JobPart | None = None
-
-    @property
-    def history(self) -> History | None:
-        """Of the call of a job that made this one; None outside jobs and for the job itself."""
-        return None if self.part is None else self.part.history
-
-    @property
-    def is_kept(self) -> bool:
-        """Its outcome is on the way into the journal: nothing else can become of it."""
-        return self.part is not None and self.part.is_kept
-
-
-class _Crossing:
-    """A session that has moved, of which former calls may still be on their way by where it was before.
-
-    Attributes:
-        source: who forwards them.
-        actor, session: as stores name it.
-        store: where the session is.
-        number: of the question that follows them.
-        waiting: calls that go when it has come back, and all others are where the session is.
-        elsewhere: those that were not there when it had come back; None before that.
-        is_looked_over: those will be looked over soon.
-    """
-
-    def __init__(self, source: Address, actor: str, session: str, store: str) -> None:
-        self.source = source
-        self.actor = actor
-        self.session = session
-        self.store = store
-        self.number = 0
-        self.waiting: list[Entry] = []
-        self.elsewhere: list[Entry] | None = None
-        self.is_looked_over = False
 
 
 class _Drained:
@@ -383,13 +151,9 @@ class _Drained:
             self.gone.set_exception(DrainError(text, self.address.name))
 
 
-def _number_of(entry: Entry) -> int:
-    return entry.call.number if entry.call is not None else 0
-
-
 def _number_at(pair: tuple[Entry, Call | None]) -> int:
     entry, call = pair
-    return _number_of(entry) if call is None else call.number
+    return number_of(entry) if call is None else call.number
 
 
 class Calls:
@@ -405,13 +169,12 @@ class Calls:
     __slots__ = (
         "_children",
         "_closed",
-        "_crossing",
+        "_crossings",
         "_draining",
         "_endpoint",
         "_entries",
         "_epochs",
         "_grace",
-        "_hops",
         "_inbox",
         "_labels",
         "_lent",
@@ -420,9 +183,7 @@ class Calls:
         "_next_tick",
         "_numbers",
         "_places",
-        "_questions",
         "_random",
-        "_returned",
         "_root",
         "_session_numbers",
         "_table",
@@ -443,6 +204,7 @@ class Calls:
         "migrations",
         "on_parked",
         "resumption",
+        "witness",
     )
 
     def __init__(
@@ -472,9 +234,10 @@ class Calls:
         self._root = random.getrandbits(64).to_bytes(8, "big")
         self._numbers = itertools.count(1)
         self._epochs = itertools.count(1)
-        self._questions = itertools.count(1)
         self._inbox = LoopInbox(self.loop)
         self._entries: dict[bytes, Entry] = {}
+        self._crossings = Crossings(self, self._entries, table, places)
+        self.witness = Witness(self, self._entries)
         self._children: dict[bytes, dict[bytes, None]] = {}
         self._lent: dict[bytes, tuple[Future[Any], int]] = {}
         self.in_flight: dict[str, dict[str, int]] = {}
@@ -485,10 +248,7 @@ class Calls:
         self._ticking: asyncio.TimerHandle | None = None
         self._next_tick = 0
         self._session_numbers = itertools.count(1)  # one count for all: a session wants them to grow, gaps do not matter
-        self._crossing: dict[str, _Crossing] = {}
-        self._hops: dict[bytes, tuple[tuple[int, int], Address | None]] = {}
         self._migrating: dict[bytes, tuple[Address, asyncio.Future[Migrated]]] = {}
-        self._returned: dict[Address, dict[bytes, Call]] = {}
         self._draining: dict[bytes, _Drained] = {}
         self.migrations: Migrating | None = None
         self.draining: Draining | None = None
@@ -606,16 +366,16 @@ class Calls:
     def end(self, future: Future[Any], payload: bytes | None, error: BaseException | None = None) -> None:
         """Ends a future made by `own`, with an encoded value or an error; nothing happens if it has ended. Any thread."""
         failure = None if payload is not None else Fail(future.id, *values.encode_error(error or Exception()))
-        self._run_on_loop(functools.partial(self._end_own, future, failure or Resolve(future.id, payload or b"")))
+        self.run_on_loop(functools.partial(self._end_own, future, failure or Resolve(future.id, payload or b"")))
 
     def _end_own(self, future: Future[Any], message: Resolve | Fail) -> None:
         entry = self._entries.get(future.id)
         if entry is None or entry.future is not future:
             return
         if entry.history is not None:
-            self._keep(entry, message, entry.history)
+            self.witness.keep(entry, message, entry.history)
         else:
-            self._appear(entry, message)
+            self.witness.appear(entry, message)
 
     def ask(self, future: Future[Any], question: Question, on_answer: Callable[[Answer], None]) -> None:
         """Asks somebody outside what `future`, made by `own`, waits for; on the loop.
@@ -719,7 +479,7 @@ class Calls:
         if entry.part is None:
             self._route(entry)
         elif entry.part.history is not None and entry.part.history.on_the_way:
-            self._journal().after(lambda: self._route_in_job(entry))  # not before it is known why the program makes it
+            self.witness.once_durable(lambda: self._route_in_job(entry))  # not before it is known why the program makes it
         else:
             self._route_in_job(entry)
 
@@ -727,7 +487,7 @@ class Calls:
         if self._entries.get(entry.future.id) is not entry or entry.part is None or entry.part.is_kept:
             return
         history = entry.part.history
-        if self._is_remembered(entry, history):
+        if self.witness.is_remembered(entry, history):
             return
         if history is not None and history.is_repeating and entry.part.located is None:
             history.held.append(lambda: self._route_in_job(entry))
@@ -787,20 +547,20 @@ class Calls:
     def on_table_changed(self) -> None:
         """The routing table has changed: calls that found no replica look again."""
         self._places.on_table_changed()
-        for key in self._crossing:
-            self._look_over(key)
+        self._crossings.on_table_changed()
         if self.migrations is not None:
             self.migrations.on_table_changed()
         for actor in [actor for actor in self._unrouted if self._table.replicas(actor)]:
             for entry in self._pop_unrouted(actor):
-                self._again(entry)
+                self.again(entry)
 
     def _route_to_session(self, entry: Entry, call: Call) -> None:
         key = entry.place = entry.place or self._places.key(call.actor, call.session, call.instance)
         if not call.number:
             call = entry.call = msgspec.structs.replace(call, number=next(self._session_numbers))
-        if self._crossing and key in self._crossing:
-            self._crossing[key].waiting.append(entry)
+        crossing = self._crossings.open
+        if crossing and key in crossing:
+            crossing[key].waiting.append(entry)
             return
         address = self._places.known(key)
         if address is not None:
@@ -817,7 +577,7 @@ class Calls:
         elif address is None and not self._table.replicas(entry.actor):
             self._hold_unrouted(entry, entry.actor)
         elif address is None:
-            self._again(entry)
+            self.again(entry)
         else:
             self._send(entry, self._with_time_left(entry, entry.call), address)
         return True
@@ -842,14 +602,14 @@ class Calls:
             self.tell(address, Credit(call.id, entry.credit))
         if entry.depends is not None:
             for dep in entry.depends:
-                self._lend(dep, address, entry.deadline)
+                self.lend(dep, address, entry.deadline)
         elif not entry.retries:
             entry.call = None  # nothing here will send it again: let the arguments go
         if call.cast:
             if entry.history is not None:
-                self._observe(entry.history, entry.history.outcome(Resolve(call.id, b""), self.loop.time()))
+                self.witness.observe(entry.history, entry.history.outcome(Resolve(call.id, b""), self.loop.time()))
             self._hold_for_cast(entry)
-            self._end(entry)
+            self.finish(entry)
 
     def _hold_for_cast(self, entry: Entry) -> None:
         """Nobody tells when a cast has ended: the large values it needs are held for as long as it may wait."""
@@ -859,37 +619,7 @@ class Calls:
             holds_s = _CAST_HOLDS_S if entry.deadline is None else min(_CAST_HOLDS_S, entry.deadline - now)
             self.loop.call_later(holds_s, large.clear)
 
-    # Calls that come back from a worker that drains (`draining`), or that has passed former ones on (`migration`).
-
-    def _on_returned(self, sender: Address, returned: Returned) -> None:
-        call = returned.call
-        if not returned.store and self._table.drain(sender):
-            self.on_table_changed()
-        entry = self._entries.get(call.id) or (self._cast_again(sender, call) if call.cast else None)
-        if returned.store and entry is not None and entry.place not in self._crossing:
-            self._begin_crossing(entry.place, sender, call, returned.store)
-        if entry is None or entry.address is None or entry.is_kept:
-            return
-        if call.attempt < self._attempt(entry):
-            return  # it was sent anew meanwhile, and is elsewhere
-        store = self._places.store_known(entry.place) if entry.place else ""
-        is_unheard_of = sender != entry.address  # it came there from another process, whose `Forwarded` is still on its way
-        if is_unheard_of and entry.place and entry.place not in self._crossing:
-            self._begin_crossing(entry.place, entry.address, call, store)
-        if returned.store or is_unheard_of:
-            self._hops.setdefault(call.id, _NO_HOPS)
-            self._move_on(entry, call)
-            return
-        if store and self._table.holder(store) == sender:
-            self._returned.setdefault(sender, {})[call.id] = call
-        else:
-            self._move_on(entry, call)
-
-    def _attempt(self, entry: Entry) -> int:
-        """Which attempt of the call is under way: what is heard of former ones tells where it was, not where it is."""
-        return self._hops.get(entry.future.id, _NO_HOPS)[0][0] if entry.call is None else entry.call.attempt
-
-    def _cast_again(self, sender: Address, call: Call) -> Entry:
+    def cast_again(self, sender: Address, call: Call) -> Entry:
         """An entry for a cast, which was over here when it had been sent."""
         info = self._table.info(call.actor) or _UNKNOWN
         place = self._places.key(call.actor, call.session, call.instance) if info.stateful else ""
@@ -921,7 +651,8 @@ class Calls:
         messages, self._local = self._local, []
         self.on_messages(self.me, messages)
 
-    def _lend(self, dep: Future[Any], consumer: Address, deadline: float | None) -> None:
+    def lend(self, dep: Future[Any], consumer: Address, deadline: float | None) -> None:
+        """Sees to it that `consumer` gets the value of an argument."""
         """Sees to it that `consumer` gets the value of `dep`."""
         entry = self._entries.get(dep.id)
         if entry is None:
@@ -942,12 +673,12 @@ class Calls:
             return
         message = _outcome_of(dep)
         if message is not None:
-            self._push_to_missed([consumer], message)
+            self.push_to_missed([consumer], message)
 
     def _push_large(self, id: bytes, held: Held, consumer: Address, deadline: float | None = None) -> None:
         def push(payload: bytes | None, error: Exception | None) -> None:
             message = Resolve(id, payload) if payload is not None else Fail(id, *values.encode_error(error or Exception()))
-            self._push_to_missed([consumer], message)
+            self.push_to_missed([consumer], message)
 
         self.claims.offer(held, consumer, deadline, push)
 
@@ -1017,7 +748,7 @@ class Calls:
             case Release():
                 self.claims.on_release(sender, message)
             case Returned():
-                self._on_returned(sender, message)
+                self._crossings.on_returned(sender, message)
             case Drain() | Drainage() | Bequest() | Accepted():
                 self._on_draining(sender, message)
             case _:
@@ -1027,9 +758,9 @@ class Calls:
         moves = self.migrations
         match message:
             case Arrived():
-                self._on_arrived(message)
+                self._crossings.on_arrived(message)
             case Forwarded():
-                self._on_forwarded(sender, message)
+                self._crossings.on_forwarded(sender, message)
             case Migrated():
                 self._on_migrated(message)
             case Migrate() if moves is None:
@@ -1079,113 +810,9 @@ class Calls:
 
     # Sessions that have moved (`migration`).
 
-    def _on_forwarded(self, sender: Address, forwarded: Forwarded) -> None:
-        """A call has been sent after its session: from now on others of that session wait until all are there."""
-        key = self._places.key_in_store(forwarded.actor, forwarded.session)
-        entry = self._entries.get(forwarded.id)
-        if self._places.store_known(key) != forwarded.store and key not in self._crossing:
-            # Heard of its second step before the first, the call and all that follow it go by where it was sent.
-            source = sender if forwarded.hops == 1 or entry is None or entry.address is None else entry.address
-            self._cross(key, _Crossing(source, forwarded.actor, forwarded.session, forwarded.store))
-        step = forwarded.attempt, forwarded.hops
-        if entry is None or entry.address is None or self._hops.get(forwarded.id, _NO_HOPS)[0] >= step:
-            return
-        if forwarded.attempt < self._attempt(entry):
-            return  # it was sent anew meanwhile
-        self._hops[forwarded.id] = step, sender
-        self._has_moved(entry, entry.address, Address(forwarded.name, forwarded.incarnation))
-
-    def _begin_crossing(self, key: str, source: Address, call: Call, store: str) -> None:
-        session = f"{call.session}/{call.instance}" if call.instance else call.session
-        self._cross(key, _Crossing(source, call.actor, session, store))
-
-    def _cross(self, key: str, crossing: _Crossing) -> None:
-        self._places.learn(key, crossing.store)
-        self._crossing[key] = crossing
-        self._ask_crossing(crossing)
-        for sender, returned in self._returned.items():  # what has come back from there goes after the session, too
-            here = [entry for id in returned if (entry := self._entries.get(id)) is not None and entry.place == key]
-            for entry in here:
-                if entry.address == sender:
-                    self._move_on(entry, returned.pop(entry.future.id))
-
     def _is_stateful(self, actor: str) -> bool:
         info = self._table.info(actor)
         return info is not None and info.stateful
-
-    def _has_moved(self, entry: Entry, former: Address, address: Address) -> None:
-        in_flight = self.in_flight[entry.actor]
-        in_flight[former.name] = in_flight.get(former.name, 1) - 1
-        in_flight[address.name] = in_flight.get(address.name, 0) + 1
-        entry.address = address
-        self._look_over(entry.place)
-        if self._table.is_lost(address):
-            self._move_on(entry, None)
-            return
-        id = entry.future.id
-        if entry.cancelling:
-            self.tell(address, Cancel(id))
-        if entry.credit:
-            self.tell(address, Credit(id, entry.credit))
-        for dep in entry.depends or ():
-            self._lend(dep, address, entry.deadline)
-
-    def _on_arrived(self, arrived: Arrived) -> None:
-        """All that was on its way has come to somebody; those calls that are not where the session is may be lost with him."""
-        key = self._places.key_in_store(arrived.actor, arrived.session)
-        crossing = self._crossing.get(key)
-        if crossing is not None and arrived.number in (crossing.number, 0):  # who says none is of a former version
-            crossing.store = arrived.store
-            self._places.learn(key, arrived.store)
-            crossing.elsewhere = [entry for entry in self._entries.values() if entry.place == key]
-            self._look_over(key)
-
-    def _look_over(self, key: str) -> None:
-        """Something has become of a call of that session: perhaps none is elsewhere any more, and those that wait can go."""
-        crossing = self._crossing.get(key)
-        if crossing is not None and crossing.elsewhere is not None and not crossing.is_looked_over:
-            crossing.is_looked_over = True
-            self.loop.call_soon(self._end_crossing_if_all_are_there, key, crossing)
-
-    def _end_crossing_if_all_are_there(self, key: str, crossing: _Crossing) -> None:
-        crossing.is_looked_over = False
-        if self._crossing.get(key) is not crossing or crossing.elsewhere is None:
-            return
-        there = None, self._table.holder(crossing.store)
-        crossing.elsewhere = [e for e in crossing.elsewhere if e.future.id in self._entries and e.address not in there]
-        if not crossing.elsewhere:
-            self._end_crossing(key)
-
-    def _end_crossing(self, key: str) -> None:
-        crossing = self._crossing.pop(key, None)
-        for entry in sorted(crossing.waiting, key=_number_of) if crossing is not None else ():
-            if entry.future.id in self._entries and entry.call is not None:
-                self._again(entry)
-
-    def _ask_crossing(self, crossing: _Crossing) -> None:
-        """Answers to what was asked before do not count: of what has gone another way since, they say nothing."""
-        crossing.number = next(self._questions)
-        self.tell(crossing.source, Crossing(*self.me, crossing.actor, crossing.session, crossing.number))
-
-    def _ask_crossings_again(self, lost: Address, was_settled: bool) -> None:
-        """The lost process may have had them in its hands: to pass on, or to answer.
-
-        Calls that it was to pass on are like calls that it had, unless all was read that it had sent. Those that are elsewhere
-        are asked after there, if it was the one to ask.
-        """
-        for key, crossing in list(self._crossing.items()):
-            sent = [entry for entry in self._entries.values() if entry.place == key and entry.address is not None]
-            for entry in sent:
-                if not was_settled and self._hops.get(entry.future.id, _NO_HOPS)[1] == lost:
-                    self._move_on(entry, None)
-            left = [entry.address for entry in sent if entry.address is not None]
-            if not left:
-                self._end_crossing(key)
-                continue
-            if crossing.source == lost:
-                crossing.source = left[0]
-            crossing.elsewhere = None
-            self._ask_crossing(crossing)
 
     async def migrate(self, actor: str, session: str, target: str) -> Migrated:
         """Has a session moved to worker `target`; returns what became of that.
@@ -1272,10 +899,10 @@ class Calls:
         if entry is None:
             return
         if entry.history is not None:
-            self._keep(entry, message, entry.history)
+            self.witness.keep(entry, message, entry.history)
             return
         entry.future.resolve(held)
-        self._end(entry)
+        self.finish(entry)
         for consumer in entry.consumers or ():
             if consumer == self.me or consumer.name not in message.pushed:
                 self._push_large(message.id, held, consumer)
@@ -1286,12 +913,12 @@ class Calls:
             self._on_large_resolve(message, entry)
         elif entry is not None:
             if entry.part is not None and entry.part.history is not None:
-                self._keep(entry, message, entry.part.history)
+                self.witness.keep(entry, message, entry.part.history)
                 return
             entry.future.resolve(message.payload)
-            self._end(entry)
+            self.finish(entry)
             if entry.consumers is not None:
-                self._push_to_missed(entry.consumers, message)
+                self.push_to_missed(entry.consumers, message)
         elif self.host is not None and not message.id.startswith(self._root):
             self.host.on_pushed(message)
 
@@ -1301,16 +928,17 @@ class Calls:
             if entry.part is not None and entry.part.epoch != message.epoch:
                 return  # what an earlier making of the call came to
             if entry.part is not None and entry.part.history is not None:
-                self._keep(entry, message, entry.part.history)
+                self.witness.keep(entry, message, entry.part.history)
                 return
-            entry.future.fail(_error_in(message, entry.future.actor))
-            self._end(entry)
+            entry.future.fail(error_in(message, entry.future.actor))
+            self.finish(entry)
             if entry.consumers is not None:
-                self._push_to_missed(entry.consumers, message)
+                self.push_to_missed(entry.consumers, message)
         elif self.host is not None and not message.id.startswith(self._root):
             self.host.on_pushed(message)
 
-    def _push_to_missed(self, consumers: list[Address], message: Resolve | Fail) -> None:
+    def push_to_missed(self, consumers: list[Address], message: Resolve | Fail) -> None:
+        """Tells those consumers that its executor has not told."""
         for consumer in consumers:
             if consumer == self.me:
                 self._push_here(message)
@@ -1357,16 +985,16 @@ class Calls:
 
     # How an entry ends.
 
-    def _end(self, entry: Entry) -> None:
+    def finish(self, entry: Entry) -> None:
+        """Its future has ended: nothing is kept of it."""
         id = entry.future.id
         if self._entries.pop(id, None) is None:
             return
-        if self._crossing and entry.place in self._crossing:
-            self._look_over(entry.place)
+        crossings = self._crossings
+        if crossings.open or crossings.hops:
+            crossings.forget(entry)
         if entry.tick and (bucket := self._wheel.get(entry.tick)) is not None:
             bucket.pop(id, None)
-        if self._hops:
-            self._hops.pop(id, None)
         entry.future.facts = _facts(entry, self.loop.time())
         if entry.parent:
             siblings = self._children[entry.parent]
@@ -1387,7 +1015,8 @@ class Calls:
         else:
             del self._lent[id]
 
-    def _stop_watching(self, entry: Entry) -> None:
+    def stop_watching(self, entry: Entry) -> None:
+        """Its deadline ends it no more."""
         if entry.tick:
             bucket = self._wheel.get(entry.tick)
             if bucket is not None:
@@ -1398,12 +1027,12 @@ class Calls:
             error.call_id = error.call_id or entry.future.id.hex()
             error.actor = error.actor or entry.future.actor
         if entry.history is not None and self._closed is None:
-            self._keep(entry, Fail(entry.future.id, *values.encode_error(error)), entry.history)
+            self.witness.keep(entry, Fail(entry.future.id, *values.encode_error(error)), entry.history)
             return
         entry.future.fail(error)
-        self._end(entry)
+        self.finish(entry)
         if entry.consumers is not None:
-            self._push_to_missed(entry.consumers, Fail(entry.future.id, *values.encode_error(error)))
+            self.push_to_missed(entry.consumers, Fail(entry.future.id, *values.encode_error(error)))
 
     def _watch_deadline(self, entry: Entry, deadline: float) -> None:
         tick = entry.tick = int(deadline / _TICK_S) + 1
@@ -1463,7 +1092,7 @@ class Calls:
             self._end_with(entry, CallCancelledError(reason, started=False))
             return
         entry.cancelling = True
-        self._stop_watching(entry)
+        self.stop_watching(entry)
         self._watch_deadline(entry, self.loop.time() + _CANCEL_GRACE_S)
 
     def _credit(self, id: bytes, limit: int) -> None:
@@ -1522,88 +1151,6 @@ class Calls:
 
     # Jobs.
 
-    def _journal(self) -> Journal:
-        assert self.journal is not None
-        return self.journal
-
-    def _keep(self, entry: Entry, message: Resolve | Fail, history: History) -> None:
-        """The first outcome of a call of a job: its maker sees it once it is durable."""
-        if entry.is_kept:
-            return
-        assert entry.part is not None
-        is_late = entry.part.is_abandoned or history.is_over
-        if is_late and type(message) is Fail:
-            self._appear(entry, message, again=True)
-            return
-        entry.part.is_kept = True
-        self._stop_watching(entry)
-        result = msgspec.structs.replace(message, pushed=()) if message.pushed else message
-        appear = functools.partial(self._appear, entry, result)
-        outcome = history.outcome(result, self.loop.time(), is_late=is_late)
-        self._observe(history, outcome, lambda: _when_repeated(history, appear))
-
-    def _observe(self, history: History, observation: Observation, on_durable: Callable[[], None] | None = None) -> None:
-        opening = history.opening()
-        if opening is not None:
-            self._journal().put(opening)
-        self._journal().put(observation, on_durable)
-
-    def void(self, history: History, losses: Iterable[BaseException]) -> None:
-        """A call of a job ends with losses: what it had called and that failed of them is made again by another attempt."""
-        for voided in history.voided([values.encode_error(loss)[:2] for loss in losses]):
-            self._observe(history, voided)
-
-    def _appear(self, entry: Entry, result: Resolve | Fail, *, again: bool = False) -> None:
-        """Shows an outcome that is durable; with `again`, one that need not be, since the call will be made again."""
-        if self._entries.get(result.id) is not entry:
-            return
-        if type(result) is Resolve:
-            self._resolve(entry.future, result.payload)
-        else:
-            assert type(result) is Fail
-            error = _error_in(result, entry.future.actor)
-            again = again or bool(losses_in(error))  # it is made again, and goes on where it was, if that ends the job
-            entry.future.fail(error)
-        self._end(entry)
-        if entry.consumers is not None:
-            self._push_to_missed(entry.consumers, result)
-        if entry.address is not None:
-            self.tell(entry.address, Settled(result.id, again))
-
-    def _resolve(self, future: Future[Any], payload: bytes) -> None:
-        if payload[:1] != MARK:
-            future.resolve(payload)
-            return
-        try:
-            future.resolve(self.claims.taken(payload))
-        except WireError as error:
-            future.fail(error)
-
-    def _is_remembered(self, entry: Entry, history: History | None) -> bool:
-        """True if a former attempt saw how the call ended: then it is not made again, and ends when its turn comes."""
-        id = entry.future.id
-        if history is None or history.memory is None:
-            return False
-        if not history.expects(id):
-            loose = history.take_loose(id)
-            if loose is not None:
-                self._keep(entry, loose, history)
-            return loose is not None
-        result = history.made(id)
-        if result is not None:
-            self._appear(entry, result)
-        self._go_on(history)
-        return True
-
-    def _go_on(self, history: History, hurried: Sequence[Resolve | Fail] = ()) -> None:
-        """Shows what is due, and when all has been seen again does what was held meanwhile."""
-        for result in (*history.due(), *hurried):
-            entry = self._entries.get(result.id)
-            if entry is not None:
-                self._appear(entry, result)
-        while history.held and not history.is_repeating:
-            history.held.pop(0)()
-
     def _give_way(self, entry: Entry) -> None:
         """The same call is made by another attempt in this very process: the former one's future is nobody's any more."""
         former = self._entries.get(entry.future.id)
@@ -1612,88 +1159,19 @@ class Calls:
             entry.part.located = former.address
             former.future.fail(OwnerLostError("another attempt at the job has made this call", actor=former.future.actor))
             former.consumers = None
-            self._end(former)
+            self.finish(former)
 
-    def look(self, future: Future[Any], history: History) -> bool:
-        """A call of a job looks whether a future has ended; says what former attempts were told. Any thread."""
-        number = history.look()
-        is_on_loop = threading.get_ident() == self._thread
-        if history.was_unseen(number):
-            self.go_on(history)
-            return False
-        if history.expects(future.id):
-            if is_on_loop:
-                self._go_on(history)
-                self._go_on(history, history.hurry(future.id))
-            else:
-                appeared = threading.Event()
-                if future.on_end(appeared.set):
-                    with waiting(future):
-                        appeared.wait()
-        if future.has_ended():
-            return True
-        self.note_unseen(history, number)
-        return False
+    def is_on_loop(self) -> bool:
+        """True in the thread of the loop. Any thread."""
+        return threading.get_ident() == self._thread
 
-    def go_on(self, history: History) -> None:
-        """A call of a job has looked as a former attempt did: shows what comes next. Any thread."""
-        self._run_on_loop(functools.partial(self._go_on, history))
+    @property
+    def is_closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed is not None
 
-    def note_unseen(self, history: History, number: int) -> None:
-        """A look found nothing: what the job calls after that waits until this is durable. Any thread."""
-        if history.note_unseen(number):
-            self._run_on_loop(lambda: self._journal_unseen(history))
-
-    def read_clock(self, history: History) -> float:
-        """What the clock shows a call of a job, in seconds since the epoch. Any thread."""
-        at_s, reading = history.read_clock(time.time())
-        if reading is None:
-            self.go_on(history)
-        else:
-            self._run_on_loop(functools.partial(self._journal_on_the_way, history, reading))
-        return at_s
-
-    def cut_again(self, history: History, number: int) -> None:
-        """A wait has been cut short where a former attempt's was: what came after that may appear. Any thread."""
-        history.cut_again(number)
-        self.go_on(history)
-
-    def _journal_unseen(self, history: History) -> None:
-        for unseen in history.take_noted():
-            self._journal_on_the_way(history, unseen)
-
-    def _journal_on_the_way(self, history: History, observation: Unseen | Reading) -> None:
-        """What the program knows already becomes durable before anything that it does now can be seen."""
-        if not history.is_over:
-            history.on_the_way += 1
-            self._observe(history, observation, functools.partial(_has_landed, history))
-
-    def stop_repeating(self, history: History) -> None:
-        """The call has been cancelled: what it has made ends now."""
-        history.stop_repeating()
-        self._go_on(history)
-
-    def watch(self, history: History) -> None:
-        """Watches over a workflow that repeats a job: it may come to a standstill."""
-        if history.is_repeating:
-            self.loop.call_later(_WATCH_EVERY_S, self._watch, history, history.progress, 0)
-
-    def _watch(self, history: History, progress: int, idle: int) -> None:
-        """`idle` looks have found it waiting and no further; they are counted, since a busy machine makes few of them."""
-        host = self.host
-        if host is None or self._closed is not None or not history.is_repeating:
-            return
-        is_idle = history.progress == progress and not history.is_waiting_again and host.is_waiting(history.call_id)
-        idle = idle + 1 if is_idle else 0
-        wanted = history.next_wanted
-        if idle * _WATCH_EVERY_S > _STANDSTILL_S + _SLOWER * (0.0 if wanted is None else wanted.after_s):
-            if not history.skip_looks():
-                host.on_standstill(history)
-                return
-            self._go_on(history)
-        self.loop.call_later(_WATCH_EVERY_S, self._watch, history, history.progress, idle)
-
-    def _run_on_loop(self, function: Callable[[], None]) -> None:
+    def run_on_loop(self, function: Callable[[], None]) -> None:
+        """Calls it on the loop, at once if that is this thread. Any thread."""
         if threading.get_ident() == self._thread:
             function()
         else:
@@ -1722,16 +1200,16 @@ class Calls:
         """
         self._places.forget(address)
         never_left = {message.id: message for message in unsent if type(message) is Call}
-        never_left |= self._returned.pop(address, {})
+        never_left |= self._crossings.take_returned(address)
         for call in [call for call in never_left.values() if call.cast and not call.deps and call.id not in self._entries]:
-            self._cast_again(address, call)
+            self.cast_again(address, call)
         here = [(entry, never_left.get(entry.future.id)) for entry in self._entries.values() if self._was_at(entry, address)]
         for entry, unread in sorted(here, key=_number_at):
-            self._move_on(entry, unread)
+            self.move_on(entry, unread)
         for in_flight in self.in_flight.values():
             if not in_flight.get(address.name):  # a successor of the same name may have calls by now
                 in_flight.pop(address.name, None)
-        self._ask_crossings_again(address, was_settled)
+        self._crossings.on_lost(address, was_settled)
         for drained in self._draining.values():
             if drained.address == address:
                 drained.lose()
@@ -1764,29 +1242,32 @@ class Calls:
         at = entry.address
         return at is not None and at.name == lost.name and (at == lost or self._table.is_lost(at))
 
-    def _move_on(self, entry: Entry, unsent: Call | None) -> None:
+    def move_on(self, entry: Entry, unsent: Call | None) -> None:
+        """Its worker has it no more: it goes elsewhere, or fails. `unsent`: the call as it is if it has not begun there."""
         lost = entry.address
         assert lost is not None
         self.in_flight[entry.actor][lost.name] -= 1
         entry.address = None
-        self._look_over(entry.place)
+        self._crossings.look_over(entry.place)
         if entry.is_kept:
             return
         if entry.cancelling:
             self._end_with(entry, CallCancelledError("cancelled; its worker was lost", started=unsent is None))
         elif unsent is not None:
-            if entry.future.id in self._hops:  # it was passed on: what is yet to be heard of that is told apart by the attempt
+            if (
+                entry.future.id in self._crossings.hops
+            ):  # it was passed on: what is yet to be heard of that is told apart by the attempt
                 unsent = msgspec.structs.replace(unsent, attempt=unsent.attempt + 1)
-                self._hops[unsent.id] = (unsent.attempt, 0), None
+                self._crossings.sent_anew(unsent.id, unsent.attempt)
             entry.call = unsent
-            self._again(entry)
+            self.again(entry)
         elif entry.call is not None and self._may_retry(entry):
             call = entry.call
             known = (*call.lost, str(lost)) if call.job else ()
             entry.call = msgspec.structs.replace(call, attempt=call.attempt + 1, lost=known)
-            self._hops[entry.future.id] = (call.attempt + 1, 0), None
+            self._crossings.sent_anew(entry.future.id, call.attempt + 1)
             if self._places.store_known(entry.place):  # in their order, and not before somebody has opened the store again
-                self._again(entry)
+                self.again(entry)
                 return
             self.loop.call_later(self._pause_s(call.attempt), self._after_pause, entry)
         else:
@@ -1810,9 +1291,10 @@ class Calls:
 
     def _after_pause(self, entry: Entry) -> None:
         if self._entries.get(entry.future.id) is entry and not entry.is_kept:
-            self._again(entry)
+            self.again(entry)
 
-    def _again(self, entry: Entry) -> None:
+    def again(self, entry: Entry) -> None:
+        """Routes it anew."""
         call = entry.call
         assert call is not None
         entry.call = self._with_time_left(entry, call)
@@ -1865,26 +1347,7 @@ def _tried_again(call: Call, root: Root | None, history: History | None) -> Call
     return msgspec.structs.replace(call, attempt=1, lost=history.memory.lost, failures=history.failures)
 
 
-def _when_repeated(history: History, function: Callable[[], None]) -> None:
-    """Now, or when all that a former attempt saw has been seen again: nothing comes in between."""
-    if history.is_repeating:
-        history.held.append(function)
-    else:
-        function()
-
-
-def _has_landed(history: History) -> None:
-    history.on_the_way -= 1
-
-
-def _error_in(message: Fail, actor: str) -> Exception:
-    return values.decode_error(
-        message.kind, message.text, message.payload, message.traceback, message.id.hex(), actor, message.path
-    )
-
-
 _NONE: dict[str, int] = {}
-_NO_HOPS: tuple[tuple[int, int], Address | None] = ((0, 0), None)
 
 
 def _auto_session(id: bytes) -> str:

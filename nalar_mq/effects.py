@@ -49,7 +49,7 @@ def now() -> datetime:
     context = current_context.get()
     if context is None or context.history is None:
         return datetime.now(UTC)
-    return datetime.fromtimestamp(context.caller.read_clock(context.history), UTC)
+    return datetime.fromtimestamp(context.caller.witness.read_clock(context.history), UTC)
 
 
 def random() -> Random:
@@ -98,7 +98,7 @@ class _Past:
 
 def _alarm(context: CallContext, seconds: float) -> Future[None]:
     history = context.history
-    wakes_at_s = seconds + (time.time() if history is None else context.caller.read_clock(history))
+    wakes_at_s = seconds + (time.time() if history is None else context.caller.witness.read_clock(history))
     caller = context.caller
 
     def begin(future: Future[Any]) -> None:

@@ -217,7 +217,7 @@ class Future(values.Deferred, Generic[T_co]):
     def available(self) -> bool:
         """True once it has ended, with a value or with an error; never waits."""
         if self._history is not None:
-            return self._caller.look(self, self._history)
+            return self._caller.witness.look(self, self._history)
         return self._state != PENDING
 
     def has_ended(self) -> bool:
@@ -273,13 +273,13 @@ class Future(values.Deferred, Generic[T_co]):
         """Waits in a job: where a former attempt waited in vain, this one does, too, and at once."""
         number = history.look()
         if history.was_unseen(number):
-            self._caller.go_on(history)
+            self._caller.witness.go_on(history)
             raise self._too_late(timeout)
         try:
             if self._state == PENDING:
                 self._block(timeout)
         except CallTimeoutError:
-            self._caller.note_unseen(history, number)
+            self._caller.witness.note_unseen(history, number)
             raise
 
     def _block(self, timeout: float | None) -> None:
@@ -520,9 +520,9 @@ class _Wait:
         if kind is not asyncio.CancelledError or (context is not None and context.cancelled):
             return  # a call that is cancelled as a whole sees nothing that another attempt would have to see
         if self._is_repeated:
-            self._caller.cut_again(self._history, self._number)
+            self._caller.witness.cut_again(self._history, self._number)
         else:
-            self._caller.note_unseen(self._history, self._number)
+            self._caller.witness.note_unseen(self._history, self._number)
 
 
 class _OneWait:

@@ -917,7 +917,7 @@ class Host:
         if with_children:
             if context.history is not None:
                 self._calls.abandon_children(execution.call.id, context.cancelled)
-                self._calls.stop_repeating(context.history)
+                self._calls.witness.stop_repeating(context.history)
             else:
                 self._calls.cancel_children(execution.call.id, context.cancelled)
         self._preempt(execution)
@@ -1249,7 +1249,7 @@ class Host:
             if history.former_version not in ("", history.version):
                 self._end(execution, None, _changed(execution, history, "it was begun by another version of its workflow"))
                 return
-            self._calls.watch(history)
+            self._calls.witness.watch(history)
         if execution.method.is_async and execution.replica.uses_loop:
             self._runner.run(self._run_on_loop(execution, args, kwargs), self._base.copy(), execution.has_suspended)
         else:
@@ -1576,7 +1576,7 @@ class Host:
         execution.failure = failure.kind
         history = None if execution.context is None else execution.context.history
         if history is not None and (losses := losses_in(error)):
-            self._calls.void(history, losses)
+            self._calls.witness.void(history, losses)
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
         path, epoch = _path(execution, path_of(error)), execution.call.epoch

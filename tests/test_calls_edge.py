@@ -20,7 +20,6 @@ from nalar_mq import host as host_module
 from nalar_mq.address import Address
 from nalar_mq.app import load_app
 from nalar_mq.call_context import CallOptions
-from nalar_mq.calls import Calls
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.future import BlockingLoopError
@@ -123,7 +122,7 @@ async def test_what_is_kept_of_sessions_without_a_name_does_not_grow(runtime: Ru
         await client.call("Keeper.add", 1)
     await until(lambda: runtime.worker.running == 0)
     calls = client.process.calls
-    attributes = {name: getattr(calls, name) for name in Calls.__slots__}
+    attributes = {name: getattr(owner, name) for owner in (calls, calls._crossings) for name in type(owner).__slots__}
     kept = {name: len(held) for name, held in attributes.items() if isinstance(held, dict | list | set)}
     kept["_wheel"] = sum(map(len, calls._wheel.values()))
     assert max(kept.values()) < 5, kept

@@ -91,7 +91,7 @@ async def test_a_job_that_nothing_is_known_of_is_begun_by_any_code(site: Site, m
 async def test_a_workflow_that_calls_something_else_is_ended_before_that_runs(
     site: Site, workflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nalar_mq.calls._STANDSTILL_S", 0.5)
+    monkeypatch.setattr("nalar_mq.witness._STANDSTILL_S", 0.5)
     await site.serve("tools", "tool")
     await site.serve("driver", "workflow")
     job = await site.submit(workflow, "s")
@@ -134,8 +134,8 @@ async def test_a_cancelled_job_ends_while_it_repeats(site: Site) -> None:
 
 async def test_what_is_new_comes_after_all_that_was_seen(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a program that takes its time, as it did before, has not changed."""
-    monkeypatch.setattr("nalar_mq.calls._STANDSTILL_S", 0.0)
-    monkeypatch.setattr("nalar_mq.calls._SLOWER", 50.0)
+    monkeypatch.setattr("nalar_mq.witness._STANDSTILL_S", 0.0)
+    monkeypatch.setattr("nalar_mq.witness._SLOWER", 50.0)
     await site.serve("tools", "tool")
     await site.serve("driver", "workflow")
     job = await site.submit("sees_more", "m")

@@ -195,7 +195,7 @@ async def answer_a_question_that_has_been_asked_anew(state: Path) -> list[str]:
     ann, w1 = owner.options(session="ann", timeout_s=None), world.workers["w1"].process
     world.hub.slow = {("w1", "client-owner")}
     calls = [ann.call("Ledger.apply", "1", [], 0.5), ann.call("Ledger.apply", "2", [], LONG_S)]
-    await until(lambda: "Ledger.ann" in owner.process.calls._crossing)
+    await until(lambda: "Ledger.ann" in owner.process.calls._crossings.open)
     moving = asyncio.create_task(other.migrate("Ledger", "ann", to="w2"))
     calls.append(ann.call("Ledger.apply", "3", [], 0.0))
     await moving
@@ -222,7 +222,7 @@ async def leave_before_it_is_known_that_calls_have_arrived(state: Path, *, is_ki
     ann = owner.options(session="ann", timeout_s=None)
     world.hub.slow = {("w2", "client-owner")}
     call = ann.options(retries=0).call("Ledger.apply", "1", [], 0.1)
-    await until(lambda: "Ledger.ann" in owner.process.calls._crossing)
+    await until(lambda: "Ledger.ann" in owner.process.calls._crossings.open)
     if is_killed:
         world.kill("w1")
         await until(lambda: "w1" not in owner.process.table.members)
@@ -307,7 +307,7 @@ async def move_a_session_whose_calls_have_been_given_back(state: Path, slow: set
     await until(lambda: w1.running == len(busy))
     leaving = asyncio.create_task(w1.drain(60.0))
     calls = [ann.call("Ledger.apply", str(number), [], 0.0) for number in range(1, 4)]
-    await until(lambda: len(owner.process.calls._returned.get(w1.process.me, ())) == len(calls))
+    await until(lambda: len(owner.process.calls._crossings._returned.get(w1.process.me, ())) == len(calls))
     world.kill("w2")
     world.hub.slow = set(slow)
     number = len(calls)
@@ -351,10 +351,10 @@ async def pass_on_a_call_whose_owner_hears_of_it_late(state: Path) -> None:
     assert first is not None
     assert call is not None
     second = next(worker.process.me for name, worker in world.workers.items() if name != first.name)
-    calls._on_returned(second, Returned(call))
+    calls._crossings.on_returned(second, Returned(call))
     await until(lambda: entry.address not in (None, second) and entry.call is not call)
     third = entry.address
-    calls._on_forwarded(second, Forwarded(call.id, *second, 1, "later", call.session, "", 0))
+    calls._crossings.on_forwarded(second, Forwarded(call.id, *second, 1, "later", call.session, "", 0))
     assert entry.address == third
     world.kill(second.name)
     assert await future == 1

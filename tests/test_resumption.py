@@ -23,7 +23,6 @@ from waiting import until
 from nalar_mq.address import Address
 from nalar_mq.app import App, load_app
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext
-from nalar_mq.calls import Calls
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import CallCancelledError, OwnerLostError, RemoteError
@@ -46,6 +45,7 @@ from nalar_mq.messages import (
     decode_journal,
 )
 from nalar_mq.values import encode, encode_error
+from nalar_mq.witness import Witness
 from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "resume_app.py"
@@ -829,15 +829,15 @@ async def test_a_call_that_is_lost_too_often_is_made_again_when_its_job_is_tried
 async def test_what_is_void_is_said_by_the_next_attempt_if_it_was_not_durable(
     site: Site, one_retry: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    void, unsaid = Calls.void, [1]
+    void, unsaid = Witness.void, [1]
 
-    def once_lost(self: Calls, history: History, losses: list[BaseException]) -> None:
+    def once_lost(self: Witness, history: History, losses: list[BaseException]) -> None:
         if unsaid:
             unsaid.pop()
         else:
             void(self, history, losses)
 
-    monkeypatch.setattr(Calls, "void", once_lost)
+    monkeypatch.setattr(Witness, "void", once_lost)
     await site.serve("driver", "workflow")
     await site.serve("alone0", "Alone")
     job = await site.submit("needs_alone", "n")

@@ -294,7 +294,7 @@ class Schedule:
         if entry is None and call.deps:
             return  # nobody has the values any more
         place = entry.address if entry is not None else calls._places.known(f"{call.actor}.{call.session}")
-        if place is None or calls._closed is not None or (entry is not None and entry.place in calls._crossing):
+        if place is None or calls._closed is not None or (entry is not None and entry.place in calls._crossings.open):
             return  # nothing more of a session is sent until it is known that all former calls have arrived
         latest = entry.call if entry is not None and entry.call is not None else call
         again = msgspec.structs.replace(latest, attempt=latest.attempt + 1)
