@@ -118,6 +118,7 @@ _FIRST_PAUSE_S = 0.05  # before a call is sent again, doubled with each attempt
 _LONGEST_PAUSE_S = 2.0
 _CANCEL_GRACE_S = 2.0  # how long the executor has to say whether a cancelled call had started
 _TICK_S = 0.05
+_HELD_S = 0.1  # before what a process must not begin is looked at again
 _CAST_HOLDS_S = 600.0  # how long at most large values are held for a cast
 _LONGEST_S = 1e9  # a timeout beyond this, infinity among them, is none: timers cannot hold it
 _LABELS_KEPT = 10_000
@@ -491,10 +492,12 @@ class Calls:
             return
         if history is not None and history.is_repeating and entry.part.located is None:
             history.held.append(lambda: self._route_in_job(entry))
-        elif entry.part.begin is not None:
-            entry.part.begin()
-        else:
+        elif entry.part.begin is None:
             self._route(entry)
+        elif self.host is not None and not self.host.may_begin():
+            self.loop.call_later(_HELD_S, self._route_in_job, entry)
+        else:
+            entry.part.begin()
 
     def _route(self, entry: Entry) -> None:
         call = entry.call

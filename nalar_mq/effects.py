@@ -9,7 +9,8 @@ different the next time are therefore asked for here:
     effect(f, ...)      runs a function of the program's own and notes its result
 
 Each of them gives another attempt what it gave the first one, in the same order among the outcomes of calls. `sleep` and
-`effect` return when that is durable; what `now` has told becomes durable before any call or effect that follows it is made.
+`effect` return when that is durable; what `now` has told becomes durable before any call or effect that follows it is made. An
+effect does not begin while others may hold its process to be lost, and go on with the job.
 Outside of jobs they do the plain thing, and outside of the runtime, too.
 """
 

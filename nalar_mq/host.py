@@ -11,6 +11,10 @@ Life of an execution, all on the event loop:
 Values are pushed here before, with or after the call that needs them, since they come from other processes; what has come
 is kept for a while, and what has not come is asked for. A dependency that failed fails the call with the same error.
 
+Standing still. A process that stood still for longer than its lease finds calls in its hands that others run by now. It begins
+none of them before its lease is confirmed again (`membership`): neither what it has received meanwhile, nor what had been
+chosen and waited for its turn on the loop or for its arguments, nor an effect of a program that goes on.
+
 Async code runs on the loop, sync code in threads, and code that asks for it in a child process. A call that is cancelled
 ends at its next `await`; in a thread at its next call to an actor, and what it returns after that is dropped while its
 session stays held until the thread has returned.
@@ -1035,6 +1039,10 @@ class Host:
             execution.is_parked = is_parked
             self._calls.tell(execution.owner, Parked(execution.call.id, is_parked))
 
+    def may_begin(self) -> bool:
+        """False while others may hold this process to be lost."""
+        return self._may_begin()
+
     def is_waiting(self, id: bytes) -> bool:
         """True if the call runs here and waits for others."""
         execution = self._executions.get(id)
@@ -1180,6 +1188,8 @@ class Host:
                 if type(found) is Resolve and found.payload[:1] == MARK:
                     execution.given[id] = Resolve(id, await self._calls.claims.read(found.payload))
             args, kwargs = await asyncio.to_thread(self._arguments, execution)
+            if not self._may_begin():
+                await self._until_current()
         except BaseException as error:
             self._end(execution, None, error)
             return

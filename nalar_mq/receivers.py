@@ -76,6 +76,10 @@ class Host(Protocol):
         """The actor, and its method, of a call that runs here; empty if it does not."""
         ...
 
+    def may_begin(self) -> bool:
+        """False while others may hold this process to be lost: it begins nothing then."""
+        ...
+
     def is_waiting(self, id: bytes) -> bool:
         """True if the call runs here and waits for others."""
         ...

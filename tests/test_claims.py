@@ -126,6 +126,29 @@ def test_a_name_that_could_leave_the_folder_is_refused(name: str) -> None:
 # Every way a value can go, on one machine and between two.
 
 
+async def test_a_call_whose_process_stood_still_while_it_read_its_arguments_waits(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await runtime.worker("first")
+    await runtime.client()
+    process, has_slept = worker.process, asyncio.Event()
+    read, is_current = process.claims.read, process.membership.is_current
+
+    async def read_for_long(claim: bytes) -> bytes:
+        found = await read(claim)
+        has_slept.set()
+        return found
+
+    monkeypatch.setattr(process.claims, "read", read_for_long)
+    monkeypatch.setattr(process.membership, "is_current", lambda: is_current() and not has_slept.is_set())
+    future = runtime.actors.digest_in_thread(runtime.actors.text(SIZE))
+    await within(has_slept.wait())
+    await asyncio.sleep(0.3)  # enough for it to run
+    assert not future.available()
+    has_slept.clear()
+    assert await within(future) == hashlib.sha256(runtime.actors.text(SIZE)).hexdigest()
+
+
 @pytest.mark.parametrize("stores", [("here", "here"), ("here", "there"), ("off", "off"), ("off", "here")], ids="-".join)
 async def test_every_way_a_large_value_can_go(runtime: Runtime, stores: tuple[str, str]) -> None:
     await runtime.worker("first", stores[0])

@@ -60,6 +60,19 @@ async def test_an_effect_has_a_key_of_its_own_that_is_the_same_in_every_attempt(
     assert [site.count(f"order s-{n}") for n in range(5)] == [1] * 5
 
 
+async def test_who_is_held_to_be_lost_begins_no_effect(site: Site) -> None:
+    """The job goes on elsewhere, while the program of its former attempt does so, too."""
+    driver = await site.serve("driver", "workflow")
+    job = await site.submit("takes_late", "t")
+    await site.ran("takes_late t")
+    await lose_driver(site)
+    await site.ran("takes_late t", 2)
+    assert not driver.process.is_current()
+    site.open("t")
+    assert await job.result(timeout=PATIENCE_S) == 2
+    assert site.count("order t") == 1
+
+
 @pytest.mark.parametrize("workflow", ["sleeps", "sleeps_in_thread"])
 async def test_who_sleeps_leaves_room_for_others(site: Site, workflow: str) -> None:
     await site.serve("driver", "workflow")

@@ -82,6 +82,15 @@ def takes_in_thread(name: str) -> list[object]:
     return found
 
 
+@workflow
+async def takes_late(name: str) -> int:
+    RUNS.append(f"takes_late {name}")
+    await gate(name).wait()
+    found = await effect(order_later, name)
+    RUNS.append(f"took {name}")
+    return len(found)
+
+
 @workflow(concurrency=1, timeout_s=None)
 async def sleeps(name: str, seconds: float) -> str:
     RUNS.append(f"sleeps {name}")
