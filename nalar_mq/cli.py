@@ -801,8 +801,10 @@ def retry(options: _Options, /, keys: tuple[str, ...], every: bool, app: Path | 
     from nalar_mq import job_commands
 
     _check_chosen(keys, every)
-    count = _run(options, job_commands.retry(_choice(broker), app, keys))
-    _tell(f"{count} published again")
+    published, removed = _run(options, job_commands.retry(_choice(broker), app, keys))
+    _tell(f"{published} published again")
+    if removed:
+        _tell(f"{removed} removed only: what failed there had been published again before, and the job has ended")
 
 
 @dead_letters.command()

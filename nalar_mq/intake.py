@@ -531,10 +531,18 @@ class Intake:
         await job.message.nak(pause_s)
 
     async def _fail(self, job: _Job, error: Exception, ran_s: float) -> None:
+        if not await self._still_holds(job):
+            _log.warning("job.taken_over", job=job.id, workflow=job.spec.name, reason=repr(error))
+            return
         failed = JobResult(job.id, job.spec.name, "failed", error=describe(error), timings=self._timings(job, ran_s))
         _log.warning("job.failed", job=job.id, workflow=job.spec.name, reason=repr(error))
         await self._end_in_failure(failed, job.message, error)
         await self._leave(job, None)
+
+    async def _still_holds(self, job: _Job) -> bool:
+        """False if others have taken the job over: while this process stood still they may have ended it, and begun it anew."""
+        held = await self.jobs.patiently(lambda: self.jobs.holder(job.id))
+        return held is not None and held[1] == job.revision
 
     async def _end_in_failure(self, failed: JobResult, message: QueueMessage, error: BaseException) -> None:
         """Writes the result and the dead letter, unless the job has ended by something else than this message."""
@@ -642,9 +650,14 @@ class Intake:
                 await self._clear_records()
 
     async def _clear_records(self) -> None:
-        """Removes records of jobs that have ended, left by processes that died after others had ended them."""
+        """Removes records of jobs that have ended, left by processes that died after others had ended them.
+
+        While the message is in the queue its next holder does that, who knows whether what lies there has ended it.
+        """
         for id, held, revision in await self.jobs.records():
-            if not self._table.is_alive(Address(held.name, held.incarnation)) and await self._ended(id) is not None:
+            if self._table.is_alive(Address(held.name, held.incarnation)) or await self.jobs.is_queued(held.sequence):
+                continue
+            if await self._ended(id) is not None:
                 await self.jobs.release(revision)
 
     def _long_unserved(self, subjects: Mapping[str, int]) -> list[str]:

@@ -151,14 +151,15 @@ async def dead_letters(choice: BrokerChoice, app: Path | None) -> list[DeadLette
         return [letter async for letter in (await client.jobs()).dead_letters()]
 
 
-async def retry(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> int:
-    """Publishes dead letters again, all of them if none is named; returns how many."""
+async def retry(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> tuple[int, int]:
+    """Publishes dead letters again, all of them if none is named.
+
+    Returns how many were, and how many have only been removed, since their jobs have ended after they had failed.
+    """
     async with client_of(choice, app) as client:
         jobs = await client.jobs()
-        letters = await _chosen(jobs, keys)
-        for letter in letters:
-            await jobs.retry(letter)
-        return len(letters)
+        published = [await jobs.retry(letter) for letter in await _chosen(jobs, keys)]
+        return sum(published), len(published) - sum(published)
 
 
 async def drop(choice: BrokerChoice, app: Path | None, keys: tuple[str, ...]) -> int:

@@ -41,8 +41,13 @@ is appended on condition that the former one under its key is what was seen. And
 begins it only if it is in the queue after it has no result: else a person has published it again meanwhile. That is done
 twice where the first answer of the broker is lost, or by two people at once: the result that goes before it is that of the
 message that has failed, no other, so that what the first one has come to is found by the second. What is published again
-says in `Nalar-Sequence` which message it stands for: the failure of that one, which may be written late by a process that
-stood still, does not end it, and goes.
+says in `Nalar-Sequence` which message it stands for: the failure of that one does not end it, and goes. It may be written
+late, by a process that stood still: who fails looks first whether its record still stands, but may stand still after that.
+Until the next holder has removed it, who asks how the job has ended finds the record of a message that stands for the failed
+one, and is told that it has not.
+
+Headers are the publisher's word: permissions of the broker are about subjects. So whoever may publish a job may give it any
+id, and by these two headers have one that has failed run again, in other words as well; what has ended otherwise stays.
 """
 
 from __future__ import annotations
@@ -249,10 +254,19 @@ class Jobs:
     async def result(self, id: str) -> JobResult | None:
         """How a job has ended, or None if it has not, or if it is not known any more."""
         ended = await self.ended(id)
-        return None if ended is None else ended.result
+        return None if ended is None or await self._goes_on(id, ended) else ended.result
+
+    async def _goes_on(self, id: str, ended: Ended) -> bool:
+        """True if what has failed was published again since, and is in somebody's hands: then that was written late."""
+        held = await self.holder(id) if ended.failed else None
+        if held is None or held[0].sequence <= ended.failed:
+            return False
+        after = held[0].sequence - 1
+        found = await self.queue.read(self._subjects.job(">"), after=after, limit=1)
+        return any(kept.sequence == after + 1 and sequence_in(kept.headers) >= ended.failed for kept in found)
 
     async def ended(self, id: str) -> Ended | None:
-        """The same, with what has failed if it has."""
+        """What lies there of how it has ended, with what has failed if it has."""
         kept = await self._results.last(self._subjects.result(check_token(id, "job id")))
         return None if kept is None else Ended(read_result(kept.data), sequence_in(kept.headers))
 
@@ -400,8 +414,12 @@ class Jobs:
         """
         status = await self.status(id)
         cancelled = JobResult(id, status.workflow, "cancelled", error=JobError("CallCancelledError", reason))
-        if not await self.finish(cancelled):
-            return False
+        while not await self.finish(cancelled):
+            ended = await self.ended(id)
+            if ended is not None and not await self._goes_on(id, ended):
+                return False
+            if ended is not None:
+                await self.forget_result(id, failed=ended.failed)
         self._transport.publish(self._subjects.cancel(id), reason.encode())
         return True
 
@@ -545,10 +563,10 @@ class Jobs:
         kept = await self._dead.last(self._subjects.dead(check_token(key, "key of a dead letter")))
         return None if kept is None else _dead_letter(kept)
 
-    async def retry(self, letter: DeadLetter) -> str:
-        """Publishes a dead letter again under its id and removes it; returns the id, empty if it gets another one.
+    async def retry(self, letter: DeadLetter) -> bool:
+        """Publishes a dead letter again, under the id of its job if it has one, and removes it.
 
-        Nothing is published if the job has ended since that message failed: somebody has done so before.
+        Nothing is published if the job has ended since that message failed, as somebody has done so before: then this is False.
 
         Raises:
             ValueTooLargeError: it was too large to be kept whole.
@@ -556,7 +574,8 @@ class Jobs:
         if letter.is_cut:
             raise ValueTooLargeError(f"dead letter {letter.key!r} was too large to be kept whole, so it cannot be retried")
         await self._take_out(letter)
-        if not letter.job or await self.forget_result(letter.job, failed=letter.message):
+        is_to_run = not letter.job or await self.forget_result(letter.job, failed=letter.message)
+        if is_to_run:
             headers = {JOB_ID: letter.job} if letter.job else {}
             if letter.message:
                 headers[_SEQUENCE] = str(letter.message)
@@ -564,7 +583,7 @@ class Jobs:
                 headers[TENANT] = tenant
             await self.queue.publish(letter.subject, letter.data, headers=headers)
         await self._remove(letter)
-        return letter.job
+        return is_to_run
 
     async def drop(self, letter: DeadLetter) -> None:
         """Removes a dead letter; one that has come under its key since stays."""

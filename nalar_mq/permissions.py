@@ -16,6 +16,9 @@ Of what processes share, each of them may write all: where sessions live, who ha
 journal of a process is written by others only when they take its jobs over. What a process is granted there lets it disturb
 the others, and never lets it speak in their name.
 
+Permissions are about subjects: which headers a message bears is its publisher's affair. So whoever may publish jobs of a
+workflow may do so under any id, and have one that has failed run again (`jobs`).
+
 JetStream publishes to any subject that it is asked to answer on, without a look at the permissions of who asks. What comes that
 way is told apart by its form, and not believed: see `transport.is_direct`.
 """

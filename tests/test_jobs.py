@@ -215,12 +215,12 @@ async def test_dead_letters_are_retried_and_dropped(bench: Bench) -> None:
     await bench.emptied()
     letter = await jobs.dead_letter("a")
     assert letter is not None
-    assert await jobs.retry(letter) == "a"
+    assert await jobs.retry(letter)
     result = await bench.result("a")
     assert (result.state, result.value) == ("done", 5)
     former = await jobs.dead_letter("c")
     assert former is not None
-    assert await jobs.retry(former) == "c"
+    assert await jobs.retry(former)
     await bench.result("c")
     await bench.emptied()
     await jobs.drop(former)  # it has failed again since: that letter is another one
@@ -305,7 +305,7 @@ async def test_a_dead_letter_that_is_tried_again_is_the_only_message_of_its_job(
     jobs, message = await failed_by_one_that_died(bench, "answer", b'["x"]', "x")
     letter = await jobs.dead_letter("x")
     assert letter is not None
-    assert await jobs.retry(letter) == "x"
+    assert await jobs.retry(letter)
     assert not await jobs.is_queued(message.sequence)
     await message.nak(0.0)
     await bench.worker("one")
@@ -334,7 +334,7 @@ async def test_who_tries_a_dead_letter_again_twice_has_it_run_once(bench: Bench,
     assert (await bench.result("x")).state == "done"
     await bench.emptied()
     assert await jobs.dead_letter("x") == letter
-    assert await jobs.retry(letter) == "x"
+    assert not await jobs.retry(letter)
     await bench.emptied()
     assert (await bench.result("x")).state == "done"
     assert bench.actors.RUNS.count("answer x") == 1
@@ -355,14 +355,48 @@ async def test_a_failure_that_comes_late_does_not_end_what_was_published_again(b
         assert await jobs.finish(late, failed=message.sequence)
     await bench.worker("one")
     await until(lambda: bench.actors.RUNS.count(f"{workflow} x") == 1)
+    waits = asyncio.create_task(bench.result("x"))
     if begins == "while it runs":
         assert await jobs.finish(late, failed=message.sequence)
+        assert await jobs.result("x") is None
+        assert (await jobs.status("x")).state == "running"
         await asyncio.sleep(2 * QUICK.ack_wait_s)  # it looks now and then whether somebody has ended it
     bench.actors.GATES["x"].set()
     await bench.emptied()
     result = await bench.result("x")
+    assert await waits == result
     assert (result.state, result.error.message if result.error else "") == (ends, "it broke" if ends == "failed" else "")
     assert [other.cause async for other in jobs.dead_letters()] == ([] if ends == "done" else ["ValueError: it broke"])
+
+
+async def test_what_goes_on_can_be_cancelled_though_a_failure_has_come_late(bench: Bench) -> None:
+    jobs, message = await failed_by_one_that_died(bench, "gated", b'["x"]', "x")
+    letter = await jobs.dead_letter("x")
+    assert letter is not None
+    await jobs.retry(letter)
+    worker = await bench.worker("one")
+    await until(lambda: bench.actors.RUNS.count("gated x") == 1)
+    assert await jobs.finish(JobResult("x", "gated", "failed", error=JobError("KeyError", "late")), failed=message.sequence)
+    assert await jobs.cancel("x")
+    assert (await bench.result("x")).state == "cancelled"
+    await until(lambda: not worker.running)
+    assert not await jobs.cancel("x")
+
+
+async def test_who_fails_when_others_have_taken_its_job_over_ends_nothing(bench: Bench) -> None:
+    """They may have ended it, and a person begun it anew."""
+    jobs = await bench.jobs()
+    sequence = await bench.publish("gated_broken", b'["x"]', Nalar_Job_Id="x")
+    worker = await bench.worker("one")
+    await until(lambda: bench.actors.RUNS.count("gated_broken x") == 1)
+    held = await jobs.holder("x")
+    assert held is not None
+    await jobs.hold("x", Running(WIRE_VERSION, "other", 1, sequence, "gated_broken"), held[1])
+    bench.actors.GATES["x"].set()
+    intake = worker._intake
+    await until(lambda: intake is not None and intake.in_hand == 0)
+    assert await jobs.ended("x") is None
+    assert (await bench.result("x")).state == "failed"  # by its next holder, as that other one is gone, too
 
 
 async def test_a_result_that_comes_while_a_former_one_is_forgotten_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +415,7 @@ async def test_a_result_that_comes_while_a_former_one_is_forgotten_stays(bench: 
 
     with monkeypatch.context() as patched:
         patched.setattr(other._results, "last", slow)
-        assert await other.retry(letter) == "x"
+        assert await other.retry(letter)
     await bench.emptied()
     assert (await bench.result("x")).state == "done"
     assert bench.actors.RUNS.count("answer x") == 1
@@ -724,6 +758,22 @@ async def test_a_record_that_a_dead_process_left_of_an_ended_job_goes(bench: Ben
         while await jobs.holder("ended") is not None:
             await asyncio.sleep(0.02)
     assert await jobs.holder("goes-on") is not None
+
+
+async def test_the_record_of_a_job_that_was_tried_again_stays_though_a_failure_has_come_late(bench: Bench) -> None:
+    jobs = await bench.jobs()
+    first = await bench.publish("nobody", b"[]", Nalar_Job_Id="ended")
+    again = await bench.publish("gated", b'["x"]', Nalar_Job_Id="x", Nalar_Sequence=str(first))
+    await jobs.queue.pull(bench.subjects.job("gated"), batch=1, timeout_s=5.0, ack_wait_s=60.0)
+    await jobs.queue.remove(first)
+    for id, sequence in (("x", again), ("ended", first)):
+        await jobs.hold(id, Running(WIRE_VERSION, "dead", 1, sequence, "gated", failures=1), 0)
+        await jobs.finish(JobResult(id, "gated", "failed", error=JobError("KeyError", "late")), failed=first)
+    await bench.worker("one")
+    async with asyncio.timeout(PATIENCE_S):
+        while await jobs.holder("ended") is not None:
+            await asyncio.sleep(0.02)
+    assert await jobs.holder("x") is not None
 
 
 async def test_a_result_is_seen_as_soon_as_it_is_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

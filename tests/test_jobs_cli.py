@@ -54,7 +54,7 @@ def test_jobs_by_the_command_line(shell: Shell) -> None:
     assert "there is no job 'never'" in shell("status", "never", code=1).stderr
     assert "KeyError" in shell("submit", "broken", "x", "--id", "b1", "--wait", code=1).stderr
     assert [letter["key"] for letter in shell.json("dead-letters", "ls")] == ["b1"]
-    assert "1 published again" in shell("dead-letters", "retry", "b1").stderr
+    assert "1 published again\n" in shell("dead-letters", "retry", "b1").stderr
     assert "KeyError" in shell("result", "b1", "--wait", code=1).stderr
     assert "1 removed" in shell("dead-letters", "drop", "b1").stderr
     assert "by their keys" in shell("dead-letters", "drop", code=2).stderr
