@@ -20,7 +20,7 @@ from typing import Any
 
 from nalar_mq import moves
 from nalar_mq.actor import ActorSpec, MethodSpec, function_spec, spec_of
-from nalar_mq.code_version import version_of
+from nalar_mq.code_version import Versions
 from nalar_mq.directives import did_you_mean
 from nalar_mq.errors import AppError, ConfigError, DirectiveError
 from nalar_mq.finder import RewritingFinder, is_rewritten_module
@@ -46,10 +46,11 @@ class App:
     """The actors of one app by name, and the file that named them."""
 
     def __init__(self, path: Path, actors: dict[str, ActorSpec], finder: RewritingFinder | None = None) -> None:
+        versions = Versions(_is_actor)
         for spec in actors.values():
             spec.check_complete()
             if spec.kind == "workflow" and not spec.version:
-                spec.version = version_of(spec.target, _is_actor)
+                spec.version = versions.of(spec.target)
         self.path = path
         self.actors = actors
         self._finder = finder

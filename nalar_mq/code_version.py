@@ -8,6 +8,7 @@ in the module do not count, nor do agents, tools and other workflows, whose call
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import inspect
 import linecache
@@ -22,59 +23,76 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _UNCOUNTED = frozenset({"returns", "annotation", "type_comment", "ctx"})
 
 
-def version_of(function: Callable[..., Any], is_actor: Callable[[Any], bool]) -> str:
-    """The version of the code of a workflow; empty if its source is not there.
+class Versions:
+    """The versions of workflows; a file that holds several is read once.
 
     Args:
-        function: the workflow.
         is_actor: tells agents, tools and workflows among what a module holds.
     """
-    plain: Any = inspect.unwrap(function)
-    code: Any = getattr(plain, "__code__", None)
-    source = "".join(linecache.getlines(code.co_filename)) if isinstance(code, CodeType) else ""
-    if not source:
-        return ""
-    try:
-        tree = parse(source, code.co_filename)
-    except SyntaxError:
-        return ""
-    workflow = _function_at(tree, code.co_firstlineno, plain.__name__)
-    if workflow is None:
-        return ""
-    workflow.decorator_list = []
-    module = vars(sys.modules.get(plain.__module__, sys))
-    digest = hashlib.blake2b(digest_size=6)
-    used = _used(tree, workflow, lambda name: is_actor(module.get(name)))
-    for text in ("\0".join(_words(workflow)), *sorted("\0".join(_words(statement)) for statement in used)):
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0\0")
-    return digest.hexdigest()
+
+    def __init__(self, is_actor: Callable[[Any], bool]) -> None:
+        self._is_actor = is_actor
+        self._sources: dict[str, _Source | None] = {}
+
+    def of(self, function: Callable[..., Any]) -> str:
+        """The version of the code of a workflow; empty if its source is not there."""
+        plain: Any = inspect.unwrap(function)
+        code: Any = getattr(plain, "__code__", None)
+        source = self._source_at(code.co_filename) if isinstance(code, CodeType) else None
+        workflow = source.functions.get((plain.__name__, code.co_firstlineno)) if source is not None else None
+        if source is None or workflow is None:
+            return ""
+        bare = copy.copy(workflow)
+        bare.decorator_list = []
+        module = vars(sys.modules.get(plain.__module__, sys))
+        used = source.used(workflow, bare, lambda name: self._is_actor(module.get(name)))
+        digest = hashlib.blake2b(digest_size=6)
+        for text in ("\0".join(_words(bare)), *sorted("\0".join(_words(statement)) for statement in used)):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0\0")
+        return digest.hexdigest()
+
+    def _source_at(self, path: str) -> _Source | None:
+        if path not in self._sources:
+            text = "".join(linecache.getlines(path))
+            try:
+                self._sources[path] = _Source(parse(text, path)) if text else None
+            except SyntaxError:
+                self._sources[path] = None
+        return self._sources[path]
 
 
-def _function_at(tree: ast.Module, line: int, name: str) -> _Definition | None:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name and _first_line(node) == line:
-            return node
-    return None
+class _Source:
+    """A file as a tree.
+
+    Attributes:
+        functions: by their names and first lines.
+    """
+
+    def __init__(self, tree: ast.Module) -> None:
+        self._body = tree.body
+        self._by_name: dict[str, list[ast.stmt]] = {}
+        self.functions: dict[tuple[str, int], ast.FunctionDef | ast.AsyncFunctionDef] = {}
+        for statement in tree.body:
+            for name in _bound(statement):
+                self._by_name.setdefault(name, []).append(statement)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                self.functions.setdefault((node.name, _first_line(node)), node)
+
+    def used(self, workflow: ast.stmt, bare: ast.stmt, is_actor: Callable[[str], bool]) -> list[ast.stmt]:
+        """The statements that bind the names that a workflow uses, directly or not; `bare` is what of it counts."""
+        found = {id(workflow)}
+        pending = [bare]
+        while pending:
+            for name in _names(pending.pop()):
+                fresh = [] if is_actor(name) else [s for s in self._by_name.get(name, ()) if id(s) not in found]
+                found.update(map(id, fresh))
+                pending += fresh
+        return [statement for statement in self._body if id(statement) in found and statement is not workflow]
 
 
 def _first_line(node: _Definition) -> int:
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-
-
-def _used(tree: ast.Module, workflow: _Definition, is_actor: Callable[[str], bool]) -> list[ast.stmt]:
-    """The statements of a module that bind the names that a workflow uses, directly or not."""
-    by_name: dict[str, list[ast.stmt]] = {}
-    for statement in tree.body:
-        for name in _bound(statement):
-            by_name.setdefault(name, []).append(statement)
-    found = {id(workflow)}
-    pending: list[ast.stmt] = [workflow]
-    while pending:
-        for name in _names(pending.pop()):
-            fresh = [] if is_actor(name) else [s for s in by_name.get(name, ()) if id(s) not in found]
-            found.update(map(id, fresh))
-            pending += fresh
-    return [statement for statement in tree.body if id(statement) in found and statement is not workflow]
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from nalar_mq import code_version
 from nalar_mq.actor import spec_of
 from nalar_mq.app import load_app
-from nalar_mq.code_version import version_of
+from nalar_mq.code_version import Versions
 
 CODE = '''
 from nalar_mq import tool, workflow
@@ -62,7 +64,7 @@ def version(tmp_path: Path) -> Iterator[Version]:
         assert spec.loader is not None
         module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return version_of(module.flow.function, lambda found: spec_of(found) is not None)
+        return Versions(lambda found: spec_of(found) is not None).of(module.flow.function)
 
     yield of
     for name in [name for name in sys.modules if name.startswith("coded")]:
@@ -107,7 +109,30 @@ def test_nothing_else_does(version: Version, old: str, new: str) -> None:
 def test_code_without_a_source_has_no_version() -> None:
     names: dict[str, Any] = {}
     exec("def flow(): ...", names)
-    assert version_of(names["flow"], lambda found: False) == ""
+    assert Versions(lambda found: False).of(names["flow"]) == ""
+
+
+def test_workflows_of_one_file_have_the_versions_that_they_have_alone_and_it_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one uses the function of another, whose decorators count then."""
+    code = "from functools import cache\n\n" + "".join(
+        f"@cache\ndef {name}(): return {calls}\n\n" for name, calls in (("one", "1"), ("two", "one()"), ("three", "two()"))
+    )
+    (tmp_path / "coded_together.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("coded_together")
+    parsed: list[str] = []
+    parse = code_version.parse
+    monkeypatch.setattr(code_version, "parse", lambda source, path: parsed.append(path) or parse(source, path))
+    functions = [module.one, module.two, module.three]
+    alone = [Versions(lambda found: False).of(function) for function in functions]
+    parsed.clear()
+    together = Versions(lambda found: False)
+    assert [together.of(function) for function in functions] == alone
+    assert len(set(alone)) == 3
+    assert len(parsed) == 1
+    del sys.modules["coded_together"]
 
 
 PLAIN = """
