@@ -1,20 +1,25 @@
-"""The command `nalar` in a process of its own: run to its end, or going on until it is told to stop."""
+"""The command `nalar`: run to its end, in a process of its own or in this one, or going on until it is told to stop."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 from waiting import PATIENCE_S, eventually
 
+from nalar_mq.cli import run_command
 from nalar_mq.config import BrokerAccess
 
 NALAR = Path(sysconfig.get_path("scripts")) / "nalar"
@@ -42,19 +47,39 @@ def nalar(*words: object, cwd: Path, code: int = 0, stdin: str = "", **variables
         text=True,
         timeout=PATIENCE_S,
     )
+    return _checked(done, code)
+
+
+def nalar_here(*words: object, cwd: Path, code: int = 0, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """`nalar`, without a process of its own: for what it says and does, where it does not matter how it starts and ends."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    given = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.dict(os.environ, environment(cwd) | variables, clear=True),
+        mock.patch.object(sys, "stdin", given),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        ended = run_command([str(word) for word in words])
+    said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
+    return _checked(subprocess.CompletedProcess(words, ended, *said), code)
+
+
+def _checked(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
 
 
 class Shell:
-    """`nalar` in a folder."""
+    """`nalar` in a folder, in this process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(self, *words: object, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return nalar(*words, cwd=self.folder, code=code, stdin=stdin)
+        return nalar_here(*words, cwd=self.folder, code=code, stdin=stdin)
 
     def json(self, *words: object) -> Any:
         """What a command prints as JSON."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Running, nalar
+from commands import Running, nalar_here
 
 from nalar_mq import errors
 from nalar_mq.app import load_app
@@ -110,7 +110,7 @@ APPS = {
 
 def complaint(*arguments: object, cwd: Path, code: int, **env: str) -> str:
     """Runs a command that must fail; the one line that it says to the user."""
-    done = nalar(*arguments, cwd=cwd, code=code, **env)
+    done = nalar_here(*arguments, cwd=cwd, code=code, **env)
     assert done.stdout in ("", *_urls(done.stdout))
     said = [line for line in done.stderr.splitlines() if line.startswith("nalar: ")]
     assert len(said) == 1, done.stderr

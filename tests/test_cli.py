@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import NALAR, Running, environment, is_gone, nalar
+from commands import NALAR, Running, environment, is_gone, nalar, nalar_here
 from waiting import PATIENCE_S, eventually
 
 from nalar_mq.app import load_app
@@ -390,14 +390,14 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_what_is_up_has_a_controller_that_decides_nothing_without_need(runtime):
-    eventually(lambda: "leads" in nalar("policy", "show", cwd=runtime).stderr.partition("nobody")[0], "nobody leads")
-    eventually(lambda: nalar("policy", "history", cwd=runtime).stdout, "the history is empty")
+    eventually(lambda: "leads" in nalar_here("policy", "show", cwd=runtime).stderr.partition("nobody")[0], "nobody leads")
+    eventually(lambda: nalar_here("policy", "history", cwd=runtime).stdout, "the history is empty")
     for _ in range(3):
         nalar("call", "answer", "question=why", cwd=runtime)
-    first, *others = json.loads(nalar("policy", "history", "--json", cwd=runtime).stdout)
+    first, *others = json.loads(nalar_here("policy", "history", "--json", cwd=runtime).stdout)
     assert (first["policy"], first["took_lead"]) == ("default", True)
     assert not [entry for entry in others if entry.keys() & {"began", "ended", "acts", "refused"}]
-    assert nalar("policy", "show", cwd=runtime).stdout == ""
+    assert nalar_here("policy", "show", cwd=runtime).stdout == ""
 
 
 def test_call(runtime):
@@ -420,23 +420,23 @@ def test_calls_that_fail(runtime):
 
 def test_ps(runtime):
     pid = json.loads(nalar("call", "pid", cwd=runtime).stdout)
-    seen = json.loads(nalar("ps", "--json", cwd=runtime).stdout)
+    seen = json.loads(nalar_here("ps", "--json", cwd=runtime).stdout)
     (worker,) = [member for member in seen["members"] if member["pid"] == pid]
     assert worker["role"] == "worker"
     assert worker["state"] == "serving"
     assert worker["actors"]["answer"]["methods"] == {"": "(question: str, limit: int = 2) -> str"}
     assert worker["actors"]["answer"]["running"] == 0
-    assert worker["name"] in nalar("ps", cwd=runtime).stdout
+    assert worker["name"] in nalar_here("ps", cwd=runtime).stdout
     assert worker["node"] not in seen["crashes"]
 
 
 def test_ps_tells_of_workers_that_keep_ending(app):
     def worker() -> dict[str, Any] | None:
-        members = json.loads(nalar("ps", "--json", cwd=app).stdout)["members"]
+        members = json.loads(nalar_here("ps", "--json", cwd=app).stdout)["members"]
         return next((member for member in members if member["role"] == "worker"), None)
 
     def crashes() -> dict[str, Any]:
-        told = json.loads(nalar("ps", "--json", cwd=app).stdout)["crashes"]
+        told = json.loads(nalar_here("ps", "--json", cwd=app).stdout)["crashes"]
         return {name: row for workers in told.values() for name, row in workers.items()}
 
     def others(pids: set[int]) -> bool:
@@ -457,7 +457,7 @@ def test_ps_tells_of_workers_that_keep_ending(app):
         assert crashes()[found["name"]]["reason"].startswith("it was ended by signal 9")
         assert re.search(
             rf"^nalar: worker {found['name']} of node \S+ has ended 2 times within \d+ s, is \w+ now: it was ended by signal 9",
-            nalar("ps", cwd=app).stderr,
+            nalar_here("ps", cwd=app).stderr,
             re.MULTILINE,
         )
     finally:
@@ -471,13 +471,13 @@ def test_ps_shows_queues_and_futures(runtime, tmp_path):
     )
     try:
         eventually(started.exists, "it never began")
-        members = json.loads(nalar("ps", "--json", cwd=runtime).stdout)["members"]
+        members = json.loads(nalar_here("ps", "--json", cwd=runtime).stdout)["members"]
         worker = next(member for member in members if member["role"] == "worker")
         assert (worker["actors"]["sleep"]["queued"], worker["actors"]["sleep"]["running"]) == (0, 1)
         assert worker["ended"] >= 0
         assert [member["futures"] for member in members if member["role"] == "client"] == [1]
-        assert re.search(r"sleep\(0\+1\)", nalar("ps", cwd=runtime).stdout)
-        (running,) = json.loads(nalar("trace", "--last", "--json", cwd=runtime).stdout)
+        assert re.search(r"sleep\(0\+1\)", nalar_here("ps", cwd=runtime).stdout)
+        (running,) = json.loads(nalar_here("trace", "--last", "--json", cwd=runtime).stdout)
         assert (running["name"], running["state"]) == ("sleep", "running")
     finally:
         caller.send_signal(signal.SIGINT)
@@ -486,18 +486,18 @@ def test_ps_shows_queues_and_futures(runtime, tmp_path):
 
 def test_trace(runtime):
     nalar("call", "answer", "question=why", "--session", "traced", cwd=runtime)
-    calls = json.loads(nalar("trace", "traced", "--json", cwd=runtime).stdout)
+    calls = json.loads(nalar_here("trace", "traced", "--json", cwd=runtime).stdout)
     assert [call["name"] for call in calls][:1] == ["answer"]
     assert {"search", "writer.write"} < {call["name"] for call in calls}
     assert {call["state"] for call in calls} == {"done"}
     assert [call["depth"] for call in calls] == [0] + [1] * (len(calls) - 1)
-    shown = nalar("trace", calls[1]["id"], cwd=runtime).stdout
-    assert shown == nalar("trace", "--last", cwd=runtime).stdout
+    shown = nalar_here("trace", calls[1]["id"], cwd=runtime).stdout
+    assert shown == nalar_here("trace", "--last", cwd=runtime).stdout
     assert re.search(r"^answer +0\.000 ", shown, re.MULTILINE)
     assert all(len(line) <= 80 for line in shown.splitlines())
-    assert "no worker remembers" in nalar("trace", "nobody", cwd=runtime, code=1).stderr
+    assert "no worker remembers" in nalar_here("trace", "nobody", cwd=runtime, code=1).stderr
     for wrong in ([], ["x", "--last"]):
-        assert "or the last run by --last" in nalar("trace", *wrong, cwd=runtime, code=2).stderr
+        assert "or the last run by --last" in nalar_here("trace", *wrong, cwd=runtime, code=2).stderr
 
 
 def test_run_uses_what_is_up(runtime):
@@ -513,26 +513,26 @@ def test_up_twice(runtime):
 
 
 def test_what_is_no_call_is_not_explained(runtime):
-    assert "takes the id of one" in nalar("explain", "nonsense", cwd=runtime, code=2).stderr
+    assert "takes the id of one" in nalar_here("explain", "nonsense", cwd=runtime, code=2).stderr
 
 
 def test_the_url_of_what_is_up_in_this_folder_is_enough(runtime, tmp_path):
     url = json.loads((runtime / ".nalar" / "runtime.json").read_text())["url"]
-    assert "serving" in nalar("ps", "--nats", url, cwd=runtime).stdout
+    assert "serving" in nalar_here("ps", "--nats", url, cwd=runtime).stdout
     nalar("prepare", "--nats", url, cwd=runtime)
-    assert "name the app by --app" in nalar("ps", "--nats", url, cwd=tmp_path, code=3).stderr
+    assert "name the app by --app" in nalar_here("ps", "--nats", url, cwd=tmp_path, code=3).stderr
 
 
 def test_wrong_credentials(runtime):
     url = json.loads((runtime / ".nalar" / "runtime.json").read_text())["url"].replace("://", "://wrong@")
-    assert "wrong@" not in nalar("ps", "--nats", url, cwd=runtime, code=3).stderr
+    assert "wrong@" not in nalar_here("ps", "--nats", url, cwd=runtime, code=3).stderr
 
 
 def test_a_node_joins_and_leaves(runtime):
     node = Running("worker", ".", "--workers", "1", "--node", "second", cwd=runtime)
     try:
         node.says("1 workers are ready")
-        members = json.loads(nalar("ps", "--json", cwd=runtime).stdout)["members"]
+        members = json.loads(nalar_here("ps", "--json", cwd=runtime).stdout)["members"]
         assert "second-1" in [member["name"] for member in members]
     finally:
         assert node.end(signal.SIGINT) == 0
@@ -541,11 +541,11 @@ def test_a_node_joins_and_leaves(runtime):
 def test_several_nodes_on_one_machine_serve_and_are_drained_together(app):
     running = Running("up", ".", "--nodes", "2", "--workers", "1", cwd=app)
     running.says("2 workers are ready on 2 nodes")
-    workers = [row for row in json.loads(nalar("ps", "--json", cwd=app).stdout)["members"] if row["role"] == "worker"]
+    workers = [row for row in json.loads(nalar_here("ps", "--json", cwd=app).stdout)["members"] if row["role"] == "worker"]
     assert len({row["pid"] for row in workers}) == 2
     assert [row["node"].rpartition("-")[2] for row in sorted(workers, key=lambda row: row["node"])] == ["1", "2"]
     assert [row["name"] for row in workers] == [f"{row['node']}-1" for row in workers]
-    shown = nalar("ps", cwd=app).stdout
+    shown = nalar_here("ps", cwd=app).stdout
     assert all(re.search(rf"^{row['name']} +worker +{row['node']} ", shown, re.MULTILINE) for row in workers)
 
     children = running.children()
@@ -643,19 +643,20 @@ def test_killing_up_kills_its_children(app):
     children = running.children()
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
     eventually(lambda: all(map(is_gone, children)), "a child goes on")
-    assert "no broker is known" in nalar("ps", cwd=app, code=2).stderr
+    assert "no broker is known" in nalar_here("ps", cwd=app, code=2).stderr
 
 
 @pytest.mark.parametrize("command", [("ps",), ("ps", "--json"), ("trace", "--last"), ("trace", "some-session", "--json")])
 @pytest.mark.parametrize("where", ["named", "left behind"])
 def test_looking_without_a_broker_says_why_in_one_line(app, command, where):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"nats://127.0.0.1:{server.getsockname()[1]}"
-    if where == "named":
-        done = nalar(*command, "--nats", url, cwd=app, code=3)
-    else:  # as `up` leaves it while its broker is away: the file's process lives, and nobody listens
-        write_runtime_file(app, url=url, token="t")
-        done = nalar(*command, cwd=app, code=3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # so that nobody else listens there meanwhile
+        url = f"nats://127.0.0.1:{silent.getsockname()[1]}"
+        if where == "named":
+            done = nalar_here(*command, "--nats", url, cwd=app, code=3)
+        else:  # as `up` leaves it while its broker is away: the file's process lives, and nobody listens
+            write_runtime_file(app, url=url, token="t")
+            done = nalar_here(*command, cwd=app, code=3)
     assert done.stdout == ""
     (said,) = done.stderr.splitlines()
     assert said.startswith("nalar: error: ")
@@ -663,7 +664,7 @@ def test_looking_without_a_broker_says_why_in_one_line(app, command, where):
 
 
 def test_no_broker_there(app):
-    assert "127.0.0.1:1" in nalar("ps", "--nats", "nats://127.0.0.1:1", cwd=app, code=3).stderr
+    assert "127.0.0.1:1" in nalar_here("ps", "--nats", "nats://127.0.0.1:1", cwd=app, code=3).stderr
     assert "127.0.0.1:1" in nalar("run", ".", "pid", cwd=app, code=3, NATS_URL="nats://127.0.0.1:1").stderr
 
 

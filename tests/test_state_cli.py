@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Running, Shell
+from commands import Running, Shell, nalar
 
 from nalar_mq import values
 from nalar_mq.config import BrokerAccess
@@ -90,7 +90,8 @@ def test_beside_a_worker_and_after_it(shell: Shell, running: Running) -> None:
     assert "there already" in shell("state", "import", "all.nalar", code=2).stderr
     shell("state", "import", "all.nalar", "--replace")
     assert shown(shell, "Notebook", name)["state"]["notes"] == ["hello", "hello"]
-    assert shell("run", APP.name, "Notebook.note", "again", "--session", "ann").stdout == "3\n"
+    done = nalar("run", APP.name, "Notebook.note", "again", "--session", "ann", cwd=shell.folder)
+    assert done.stdout == "3\n"
 
 
 def test_lists_and_shows(shell: Shell, kept: Path) -> None:
