@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import structlog
+from hypothesis import HealthCheck, settings
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.config import BrokerAccess
 from nalar_mq.syntax import uncollected
+
+# How long an example takes is a matter of the machine; all else is as it is by default, in continuous integration as well.
+settings.register_profile("unhurried", parent=settings(), deadline=None, suppress_health_check=(HealthCheck.too_slow,))
+settings.load_profile("unhurried")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -161,7 +161,7 @@ def _fill(path: Path) -> None:
 async def test_a_full_disk_costs_typed_errors_and_nothing_that_was_accepted(tiny_disk: Path, namespace: str) -> None:
     async with AsyncExitStack() as stack:
         broker = await stack.enter_async_context(EmbeddedBroker(tiny_disk / "broker"))
-        site = await _site(broker.access, namespace, stack, request_timeout_s=1.0)
+        site = await _site(broker.access, namespace, stack, request_timeout_s=2.0)
         job = await site.client.submit("interrupted", MUCH // 4, "g")
         await until(lambda: "weigh 2" in site.actors.RUNS)
         await asyncio.to_thread(_fill, tiny_disk / "filler")
@@ -184,7 +184,7 @@ async def test_a_full_disk_costs_typed_errors_and_nothing_that_was_accepted(tiny
 async def losable(tmp_path: Path, namespace: str) -> AsyncIterator[tuple[Site, EmbeddedBroker]]:
     async with AsyncExitStack() as stack:
         broker = await stack.enter_async_context(EmbeddedBroker(tmp_path / "broker"))
-        yield await _site(broker.access, namespace, stack, request_timeout_s=1.0), broker
+        yield await _site(broker.access, namespace, stack, request_timeout_s=2.0), broker
 
 
 async def test_a_broker_that_comes_back_is_waited_for(losable: tuple[Site, EmbeddedBroker]) -> None:

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from nalar_mq import draining, simulation
 from nalar_mq.address import Address
@@ -101,8 +101,9 @@ def failures(load: Load) -> list[Exception]:
     return [result for results in load.results.values() for result in results if isinstance(result, Exception)]
 
 
-async def test_a_worker_drained_under_load_fails_no_call(runtime: Runtime) -> None:
-    """Its tools run elsewhere, its sessions in whoever opens its store."""
+async def test_a_worker_drained_under_load_fails_no_call(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tools run elsewhere, its sessions in whoever opens its store, however long the machine takes for their calls."""
+    monkeypatch.setattr(draining, "_LONG_S", PATIENCE_S)
     first, second = runtime.worker("first"), runtime.worker("second")
     async with first, second, Load(runtime.client) as load:
         for number in range(8):
@@ -200,7 +201,7 @@ async def test_calls_that_wait_in_a_queue_go_elsewhere_and_run_once(runtime: Run
 async def test_a_long_call_of_one_session_does_not_hold_up_the_others(runtime: Runtime) -> None:
     async with runtime.worker("first") as first, runtime.worker("second"):
         slow = runtime.client.options(session=await session_in(runtime, "first", "Notebook.note"))
-        long = slow.call("Notebook.note", 2.5)
+        long = slow.call("Notebook.note", 5.0)
         behind = slow.call("Notebook.note")
         async with Load(runtime.client) as load:
             for number in range(4):
@@ -213,7 +214,8 @@ async def test_a_long_call_of_one_session_does_not_hold_up_the_others(runtime: R
             assert [await long, await behind] == [2, 3]
             await load.end()
             assert failures(load) == []
-            assert (ended.stores, ended.moved) == (1, 1)
+            assert ended.stores == 1
+            assert ended.moved >= 1
 
 
 async def test_without_another_worker_it_ends_at_once_and_keeps_what_it_has(runtime: Runtime) -> None:

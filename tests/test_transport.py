@@ -357,7 +357,7 @@ async def test_too_large_a_value_is_refused_as_such(transport: Transport, bucket
 
 
 async def test_entries_expire_unless_they_are_renewed(transport: Transport, namespace: str) -> None:
-    bucket = await transport.key_value(namespace, ttl_s=1.0)
+    bucket = await transport.key_value(namespace, ttl_s=2.5)
     first = await bucket.create("k", b"1")
     await bucket.create("dies", b"1")
     renewed = first
@@ -494,11 +494,11 @@ async def test_delayed_return_waits(queue: WorkQueue, namespace: str) -> None:
 
 async def test_silent_holder_loses_the_message_and_a_busy_one_keeps_it(queue: WorkQueue, namespace: str) -> None:
     await queue.publish(f"{namespace}.jobs.a", b"1")
-    [held] = await queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=PATIENCE_S, ack_wait_s=1.0)
-    for _ in range(8):
-        assert await queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=0.2, ack_wait_s=1.0) == []
+    [held] = await queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=PATIENCE_S, ack_wait_s=2.5)
+    for _ in range(14):
+        assert await queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=0.2, ack_wait_s=2.5) == []
         await held.in_progress()
-    [again] = await queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=PATIENCE_S, ack_wait_s=1.0)
+    [again] = await queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=PATIENCE_S, ack_wait_s=2.5)
     assert again.deliveries == 2
 
 
@@ -517,32 +517,33 @@ async def test_consumers_share_the_queue(make_transport: MakeTransport, namespac
 
     async def work(queue: WorkQueue) -> list[bytes]:
         done: list[bytes] = []
-        while messages := await queue.pull(f"{namespace}.jobs.*", batch=7, timeout_s=0.2, ack_wait_s=30.0):
-            for message in messages:
+        while await queue.depth():
+            for message in await queue.pull(f"{namespace}.jobs.*", batch=7, timeout_s=0.2, ack_wait_s=30.0):
                 done.append(message.data)
                 await message.ack()
         return done
 
-    done = [data for share in await asyncio.gather(*(work(queue) for queue in queues)) for data in share]
+    async with asyncio.timeout(PATIENCE_S):
+        done = [data for share in await asyncio.gather(*(work(queue) for queue in queues)) for data in share]
     assert sorted(map(int, done)) == list(range(60))
 
 
 async def test_cancelled_pull_loses_nothing(queue: WorkQueue, namespace: str) -> None:
-    for _ in range(10):
+    for number in range(10):
         pull = asyncio.create_task(queue.pull(f"{namespace}.jobs.*", batch=1, timeout_s=PATIENCE_S, ack_wait_s=2.0))
         await queue.depth()
-        await queue.publish(f"{namespace}.jobs.a", b"1")
+        await queue.publish(f"{namespace}.jobs.a", b"%d" % number)
         pull.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             for message in await pull:
                 await message.nak()
-    got = 0
+    got: set[int] = set()
     async with asyncio.timeout(PATIENCE_S):
-        while got < 10:
+        while await queue.depth():
             for message in await queue.pull(f"{namespace}.jobs.*", batch=10, timeout_s=1.0, ack_wait_s=2.0):
+                got.add(int(message.data))
                 await message.ack()
-                got += 1
-    assert await queue.depth() == 0
+    assert got == set(range(10))
 
 
 async def test_queue_refuses_a_subject_it_does_not_cover(queue: WorkQueue, namespace: str) -> None:

@@ -373,4 +373,4 @@ async def count_in_session(times: int) -> int:
 
 @workflow
 async def deadlines() -> tuple[float, float]:
-    return await left_s(), await left_s.options(timeout_s=0.5)()
+    return await left_s(), await left_s.options(timeout_s=30.0)()
