@@ -7,6 +7,10 @@ the node has a folder it goes on, and looks there for a successor of the control
 drains. A successor that comes while it drains, for that or since the former controller ended, is told so; it starts another one
 in its place when it has left, unless it is to have none.
 
+A broker that is busy or restarts may take longer to answer than a request waits. While a worker has not joined yet it begins
+anew then, after pauses that grow to some seconds, as long as half a minute has not passed; what waiting does not heal, such
+as credentials that are refused, ends the process at once.
+
 All that it needs in any case is imported before it takes its order, which a spare waits for. That it lives is told by a
 thread of its own: code that blocks the event loop, for however long, does not stand still.
 """
@@ -33,7 +37,7 @@ import msgspec
 from nalar_mq import event_loop
 from nalar_mq.actions import Act
 from nalar_mq.app import load_app
-from nalar_mq.errors import BrokerError, ConfigError, StoreError
+from nalar_mq.errors import BrokerError, BrokerTimeoutError, BrokerUnreachableError, ConfigError, StoreError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_LOST, EXIT_REPLACED
 from nalar_mq.logs import Level, configure_logs, logger
@@ -48,6 +52,9 @@ _MAX_ORDER_BYTES: Final = 1 << 20
 _BEATS_OF_A_LEASE: Final = 6
 _LOOK_EVERY_S: Final = 0.2
 _TELL_MOVES_S: Final = 1.0
+_PATIENCE_S: Final = 30.0
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 5.0
 _IMPORTED_LATER: Final = ("nalar_mq.nats_transport",)  # by what serves, when it is first needed
 _acts: Final = msgspec.json.Decoder(Act)
 _log = logger(__name__)
@@ -117,10 +124,12 @@ async def _serve(order: Order, link: socket.socket) -> bool:
         standing.serves = tuple(sorted(actors))
         _report(link, Report(serves=standing.serves))
 
-    worker = Worker(app, order.settings, name=order.name, serves=serves, on_serving=on_serving, resources=order.capacities)
+    def make() -> Worker:
+        return Worker(app, order.settings, name=order.name, serves=serves, on_serving=on_serving, resources=order.capacities)
+
+    worker = await begin(make, draining)
     tasks: list[asyncio.Task[None]] = []
     try:
-        await worker.start()
         period_s = order.settings.lease_s / _BEATS_OF_A_LEASE
         beats = {"goes_on": bool(order.node_folder)}
         threading.Thread(target=_beat, args=(link, period_s), kwargs=beats, daemon=True).start()
@@ -154,6 +163,36 @@ async def _serve(order: Order, link: socket.socket) -> bool:
     finally:
         await cancel_all(tasks)
         await worker.aclose()
+
+
+async def begin(make: Callable[[], Worker], unwanted: asyncio.Event) -> Worker:
+    """A worker that has joined: the first that does, of those that are made while the broker is away or slow to answer.
+
+    Raises:
+        BrokerError: the broker refuses it, or does not answer for too long, or the worker is not wanted any more.
+    """
+    loop = asyncio.get_running_loop()
+    until_s, pause_s = loop.time() + _PATIENCE_S, _FIRST_PAUSE_S
+    while True:
+        worker = make()
+        try:
+            await worker.start()
+        except BaseException as error:
+            await worker.aclose()
+            is_late = loop.time() + pause_s > until_s
+            if is_late or not isinstance(error, BrokerTimeoutError | BrokerUnreachableError) or await _comes(unwanted, pause_s):
+                raise
+            _log.warning("worker.begins_anew", worker=worker.name, reason=str(error))
+            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+        else:
+            return worker
+
+
+async def _comes(event: asyncio.Event, within_s: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            await event.wait()
+    return event.is_set()
 
 
 class _Standing:

@@ -20,6 +20,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     ├── BrokerError
     │   ├── BrokerStartError         the embedded broker cannot start (port in use, no binary)
     │   ├── BrokerUnreachableError   nobody answers at the URL
+    │   ├── BrokerTimeoutError       it has not answered in time; what it was asked may have been done
     │   ├── BrokerAuthError          the broker refuses our credentials
     │   ├── BrokerFeatureError       the broker lacks something we need (JetStream)
     │   ├── BrokerFullError          the broker has no room for what it is to keep
@@ -188,6 +189,10 @@ class BrokerUnreachableError(BrokerError):
     def __init__(self, message: str, url: str = "") -> None:
         super().__init__(message)
         self.url = url
+
+
+class BrokerTimeoutError(BrokerError):
+    """The broker has not answered in time: it may be busy or away, and what it was asked may have been done."""
 
 
 class BrokerAuthError(BrokerError):

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from nalar_mq.errors import BrokerError, KeyConflictError, ValueTooLargeError
+from nalar_mq.errors import BrokerError, BrokerTimeoutError, KeyConflictError, ValueTooLargeError
 from nalar_mq.logs import logger
 from nalar_mq.transport import (
     Delivered,
@@ -369,7 +369,7 @@ class MemoryTransport:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            raise BrokerError(f"no answer on {subject!r} within {timeout_s} s") from None
+            raise BrokerTimeoutError(f"no answer on {subject!r} within {timeout_s} s") from None
         finally:
             await subscription.unsubscribe()
 
@@ -462,7 +462,7 @@ class MemoryTransport:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            raise BrokerError(f"no answer from {self.url} within {timeout_s} s") from None
+            raise BrokerTimeoutError(f"no answer from {self.url} within {timeout_s} s") from None
         if self.is_closed:
             raise BrokerError(f"{self.url} is closed")
 

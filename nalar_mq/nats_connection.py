@@ -15,7 +15,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Final, Self, TypeVar
 
 from nalar_mq.config import BrokerAccess
-from nalar_mq.errors import AddressError, BrokerAuthError, BrokerError, BrokerUnreachableError, ValueTooLargeError
+from nalar_mq.errors import (
+    AddressError,
+    BrokerAuthError,
+    BrokerError,
+    BrokerTimeoutError,
+    BrokerUnreachableError,
+    ValueTooLargeError,
+)
 from nalar_mq.logs import logger
 from nalar_mq.nats_client import NatsClient, close, connected_client
 from nalar_mq.nats_errors import checked_pattern, checked_subject, named, shown
@@ -287,7 +294,7 @@ class NatsConnection:
             if refused_s >= began_s:
                 advice = "`nalar permissions` prints what a process needs"
                 raise BrokerAuthError(f"{doing}: the broker does not allow us to publish to {subject!r}; {advice}") from None
-            raise BrokerError(f"{doing}: the broker at {self._url} did not answer within {limit_s:g} s") from None
+            raise BrokerTimeoutError(f"{doing}: the broker at {self._url} did not answer within {limit_s:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise named(doing, error) from error
 

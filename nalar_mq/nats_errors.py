@@ -17,6 +17,7 @@ from nalar_mq.errors import (
     BrokerError,
     BrokerFeatureError,
     BrokerFullError,
+    BrokerTimeoutError,
     BrokerUnreachableError,
 )
 from nalar_mq.stand_in import loaded_when_used
@@ -28,6 +29,7 @@ with loaded_when_used("aiohttp"):
 WRONG_REVISION: Final = (10071, 10164)
 NO_STREAM: Final = 10059
 _NO_JETSTREAM: Final = (10039, 10076)
+_NOT_YET: Final = 10008
 _NO_ROOM: Final = (10002, 10023, 10028, 10047, 10077, 10122)
 _DISK_FULL: Final = "no space left on device"
 
@@ -85,6 +87,8 @@ def named(doing: str, error: Exception) -> BrokerError:
     if code in _NO_ROOM or _DISK_FULL in str(error):
         text = "give JetStream more storage, or remove data; restart a server whose disk was full"
         return BrokerFullError(f"{doing}: the broker has no room for it ({error}): {text}")
+    if code == _NOT_YET:
+        return BrokerTimeoutError(f"{doing}: JetStream has nobody who leads it yet ({error})")
     if isinstance(error, nats.js.errors.NoStreamResponseError | nats.js.errors.ServiceUnavailableError) or (
         code in _NO_JETSTREAM
     ):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Literal, Self
 
 from nalar_mq.config import BrokerAccess
 
 Fault = Literal["swallow up", "swallow down", "stall"]
+UntilInTime = Callable[[bytes], Awaitable[None]]
 _CHUNK_BYTES = 64 * 1024
 
 
@@ -18,8 +20,12 @@ class _Link:
     def __init__(self) -> None:
         self.fault: Fault | None = None
 
-    async def carry(self, direction: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def carry(
+        self, direction: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter, until_in_time: UntilInTime
+    ) -> None:
         while data := await source.read(_CHUNK_BYTES):
+            if direction == "down":
+                await until_in_time(data)
             if self.fault == "stall" and direction == "down":
                 await asyncio.Event().wait()
             if self.fault != f"swallow {direction}":
@@ -39,6 +45,8 @@ class Proxy:
         self._links: list[_Link] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.accepted = 0
+        self.late = b""
+        self.in_time = asyncio.Event()
 
     @property
     def access(self) -> BrokerAccess:
@@ -50,6 +58,10 @@ class Proxy:
         """Does that to all connections there are: one direction is swallowed, or what the client is sent is read no more."""
         for link in self._links:
             link.fault = fault
+
+    def delay(self, answers: bytes) -> None:
+        """From now on what has these bytes in it goes down no more, nor what comes after it, until `in_time` is set."""
+        self.late = answers
 
     def cut(self) -> None:
         """Ends all connections."""
@@ -78,8 +90,12 @@ class Proxy:
                 writer.close()
 
     async def _carry(self, link: _Link, direction: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        await link.carry(direction, source, sink)
+        await link.carry(direction, source, sink, self._until_in_time)
         raise EOFError
+
+    async def _until_in_time(self, data: bytes) -> None:
+        if self.late and self.late in data:
+            await self.in_time.wait()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)

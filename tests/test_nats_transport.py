@@ -24,6 +24,7 @@ from nalar_mq.errors import (
     BrokerAuthError,
     BrokerError,
     BrokerFeatureError,
+    BrokerTimeoutError,
     BrokerUnreachableError,
     ObjectDamagedError,
     ValueTooLargeError,
@@ -386,7 +387,7 @@ async def test_operations_of_a_stalled_broker_end_in_time_and_late_answers_harm_
                 store.get("o"),
             ]
             results = await asyncio.gather(*operations, return_exceptions=True)
-            assert [type(result) for result in results] == [BrokerError] * len(results)
+            assert [type(result) for result in results] == [BrokerTimeoutError] * len(results)
             with pytest.raises(BrokerError):
                 await anext(bucket.watch())
         async with asyncio.timeout(PATIENCE_S):
