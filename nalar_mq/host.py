@@ -1,4 +1,4 @@
-"""Runs the calls that arrive at a worker.
+"""Has the calls that arrive at a worker, from their arrival to their end.
 
 Life of an execution, all on the event loop:
 
@@ -15,9 +15,9 @@ Standing still. A process that stood still for longer than its lease finds calls
 none of them before its lease is confirmed again (`membership`): neither what it has received meanwhile, nor what had been
 chosen and waited for its turn on the loop or for its arguments, nor an effect of a program that goes on.
 
-Async code runs on the loop, sync code in threads, and code that asks for it in a child process. A call that is cancelled
-ends at its next `await`; in a thread at its next call to an actor, and what it returns after that is dropped while its
-session stays held until the thread has returned.
+Ends. The code of a call (`invoker`) comes to a result or an error. A call that is cancelled ends at its next `await`; in a
+thread at its next call to an actor, and what it returns after that is dropped while its session stays held until the thread
+has returned.
 
 State that is kept. What a call has changed goes, with its result, into the store of the worker before anybody is told; its
 session is held until then. A call that is sent again and is recorded there is answered from the record and does not run.
@@ -34,18 +34,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import functools
-import hashlib
 import itertools
 import math
 import re
-import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol
 
 import msgspec
 from msgspec.structs import force_setattr
@@ -53,10 +50,10 @@ from msgspec.structs import force_setattr
 from nalar_mq import actions, origins, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.address import LONGEST_TOKEN, Address, is_client_name
-from nalar_mq.call_context import CallContext, current_context
+from nalar_mq.call_context import CallContext
 from nalar_mq.calls import Calls
 from nalar_mq.changes import Changes
-from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, check_size, read_claim, write_claim
+from nalar_mq.claims import INLINE_LIMIT_BYTES, MARK, read_claim, write_claim
 from nalar_mq.columns import CANCELLED as WAS_CANCELLED
 from nalar_mq.columns import CREATED, DONE, FAILED, QUEUED, RUNNING, WAITING
 from nalar_mq.errors import (
@@ -80,9 +77,9 @@ from nalar_mq.errors import (
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.execution import CANCELLED, Execution, Resumed, session_key_of, workflow_of
-from nalar_mq.future import Future
 from nalar_mq.history import History, Memory, losses_in
-from nalar_mq.isolation import Children, completed
+from nalar_mq.invoker import Invoker
+from nalar_mq.isolation import Children
 from nalar_mq.limits import Group, groups_with
 from nalar_mq.logs import logger
 from nalar_mq.messages import (
@@ -105,25 +102,22 @@ from nalar_mq.messages import (
     Want,
 )
 from nalar_mq.migration import Key, Migrations
-from nalar_mq.outflow import Outflow, settle
+from nalar_mq.outflow import Outflow
 from nalar_mq.placement import RoutingTable
 from nalar_mq.replica import Replica
 from nalar_mq.rules import Admission, Priorities
 from nalar_mq.runner import Runner
 from nalar_mq.session_state import SessionState
-from nalar_mq.spending import spent_by
-from nalar_mq.state import Arrival, state_of
+from nalar_mq.state import Arrival
 from nalar_mq.store import Outcome
 from nalar_mq.stores import Kept, Stores
 from nalar_mq.stub import CONSTRUCT
 from nalar_mq.threads import LoopInbox, Threads
-from nalar_mq.transparent import run_driver
 
 _EARLY = 1_000  # credits and priorities that are kept for calls which have not come yet
 _PUSHED_KEPT = 20_000
 _PUSHED_BYTES = 32 * 1024 * 1024
 _WANT_AFTER_S = 1.0
-_HELD_S = 0.1
 _PROBE_AFTER_S = 1.0
 _PROBE_HOPS = 64
 BATCH_LIMIT = 64
@@ -132,7 +126,6 @@ _FORGET_EVERY_S = 60.0
 _IN_MEMORY_S = 60.0  # a session in a store leaves memory after this long without a call
 _SESSION_IDLE_S = 3600.0  # a session that nobody named is forgotten after this long without a call
 _KEPT_S = 3600.0  # what a call of a job came to, when nobody asks for it
-_STOP_S = 5.0
 HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB each and their arguments
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _NOTHING = values.encode(None)
@@ -179,11 +172,9 @@ class Host:
     # Of an object with more than 30 attributes Python finds each method, and each attribute, anew.
     __slots__ = (
         "_admission",
-        "_base",
         "_below_holders",
         "_calls",
         "_changes",
-        "_children",
         "_clock",
         "_early_credits",
         "_early_priorities",
@@ -192,6 +183,7 @@ class Host:
         "_forget_at",
         "_high_water",
         "_inbox",
+        "_invoker",
         "_is_closing",
         "_is_muted",
         "_kept",
@@ -209,7 +201,6 @@ class Host:
         "_recalling",
         "_remember",
         "_replicas",
-        "_runner",
         "_sender_names",
         "_stores",
         "_table",
@@ -251,7 +242,6 @@ class Host:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._calls = calls
-        self._children = children
         self._replicas = {spec.name: Replica(spec, self._loop, stores) for spec in specs.values()}
         self._executions: dict[bytes, Execution] = {}
         self._below_holders: dict[bytes, Execution] = {}  # those whose callers hold sessions
@@ -273,15 +263,15 @@ class Host:
         self._forget_at = self._loop.time() + _FORGET_EVERY_S
         self._is_closing = False
         self._threads = threads or Threads(f"{name}-call")
-        self._runner = Runner(self._loop, calls.flush, clock)
         self._inbox = LoopInbox(self._loop)
+        runner = Runner(self._loop, calls.flush, clock)
+        self._may_begin = may_begin
+        self._invoker = Invoker(self, self._loop, self._inbox, runner, self._threads, children, may_begin)
         self._moving: set[asyncio.Task[None]] = set()
-        self._base = contextvars.copy_context()
         self._upkeep: asyncio.Task[None] | None = None
         self._ended: deque[CallRecord] = deque(maxlen=REMEMBERED)
         self._sender_names: dict[Address, str] = {}
         self._names: dict[str, str] = {}  # of sessions that have called, and are names
-        self._may_begin = may_begin
         self._looks = (
             self._pump_all,
             self._ask_for_values,
@@ -367,7 +357,7 @@ class Host:
         if not is_ready:
             told.state = CREATED
         if self._early_credits and (limit := self._early_credits.pop(call.id, 0)):
-            self._outflow(execution).allow(limit)
+            self.outflow(execution).allow(limit)
         # An ancestor that has ended holds nothing any more: then the call queues like any other.
         reentrant = bool(call.holds) and execution.hold in call.holds and session_key in replica.holders
         is_new = replica.mailbox.put(
@@ -771,19 +761,8 @@ class Host:
     async def stage(self, key: Key, kept: Kept, arrival: Arrival) -> None:
         """Makes an instance of what has come."""
         replica = self._replicas[key[0]]
-        made: asyncio.Future[None] = self._loop.create_future()
-        self._threads.run(functools.partial(self._stage_in_thread, replica, key[1], kept, arrival, made))
-        await made
+        await self._invoker.make(replica, key[1], kept, arrival)
         self._hold(replica, key[1])
-
-    def _stage_in_thread(self, replica: Replica, key: str, kept: Kept, arrival: Arrival, made: asyncio.Future[None]) -> None:
-        try:
-            replica.make(key, b"", kept, arrival)
-        except BaseException as error:
-            cause = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            self._inbox.put(functools.partial(settle, made, None, cause))
-        else:
-            self._inbox.put(functools.partial(settle, made, None))
 
     def _is_recorded(self, owner: Address, call: Call, stores: Stores) -> bool:
         """True if the call has taken effect already: then its owner is told what it came to, or why that is not known."""
@@ -938,7 +917,7 @@ class Host:
         """Calls the function that the user named for stopping a running call."""
         hook = execution.replica.spec.directives.preemptable
         if hook:
-            self._threads.run(functools.partial(_call_preempt_hook, execution, hook))
+            self._invoker.run_hook(execution, hook)
 
     def on_consume(self, owner: Address, consume: Consume) -> None:
         """The result is to be pushed to one more process; if it has been sent already, the owner sees to that."""
@@ -959,7 +938,7 @@ class Host:
             if len(self._early_credits) > _EARLY:
                 self._early_credits.popitem(last=False)
         elif execution.owner == owner:
-            self._outflow(execution).allow(credit.limit)
+            self.outflow(execution).allow(credit.limit)
 
     def on_prioritise(self, owner: Address, message: Prioritise) -> None:
         """The owner has given the call another priority; a call that waits for room in the channel comes later."""
@@ -976,7 +955,8 @@ class Host:
                 execution.context.priority = message.priority
                 self._calls.lend_priority_to_children(message.id, message.priority)
 
-    def _outflow(self, execution: Execution) -> Outflow:
+    def outflow(self, execution: Execution) -> Outflow:
+        """Where the pieces go that a generator yields."""
         if execution.outflow is None:
             send = functools.partial(self._calls.tell, execution.owner)
             keep = functools.partial(self._claim_for, execution)
@@ -1140,23 +1120,7 @@ class Host:
         for execution in begun:
             execution.is_batched = True
         if begun:
-            variables = self._variables(begun[0])
-            self._threads.run(lambda: variables.run(self._run_batch_in_thread, batch, begun, arguments))
-
-    def _run_batch_in_thread(self, batch: Callable[..., Any], executions: list[Execution], arguments: list[Any]) -> None:
-        payloads: list[bytes] = []
-        error: BaseException | None = None
-        label = executions[0].label
-        try:
-            function = self._bound_in_thread(executions[0], batch)
-            with spent_by(functools.partial(_spend_together, executions)):
-                results = _results_of_batch(completed(function(arguments)), len(arguments), label)
-            payloads = [_checked_size(values.encode(result, None, f"a result of {label}"), executions[0]) for result in results]
-        except BaseException as cause:
-            error = cause
-        for position, execution in enumerate(executions):
-            payload = None if error is not None else payloads[position]
-            self._inbox.put(functools.partial(self._end, execution, payload, error))
+            self._invoker.run_batch(batch, begun, arguments)
 
     def _start(self, execution: Execution, now: float) -> None:
         if execution.given is not None and execution.has_claims:
@@ -1169,7 +1133,7 @@ class Host:
         try:
             args, kwargs = self._arguments(execution)
         except Exception as error:
-            self._end(execution, None, error)
+            self.end(execution, None, error)
             return
         execution.context = self._context_of(execution)
         self._run(execution, args, kwargs)
@@ -1189,9 +1153,9 @@ class Host:
                     execution.given[id] = Resolve(id, await self._calls.claims.read(found.payload))
             args, kwargs = await asyncio.to_thread(self._arguments, execution)
             if not self._may_begin():
-                await self._until_current()
+                await self._invoker.until_current()
         except BaseException as error:
-            self._end(execution, None, error)
+            self.end(execution, None, error)
             return
         execution.given = None  # decoded: the bytes are needed no more
         execution.task = None
@@ -1204,7 +1168,7 @@ class Host:
         try:
             args, kwargs = self._arguments(execution)
         except Exception as error:
-            self._end(execution, None, error)
+            self.end(execution, None, error)
             return None
         execution.context = self._context_of(execution)
         return args, kwargs
@@ -1221,7 +1185,7 @@ class Host:
             if session_key not in replica.instances:
                 self._hold(replica, session_key, call.tenant)
         if call.timeout_s is not None and now >= execution.arrived + call.timeout_s:
-            self._end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
+            self.end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
             return False
         if execution.given is not None and (failed := self._failed_dependency(execution.given)) is not None:
             self._end_with_fail(execution, failed)
@@ -1248,23 +1212,14 @@ class Host:
             workflow=call.workflow or execution.replica.workflow,
         )
 
-    def _variables(self, execution: Execution) -> contextvars.Context:
-        variables = self._base.copy()
-        variables.run(current_context.set, execution.context)
-        return variables
-
     def _run(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
         history = None if execution.context is None else execution.context.history
         if history is not None and history.memory is not None:
             if history.former_version not in ("", history.version):
-                self._end(execution, None, _changed(execution, history, "it was begun by another version of its workflow"))
+                self.end(execution, None, _changed(execution, history, "it was begun by another version of its workflow"))
                 return
             self._calls.witness.watch(history)
-        if execution.method.is_async and execution.replica.uses_loop:
-            self._runner.run(self._run_on_loop(execution, args, kwargs), self._base.copy(), execution.has_suspended)
-        else:
-            variables = self._variables(execution)
-            self._threads.run(lambda: variables.run(self._run_in_thread, execution, args, kwargs))
+        self._invoker.run(execution, args, kwargs)
 
     def _failed_dependency(self, given: dict[bytes, Resolve | Fail]) -> Fail | None:
         return next((found for found in given.values() if type(found) is Fail), None)
@@ -1277,149 +1232,10 @@ class Host:
             return args, kwargs
         return execution.method.fitted(execution.method.label, args, kwargs)
 
-    async def _until_current(self) -> None:
-        while True:
-            await asyncio.sleep(_HELD_S)
-            if self._may_begin():
-                return
-
-    async def _run_on_loop(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
-        payload: bytes | None = None
-        error: BaseException | None = None
-        context, method = execution.context, execution.method
-        current_context.set(context)
-        try:
-            if context is not None and context.cancelled:
-                context.check_cancelled()
-            if not self._may_begin():
-                await self._until_current()  # the process stood still between the choice of this call and its turn
-            function = self._function_on_loop(execution) or await self._made_on_loop(execution)
-            result = function(*args, **kwargs)
-            if method.style == "async_generator":
-                result = await self._pour(execution, result)
-            else:
-                result = await result
-            deps: list[values.Deferred] = []
-            payload = values.encode(result, deps, method.result_label)
-            if deps:
-                payload = await self._encoded_on_loop(execution, result, deps)
-            _seal(execution, payload)
-        except BaseException as cause:
-            error = cause
-        self._end(execution, payload, error)
-
-    def _function_on_loop(self, execution: Execution) -> Callable[..., Any] | None:
-        """What the call is to run; None if its instance has yet to be made."""
-        replica, function = execution.replica, execution.method.function
-        if replica.spec.kind != "agent":
-            return function
-        instance = replica.instances.get(execution.session_key if replica.spec.stateful else _instance_key(execution))
-        if instance is None or replica.spec.managed:
-            return None if instance is None else _bound(execution, instance, function)
-        return function.__get__(instance)  # type: ignore[no-any-return]
-
-    async def _made_on_loop(self, execution: Execution) -> Callable[..., Any]:
-        made: asyncio.Future[Any] = self._loop.create_future()
-        variables = contextvars.copy_context()
-        key = _instance_key(execution)
-        self._threads.run(lambda: variables.run(self._make_in_thread, execution, key, made))
-        return _bound(execution, await made, execution.method.function)
-
-    def _make_in_thread(self, execution: Execution, key: str, made: asyncio.Future[Any]) -> None:
-        try:
-            instance = execution.replica.make(key, execution.call.init)
-        except BaseException as error:
-            cause = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            self._inbox.put(functools.partial(settle, made, None, cause))
-        else:
-            self._inbox.put(functools.partial(settle, made, instance))
-
-    async def _pour(self, execution: Execution, pieces: AsyncIterator[Any]) -> Any:
-        outflow = self._outflow(execution)
-        try:
-            async for piece in pieces:
-                if not outflow.put(outflow.encoded(piece)):
-                    room: asyncio.Future[None] = self._loop.create_future()
-                    outflow.on_room(functools.partial(settle, room))
-                    await room
-        finally:
-            if isinstance(pieces, AsyncGenerator):
-                await cast("AsyncGenerator[Any, None]", pieces).aclose()
-        await outflow.drained()
-        return None if outflow.is_streaming else outflow.rest()
-
-    async def _encoded_on_loop(self, execution: Execution, result: Any, deps: list[values.Deferred]) -> bytes:
-        for dep in deps:
-            if isinstance(dep, Future):
-                await dep
-        return values.encode(result, None, execution.method.result_label)
-
-    def _run_in_thread(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> None:
-        payload: bytes | None = None
-        error: BaseException | None = None
-        try:
-            result = self._result_in_thread(execution, args, kwargs)
-            deps: list[values.Deferred] = []
-            payload = values.encode(result, deps, execution.method.result_label)
-            if deps:
-                for dep in deps:
-                    if isinstance(dep, Future):
-                        dep.value()
-                payload = values.encode(result, None, execution.method.result_label)
-            _seal(execution, payload)
-        except BaseException as cause:
-            error = cause
-        self._inbox.put(lambda: self._end(execution, payload if error is None else None, error))
-
-    def _result_in_thread(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        spec, method = execution.replica.spec, execution.method
-        if spec.directives.isolation == "process":
-            return self._result_in_child(execution, args, kwargs)
-        function = self._bound_in_thread(execution, method.function)
-        result = run_driver(function, args, kwargs) if _is_driver(spec) else function(*args, **kwargs)
-        return self._pour_in_thread(execution, result) if method.style in ("generator", "async_generator") else result
-
-    def _bound_in_thread(self, execution: Execution, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of the instance that the call is for; of no instance for a tool or workflow."""
-        if execution.replica.spec.kind != "agent":
-            return function
-        key = _instance_key(execution)
-        instance = execution.replica.instances.get(key)
-        if instance is None:
-            instance = execution.replica.make(key, execution.call.init)
-        return _bound(execution, instance, function)
-
-    def _result_in_child(self, execution: Execution, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        def stoppable(stop: Callable[[], None]) -> None:
-            execution.child = stop
-            if execution.context is not None and execution.context.cancelled:
-                stop()  # it was cancelled before there was anything to stop
-
-        call = execution.call
-        payload = values.encode_arguments(args, kwargs)
-        return self._children.run(call.actor, call.method, call.init, payload, stoppable)
-
-    def _pour_in_thread(self, execution: Execution, pieces: Iterator[Any]) -> Any:
-        outflow = self._outflow(execution)
-        try:
-            for piece in pieces:
-                room = threading.Event()
-                self._inbox.put(functools.partial(_put_and_tell, outflow, outflow.encoded(piece), room))
-                room.wait()
-                if execution.context is not None:
-                    execution.context.check_cancelled()
-        finally:
-            if isinstance(pieces, Generator):
-                cast("Generator[Any, None, None]", pieces).close()
-        drained = threading.Event()
-        self._inbox.put(lambda: outflow.on_room(drained.set))
-        drained.wait()
-        outflow.check()
-        return None if outflow.is_streaming else outflow.rest()
-
     # The end of an execution.
 
-    def _end(self, execution: Execution, payload: bytes | None, error: BaseException | None) -> None:
+    def end(self, execution: Execution, payload: bytes | None, error: BaseException | None) -> None:
+        """The code of a call has come to an encoded result, or an error."""
         context = execution.context
         if context is not None:
             if context.cancelled:
@@ -1500,7 +1316,7 @@ class Host:
         except BaseException as cause:
             error = cause
         execution.task = None
-        self._end(execution, claim, error)
+        self.end(execution, claim, error)
 
     async def _claim_for(self, execution: Execution, data: bytes) -> bytes:
         """A claim for a value that the owner of a call is to hold."""
@@ -1778,27 +1594,8 @@ class Host:
         tasks = [*(e.task for e in self._executions.values() if e.task is not None), *self._moving]
         if tasks:
             await asyncio.wait(tasks, timeout=2.0)
-        await self._stop_instances()
-        self._runner.close()
-        self._children.close()
-        self._threads.close()
-
-    async def _stop_instances(self) -> None:
-        """Ends all instances; an `on_stop` that takes longer than its time is left behind in its thread."""
-        stopped: list[asyncio.Future[None]] = []
-        for replica in self._replicas.values():
-            done: asyncio.Future[None] = self._loop.create_future()
-            stopped.append(done)
-            self._threads.run(functools.partial(self._stop_in_thread, replica, done))
-        _, late = await asyncio.wait(stopped, timeout=_STOP_S)
-        if late:
-            _log.warning("agent.on_stop_too_slow", hint=f"on_stop has {_STOP_S:.0f} s")
-
-    def _stop_in_thread(self, replica: Replica, done: asyncio.Future[None]) -> None:
-        try:
-            replica.stop()
-        finally:
-            self._inbox.put(functools.partial(settle, done))
+        await self._invoker.stop_instances(self._replicas.values())
+        self._invoker.close()
 
 
 def _outcome_of(execution: Execution) -> int:
@@ -1902,17 +1699,6 @@ def _attribute_deleter(name: str) -> Callable[..., Any]:
     return delete
 
 
-def _is_driver(spec: ActorSpec) -> bool:
-    return spec.transparent and spec.kind == "workflow"
-
-
-def _instance_key(execution: Execution) -> str:
-    call = execution.call
-    if execution.replica.spec.stateful:
-        return execution.session_key
-    return hashlib.blake2b(call.init, digest_size=16).hexdigest() if call.init else "-"
-
-
 def _batch_key(call: Call) -> str:
     """What calls have in common that may run as one: the method, and the instance it is bound to."""
     return f"{call.method or call.actor}/{call.init.hex()}"
@@ -1927,63 +1713,8 @@ def _path(execution: Execution, below: tuple[str, ...]) -> tuple[str, ...]:
     return (execution.label, *below[-_PATH_SHOWN:])
 
 
-def _spend_together(executions: list[Execution], amount: float, unit: str) -> None:
-    for execution in executions:
-        execution.spend(amount / len(executions), unit)
-
-
-def _results_of_batch(results: Any, count: int, label: str) -> list[Any]:
-    if results.__class__ is not list or len(results) != count:
-        raise TypeError(f"{label}_batch was given {count} arguments and must return a list of as many results")
-    checked: list[Any] = results
-    return checked
-
-
-def _bound(execution: Execution, instance: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of that instance; the call that holds the session may change its managed state from now on."""
-    replica, context = execution.replica, execution.context
-    if replica.spec.managed and context is not None and replica.holders.get(execution.session_key) == execution.call.id:
-        execution.managed = state_of(instance)
-        execution.managed.begin(context)
-    return function.__get__(instance)  # type: ignore[no-any-return]
-
-
-def _seal(execution: Execution, payload: bytes) -> None:
-    """Raises if the result cannot travel or the managed state cannot be kept; nothing is changed after that."""
-    if len(payload) > INLINE_LIMIT_BYTES:
-        _checked_size(payload, execution)
-    if execution.managed is not None:
-        execution.changes = execution.managed.seal()
-
-
 def _end_changes(state: SessionState, error: BaseException | None) -> None:
     if error is None:
         state.commit()
     else:
         state.roll_back()
-
-
-def _checked_size(payload: bytes, execution: Execution) -> bytes:
-    if len(payload) > INLINE_LIMIT_BYTES:
-        check_size(execution.method.result_label, len(payload), execution.label)
-    return payload
-
-
-def _put_and_tell(outflow: Outflow, payload: bytes, room: threading.Event) -> None:
-    if outflow.put(payload):
-        room.set()
-    else:
-        outflow.on_room(room.set)
-
-
-def _call_preempt_hook(execution: Execution, hook: str) -> None:
-    spec = execution.replica.spec
-    try:
-        if spec.kind == "agent":
-            instance = execution.replica.instances.get(_instance_key(execution))
-            if instance is not None:
-                getattr(instance, hook)()
-        else:
-            getattr(sys.modules[spec.target.__module__], hook)()
-    except Exception as error:
-        _log.warning("call.preempt_hook_failed", actor=spec.name, error=repr(error))

@@ -93,7 +93,7 @@ class World:
         self.hub.kill(name)
         worker = self.workers.pop(name)
         assert worker._host is not None
-        worker._host._runner.close()
+        worker._host._invoker._runner.close()
         stores = worker.process.stores
         assert stores is not None
         for committer in stores.all:

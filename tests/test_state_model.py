@@ -182,7 +182,7 @@ class Schedule:
             await self.start(name)
             return
         assert worker._host is not None
-        self.runners.append(worker._host._runner)
+        self.runners.append(worker._host._invoker._runner)
         self.workers[name] = worker
         worker.closed.add_done_callback(lambda _: self.on_closed(worker))
 
