@@ -480,7 +480,7 @@ time.sleep(600)
 """
 ENDS_SLOWLY = """
 import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2.0), sys.exit(0)))
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(4.0), sys.exit(0)))
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -502,7 +502,7 @@ async def test_workers_that_are_adopted_are_waited_for_from_when_they_can_come(t
         folder.write(NodeRecord(app=str(app), urls=settings.broker.urls, namespace="t", workers=running))
         folder.leave()
         folder = NodeFolder.claim(tmp_path / "n")
-        node = LocalController(app, settings, workers=1, limits=Limits(rejoin_s=1.0), folder=folder)
+        node = LocalController(app, settings, workers=1, limits=Limits(rejoin_s=2.5), folder=folder)
         async with node, asyncio.timeout(PATIENCE_S):
             await node.ready()
             assert node.pids == {"n-1": stays.pid}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from virtual_time import simulated
 from waiting import until
 
 import nalar_mq
@@ -308,22 +309,21 @@ async def test_a_cast_outlives_the_client_that_made_it(runtime: Runtime) -> None
     assert runtime.host.completed == before + 1
 
 
-async def test_grace_begins_anew_for_calls_that_wait_anew(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls_module, "GRACE_S", 0.6)
-    client = await runtime.open_client()
-    process, loop = client.process, asyncio.get_running_loop()
-    future = client.options(retries=1).call("ghost")
-    began = loop.time()
-    await until(lambda: loop.time() - began > 0.4)
-    ghost = Address("ghost", 5)
-    process.table.join("ghost", Member(WIRE_VERSION, 5, "here", "worker", 1, {"ghost": ActorInfo("tool", {})}))
-    process.calls.on_table_changed()
-    await asyncio.sleep(0)
-    waits_anew = loop.time()
-    process.endpoint.lose(ghost)
-    with pytest.raises(errors.UnknownActorError):
-        await future
-    assert loop.time() - waits_anew > 0.5
+@simulated
+async def test_grace_begins_anew_for_calls_that_wait_anew() -> None:
+    runtime, loop = Runtime(), asyncio.get_running_loop()
+    async with runtime.client() as client:
+        future = client.options(retries=1).call("ghost")
+        await asyncio.sleep(0.7 * calls_module.GRACE_S)
+        ghost, process = Address("ghost", 5), client.process
+        process.table.join("ghost", Member(WIRE_VERSION, 5, "here", "worker", 1, {"ghost": ActorInfo("tool", {})}))
+        process.calls.on_table_changed()
+        await asyncio.sleep(0)
+        waits_anew = loop.time()
+        process.endpoint.lose(ghost)
+        with pytest.raises(errors.UnknownActorError):
+            await future
+        assert loop.time() - waits_anew > 0.9 * calls_module.GRACE_S
 
 
 async def test_a_call_that_is_made_while_nobody_serves_its_actor_is_retried_as_often_as_others(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def by_hand(settings: Settings, log: Path, node: str) -> Program:
 async def test_a_worker_killed_under_load(node: LocalController, client: Client, folder: Path) -> None:
     await client.wait_for("square")
     may_retry, may_not = client.options(retries=2), client.options(retries=0)
-    retried = [may_retry.call("square", n, str(folder), 0.3) for n in range(200)]
-    single = [may_not.call("square", 1000 + n, str(folder), 0.3) for n in range(200)]
+    retried = [may_retry.call("square", n, str(folder), 1.5) for n in range(200)]
+    single = [may_not.call("square", 1000 + n, str(folder), 1.5) for n in range(200)]
     await until(lambda: len(traces(folder)) > 100, "nothing ever ran")
     os.kill(node.pids["here-1"], signal.SIGKILL)
     later = [may_retry.call("square", 2000 + n, str(folder), 0.01) for n in range(50)]
@@ -163,7 +163,7 @@ async def test_a_worker_frozen_beyond_its_lease_is_killed_and_has_a_successor(
     assert await outcomes(done) == [n * n for n in range(50)]
 
     retried = [client.options(retries=1).call("square", 100 + n, str(folder), 0.5) for n in range(40)]
-    single = [client.call("square_in_thread", 200 + n, str(folder), 0.5) for n in range(20)]
+    single = [client.call("square_in_thread", 200 + n, str(folder), 2.5) for n in range(20)]
     await until(lambda: sum(traces(folder)[f"began {n}"] for n in range(200, 220)) == 20, "some never began")
     os.kill(pids["here-1"], signal.SIGSTOP)
     assert await outcomes(retried) == [(100 + n) ** 2 for n in range(40)]
