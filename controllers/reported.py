@@ -13,7 +13,8 @@
   and to see whether its number is the next; then the columns of all are checked and folded end to end. If one of them is
   refused, what has been done for the others is taken back and each is folded by itself, so that it is the only one.
 * A kind has its number for as long as a process has it, and longer: what has been learnt of it is there when the next process
-  has it. Only when there is no room for others, those that no process has are given up, all at once.
+  has it. Only when there is no room for others, those that no process has are given up, all at once. So are agents that nobody
+  has or serves, and tenants of which there is no session, when they are as many as the others.
 * Times of a process become times of the view by the smallest difference between the two clocks that a report has shown.
 
     fold_all ──▶ one report of each process ──▶ checks, in the order of the parts of a report ──▶ effects
@@ -55,7 +56,7 @@ from nalar_mq.errors import (
 from .batches import Told, check_states, refuse
 from .processes import CODES, Fold, Process, Slots, are_distinct
 from .spending import Accounts, Spending
-from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Words, rows_of
+from .tables import Bytes, Edges, Floats, Futures, Ints, Longs, Mask, Names, Numbers, Words, rows_of
 
 _MOST_SILENT: Final = 200_000  # accounts of processes that are gone, or silent, and may be heard again
 FUTURE_S: Final = 60.0  # what the clock of a process may be ahead of what its earlier reports have shown
@@ -84,7 +85,6 @@ class Reported:
         kinds: actor and method by number; two empty texts where a number stands for none.
         kind_agent: number of its agent, by number of the kind.
         service_s, wait_s: mean time of work and of waiting, by number of the kind.
-        tenants: their names by number; the first one is empty.
         spending: what sessions, jobs, workflows, agents and tenants have cost.
         refused: reports that were not used, by the name of the error.
     """
@@ -99,7 +99,8 @@ class Reported:
         self.kind_agent = np.zeros(0, np.int32)
         self.service_s: Floats = np.zeros(0)
         self.wait_s: Floats = np.zeros(0)
-        self.tenants: list[str] = [""]
+        self._tenants = Numbers(self._used_tenants)
+        self._tenants.take("")
         self.spending = Spending()
         self._silent_accounts: dict[str, tuple[int, Accounts]] = {}
         self._silent_count = 0
@@ -109,8 +110,7 @@ class Reported:
         self._places: list[Process | None] = []
         self._kind_numbers: dict[tuple[str, str], int] = {}
         self._free_kinds: list[int] = []
-        self._agents: dict[str, int] = {}
-        self._tenant_numbers: dict[str, int] = {"": 0}
+        self._agents = Numbers(self._used_agents)
         self._counted: Floats = np.zeros(0)
         self._ahead_s: Floats = np.zeros(0)
         self._histogram = np.zeros((0, CODES), np.int64)
@@ -351,14 +351,20 @@ class Reported:
             self.session_tenant = np.concatenate((self.session_tenant, np.zeros(more, np.int32)))
             self._last_kind = np.concatenate((self._last_kind, np.full(more, -1, np.int32)))
         self._last_kind[numbers] = -1
-        self.session_tenant[numbers] = list(map(self._tenant, tenants))
+        known = self._tenants.numbers
+        self.session_tenant[numbers] = [known.get(tenant, -1) for tenant in tenants]
+        unknown = numbers[self.session_tenant[numbers] < 0]
+        self.session_tenant[unknown] = 0
+        for number, tenant in zip(numbers.tolist(), tenants, strict=True) if len(unknown) else ():
+            self.session_tenant[number] = self._tenants.take(tenant)  # used, before another one is taken
 
-    def _tenant(self, name: str) -> int:
-        number = self._tenant_numbers.get(name)
-        if number is None:
-            number = self._tenant_numbers[name] = len(self.tenants)
-            self.tenants.append(name)
-        return number
+    @property
+    def tenants(self) -> Sequence[str]:
+        """Names of tenants by number; the first one is empty, and so are those that stand for none."""
+        return self._tenants.names
+
+    def _used_tenants(self) -> Iterable[int]:
+        return {0, *self.session_tenant[self.sessions.used()].tolist()}
 
     def _kinds_of(self, kinds: Sequence[tuple[str, str]]) -> list[int]:
         """The numbers of kinds; those that have none get one, all of them in one step."""
@@ -386,7 +392,7 @@ class Reported:
             self._histogram = np.concatenate((self._histogram, np.zeros((further, CODES), np.int64)))
         for number, kind in zip(numbers, newly, strict=True):
             self.kinds[number], self._kind_numbers[kind] = kind, number
-            self.kind_agent[number] = self._agent(kind[0])
+            self.kind_agent[number] = self._agents.take(kind[0])
 
     def _give_up_kinds(self, wanted: Iterable[tuple[str, str]]) -> None:
         """Forgets the kinds that no process has, and no call that is alive; `wanted` are about to be some process's."""
@@ -406,8 +412,12 @@ class Reported:
             self.kinds[number] = "", ""
         self._free_kinds += gone.tolist()
 
-    def _agent(self, name: str) -> int:
-        return self._agents.setdefault(name, len(self._agents))
+    def _used_agents(self) -> Iterable[int]:
+        """Of kinds, which may be nobody's any more, of what is served, and of what is held."""
+        of_kinds = self.kind_agent[list(self._kind_numbers.values())].tolist()
+        served = (self._agents.numbers.get(name, 0) for process in self._processes.values() for name in process.serves)
+        held = (agent for process in self._processes.values() for agent, _ in process.held)
+        return {*of_kinds, *served, *held}
 
     def _take_futures(self, fold: Fold) -> None:
         self._take_begun(fold)
@@ -618,7 +628,7 @@ class Reported:
         if report.serves is not None:
             process.serves = report.serves
             for actor in report.serves:
-                self._agent(actor)
+                self._agents.take(actor)
         if report.able is not None:
             process.able = report.able
         if report.queues is not None:

@@ -5,7 +5,7 @@ Every operation takes arrays of rows and does its work in a few passes over them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -328,6 +328,38 @@ class Names:
             del numbers[names[number]]
             names[number] = ""
         self._free += gone
+
+
+class Numbers:
+    """Names with numbers, which they keep while somebody may use them: nobody says when that is over.
+
+    Once there are twice as many as were used when that was looked at last, `take` wants to know which are used now, and the
+    numbers of all others are used again.
+    """
+
+    def __init__(self, used: Callable[[], Iterable[int]]) -> None:
+        self._used = used
+        self._most = _LEAST_ROWS
+        self._free: list[int] = []
+        self.numbers: dict[str, int] = {}
+        self.names: list[str] = []
+
+    def take(self, name: str) -> int:
+        """The number of a name, which may have been given up before and gets one anew."""
+        number = self.numbers.get(name)
+        if number is None:
+            if len(self.numbers) >= self._most:
+                self._give_up()
+            number = self.numbers[name] = self._free.pop() if self._free else len(self.names)
+            self.names[number : number + 1] = [name]
+        return number
+
+    def _give_up(self) -> None:
+        for number in set(self.numbers.values()).difference(self._used()):
+            del self.numbers[self.names[number]]
+            self.names[number] = ""
+            self._free.append(number)
+        self._most = max(_LEAST_ROWS, 2 * len(self.numbers))
 
 
 class Edges:

@@ -333,7 +333,7 @@ class View(Reported):
 
     def holder(self, session: str, agent: str) -> str:
         """The worker that holds the state of a session of an agent; empty if none is known."""
-        return self._held.get((self._agents.get(agent, _NOT_HELD), self.sessions.number(session)), "")
+        return self._held.get((self._agents.numbers.get(agent, _NOT_HELD), self.sessions.number(session)), "")
 
     def worker_at(self, place: int) -> str:
         """The worker by the number in the column `process`."""
@@ -342,7 +342,7 @@ class View(Reported):
 
     def agent_numbers(self) -> Mapping[str, int]:
         """Numbers of agents as in `kind_agent`."""
-        return self._agents
+        return self._agents.numbers
 
     def worker_of(self, row: int) -> str:
         """The worker that has a live future."""
@@ -355,7 +355,7 @@ class View(Reported):
     def homes(self, agent: str) -> Iterator[tuple[str, str]]:
         """Sessions with live futures of an agent, by name, and the worker that has the latest of each."""
         futures, live = self.futures, self.live
-        rows = live[self.kind_agent[futures.kind[live]] == self._agents.get(agent, -1)]
+        rows = live[self.kind_agent[futures.kind[live]] == self._agents.numbers.get(agent, -1)]
         rows = rows[np.argsort(futures.arrived[rows], kind="stable")]
         latest = dict(zip(futures.session[rows].tolist(), futures.process[rows].tolist(), strict=True))
         for session, place in latest.items():
@@ -436,14 +436,14 @@ class View(Reported):
         Futures of sessions that something runs of there are left out: they would have to wait anywhere.
         """
         futures, live = self.futures, self.live
-        agents = max(len(self._agents), 1)
+        names = self._agents.names
+        agents = max(len(names), 1)
         places = futures.process[live].astype(np.int64) * agents + self.kind_agent[futures.kind[live]]
         is_running = (futures.state[live] == RUNNING) | (futures.state[live] == WAITING)
         is_long = (futures.state[live] == RUNNING) & (self.ran(live) > running_s)
         is_queued = futures.state[live] == QUEUED
         size = len(self._places) * agents
         long_ones, queued_ones = (np.bincount(places[which], minlength=size) for which in (is_long, is_queued))
-        names = list(self._agents)
         for place in np.flatnonzero((long_ones > 0) & (queued_ones > 0)).tolist():
             process, agent = self._places[place // agents], names[place % agents]
             if process is None or agent not in process.serves or long_ones[place] < process.serves[agent].concurrency:

@@ -39,6 +39,7 @@ from typing import Final
 import msgspec
 
 from nalar_mq.address import LONGEST_TOKEN
+from nalar_mq.directives import MOST_RESOURCES
 from nalar_mq.errors import MalformedReportError, UnsupportedVersionError
 from nalar_mq.messages import WIRE_VERSION
 
@@ -313,14 +314,20 @@ def _check_head(report: Report) -> None:
         raise MalformedReportError(f"more than {MOST_KINDS} kinds")
     accounts = tuple(text for one in report.accounts for text in one.texts)
     actors = (*(report.serves or ()), *(report.queues or ()), *(report.able or ()), *(report.engines or ()), *accounts)
-    strings = (report.name, report.node, *(name for kind in report.kinds for name in kind), *actors)
+    if max(len(report.serves or ()), len(report.queues or ()), len(report.able or ())) > MOST_KINDS:
+        raise MalformedReportError(f"more than {MOST_KINDS} actors")
+    serves = (*(report.serves or {}).values(), *(report.able or {}).values())
+    resources = [[*(report.resources or ())], *([*each.resources] for each in serves)]
+    if max(map(len, resources)) > MOST_RESOURCES:
+        raise MalformedReportError(f"more than {MOST_RESOURCES} resources")
+    kinds = (name for kind in report.kinds for name in kind)
+    strings = (report.name, report.node, *kinds, *actors, *(name for named in resources for name in named))
     if any(len(name) > LONGEST_NAME for name in strings):
         raise MalformedReportError(f"a name of more than {LONGEST_NAME} characters")
     if any(queued < 0 or running < 0 for queued, running in (report.queues or {}).values()):
         raise MalformedReportError("a queue of negative length")
     if any(not (0 <= used < inf and 0 <= whole < inf) for used, whole in (report.resources or {}).values()):
         raise MalformedReportError("an amount of a resource that is none")
-    serves = (*(report.serves or {}).values(), *(report.able or {}).values())
     if any(not 0 <= amount < inf for each in serves for amount in each.resources.values()):
         raise MalformedReportError("a reserved amount that is none")
     _check_engines(report.engines or {})

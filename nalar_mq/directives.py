@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from nalar_mq.address import LONGEST_TOKEN
 from nalar_mq.errors import DirectiveError
 
 Kind: TypeAlias = Literal["agent", "tool", "workflow"]
@@ -16,6 +17,7 @@ Durability: TypeAlias = Literal["memory", "node", "replicated"]
 Isolation: TypeAlias = Literal["thread", "process"]
 
 DEFAULT_TIMEOUT_S = 600.0
+MOST_RESOURCES = 256  # that a node has, or an actor wants
 
 
 class Directives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -138,7 +140,11 @@ def _out_of_range(d: Directives) -> Iterator[Problem]:
         yield Problem("retries", f"'retries' must be 0 or more, not {d.retries}")
     if d.preemptable and not d.preemptable.isidentifier():
         yield Problem("preemptable", f"'preemptable' must be the name of a function, not {d.preemptable!r}")
+    if len(d.resources) > MOST_RESOURCES:
+        yield Problem("resources", f"'resources' may name {MOST_RESOURCES} of them, not {len(d.resources)}")
     for resource, amount in d.resources.items():
+        if len(resource) > LONGEST_TOKEN:
+            yield Problem("resources", f"resource {resource[:40]!r}... has a name of more than {LONGEST_TOKEN} characters")
         if not (math.isfinite(amount) and amount >= 0):
             yield Problem("resources", f"resource {resource!r} must be a finite number, 0 or more, not {amount:g}")
 

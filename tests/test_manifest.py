@@ -133,6 +133,8 @@ WRONG_DIRECTIVES = [
     ("agents", "resources = 3", 3, "table of numbers"),
     ("agents", "resources = { gpu = 'one' }", 3, "table of numbers"),
     ("agents", "\n[agents.a.resources]\ncpu = -1", 4, "0 or more"),
+    ("agents", f"resources = {{ {'x' * 129} = 1 }}", 3, "more than 128 characters"),
+    ("agents", f"resources = {{ {', '.join(f'r{n} = 1' for n in range(257))} }}", 3, "may name 256"),
     ("agents", "stateful = true\nbatchable = true", 4, "'batchable' contradicts 'stateful'"),
     ("agents", "stateful = true\nisolation = 'process'", 4, "contradicts 'stateful'"),
     ("tools", "stateful = true", 3, "cannot be 'stateful'"),

@@ -813,6 +813,57 @@ def test_processes_that_live_name_no_kinds_without_end() -> None:
     assert len(view.futures) == 1
 
 
+def test_agents_that_nobody_serves_any_more_and_tenants_without_sessions_are_given_up() -> None:
+    """However many names there have been; those that are used stay what they are."""
+    stays, view = Changes("stays", 1, "n"), View()
+    held = stays.begin(call(1, actor="kept", session="s"), 1.0, QUEUED, "acme")
+    stays.hold("holds", "s", "acme")
+    for report in stays.reports(2.0, 1 << 20):
+        view.fold("stays", report, 2.0)
+    for life in range(1, 60):
+        served = {f"agent-{life}-{number}": Serves("agent") for number in range(100)}
+        changes = Changes("x", life, "n")
+        changes.set_serves(served)
+        for number in range(100):
+            changes.begin(call(10_000 * life + number, session=f"s-{life}-{number}"), 1.0, QUEUED, f"tenant-{life}-{number}")
+        for report in changes.reports(2.0 + life, 1 << 20):
+            view.fold("x", report, 2.0 + life)
+        view.settle(2.0 + life)
+        assert served.keys() <= view.agent_numbers().keys()
+        tenants = [view.tenants[int(number)] for number in view.session_tenant[view.sessions.used()]]
+        assert set(tenants) == {"acme", *(f"tenant-{life}-{number}" for number in range(100))}
+    assert len(view.tenants) < 2000
+    assert len(view.agent_numbers()) < 2000
+    assert view.holder("s", "holds") == "stays"
+    row = next(row for row in view.live.tolist() if view.worker_of(row) == "stays")
+    assert view.kind_agent[view.futures.kind[row]] == view.agent_numbers()["kept"]
+    assert [session for session, _ in view.homes("kept")] == ["s"]
+    stays.end(held, DONE, 80.0)
+    for report in stays.reports(81.0, 1 << 20):
+        view.fold("stays", report, 81.0)
+    view.settle(82.0)
+    assert not list(view.homes("kept"))
+
+
+@pytest.mark.parametrize("names", [["x" * 258], [str(number) for number in range(257)]])
+@pytest.mark.parametrize("what", ["resources", "serves", "able"])
+def test_resources_have_names_and_are_counted(what: str, names: list[str]) -> None:
+    changes, _, view = told(call(1))
+    (data,) = changes.reports(3.0, 1 << 20)
+    amounts = dict.fromkeys(names, 1.0)
+    part = dict.fromkeys(names, (0.0, 1.0)) if what == "resources" else {"a": Serves("agent", resources=amounts)}
+    assert refused(view, "w", columns.encode_report(altered(data, **{what: part}))) is MalformedReportError
+    view.fold("w", data, 102.0)
+
+
+@pytest.mark.parametrize("what", ["serves", "able", "queues"])
+def test_a_process_has_no_more_actors_than_kinds(what: str) -> None:
+    changes, _, view = told(call(1))
+    (data,) = changes.reports(3.0, 1 << 20)
+    part = dict.fromkeys(map(str, range(columns.MOST_KINDS + 1)), (0, 0) if what == "queues" else Serves("agent"))
+    assert refused(view, "w", columns.encode_report(altered(data, **{what: part}))) is MalformedReportError
+
+
 def test_kinds_that_nobody_has_any_more_leave_room_for_others() -> None:
     """However many deployments there have been, each with other names, the latest is seen; what stayed is what it was."""
     stays, leaves = Changes("stays", 1, "n"), Changes("leaves", 1, "n")
