@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ from nalar_mq.controllers.policies import LeastLoaded, ShortestRemaining
 from nalar_mq.controllers.policy import Action, Kill, Policy, SetPriority, Weights, allow, kill, set_priority
 from nalar_mq.controllers.policy_file import PolicyFile
 from nalar_mq.controllers.view import View
-from nalar_mq.errors import PolicyFailedError
+from nalar_mq.errors import BrokerError, PolicyFailedError
 from nalar_mq.memory_transport import Faults, MemoryHub, MemoryTransport
 from nalar_mq.messages import Call
 from nalar_mq.nats_transport import NatsTransport
@@ -101,9 +102,10 @@ class Worker:
     async def _report(self) -> None:
         while True:
             self._send(self.changes.reports(self.now, 4_000))
-            entry = await self.acts_bucket.get("acts")
-            if entry is not None and entry.value is not None:
-                self.acts += self.standing.take_acts(entry.value, lambda name: 7)
+            with contextlib.suppress(BrokerError):  # it is cut off
+                entry = await self.acts_bucket.get("acts")
+                if entry is not None and entry.value is not None:
+                    self.acts += self.standing.take_acts(entry.value, lambda name: 7)
             await asyncio.sleep(0.2)
 
 
