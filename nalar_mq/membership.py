@@ -20,7 +20,8 @@ Return
 
 Standing still
     A process that stood still may wake up with calls in its hands that others run by now. It begins none of them before its
-    lease has been confirmed again: `is_current` is false while the latest renewal lies a lease back.
+    lease has been confirmed again: `is_current` is false while the latest renewal lies a lease back. The time counts in which
+    the whole machine slept: the others were awake.
 
 Replacement
     A process that finds a higher incarnation under its own name has been replaced and is told so once (`on_replaced`).
@@ -49,10 +50,16 @@ from nalar_mq.messages import WIRE_VERSION, ActorInfo, Lost, Member, decode_lost
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyEntry, KeyValue, Transport
 
+_AWAKE_AND_ASLEEP = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # elsewhere than on Linux the latter counts both
 LOST_KEPT_S = 7 * 24 * 3600.0  # a process that stood still for longer has lost its connection, too
 _log = logger(__name__)
 
 ConnectTransport = Callable[[], Awaitable[Transport]]
+
+
+def _clock_s() -> float:
+    """Seconds, of which those in which the machine sleeps count."""
+    return time.clock_gettime(_AWAKE_AND_ASLEEP)
 
 
 class Register:
@@ -259,7 +266,7 @@ class LeaseThread:
         try:
             bucket = await transport.key_value(self._subjects.members_bucket, ttl_s=self._lease_s)
             register = Register(transport, self._subjects.lost_bucket)
-            self._lease = Lease(bucket, register, self._name, self._member, self, time.monotonic)
+            self._lease = Lease(bucket, register, self._name, self._member, self, _clock_s)
             await self._lease.acquire()
         except Exception as error:
             self._tell(error)
@@ -382,7 +389,7 @@ class Membership:
         self._register = Register(transport, subjects.lost_bucket)
         self._bucket: KeyValue | None = None
         self._lease: LeaseThread | LeaseTask | None = None
-        self._clock = time.monotonic
+        self._clock = _clock_s
         self._current_until = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
         self._snapshot: asyncio.Future[None] | None = None

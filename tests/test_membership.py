@@ -1,21 +1,24 @@
-"""Who is alive, in virtual time: what leases, outages and processes that stand still lead to."""
+"""Who is alive, mostly in virtual time: what leases, outages and processes that stand still lead to."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from random import Random
 from typing import Any
 
 import pytest
+from waiting import until
 
 from nalar_mq import simulation
 from nalar_mq.address import Address, Subjects
-from nalar_mq.config import LEASE_S
+from nalar_mq.config import LEASE_S, BrokerAccess
 from nalar_mq.errors import BrokerError
 from nalar_mq.membership import Membership
 from nalar_mq.memory_transport import MemoryHub, MemoryTransport
 from nalar_mq.messages import WIRE_VERSION, Lost, Member, encode_record
+from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.placement import RoutingTable
 
 SUBJECTS = Subjects("t")
@@ -60,6 +63,33 @@ class Somebody:
     async def leave(self) -> None:
         await self.membership.aclose()
         await self.transport.aclose()
+
+
+async def test_the_time_in_which_a_machine_sleeps_counts(
+    broker_access: BrokerAccess, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, subjects, slept_s = Somebody("a"), Subjects(namespace), 0.0
+    clock = time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda which: clock(which) + slept_s)
+    async with await NatsTransport.connect(broker_access, name="a") as transport:
+        membership = Membership(
+            transport,
+            subjects,
+            one.table,
+            one.me,
+            Member(WIRE_VERSION, 1, "n", "worker", 1),
+            on_change=lambda: None,
+            on_lost=one.lost.append,
+            events=one,
+            lease_connect=lambda: NatsTransport.connect(broker_access, name="a-lease"),
+        )
+        await membership.start()
+        assert membership.is_current()
+        slept_s = 2 * LEASE_S
+        assert not membership.is_current()
+        await until(membership.is_current, within_s=60.0)
+        assert one.events == []
+        await membership.aclose()
 
 
 def simulated(scene: Any) -> Any:
