@@ -472,10 +472,10 @@ def test_ps_shows_queues_and_futures(runtime, tmp_path):
     try:
         eventually(started.exists, "it never began")
         members = json.loads(nalar_here("ps", "--json", cwd=runtime).stdout)["members"]
-        worker = next(member for member in members if member["role"] == "worker")
+        (worker,) = [member for member in members if member["role"] == "worker" and member["actors"]["sleep"]["running"]]
         assert (worker["actors"]["sleep"]["queued"], worker["actors"]["sleep"]["running"]) == (0, 1)
         assert worker["ended"] >= 0
-        assert [member["futures"] for member in members if member["role"] == "client"] == [1]
+        assert [member["futures"] for member in members if member["pid"] == caller.pid] == [1]
         assert re.search(r"sleep\(0\+1\)", nalar_here("ps", cwd=runtime).stdout)
         (running,) = json.loads(nalar_here("trace", "--last", "--json", cwd=runtime).stdout)
         assert (running["name"], running["state"]) == ("sleep", "running")
