@@ -41,7 +41,7 @@ from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
 from nalar_mq.identity import new_secret, presented
 from nalar_mq.interchange import write_value
-from nalar_mq.jobs import JobHandle, Jobs, check_durable
+from nalar_mq.jobs import JobHandle, Jobs, check_durable, no_workflow
 from nalar_mq.lookout import View
 from nalar_mq.messages import Drainage, Member
 from nalar_mq.process import Connect, Process
@@ -359,8 +359,7 @@ class Client(Caller):
         if info is None:
             return
         if info.kind != "workflow":
-            text = f"{workflow!r} is no workflow but {info.kind}: jobs are calls of workflows; call it with `call`"
-            raise UnknownActorError(text, actor=workflow)
+            raise no_workflow(workflow, info.kind)
         try:
             check_fit(info.methods.get("", ""), args, kwargs)
         except TypeError as error:

@@ -69,6 +69,7 @@ from nalar_mq.jobs import (
     Timings,
     check_durable,
     job_id_of,
+    no_workflow,
     plain_text,
     sequence_in,
     write_job_value,
@@ -90,6 +91,8 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
         look_again_s: pause before a message is looked at again whose job somebody else runs.
         losses: how often the worker of a job may be lost before the job is given up, unless it has got further meanwhile.
         unserved_s: jobs of a workflow that nobody has served for this long go to the dead letters.
+        no_workflow_s: pause between two looks for jobs of what is served but is no workflow; those that are there both times
+            go to the dead letters.
         back_off_s: pause before the second attempt of a failed job; twice that before the third, and so on.
     """
 
@@ -98,6 +101,7 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     look_again_s: float = 1.0
     losses: int = 8
     unserved_s: float = 900.0
+    no_workflow_s: float = 5.0
     back_off_s: float = 1.0
 
 
@@ -218,7 +222,7 @@ class Intake:
         self._subscription = await self._transport.subscribe(self._subjects.cancel("*"), self._on_cancel)
         subjects = [(spec, self._subjects.job(spec.name, tenant)) for spec in self._workflows for tenant in ("", "*")]
         self._pullers = [self._loop.create_task(self._pull(spec, subject)) for spec, subject in subjects]
-        self._upkeep = [self._loop.create_task(work) for work in (self._keep_in_hand(), self._sweep())]
+        self._upkeep = [self._loop.create_task(work) for work in (self._keep_in_hand(), self._sweep(), self._turn_away())]
 
     @property
     def in_hand(self) -> int:
@@ -646,7 +650,7 @@ class Intake:
             await asyncio.sleep(self._options.unserved_s / 4 * self._random.uniform(0.8, 1.2))
             with contextlib.suppress(BrokerError, WireError):
                 for subject in self._long_unserved(await self.jobs.queue.subjects()):
-                    await self._clear(subject)
+                    await self._clear(subject, self._unserved(self.jobs.workflow_of(subject)))
                 await self._clear_records()
 
     async def _clear_records(self) -> None:
@@ -667,12 +671,34 @@ class Intake:
         self._unserved_since = {subject: self._unserved_since.get(subject, now_s) for subject in unserved}
         return [subject for subject, since_s in self._unserved_since.items() if now_s - since_s >= self._options.unserved_s]
 
-    async def _clear(self, subject: str) -> None:
-        workflow = self.jobs.workflow_of(subject)
+    def _unserved(self, workflow: str) -> UnknownActorError:
         known = ", ".join(spec for spec in self._table.known_actors()) or "nothing"
-        cause = UnknownActorError(
-            f"nobody has served {workflow!r} for {self._options.unserved_s:g} s; served are: {known}", actor=workflow
-        )
+        text = f"nobody has served {workflow!r} for {self._options.unserved_s:g} s; served are: {known}"
+        return UnknownActorError(text, actor=workflow)
+
+    async def _turn_away(self) -> None:
+        """Jobs of what is served, but is no workflow, go to the dead letters.
+
+        A name that another app begins to serve as a workflow is known to whoever publishes before it is known here: hence the
+        second look.
+        """
+        suspects: set[str] = set()
+        while True:
+            await asyncio.sleep(self._options.no_workflow_s * self._random.uniform(0.8, 1.2))
+            with contextlib.suppress(BrokerError, WireError):
+                found = {self.jobs.kind_of(subject) for subject in await self.jobs.queue.subjects()}
+                found = {subject for subject in found if self._other_kind(self.jobs.workflow_of(subject))}
+                for subject in found & suspects:
+                    name = self.jobs.workflow_of(subject)
+                    await self._clear(subject, no_workflow(name, self._other_kind(name)))
+                suspects = found
+
+    def _other_kind(self, name: str) -> str:
+        """What an actor is that somebody serves and nobody as a workflow; else empty."""
+        kinds = self._table.kinds(name)
+        return "" if "workflow" in kinds or not self._table.replicas(name) else min(kinds)
+
+    async def _clear(self, subject: str, cause: NalarError) -> None:
         while messages := await self.jobs.queue.pull(subject, batch=_BATCH, timeout_s=0.0, ack_wait_s=self._options.ack_wait_s):
             for message in messages:
                 await self._reject(message, _id_or_nothing(message), cause)

@@ -26,7 +26,8 @@ out of the queue.
 A value that is larger than a message lies in the object store `NS-results`, as JSON, and the result says where (`value_at`);
 it goes when the result goes.
 
-A failed job, and a message that is none, lies in the dead letters too. Taking it from there is publishing it again under
+A failed job, and a message that is none, lies in the dead letters too; so does one of a name that nobody has served for a
+while, and soon one of a name that is served, but as a tool or an agent. Taking it from there is publishing it again under
 its id (in `Nalar-Job-Id`, since the broker would take a repeated `Nats-Msg-Id` for a double), after its result is removed.
 
 A failure has one dead letter. Both the result and the letter say in `Nalar-Sequence` which message has failed:
@@ -73,6 +74,7 @@ from nalar_mq.errors import (
     MalformedMessageError,
     ObjectDamagedError,
     RemoteError,
+    UnknownActorError,
     UnknownJobError,
     ValueLostError,
     ValueTooLargeError,
@@ -97,6 +99,7 @@ VALUE_LIMIT_BYTES: Final = 1024 * 1024 * 1024  # of a value, as JSON
 _LOOK_AGAIN_S: Final = 5.0
 _SOON_S: Final = 0.005
 _RETRY_S: Final = 0.5
+_KINDS: Final = {"agent": "an agent", "tool": "a tool"}
 
 State = Literal["done", "failed", "cancelled"]
 Phase = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -652,6 +655,12 @@ class JobHandle:
 
     def __repr__(self) -> str:
         return f"<job {self.id}>"
+
+
+def no_workflow(name: str, kind: str) -> UnknownActorError:
+    """What to say of a job of an actor that is no workflow."""
+    what = f"{name!r} is no workflow but {_KINDS.get(kind, kind)}"
+    return UnknownActorError(f"{what}: jobs are calls of workflows; `call` it, or have a workflow do so", actor=name)
 
 
 def job_id_of(headers: Mapping[str, str], sequence: int) -> str:

@@ -226,6 +226,10 @@ class RoutingTable:
         """What was last told of an actor, though perhaps nobody serves it any more; any thread."""
         return self._last_infos.get(actor)
 
+    def kinds(self, actor: str) -> set[str]:
+        """What an actor is to those who serve it, workers that are drained among them: one kind, unless two apps differ."""
+        return {member.actors[actor].kind for member in self._members.values() if actor in member.actors}
+
     def known_actors(self) -> list[str]:
         """Names of all actors that somebody serves."""
         return sorted(self._replicas)

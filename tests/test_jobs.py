@@ -31,7 +31,7 @@ from nalar_mq.worker import Worker
 
 APP = Path(__file__).parent / "apps" / "jobs_app.py"
 PATIENCE_S = 60.0
-QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2, unserved_s=0.5, back_off_s=0.05)
+QUICK = IntakeOptions(ack_wait_s=1.5, look_again_s=0.2, unserved_s=0.5, no_workflow_s=0.1, back_off_s=0.05)
 
 
 class Bench:
@@ -188,6 +188,26 @@ async def test_what_cannot_be_read_goes_to_the_dead_letters_with_its_cause(bench
     assert letters[ids[0]].data == unreadable[0]
     assert "missing a required argument" in letters[ids[-2]].cause or "unexpected" in letters[ids[-2]].cause
     assert bench.actors.RUNS == []
+
+
+async def test_a_job_of_what_is_no_workflow_goes_to_the_dead_letters_at_once(bench: Bench) -> None:
+    """And not after the time in which somebody may come who serves an unknown name."""
+    patient = msgspec.structs.replace(QUICK, unserved_s=3600.0)
+    await bench.worker("one", patient)
+    await bench.publish("double", b"[1]", Nats_Msg_Id="plain")
+    await bench.publish("double.of", b"[1]", Nats_Msg_Id="dotted")
+    await bench.publish("nobody", b"[1]", Nats_Msg_Id="waits")
+    for id in ("plain", "dotted"):
+        result = await bench.result(id)
+        assert result.error and result.error.type == "UnknownActorError"
+        assert "'double' is no workflow but a tool" in result.error.message
+    jobs = await bench.jobs()
+    assert (await jobs.status("waits")).state == "queued"
+    while await jobs.queue.depth() > 1:
+        await asyncio.sleep(0.02)
+    letters = {letter.key: letter.cause async for letter in jobs.dead_letters()}
+    assert letters.keys() == {"plain", "dotted"}
+    assert "no workflow but a tool" in letters["plain"]
 
 
 async def test_a_failed_job_is_tried_as_often_as_its_workflow_says(bench: Bench) -> None:
@@ -958,7 +978,7 @@ async def test_a_job_that_would_fail_is_refused_where_its_workflow_is_known(
     with pytest.raises(errors.ArgumentError, match=why) as refused:
         await client.submit("answer", *args, **kwargs)
     assert refused.value.actor == "answer"
-    with pytest.raises(errors.UnknownActorError, match="'double' is no workflow but tool"):
+    with pytest.raises(errors.UnknownActorError, match="'double' is no workflow but a tool"):
         await client.submit("double", 1)
 
 

@@ -169,3 +169,12 @@ def test_a_successor_begins_without_its_predecessor_s_load() -> None:
     assert {table.choose("plain", {}) for _ in range(20)} == {Address("a", 2)}
     assert table.report("a", Load(WIRE_VERSION, 2, 1, {"plain": (9, 9)}), NOBODY), "numbers begin anew, too"
     assert {table.choose("plain", {}) for _ in range(20)} == {Address("b", 1)}
+
+
+def test_two_apps_may_know_an_actor_as_different_things() -> None:
+    table = RoutingTable(Random(1))
+    as_workflow = Member(WIRE_VERSION, 1, "node", "worker", 1, {"plain": ActorInfo("workflow", {})}, True)
+    table.join("a", _member(1, frozenset({"plain"})))
+    assert (table.kinds("plain"), table.kinds("single")) == ({"tool"}, set())
+    table.join("b", as_workflow)
+    assert table.kinds("plain") == {"tool", "workflow"}
