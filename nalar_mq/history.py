@@ -103,7 +103,7 @@ class Memory(NamedTuple):
 
     @property
     def seen(self) -> int:
-        """How many calls have come to a value that whoever made them saw."""
+        """How many calls have come to a value that is kept, and not repeated."""
         outcomes = (seen.result for observed in self.past.values() for seen in observed if type(seen) is Outcome)
         return len({result.id for result in outcomes if type(result) is Resolve})
 
