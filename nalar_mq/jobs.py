@@ -16,7 +16,7 @@ the dead letters, as nobody's.
 What ends a job is one message on `NS.result.<id>`, appended on condition that there is none: of a result, a failure and a
 cancellation that race, the first one counts and the others are dropped. Only after that does the message leave the queue.
 So at every moment an accepted job lies in the queue, in the results or in both, and whoever finds it in both just takes it
-out of the queue.
+out of the queue. Who cancels a job that nobody has in hand does that at once.
 
     in the queue, no record                      queued
     in the queue, record with a process          running
@@ -424,7 +424,20 @@ class Jobs:
             if ended is not None:
                 await self.forget_result(id, failed=ended.failed)
         self._transport.publish(self._subjects.cancel(id), reason.encode())
+        with contextlib.suppress(BrokerError):  # it has ended; its next holder does the rest
+            await self._take_out_ended(id)
         return True
+
+    async def _take_out_ended(self, id: str) -> None:
+        """Takes a job that has ended out of the queue, unless somebody has it in hand, who does that."""
+        held = await self.holder(id)
+        if held is None:
+            waiting = await self._find_queued(id)
+            if waiting is not None:
+                await self.queue.remove(waiting.sequence)
+        elif not self._runs(held[0]):
+            await self.release(held[1])
+            await self.queue.remove(held[0].sequence)
 
     # Looking.
 
@@ -447,8 +460,11 @@ class Jobs:
             raise UnknownJobError(id)
         return JobStatus(id, result.workflow, result.state, error=result.error or None)
 
+    def _runs(self, held: Running) -> bool:
+        return bool(held.name) and self._is_alive(Address(held.name, held.incarnation))
+
     def _status_of(self, id: str, held: Running) -> JobStatus:
-        runs = bool(held.name) and self._is_alive(Address(held.name, held.incarnation))
+        runs = self._runs(held)
         return JobStatus(id, held.workflow, "running" if runs else "queued", held.name if runs else "", held.failures)
 
     async def holder(self, id: str) -> tuple[Running, int] | None:

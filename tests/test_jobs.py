@@ -551,6 +551,25 @@ async def test_a_job_is_cancelled_whether_it_runs_or_waits(bench: Bench) -> None
         await (await client.job("never")).cancel()
 
 
+async def test_a_cancelled_job_that_nobody_has_in_hand_leaves_the_queue_at_once(bench: Bench) -> None:
+    """Whether nobody has begun it, or it waits for another attempt."""
+    await bench.worker("one", msgspec.structs.replace(QUICK, unserved_s=3600.0, back_off_s=3600.0))
+    client, jobs = await bench.client(), await bench.jobs()
+    await client.wait_for("flaky")
+    for workflow, id in (("nobody", "n1"), ("nobody", "n2"), ("flaky", "f")):
+        await client.submit(workflow, "x", 9, job_id=id)
+    async with asyncio.timeout(PATIENCE_S):
+        while (held := await jobs.holder("f")) is None or held[0].name or not held[0].failures:
+            await asyncio.sleep(0.02)
+    assert (await jobs.overview()).queued == {"nobody": 2, "flaky": 1}
+    for id in ("n1", "f"):
+        assert await (await client.job(id)).cancel()
+    overview = await jobs.overview()
+    assert (overview.queued, overview.running) == ({"nobody": 1}, [])
+    assert sorted(result.id for result in overview.ended) == ["f", "n1"]
+    assert (await jobs.status("n2")).state == "queued"
+
+
 async def test_a_worker_takes_only_what_it_has_room_for(bench: Bench) -> None:
     worker = await bench.worker("one")
     client = await bench.client()
