@@ -44,6 +44,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
     ├── UnknownQuestionError         nobody waits for an answer to that; `question_id`
     ├── QuestionClosedError          it has been answered, or its deadline has passed; `question_id`, `is_late`
     ├── AnswerError                  (also a ValueError) the answer is not what is asked for; `question_id`
+    ├── CopyChangedError             what was read from an attribute of an agent is changed, which would change a copy only
     ├── WireError
     │   ├── MalformedMessageError
     │   │   └── UnknownClassError    a value of a class that this process has not loaded; `class_name`
@@ -323,6 +324,10 @@ class AnswerError(NalarError, ValueError):
     def __init__(self, message: str, question_id: str = "") -> None:
         super().__init__(message)
         self.question_id = question_id
+
+
+class CopyChangedError(NalarError):
+    """What was read from an attribute of an agent is a copy, and refuses to be changed, since the change would be lost."""
 
 
 class WireError(NalarError):

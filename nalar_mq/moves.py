@@ -40,6 +40,7 @@ from typing import Any, Final, TypeGuard, cast
 from nalar_mq.depth import CONTAINERS, KEEPS, LEAVES, VIEWS, deep, force, is_rewritten_callable, storage, takes_futures, value
 from nalar_mq.future import Future
 from nalar_mq.origins import MARK, AnyFuture, is_rewritten, living, user_frame
+from nalar_mq.readings import class_of, refuse_change
 from nalar_mq.runs import Guard, carry_over, handled, journal, mark, noted, settled, wait_in_order
 
 _Thunk = Callable[[], Any]
@@ -356,6 +357,8 @@ def _called_other(f: Any) -> Any:
 def _called_class(f: type[Any]) -> Any:
     if f is map:
         return _map
+    if f is type:
+        return _type
     if type(f) is type and f in _NATIVE_TYPES:
         return f
     actor = _actor_for(f, type(f))
@@ -369,7 +372,18 @@ def _called_class(f: type[Any]) -> Any:
 
 
 def _through(f: Any, /, *args: Any, **kwargs: Any) -> Any:
+    refuse_change(f, args)
     return f(*args, **kwargs)
+
+
+def _type(*args: Any, **kwargs: Any) -> Any:
+    """`type(x)`, of what was read from an agent as of its original; a class made by `type` is of the user's module."""
+    if len(args) == 1 and not kwargs:
+        return class_of(args[0])
+    frame = user_frame()
+    if len(args) == 3 and frame is not None:
+        args = (*args[:2], {"__module__": frame.f_globals.get("__name__"), **args[2]})
+    return type(*args, **kwargs)
 
 
 def _through_partial(f: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -448,7 +462,7 @@ _NATIVE_FUNCTIONS: Final = frozenset(
     {len, id, isinstance, issubclass, callable, hasattr, print, repr, abs, round, ord, chr, hash, divmod, pow, globals}
 )
 
-_NATIVE_TYPES: Final = frozenset({str, int, float, bool, complex, bytes, bytearray, range, slice, object, type, Future})
+_NATIVE_TYPES: Final = frozenset({str, int, float, bool, complex, bytes, bytearray, range, slice, object, Future})
 
 
 def _visible(f: Any, /, *args: Any) -> Any:

@@ -3,7 +3,7 @@
 A stand-in behaves as what it replaces. Called from rewritten code it gives a future, called from anywhere else the value;
 called where no runtime is, it runs what it replaced. A class stand-in is a class: its attributes are those of the class it
 stands for, a class derived from it derives from that one, and its instances live in workers: their methods are calls, and
-their attributes are read from there.
+their attributes are read from there, as copies that refuse to be changed (see `nalar_mq.readings`).
 
 Stand-ins may be passed on and stored: they travel by name, an instance by session, number and constructor arguments as well.
 A method that returns its own instance gives the caller the stand-in for it.
@@ -19,7 +19,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
-from nalar_mq import classes, depth, moves, runs, values
+from nalar_mq import classes, depth, moves, readings, runs, values
 from nalar_mq.actor import ActorSpec, MethodSpec
 from nalar_mq.call_context import CallContext, CallOptions, current_context
 from nalar_mq.errors import MalformedMessageError, NalarError, RemoteError
@@ -106,9 +106,10 @@ def _holds_instance(x: Any, depth: int = 3) -> bool:
     """True if an instance of an agent stands in `x`, as far as plain containers and methods show it."""
     if isinstance(type(x), AgentType) or type(x) is MethodStandIn:
         return True
-    if not depth or type(x) not in (list, tuple, set, frozenset, dict):
+    kind = readings.class_of(x)
+    if not depth or kind not in (list, tuple, set, frozenset, dict):
         return False
-    elements: Iterable[Any] = [*x.values()] if type(x) is dict else x
+    elements: Iterable[Any] = [*x.values()] if kind is dict else x
     return any(_holds_instance(element, depth - 1) for element in elements)
 
 
@@ -209,7 +210,7 @@ class InstanceStandIn:
         if isinstance(attribute, (staticmethod, classmethod)):
             return getattr(spec.target, name)
         context = _required(spec)
-        return context.caller.call(context, spec.name, "." + name, (), {}, _options_of(self)).value()
+        return readings.lent(context.caller.call(context, spec.name, "." + name, (), {}, _options_of(self)).value())
 
     def __setattr__(self, name: str, value: Any) -> None:
         _change(self, "=" + name, depth.deep(value))

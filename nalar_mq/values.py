@@ -49,7 +49,7 @@ import msgspec
 from msgspec import Raw
 from msgspec.msgpack import Ext
 
-from nalar_mq import classes
+from nalar_mq import classes, readings
 from nalar_mq.annotations import check, from_json, to_json
 from nalar_mq.errors import (
     CallError,
@@ -338,6 +338,9 @@ class _Writer:
         plain = getattr(classes.class_of(value), "__nalar_plain__", None)
         if plain is not None:
             return self.pack(plain(value), depth)
+        if readings.is_lent(value):
+            packer = _PACKERS.get(readings.class_of(value))
+            return packer(self, value, depth) if packer is not None else self.pack_instance(value, depth)
         reference = _reference_of(value)
         if reference is not None:
             return Ext(_ACTOR, _encode(reference))
@@ -361,7 +364,7 @@ class _Writer:
         raise _Refused(_describe(value))
 
     def pack_instance(self, value: Any, depth: int) -> Any:
-        shape = classes.shape_of(classes.class_of(value))
+        shape = classes.shape_of(readings.class_of(value))
         parts = _PARTS.get(shape.kind)
         if parts is None:
             raise _Refused(_describe(value))

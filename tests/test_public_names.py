@@ -20,6 +20,7 @@ PUBLIC = [
     "CallTimeoutError",
     "Client",
     "ConfigError",
+    "CopyChangedError",
     "Future",
     "FutureInfo",
     "JobHandle",
