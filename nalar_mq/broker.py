@@ -3,11 +3,17 @@
 Life of the child:
 
     start ──► launching ──► running ──► stopped (aclose)
-                  ▲            │ died
+                  ▲            │ died, or ended by us since it could not write
+                  │            ▼
+                  │         waiting for room on the disk
+                  │            │
                   └─ back-off ─┘──► failed, after `restart_attempts` deaths in a row of a child that never ran for long
 
 * It listens on loopback only, demands a secret made at each `start`, and syncs every acknowledged write to disk.
 * The secret travels in a configuration file of mode 0600, never on a command line.
+* A server that could not write a message into a stream once takes nothing more for it until it is restarted. It says so in
+  its log, which therefore comes through a pipe: a full disk takes no lines. It is left as it is while there is no room, so that
+  what needs no disk goes on, and is restarted when there is: nothing that it has acknowledged is lost.
 * A restarted child gets the port and the secret of its predecessor, so clients reconnect by themselves.
 * The secret is a token that lets anybody do everything. With an issuer it is the password of one user, the gate, and whoever
   else connects is let in by what the gate answers (`identity`).
@@ -31,6 +37,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +48,9 @@ import psutil
 
 from nalar_mq.address import DEFAULT_NAMESPACE
 from nalar_mq.config import BrokerAccess
+from nalar_mq.disk import free_bytes, want_of_room
 from nalar_mq.errors import BrokerStartError
+from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 
 _log = logger(__name__)
@@ -57,10 +66,14 @@ _STOP_TIMEOUT_S: Final = 5.0
 _STABLE_AFTER_S: Final = 2.0
 _BACKOFF_S: Final = 0.05
 _BACKOFF_MAX_S: Final = 2.0
-_MIN_FREE_BYTES: Final = 16 * 1024 * 1024
+_LOOK_FOR_ROOM_S: Final = 0.5
+_PAUSE_MAX_S: Final = 30.0  # between the restarts of one that cannot write although there is room
 _LOG_LIMIT_BYTES: Final = 8 * 1024 * 1024
 _GATE: Final = "gate"
 _IN_USE: Final = "address already in use"  # as the server says it
+_CANNOT_WRITE: Final = ("critical write error", "no space left on device", "will be disabled")  # likewise
+_LINES_KEPT: Final = 100
+_CHUNK_BYTES: Final = 65536
 
 # Asks the kernel for SIGKILL at the death of the starting thread, makes sure that it has not died already, and becomes the
 # server. A process of its own does this because code between fork and exec is unsafe in a process with threads.
@@ -138,6 +151,7 @@ class EmbeddedBroker:
         self._listeners: list[Callable[[BrokerStartError], None]] = []
         self._lock: _FolderLock | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._log = _ServerLog(self._log_file)
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -149,8 +163,8 @@ class EmbeddedBroker:
     def access(self) -> BrokerAccess:
         """What it takes to connect and do everything."""
         if self._issuer:
-            return BrokerAccess(urls=(self.url,), user=_GATE, password=self._secret)
-        return BrokerAccess(urls=(self.url,), token=self._secret)
+            return BrokerAccess(urls=(self.url,), user=_GATE, password=self._secret, data_dir=str(self.data_dir))
+        return BrokerAccess(urls=(self.url,), token=self._secret, data_dir=str(self.data_dir))
 
     @property
     def pid(self) -> int | None:
@@ -194,6 +208,7 @@ class EmbeddedBroker:
         try:
             if process is not None:
                 await _end(process)
+                await self._log.aclose()
         finally:
             self._release()
 
@@ -229,9 +244,9 @@ class EmbeddedBroker:
     def _prepare_folder(self) -> None:
         if _size(self._log_file) > _LOG_LIMIT_BYTES:
             self._log_file.replace(self._log_file.with_suffix(".log.1"))
-        free_bytes = shutil.disk_usage(self.data_dir).free
-        if free_bytes < _MIN_FREE_BYTES:
-            raise BrokerStartError(f"{self.data_dir} has only {free_bytes // 1024} KiB free: the broker keeps its data there")
+        want = want_of_room(self.data_dir)
+        if want:
+            raise BrokerStartError(f"the broker cannot keep its data: {want}")
 
     async def _launch_somewhere(self) -> asyncio.subprocess.Process:
         """At the port that is wished for, or at another one if that may be: two that begin at once wish for the same."""
@@ -251,15 +266,15 @@ class EmbeddedBroker:
                 f"port {port} of {self.host} is in use: end what listens there, take another port, "
                 f"or use that broker with --nats {_url(self.host, port)}"
             )
-        log_start = _size(self._log_file)
         try:
             process = await self._spawn(find_nats_server(), self._config(port))
         except OSError as error:
             raise BrokerStartError(f"the broker cannot start in {self.data_dir}: {error}") from error
         try:
-            self._port = await self._ready(process, log_start)
+            self._port = await self._ready(process)
         except BaseException:
             await _end(process, patience_s=0.0)
+            await self._log.aclose()
             raise
         return process
 
@@ -267,18 +282,16 @@ class EmbeddedBroker:
         for ports_file in self.data_dir.glob(f"{_BINARY}_*.ports"):
             ports_file.unlink(missing_ok=True)
         _write_private(self._config_file, config)
-        log = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            return await asyncio.create_subprocess_exec(
-                *_die_with_parent([binary, "-c", str(self._config_file)]),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.data_dir,
-                start_new_session=True,
-            )
-        finally:
-            os.close(log)
+        process = await asyncio.create_subprocess_exec(
+            *_die_with_parent([binary, "-c", str(self._config_file)]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=self.data_dir,
+            start_new_session=True,
+        )
+        self._log.follow(process)
+        return process
 
     def _config(self, port: int | None) -> str:
         def quote(text: str) -> str:
@@ -301,7 +314,7 @@ class EmbeddedBroker:
             f"auth_callout {{ issuer: {self._issuer}, auth_users: [ {_GATE} ] }}"
         )
 
-    async def _ready(self, process: asyncio.subprocess.Process, log_start: int) -> int:
+    async def _ready(self, process: asyncio.subprocess.Process) -> int:
         ports_file = self.data_dir / f"{_BINARY}_{process.pid}.ports"
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_READY_TIMEOUT_S):
@@ -310,35 +323,140 @@ class EmbeddedBroker:
                     if port is not None:
                         return port
                     await asyncio.sleep(_READY_POLL_S)
-        reason = _reason(self._log_file, log_start) or f"it was not ready within {_READY_TIMEOUT_S:.0f} s"
+        reason = await self._log.complaint(process) or f"it was not ready within {_READY_TIMEOUT_S:.0f} s"
         kind = _PortInUseError if _IN_USE in reason else BrokerStartError
         raise kind(f"nats-server did not start: {reason} (log: {self._log_file})")
 
     async def _supervise(self) -> None:
-        loop = asyncio.get_running_loop()
-        failure = BrokerStartError(f"nats-server dies again and again (log: {self._log_file})")
-        attempts = 0
+        attempts, pause_s = 0, 0.0
         while True:
-            assert self._process is not None
-            since = loop.time()
-            await self._process.wait()
-            if loop.time() - since > _STABLE_AFTER_S:
-                attempts = 0
-            if attempts >= self._restart_attempts:
-                break
+            ran_s = await self._until_ended(pause_s)
+            pause_s = min(2 * pause_s + 1.0, _PAUSE_MAX_S) if ran_s < _PAUSE_MAX_S else 0.0
+            try:
+                attempts = await self._begin_again(0 if ran_s > _STABLE_AFTER_S else attempts)
+            except BrokerStartError as failure:
+                self._give_up(failure)
+                return
+
+    async def _until_ended(self, pause_s: float) -> float:
+        """Waits until the server has ended, by our hand if it cannot write: when there is room; after a pause if there was."""
+        loop, process = asyncio.get_running_loop(), self._process
+        assert process is not None
+        since, reason = loop.time(), "it died"
+        if await self._is_unwell(process):
+            reason = "it could not write"
+            if not await self._had_to_wait_for_room():
+                await asyncio.sleep(pause_s)
+            await _end(process)
+        await self._log.aclose()
+        _log.warning("broker.ended", pid=process.pid, code=process.returncode, reason=reason, log=str(self._log_file))
+        return loop.time() - since
+
+    async def _begin_again(self, attempts: int) -> int:
+        """Starts the next server, after `attempts` in a row that were in vain; returns how many they are with this one.
+
+        Raises:
+            BrokerStartError: they have been too many.
+        """
+        failure = BrokerStartError(f"nats-server dies again and again (log: {self._log_file})")
+        began_s = asyncio.get_running_loop().time()
+        while attempts < self._restart_attempts:
             await asyncio.sleep(min(_BACKOFF_S * 2**attempts, _BACKOFF_MAX_S))
             attempts += 1
+            await self._had_to_wait_for_room()
             try:
                 self._process = await self._launch()
-                self.restarts += 1
             except BrokerStartError as error:
                 failure = error
+                continue
+            self.restarts += 1
+            took_s = asyncio.get_running_loop().time() - began_s
+            _log.warning("broker.began_again", pid=self._process.pid, after_s=round(took_s, 1))
+            return attempts
+        raise failure
+
+    def _give_up(self, failure: BrokerStartError) -> None:
         self.failure = failure
         for listener in self._listeners:
             try:
                 listener(failure)
             except Exception:
                 _log.exception("broker.listener_failed")
+
+    async def _is_unwell(self, process: asyncio.subprocess.Process) -> bool:
+        """Returns when the server has ended, or says that it cannot write: then it is True."""
+        ended, unwell = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._log.cannot_write.wait())
+        try:
+            await asyncio.wait((ended, unwell), return_when=asyncio.FIRST_COMPLETED)
+            return process.returncode is None
+        finally:
+            await cancel_all((ended, unwell))
+
+    async def _had_to_wait_for_room(self) -> bool:
+        """Returns when a server could write, at once if it is False; says that there is no room, and that there is again."""
+        want = want_of_room(self.data_dir)
+        if not want:
+            return False
+        _log.error("broker.disk_full", folder=str(self.data_dir), hint=f"{want}; the broker keeps nothing new until then")
+        while want:
+            await asyncio.sleep(_LOOK_FOR_ROOM_S)
+            want = want_of_room(self.data_dir)
+        _log.warning("broker.disk_has_room", folder=str(self.data_dir), free_bytes=free_bytes(self.data_dir))
+        return True
+
+
+class _ServerLog:
+    """What a server says: kept in a file while that takes it, and watched for writes that have failed."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._reader: asyncio.Task[None] | None = None
+        self.cannot_write = asyncio.Event()
+
+    def follow(self, process: asyncio.subprocess.Process) -> None:
+        """Reads what a server that has just begun says until its end, which is that of its predecessor."""
+        assert process.stdout is not None
+        self.cannot_write.clear()
+        self._lines.clear()
+        self._reader = asyncio.create_task(self._read(process.stdout), name="embedded-broker-log")
+
+    async def complaint(self, process: asyncio.subprocess.Process) -> str:
+        """The last complaint of a server; all that it has said if it has ended."""
+        if self._reader is not None and process.returncode is not None:
+            await asyncio.wait([self._reader])
+        complaints = [
+            line.partition("[FTL]")[2] or line for line in self._lines if "[FTL]" in line or line.startswith(f"{_BINARY}:")
+        ]
+        return (complaints or [*self._lines] or [""])[-1].strip()
+
+    async def aclose(self) -> None:
+        """Returns when everything that an ended server has said is in the file."""
+        if self._reader is not None:
+            await asyncio.wait([self._reader])
+
+    async def _read(self, stream: asyncio.StreamReader) -> None:
+        rest = b""
+        while said := await stream.read(_CHUNK_BYTES):
+            self._keep(said)
+            *lines, rest = (rest + said).split(b"\n")
+            for line in lines:
+                self._take(line.decode("utf-8", "replace"))
+        self._take(rest.decode("utf-8", "replace"))
+
+    def _keep(self, said: bytes) -> None:
+        with contextlib.suppress(OSError):
+            fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(fd, said)
+            finally:
+                os.close(fd)
+
+    def _take(self, line: str) -> None:
+        if line.strip():
+            self._lines.append(line)
+        if any(sign in line.lower() for sign in _CANNOT_WRITE):
+            self.cannot_write.set()
 
 
 class _FolderLock:
@@ -409,18 +527,6 @@ def _port_in(ports_file: Path) -> int | None:
     return int(listening[0].rpartition(":")[2]) if listening else None
 
 
-def _reason(log_file: Path, start: int) -> str:
-    """The last complaint in what the server has logged from `start` on."""
-    try:
-        with log_file.open("rb") as log:
-            log.seek(start)
-            lines = log.read(65536).decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    complaints = [line.partition("[FTL]")[2] or line for line in lines if "[FTL]" in line or line.startswith(f"{_BINARY}:")]
-    return (complaints or lines or [""])[-1].strip()
-
-
 async def _end(process: asyncio.subprocess.Process, patience_s: float = _STOP_TIMEOUT_S) -> None:
     """SIGTERM, then SIGKILL; returns when the process is gone, also if the caller is cancelled meanwhile."""
     try:
@@ -459,7 +565,8 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
     """What a running runtime tells other commands on this machine.
 
     `started` is the start of process `pid` as the operating system tells it: together with the id it identifies the
-    process, and it is not used as a time. `app` is the name of the app's file, in the folder that the runtime file is for.
+    process, and it is not used as a time. `app` is the name of the app's file, in the folder that the runtime file is for;
+    `data_dir` is where the broker keeps its data, if it is one of ours.
     """
 
     url: str
@@ -468,6 +575,7 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     started: float = 0.0
     app: str = ""
+    data_dir: str = ""
 
     def __repr__(self) -> str:
         return f"RuntimeFile(url={self.url!r}, namespace={self.namespace!r}, pid={self.pid})"
@@ -475,7 +583,7 @@ class RuntimeFile(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def access(self) -> BrokerAccess:
         """What a client needs to connect."""
-        return BrokerAccess(urls=(self.url,), token=self.token)
+        return BrokerAccess(urls=(self.url,), token=self.token, data_dir=self.data_dir)
 
 
 def write_runtime_file(
@@ -487,6 +595,7 @@ def write_runtime_file(
     node_key: str = "",
     pid: int | None = None,
     app: str = "",
+    data_dir: str = "",
 ) -> Path:
     """Writes `.nalar/runtime.json` in `folder`, readable by its owner only, and the node key beside it; returns its path.
 
@@ -495,7 +604,7 @@ def write_runtime_file(
     """
     pid = os.getpid() if pid is None else pid
     started = _started(pid) or 0.0
-    content = RuntimeFile(url=url, token=token, namespace=namespace, pid=pid, started=started, app=app)
+    content = RuntimeFile(url=url, token=token, namespace=namespace, pid=pid, started=started, app=app, data_dir=data_dir)
     path = folder / RUNTIME_FOLDER / RUNTIME_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -759,9 +759,17 @@ def _known_namespace(running: RuntimeFile | None, entry: RuntimeEntry) -> str:
 
 def _announce(app: Path, settings: Settings) -> None:
     access = settings.broker
-    if access == BrokerAccess(urls=access.urls[:1], token=access.token, node_key=access.node_key):
-        url, token, node_key = access.urls[0], access.token, access.node_key
-        write_runtime_file(app.parent, url=url, token=token, namespace=settings.namespace, node_key=node_key, app=app.name)
+    url, token, node_key, data_dir = access.urls[0], access.token, access.node_key, access.data_dir
+    if access == BrokerAccess(urls=(url,), token=token, node_key=node_key, data_dir=data_dir):
+        write_runtime_file(
+            app.parent,
+            url=url,
+            token=token,
+            namespace=settings.namespace,
+            node_key=node_key,
+            app=app.name,
+            data_dir=data_dir,
+        )
 
 
 def _node_name() -> str:

@@ -36,6 +36,7 @@ class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """How to reach a NATS server. `urls` are tried in turn; empty fields are not used. Secrets never appear in logs.
 
     With a token, `user` and `password` say who comes with it; `node_key` makes credentials for others (`identity`).
+    `data_dir` is where the server keeps its data, if that is known to be on this machine.
     """
 
     urls: tuple[str, ...]
@@ -48,9 +49,10 @@ class BrokerAccess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     tls_cert_file: str = ""
     tls_key_file: str = ""
     node_key: str = ""
+    data_dir: str = ""
 
     def __repr__(self) -> str:
-        means = [name for name in self.__struct_fields__ if name != "urls" and getattr(self, name)]
+        means = [name for name in self.__struct_fields__ if name not in ("urls", "data_dir") and getattr(self, name)]
         return f"BrokerAccess(urls={self.urls!r}, with={means!r})"
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +19,7 @@ import msgspec
 from nalar_mq.address import Subjects, random_token
 from nalar_mq.broker import RUNTIME_FOLDER, EmbeddedBroker, RuntimeFile, find_nats_server, is_embedded, port_is_free
 from nalar_mq.config import DEFAULT_PORT, BrokerAccess, NamedBroker, engine_folder, find_engine
+from nalar_mq.disk import LEAST_FREE_BYTES, free_bytes
 from nalar_mq.engine_process import LOG_NAME
 from nalar_mq.engines import EngineState, check_model_server, local_engine_state, model_path
 from nalar_mq.errors import BrokerError, BrokerStartError, ConfigError, EngineError, NalarError
@@ -30,7 +30,6 @@ from nalar_mq.nats_transport import NatsTransport
 
 _VERSION_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 5.0
-_LEAST_FREE_BYTES: Final = 16 * 1024 * 1024
 _ENOUGH_FREE_BYTES: Final = 1024 * 1024 * 1024
 _SYNC_ADVICE: Final = "set `jetstream { sync_interval: always }` there, else jobs need --trust-broker"
 
@@ -157,13 +156,11 @@ def examine_disk(folder: Path) -> Finding:
     place = next(path for path in (folder / RUNTIME_FOLDER, folder, *folder.parents) if path.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         return Finding("disk", State.WRONG, f"{place} cannot be written", "make it writable: data is kept there", EXIT_CONFIG)
-    free_bytes = shutil.disk_usage(place).free
-    found, advice = f"{_size(free_bytes)} free at {place}", "make room: data is kept there"
-    if free_bytes < _LEAST_FREE_BYTES:
+    free = free_bytes(place)
+    found, advice = f"{_size(free)} free at {place}", "make room: data is kept there"
+    if free < LEAST_FREE_BYTES:
         return Finding("disk", State.WRONG, found, advice, EXIT_BROKER)
-    return (
-        Finding("disk", State.WARNING, found, advice) if free_bytes < _ENOUGH_FREE_BYTES else Finding("disk", State.OK, found)
-    )
+    return Finding("disk", State.WARNING, found, advice) if free < _ENOUGH_FREE_BYTES else Finding("disk", State.OK, found)
 
 
 def examine_model() -> list[Finding]:
@@ -200,7 +197,8 @@ def _model_server() -> Finding:
 
 
 def _is_of(named: NamedBroker, running: RuntimeFile) -> bool:
-    return named.access == running.access and is_embedded(running)
+    access = named.access
+    return (access.urls, access.token) == ((running.url,), running.token) and is_embedded(running)
 
 
 def _wrong(check: str, error: Exception, advice: str = "") -> Finding:

@@ -50,7 +50,7 @@ class GuardedBroker:
     @property
     def client_access(self) -> BrokerAccess:
         """For whoever may use the runtime."""
-        return BrokerAccess(urls=(self.server.url,), token=self._token)
+        return BrokerAccess(urls=(self.server.url,), token=self._token, data_dir=str(self.server.data_dir))
 
     @property
     def node_access(self) -> BrokerAccess:

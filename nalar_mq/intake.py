@@ -200,6 +200,8 @@ class Intake:
         self._subscription: Subscription | None = None
         self._changed = asyncio.Event()
         self._unserved_since: dict[str, float] = {}
+        self._failing: set[str] = set()  # subjects of which nothing can be pulled
+        self._failing_since_s = 0.0
         self._is_closing = False
         self.jobs: Jobs
 
@@ -265,9 +267,10 @@ class Intake:
                     subject, batch=min(room, _BATCH), timeout_s=_PULL_S, ack_wait_s=self._options.ack_wait_s
                 )
             except BrokerError as error:
-                _log.warning("jobs.pull_failed", workflow=spec.name, reason=str(error))
+                self._cannot_pull(subject, error)
                 await asyncio.sleep(_RETRY_S)
                 continue
+            self._has_pulled(subject)
             room = max(limit - self._in_hand[spec.name], 0)  # some of it may have gone to those of the other subject meanwhile
             for message in messages[:room]:
                 self._take(spec, message)
@@ -275,6 +278,20 @@ class Intake:
                 task = self._loop.create_task(self._put_back(message))
                 self._returning.add(task)
                 task.add_done_callback(self._returning.discard)
+
+    def _cannot_pull(self, subject: str, error: BrokerError) -> None:
+        """Says it once in an outage, whichever of the subjects it hits first."""
+        if not self._failing:
+            self._failing_since_s = self._loop.time()
+            _log.warning("jobs.pull_failed", worker=self._me.name, reason=str(error), hint="it is tried until it succeeds")
+        self._failing.add(subject)
+
+    def _has_pulled(self, subject: str) -> None:
+        if subject in self._failing:
+            self._failing.discard(subject)
+            if not self._failing:
+                after_s = round(self._loop.time() - self._failing_since_s, 1)
+                _log.warning("jobs.pulled_again", worker=self._me.name, after_s=after_s)
 
     async def _put_back(self, message: QueueMessage) -> None:
         with contextlib.suppress(BrokerError):

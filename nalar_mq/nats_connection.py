@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Final, Self, TypeVar
 
 from nalar_mq.config import BrokerAccess
+from nalar_mq.disk import want_of_room
 from nalar_mq.errors import (
     AddressError,
     BrokerAuthError,
@@ -63,6 +64,7 @@ class NatsConnection:
         self._enders: list[Callable[[], None]] = []
         self._prefixes: dict[str, bytes] = {}
         self._is_closing = False
+        self._data_dir = ""
         self._url = shown(client._current_server.uri.geturl()) if client._current_server else ""
 
     @classmethod
@@ -113,6 +115,7 @@ class NatsConnection:
     @classmethod
     def _of(cls, client: NatsClient, access: BrokerAccess, request_timeout_s: float) -> Self:
         transport = cls(client, request_timeout_s)
+        transport._data_dir = access.data_dir
         known = {server.uri.netloc for server in client._server_pool}
         for url in access.urls:
             with contextlib.suppress(nats.errors.Error):
@@ -294,9 +297,15 @@ class NatsConnection:
             if refused_s >= began_s:
                 advice = "`nalar permissions` prints what a process needs"
                 raise BrokerAuthError(f"{doing}: the broker does not allow us to publish to {subject!r}; {advice}") from None
-            raise BrokerTimeoutError(f"{doing}: the broker at {self._url} did not answer within {limit_s:g} s") from None
+            raise BrokerTimeoutError(self._silence(doing, limit_s)) from None
         except (nats.errors.Error, OSError) as error:
             raise named(doing, error) from error
+
+    def _silence(self, doing: str, limit_s: float) -> str:
+        """What is said when no answer has come in time; a full disk keeps a server from answering what would write."""
+        text = f"{doing}: the broker at {self._url} did not answer within {limit_s:g} s"
+        want = want_of_room(self._data_dir) if self._data_dir else ""
+        return f"{text}: {want}" if want else text
 
     def _check_open(self) -> None:
         if self._is_closing:

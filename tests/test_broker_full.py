@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from waiting import until
 
 from nalar_mq import errors
@@ -171,10 +173,48 @@ async def test_a_full_disk_costs_typed_errors_and_nothing_that_was_accepted(tiny
             with pytest.raises((errors.BrokerError, errors.CallTimeoutError)):
                 await within(call)
         (tiny_disk / "filler").unlink()
-        assert broker.pid is not None
-        os.kill(broker.pid, signal.SIGKILL)
         assert await job.result(timeout=PATIENCE_S) == [MUCH // 4, MUCH // 4, MUCH // 4 + 1]
         assert await within(site.client.call("weigh", bytes(MUCH))) == MUCH
+        assert broker.restarts == 1
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_disk_that_was_full_is_told_and_costs_nothing_that_was_acknowledged(tiny_disk: Path, dies: bool) -> None:
+    with capture_logs() as logs:
+        async with AsyncExitStack() as stack:
+            broker = await stack.enter_async_context(EmbeddedBroker(tiny_disk / "broker"))
+            transport = await stack.enter_async_context(
+                await NatsTransport.connect(broker.access, name="test", request_timeout_s=1.0)
+            )
+            ledgers = [await transport.ledger(name, [name]) for name in ("a", "b")]
+            kept: list[list[bytes]] = [[], []]
+            await asyncio.to_thread(_fill, tiny_disk / "filler")
+            refusals: list[str] = []
+            for number in itertools.count():
+                if len(refusals) == 3:
+                    break
+                data = b"%d " % number + bytes(3000)
+                try:
+                    await ledgers[number % 2].append("ab"[number % 2], data)
+                    kept[number % 2].append(data)
+                except errors.BrokerTimeoutError as error:
+                    refusals.append(str(error))
+            assert all(f"the disk of {tiny_disk / 'broker'} has only" in refusal for refusal in refusals)
+            await until(lambda: any(entry["event"] == "broker.disk_full" for entry in logs))
+            assert not broker.restarts
+            if dies:
+                assert broker.pid is not None
+                os.kill(broker.pid, signal.SIGKILL)
+                await until(lambda: not transport.is_connected)
+            (tiny_disk / "filler").unlink()
+            await until(lambda: broker.restarts == 1 and transport.is_connected)
+            for ledger, subject, data in zip(ledgers, "ab", kept, strict=True):
+                got = [each.data for each in await ledger.read(subject, limit=100_000)]
+                assert [each for each in got if each in data] == data, "something acknowledged is lost, or has changed places"
+                await ledger.append(subject, b"more")
+    events = [entry["event"] for entry in logs]
+    told = ["broker.disk_full", "broker.disk_has_room", "broker.ended", "broker.began_again"]
+    assert sorted(events) == sorted(told)
 
 
 # Away.
@@ -200,6 +240,16 @@ async def test_a_broker_that_comes_back_is_waited_for(losable: tuple[Site, Embed
     assert await within(given) == MUCH
     assert await job.result(timeout=PATIENCE_S) == [MUCH, MUCH, MUCH + 1]
     assert broker.restarts == 1
+
+
+async def test_a_broker_that_dies_is_told_once_by_who_pulls_jobs_from_it(losable: tuple[Site, EmbeddedBroker]) -> None:
+    _, broker = losable
+    with capture_logs() as logs:
+        assert broker.pid is not None
+        os.kill(broker.pid, signal.SIGKILL)
+        await until(lambda: any(entry["event"] == "jobs.pulled_again" for entry in logs))
+    told = [entry["event"] for entry in logs if entry["event"].startswith("jobs.pull")]
+    assert told == ["jobs.pull_failed", "jobs.pulled_again"]
 
 
 async def test_a_broker_that_stays_away_is_waited_for_until_the_deadline(losable: tuple[Site, EmbeddedBroker]) -> None:
