@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nalar_mq.control_commands import Trial
     from nalar_mq.controllers.overview import Overview
     from nalar_mq.installation import Finding
+    from nalar_mq.job_commands import Tally
     from nalar_mq.messages import Drainage
     from nalar_mq.state_commands import SessionRow
     from nalar_mq.traces import Trace
@@ -312,7 +313,7 @@ def controller(options: _Options, /, policy: str | None, app: Path | None, **bro
     """
     from nalar_mq import commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     _run(options, commands.controller(_choice(broker), app=file, policy=policy, tell=_tell))
 
 
@@ -384,7 +385,8 @@ def call(
 ) -> None:
     """Call NAME, a workflow, a tool or agent.method, of a runtime that is there.
 
-    ARGUMENTS are written as for `nalar run`. With --app the app's modules are loaded, so that its own classes can be read.
+    ARGUMENTS are written as for `nalar run`. With --app the app's modules are loaded, so that its own classes can be read;
+    those of the app that is up in this folder are when they are needed, except for --stream.
     """
     from nalar_mq import commands
 
@@ -394,7 +396,7 @@ def call(
         commands.call(
             choice,
             _wish(name, call),
-            app=commands.app_file(app) if app else None,
+            app=_app(app),
             stream=call["stream"],
             take=_printer(call["stream"], call["json_output"]),
         ),
@@ -424,7 +426,7 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
     if waiting:
         _show_questions(options, _choice(broker), app, json)
         return
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     settings, seen, crashes = _run(options, commands.processes(_choice(broker), app=file))
     rows = [_process_row(process) for process in seen]
     engine = local_engine_state()
@@ -447,7 +449,7 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
 def _show_questions(options: _Options, choice: BrokerChoice, app: Path | None, json: bool) -> None:
     from nalar_mq import job_commands
 
-    found = _run(options, job_commands.questions(choice, app))
+    found = _run(options, job_commands.questions(choice, _app(app)))
     if json:
         _show_json(found)
         return
@@ -469,7 +471,7 @@ def answer(options: _Options, /, id: str, answer: str, app: Path | None, **broke
     """Answer the question ID, as listed by `nalar ps --waiting`, with ANSWER in JSON."""
     from nalar_mq import job_commands
 
-    _run(options, job_commands.answer(_choice(broker), app, id, answer))
+    _run(options, job_commands.answer(_choice(broker), _app(app), id, answer))
     _tell(f"question {id} is answered")
 
 
@@ -491,7 +493,7 @@ def trace(options: _Options, /, id: str | None, last: bool, json: bool, app: Pat
 
     if last == bool(id):
         raise ConfigError("name a call, a session or a job by its ID, or the last run by --last")
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     found = _run(options, commands.trace(_choice(broker), id or "", app=file))
     if json:
         _show_json(found.calls)
@@ -521,7 +523,7 @@ def drain(options: _Options, /, worker: str, grace: float, json: bool, app: Path
     """
     from nalar_mq import commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     shown: list[str] = []
 
     def take(progress: Drainage) -> None:
@@ -573,7 +575,7 @@ def migrate(
     """
     from nalar_mq import commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     moved = _run(options, commands.migrate(_choice(broker), agent, session, target, instance=instance, app=file))
     if json:
         _show_json(
@@ -647,7 +649,7 @@ _wait_option = click.option("--wait", is_flag=True, help="Wait for the end and p
 @click.option("--id", metavar="ID", default="", help="Id of the job; with --file the ids are ID-<number of the line>.")
 @click.option("--tenant", default="", metavar="NAME", help="On whose behalf; all calls of the job bear it.")
 @_wait_option
-@click.option("--progress", is_flag=True, help="With --file: show on stderr how many are accepted and done.")
+@click.option("--progress", is_flag=True, help="With --file: show on stderr how many are accepted, ended and failed.")
 @_trust_option
 @_app_option
 @_broker_options
@@ -665,45 +667,61 @@ def submit(
     progress: bool,
     app: Path | None,
     **broker: Any,
-) -> None:
+) -> int:
     """Make a durable call of WORKFLOW and print the job's id.
 
     A job is kept by the broker until it has ended, whatever happens to workers and clients. The same ID again is the same
-    job. ARGUMENTS are written as for `nalar run`. With --file and --wait, one line of JSON is printed for each job.
+    job. ARGUMENTS are written as for `nalar run`. With --file and --wait, one line of JSON is printed for each job, and the
+    exit code is 1 if one has failed or was cancelled.
     """
     from nalar_mq import job_commands
 
     choice = _choice(broker)
     if file is None:
         wish = job_commands.JobWish(workflow=workflow, words=arguments, json_text=json, id=id, tenant=tenant)
-        made, remark = _run(options, job_commands.submit(choice, app, wish))
+        made, remark = _run(options, job_commands.submit(choice, _app(app), wish))
         if remark:
             _tell(remark)
         if not wait:
             _show(made)
-            return
+            return EXIT_OK
         _tell(f"job {made}")
-        _printer(False, False)(_run(options, job_commands.result(choice, app, made, wait=True)))
-        return
+        with _going_on(f"job {made} goes on: `nalar result {made} --wait` waits for it"):
+            _printer(False, False)(_run(options, job_commands.result(choice, _app(app), made, wait=True)))
+        return EXIT_OK
     if arguments or json:
         raise ConfigError("arguments are given by --file and by words or --json: choose one of them")
-    _run(
-        options,
-        job_commands.submit_lines(
-            choice,
-            app,
-            workflow,
-            file,
-            prefix=id,
-            tenant=tenant,
-            wait=wait,
-            take=_show,
-            take_result=_show_line,
-            on_progress=_progress_line if progress else _no_progress,
-        ),
+    lines = job_commands.submit_lines(
+        choice,
+        _app(app),
+        workflow,
+        file,
+        prefix=id,
+        tenant=tenant,
+        wait=wait,
+        take=_show,
+        take_result=_show_line,
+        on_progress=_progress_line if progress else _no_progress,
     )
+    with _going_on("jobs that were accepted go on: `nalar jobs` lists them, `nalar result ID --wait` waits for one"):
+        tally = _run(options, lines)
     if progress:
         click.echo(err=True)
+    elif tally.failed:
+        _tell(str(tally))
+    return EXIT_CALL_FAILED if tally.failed else EXIT_OK
+
+
+@contextlib.contextmanager
+def _going_on(what: str) -> Generator[None]:
+    """Says what goes on if somebody does not want to wait for it any more."""
+    from nalar_mq.exits import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        _tell(what)
+        raise
 
 
 @cli.command()
@@ -717,7 +735,8 @@ def result(options: _Options, /, id: str, json_output: bool, wait: bool, app: Pa
     """Print the result of job ID."""
     from nalar_mq import job_commands
 
-    value = _run(options, job_commands.result(_choice(broker), app, id, wait=wait))
+    with _going_on(f"job {id} goes on: `nalar result {id} --wait` waits for it"):
+        value = _run(options, job_commands.result(_choice(broker), _app(app), id, wait=wait))
     _printer(False, json_output)(value)
 
 
@@ -731,7 +750,7 @@ def status(options: _Options, /, id: str, json: bool, app: Path | None, **broker
     """Print where job ID stands: queued, running, done, failed or cancelled."""
     from nalar_mq import job_commands
 
-    found = _run(options, job_commands.status(_choice(broker), app, id))
+    found = _run(options, job_commands.status(_choice(broker), _app(app), id))
     if json:
         _show_json(found)
     else:
@@ -747,7 +766,7 @@ def cancel(options: _Options, /, id: str, app: Path | None, **broker: str | None
     """End job ID without a result, whether it runs or not."""
     from nalar_mq import job_commands
 
-    ended = _run(options, job_commands.cancel(_choice(broker), app, id))
+    ended = _run(options, job_commands.cancel(_choice(broker), _app(app), id))
     _tell(f"job {id} is cancelled" if ended else f"job {id} had ended already")
 
 
@@ -761,7 +780,7 @@ def jobs(options: _Options, /, limit: int, json: bool, app: Path | None, **broke
     """List jobs: how many are queued, which run, and the last ones that ended."""
     from nalar_mq import job_commands
 
-    found = _run(options, job_commands.overview(_choice(broker), app, limit))
+    found = _run(options, job_commands.overview(_choice(broker), _app(app), limit))
     if json:
         _show_json(found)
         return
@@ -786,11 +805,12 @@ def ls(options: _Options, /, json: bool, app: Path | None, **broker: str | None)
     """List the dead letters."""
     from nalar_mq import job_commands
 
-    letters = _run(options, job_commands.dead_letters(_choice(broker), app))
+    letters = _run(options, job_commands.dead_letters(_choice(broker), _app(app)))
     if json:
         _show_json(letters)
         return
-    _show_table(["KEY", "WORKFLOW", "CAUSE"], [[letter.key, letter.workflow, letter.cause] for letter in letters])
+    rows = [[letter.key, letter.workflow, letter.failed_at, letter.cause] for letter in letters]
+    _show_table(["KEY", "WORKFLOW", "FAILED", "CAUSE"], rows)
 
 
 @dead_letters.command()
@@ -804,7 +824,7 @@ def retry(options: _Options, /, keys: tuple[str, ...], every: bool, app: Path | 
     from nalar_mq import job_commands
 
     _check_chosen(keys, every)
-    published, removed = _run(options, job_commands.retry(_choice(broker), app, keys))
+    published, removed = _run(options, job_commands.retry(_choice(broker), _app(app), keys))
     _tell(f"{published} published again")
     if removed:
         _tell(f"{removed} removed only: what failed there had been published again before, and the job has ended")
@@ -821,7 +841,7 @@ def drop(options: _Options, /, keys: tuple[str, ...], every: bool, app: Path | N
     from nalar_mq import job_commands
 
     _check_chosen(keys, every)
-    count = _run(options, job_commands.drop(_choice(broker), app, keys))
+    count = _run(options, job_commands.drop(_choice(broker), _app(app), keys))
     _tell(f"{count} removed")
 
 
@@ -836,12 +856,12 @@ def _show_line(value: object) -> None:
     _show(msgspec.json.encode(value).decode())
 
 
-def _progress_line(accepted: int, ended: int) -> None:
-    if accepted == ended or (accepted + ended) % 100 == 0:
-        click.echo(f"\r{accepted} accepted, {ended} ended", nl=False, err=True)
+def _progress_line(tally: Tally) -> None:
+    if tally.accepted == tally.ended or (tally.accepted + tally.ended) % 100 == 0:
+        click.echo(f"\r{tally}", nl=False, err=True)
 
 
-def _no_progress(_accepted: int, _ended: int) -> None:
+def _no_progress(_tally: Tally) -> None:
     """Nobody wants to know."""
 
 
@@ -872,7 +892,7 @@ def _state_folder(folder: Path | None, app: Path | None, *, load: bool = False) 
     from nalar_mq import commands
     from nalar_mq.config import find_state
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     if file is not None and load:
         commands.load_quietly(file)
     return find_state(str(folder) if folder else "", file.parent if file else Path.cwd())
@@ -1045,9 +1065,9 @@ def adopt_state(options: _Options, /, folder: Path | None, app: Path | None, **b
     For stores that were written under another broker, or into which sessions were imported; and for a copy of a store that is
     to go on in place of it.
     """
-    from nalar_mq import commands, state_commands
+    from nalar_mq import state_commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     for store, count, left_out in _run(options, state_commands.adopt(_choice(broker), file, _state_folder(folder, app))):
         _tell(f"store {store}: {count:,} sessions" + (f", {left_out:,} of them are held elsewhere" if left_out else ""))
 
@@ -1064,9 +1084,9 @@ def explain_call(options: _Options, /, future: str, json: bool, app: Path | None
     When it came, where it was sent, which priorities it got, where its session moved, and what the controller had decided
     about it meanwhile. Workers remember the last 10,000 calls each, for as long as they live.
     """
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     found = _run(options, control_commands.explain(_choice(broker), app=file, call=future))
     if json:
         _show_json(found)
@@ -1092,9 +1112,9 @@ def top(options: _Options, /, once: bool, every: float, json: bool, app: Path | 
     SKEW     the most loaded instance as a multiple of their mean
     WORK     mean seconds that a call runs; WAIT: that it waits before
     """
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     take = (_show_json if once else _show_line) if json else _show_overview if once else None
     seen = control_commands.overviews(_choice(broker), app=file, every_s=every)
     return cast("int | None", _run(options, _shown_once(seen, take) if take and once else _shown_live(seen, take)))
@@ -1220,10 +1240,10 @@ def show_policy(options: _Options, /, json: bool, app: Path | None, **broker: st
 
     What was decided last holds on when nobody leads.
     """
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
     from nalar_mq.actions import describe
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     found = _run(options, control_commands.in_force(_choice(broker), app=file))
     if json:
         _show_json(found)
@@ -1253,9 +1273,9 @@ def policy_history(options: _Options, /, limit: int, json: bool, app: Path | Non
 
     Reports of processes that could not be used are among what was refused.
     """
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     found = _run(options, control_commands.history(_choice(broker), app=file, limit=limit))
     if json:
         _show_json(found)
@@ -1280,10 +1300,10 @@ def explain_access(
 
     The exit code is 0 if it may, 1 if it may not, and 2 if nobody serves TARGET and there is no rule about it.
     """
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
     from nalar_mq.actions import describe
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     asked = control_commands.access(_choice(broker), app=file, caller=caller, target=target, tenant=tenant)
     found = _run(options, asked)
     if json:
@@ -1308,9 +1328,9 @@ def try_policy(options: _Options, /, policy: str, seconds: float, json: bool, ap
 
     The exit code is 1 if it gave no answer.
     """
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     take = _trial_printer(json)
     trial = _run(options, control_commands.test(_choice(broker), app=file, policy=policy, seconds=seconds, take=take))
     return _tell_trial(trial)
@@ -1324,9 +1344,9 @@ def try_policy(options: _Options, /, policy: str, seconds: float, json: bool, ap
 @_with_options
 def record(options: _Options, /, trace: Path, seconds: float | None, app: Path | None, **broker: str | None) -> None:
     """Write what all processes report into the file TRACE, for `nalar policy replay`."""
-    from nalar_mq import commands, control_commands
+    from nalar_mq import control_commands
 
-    file = commands.app_file(app) if app else None
+    file = _app(app)
     done = _run(options, control_commands.record(_choice(broker), app=file, file=trace, seconds=seconds))
     _tell(f"{done.reports:,} reports, {done.size_bytes:,} bytes")
 
@@ -1438,7 +1458,7 @@ def doctor(options: _Options, /, json: bool, app: Path | None, **broker: str | N
     if exit_code(findings) == EXIT_OK:  # else the rest cannot even be imported
         from nalar_mq import commands
 
-        file = commands.app_file(app) if app else None
+        file = _app(app)
         _run(options, commands.doctor(_choice(broker), app=file, take=take))
     if json:
         _show_findings(findings)
@@ -1480,7 +1500,7 @@ def prepare(options: _Options, /, app: Path | None, **broker: str | None) -> Non
     """
     from nalar_mq import commands
 
-    _run(options, commands.prepare(_choice(broker), app=commands.app_file(app) if app else None))
+    _run(options, commands.prepare(_choice(broker), app=_app(app)))
 
 
 @cli.command()
@@ -1509,6 +1529,13 @@ def _choice(values: Mapping[str, Any]) -> BrokerChoice:
     from nalar_mq.commands import BrokerChoice
 
     return BrokerChoice(**values)
+
+
+def _app(path: Path | None) -> Path | None:
+    """The file of the app that is meant; None for what is up in this folder."""
+    from nalar_mq.commands import app_file
+
+    return app_file(path) if path else None
 
 
 def _wish(name: str, values: dict[str, Any]) -> CallWish:

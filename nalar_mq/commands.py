@@ -57,7 +57,7 @@ from nalar_mq.controllers.reflexes import Reflexes
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
 from nalar_mq.doctor import examine
-from nalar_mq.errors import BrokerAuthError, BrokerError, ConfigError, MigrationError, UnknownCallError
+from nalar_mq.errors import BrokerAuthError, BrokerError, ConfigError, MigrationError, UnknownCallError, UnknownClassError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
@@ -116,12 +116,16 @@ Take = Callable[[Any], None]
 
 
 def app_file(path: Path) -> Path:
-    """The file that APP names: a manifest, the manifest in a folder, or a Python file.
+    """The file that APP names: a manifest, a Python file, or of a folder the manifest in it, else the app that is up there.
 
     Raises:
         ConfigError: it is none of these.
     """
-    file = path / MANIFEST_NAME if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / MANIFEST_NAME
+        if not file.exists() and (running := read_runtime_file(path)) is not None and running.app:
+            file = path / running.app
     if not file.exists():
         raise ConfigError(f"{file}: there is no such file: APP is a nalar.toml, a folder with one, or a Python file")
     if file.suffix not in (".toml", ".py"):
@@ -334,7 +338,21 @@ async def call(choice: BrokerChoice, wish: CallWish, *, app: Path | None, stream
         await client.wait_for(wish.name, _SERVED_WITHIN_S)
         parameters = _parameters_among(await client.members(), wish.name)
         arguments = parse_arguments(wish.words, wish.json_text, parameters)
-        await _call(client, wish, arguments, stream, take)
+        load = functools.partial(_load_what_is_up, settings) if app is None else None
+        await _call(client, wish, arguments, stream, take, load=load)
+
+
+def _load_what_is_up(settings: Settings) -> bool:
+    """Loads the app of this folder that is up, if that is what was called; False if it is not, or cannot be loaded here."""
+    running = read_runtime_file(Path.cwd())
+    if running is None or not running.app or settings.broker.urls != (running.url,):
+        return False
+    try:
+        load_quietly(Path.cwd() / running.app)
+    except ConfigError as error:
+        _log.debug("app.not_loaded", app=running.app, error=str(error))
+        return False
+    return True
 
 
 async def prepare(choice: BrokerChoice, *, app: Path | None) -> None:
@@ -644,7 +662,9 @@ async def _call(
     stream: bool,
     take: Take,
     take_trace: Callable[[Trace], None] | None = None,
+    load: Callable[[], bool] | None = None,
 ) -> None:
+    """Calls, and hands over what comes; if that is of a class which is not there, it is read again after `load`."""
     args, kwargs = arguments
     caller = client.options(session=wish.session, priority=wish.priority)
     if wish.timeout_s is not None:
@@ -657,7 +677,12 @@ async def _call(
             async for piece in future.stream():
                 take(piece)
                 taken += 1
-        value = await future
+        try:
+            value = await future
+        except UnknownClassError as error:
+            if error.__cause__ is not None or load is None or not load():
+                raise
+            value = await future
         if not stream or (not taken and value not in (None, [])):  # not a generator after all
             take(value)
     except (BrokerError, BrokenPipeError):

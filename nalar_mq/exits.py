@@ -14,6 +14,8 @@ from nalar_mq.errors import (
     NotConnectedError,
     RemoteError,
     StoreError,
+    UnknownClassError,
+    ValueTooLargeError,
     WireError,
     WorkerStartError,
     path_of,
@@ -53,7 +55,7 @@ def explain(error: Exception) -> tuple[int, str]:
             return EXIT_CALL_FAILED, _call_failure(error)
         case Interrupted():
             return EXIT_INTERRUPTED, "nalar: interrupted"
-        case ConfigError() | NotConnectedError() | WireError() | ArgumentError() | StoreError():
+        case ConfigError() | NotConnectedError() | WireError() | ArgumentError() | ValueTooLargeError() | StoreError():
             return EXIT_CONFIG, f"nalar: error: {one_line(error)}"
         case BrokerError() | WorkerStartError():
             return EXIT_BROKER, f"nalar: error: {one_line(error)}"
@@ -73,9 +75,13 @@ def _call_failure(failure: CallFailed) -> str:
     error = failure.error
     if isinstance(error, RemoteError) and error.is_of_job:
         return f"nalar: error: {one_line(error)}" + (f"\n       at {error.where}" if error.where else "")
+    if isinstance(error, UnknownClassError) and error.__cause__ is None:  # raised here, not by what was called
+        read = f"nalar: error: what {failure.name} gave cannot be read here: {one_line(error)}"
+        return f"{read}\n       --app APP loads the classes of an app"
     actor = getattr(error, "actor", "") or failure.name
-    text = f"nalar: error: {actor} failed: {type(error).__name__}: {one_line(error)}"
-    where = "" if isinstance(error, CallError) else raised_at(error)
+    is_foreign = isinstance(error, RemoteError) and bool(error.type_name)  # then its text begins with the name of its class
+    text = f"nalar: error: {actor} failed: " + ("" if is_foreign else f"{type(error).__name__}: ") + one_line(error)
+    where = "" if isinstance(error, CallError) and not is_foreign else raised_at(error)
     path = path_of(error)
     through = f", in {' -> '.join(path)}" if len(path) > 1 else ""
     return f"{text}\n       at {where}{through}" if where else text

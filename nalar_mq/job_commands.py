@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from nalar_mq.broker import read_runtime_file
 from nalar_mq.client import Client, connect
 from nalar_mq.commands import BrokerChoice
 from nalar_mq.config import load_settings
-from nalar_mq.errors import ConfigError, MalformedMessageError, UnknownJobError
+from nalar_mq.errors import ConfigError, MalformedMessageError, UnknownJobError, ValueTooLargeError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed
 from nalar_mq.interchange import write_value
@@ -29,7 +29,19 @@ T = TypeVar("T")
 
 _IN_FLIGHT: Final = 256
 
-Progress = Callable[[int, int], None]
+
+class Tally(NamedTuple):
+    """Jobs of one command: how many were accepted, how many results have been handed over, and how many say no value."""
+
+    accepted: int = 0
+    ended: int = 0
+    failed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.accepted} accepted, {self.ended} ended, {self.failed} failed"
+
+
+Progress = Callable[[Tally], None]
 
 
 class JobWish(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,14 +60,25 @@ async def submit(choice: BrokerChoice, app: Path | None, wish: JobWish) -> tuple
     Raises:
         ArgumentError: whoever serves the workflow does not take these arguments.
         UnknownActorError: what is served under that name is no workflow.
+        ValueTooLargeError: the arguments are larger than one message.
     """
     async with client_of(choice, app) as client:
         info = client.process.table.info(wish.workflow)
         parameters = parameters_of(info.methods.get("", "") if info is not None else "")
         args, kwargs = parse_arguments(wish.words, wish.json_text, parameters)
+        former = await known_before(await client.jobs(), wish.id) if wish.id else ""
         whose = client.options(tenant=wish.tenant)
         handle = await whose.submit(wish.workflow, *args, job_id=wish.id or None, **kwargs)
-        return handle.id, "" if info is not None else unserved(client, wish.workflow)
+        return handle.id, former or ("" if info is not None else unserved(client, wish.workflow))
+
+
+async def known_before(jobs: Jobs, id: str) -> str:
+    """What to know of an id under which a job has ended or begun already: it is that job, and runs no more often."""
+    ended = await jobs.result(id)
+    if ended is None and await jobs.holder(id) is None:
+        return ""
+    how = f"has ended: it is {ended.state}" if ended is not None else "has begun"
+    return f"job {id} was there before and {how}; the same id is the same job, whatever its arguments"
 
 
 def unserved(client: Client, workflow: str) -> str:
@@ -80,7 +103,7 @@ async def submit_lines(
     take: Callable[[str], None],
     take_result: Callable[[JobResult], None],
     on_progress: Progress,
-) -> None:
+) -> Tally:
     """Makes a job of every line of JSON, in order, some hundreds at a time.
 
     Args:
@@ -92,23 +115,28 @@ async def submit_lines(
         wait: hand over the results, in the order of the lines.
         take: gets the id of each job once the broker has it.
         take_result: gets each result.
-        on_progress: hears how many jobs were accepted and how many results have been handed over.
+        on_progress: hears how many jobs were accepted, and how many of them have ended and failed.
+
+    Raises:
+        ConfigError: a line is not JSON.
+        ValueTooLargeError: one is larger than one message.
     """
     async with client_of(choice, app) as client:
         jobs = await client.jobs(to_submit=True)
         ids: deque[str] = deque()
-        accepted = ended = 0
+        so_far = Tally()
         async for id in _in_order(_submissions(jobs, workflow, lines, prefix, tenant)):
-            accepted += 1
-            on_progress(accepted, 0)
+            so_far = so_far._replace(accepted=so_far.accepted + 1)
+            on_progress(so_far)
             if wait:
                 ids.append(id)
             else:
                 take(id)
         async for result in _in_order(jobs.wait(id) for id in ids):
-            ended += 1
+            so_far = so_far._replace(ended=so_far.ended + 1, failed=so_far.failed + (result.state != "done"))
             take_result(await jobs.whole(result))
-            on_progress(accepted, ended)
+            on_progress(so_far)
+        return so_far
 
 
 async def result(choice: BrokerChoice, app: Path | None, id: str, *, wait: bool) -> Any:
@@ -206,7 +234,16 @@ def _submissions(
             value = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"line {number} is not JSON: {error}") from None
-        yield jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "", tenant)
+        yield _submit_line(number, jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "", tenant))
+
+
+async def _submit_line(number: int, submission: Coroutine[Any, Any, str]) -> str:
+    try:
+        return await submission
+    except ValueTooLargeError as error:
+        raise ValueTooLargeError(
+            f"line {number}: {error}", actor=error.actor, size_bytes=error.size_bytes, limit_bytes=error.limit_bytes
+        ) from None
 
 
 async def questions(choice: BrokerChoice, app: Path | None) -> list[Question]:

@@ -59,6 +59,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -161,7 +162,12 @@ class JobStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """A job that could not be done, as it was published, and why; `message` is its number in the queue, 0 if not known."""
+    """A job that could not be done, as it was published, and why.
+
+    Attributes:
+        message: its number in the queue, 0 if not known.
+        failed_at: in ISO 8601 and UTC, empty if not known.
+    """
 
     key: str
     job: str
@@ -172,6 +178,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     sequence: int
     is_cut: bool = False
     message: int = 0
+    failed_at: str = ""
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -245,12 +252,25 @@ class Jobs:
 
         Raises:
             AddressError: workflow, id or tenant are no tokens.
+            ValueTooLargeError: the payload is larger than one message, which has to have room for it also as a dead letter.
         """
         check_token(workflow, "workflow")
+        self._check_size(workflow, len(payload))
         id = job_id_of({MESSAGE_ID: job_id}, 0) if job_id else random_token("j")
         headers = {TENANT: check_token(tenant, "tenant")} if tenant else None
         await self.queue.publish(self._subjects.job(workflow, tenant), payload, message_id=id, headers=headers)
         return id
+
+    def _check_size(self, workflow: str, size_bytes: int) -> None:
+        limit_bytes = self._transport.max_payload - _HEADER_ROOM
+        if size_bytes > limit_bytes:
+            raise ValueTooLargeError(
+                f"the arguments of a job of {workflow} have {size_bytes:,} bytes as JSON, and {limit_bytes:,} is the most that "
+                "one message of the broker has room for: pass a path or a key to the data instead",
+                actor=workflow,
+                size_bytes=size_bytes,
+                limit_bytes=limit_bytes,
+            )
 
     # How it ends.
 
@@ -553,6 +573,7 @@ class Jobs:
             "Nalar-Workflow": workflow,
             "Nalar-Subject": subject,
             "Nalar-Cause": _cause(error),
+            "Nalar-Failed-At": datetime.now(UTC).isoformat(timespec="milliseconds"),
             _SEQUENCE: str(message.sequence),
         }
         if id:
@@ -762,6 +783,7 @@ def _dead_letter(kept: Kept) -> DeadLetter:
         kept.sequence,
         "Nalar-Cut-From-Bytes" in headers,
         sequence_in(headers),
+        headers.get("Nalar-Failed-At", ""),
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from commands import Running, Shell
+from commands import Running, Shell, nalar
 from waiting import eventually
 
 from nalar_mq import nats_connection
@@ -53,7 +56,13 @@ def test_jobs_by_the_command_line(shell: Shell) -> None:
     assert "CallCancelledError" in shell("result", "g1", code=1).stderr
     assert "there is no job 'never'" in shell("status", "never", code=1).stderr
     assert "KeyError" in shell("submit", "broken", "x", "--id", "b1", "--wait", code=1).stderr
-    assert [letter["key"] for letter in shell.json("dead-letters", "ls")] == ["b1"]
+    eventually(lambda: shell.json("dead-letters", "ls"), "there is no letter")  # it comes after the result
+    [letter] = shell.json("dead-letters", "ls")
+    assert (letter["key"], letter["failed_at"]) == (
+        "b1",
+        datetime.fromisoformat(letter["failed_at"]).isoformat("T", "milliseconds"),
+    )
+    assert letter["failed_at"] in shell("dead-letters", "ls").stdout
     assert "1 published again\n" in shell("dead-letters", "retry", "b1").stderr
     assert "KeyError" in shell("result", "b1", "--wait", code=1).stderr
     assert "1 removed" in shell("dead-letters", "drop", "b1").stderr
@@ -86,6 +95,62 @@ def test_a_job_of_every_line(shell: Shell) -> None:
     ids = shell("submit", "three_calls", "--file", "-", "--id", "l", stdin=lines).stdout.split()
     assert ids == [result["id"] for result in results]
     assert "line 2 is not JSON" in shell("submit", "answer", "--file", "-", stdin='["x"]\n{', code=2).stderr
+
+
+def test_jobs_of_lines_that_fail(shell: Shell) -> None:
+    done = shell("submit", "answer", "--file", "-", "--wait", stdin='["a"]\n[1]\n["b"]\n', code=1)
+    assert [json.loads(line)["state"] for line in done.stdout.splitlines()] == ["done", "failed", "done"]
+    assert "3 accepted, 3 ended, 1 failed\n" in done.stderr
+    done = shell("submit", "broken", "--file", "-", "--wait", "--progress", stdin='["a"]\n["b"]\n', code=1)
+    assert "2 accepted, 2 ended, 2 failed" in done.stderr
+    shell("submit", "broken", "--file", "-", stdin='["a"]\n')
+
+
+def test_arguments_larger_than_a_message(shell: Shell) -> None:
+    """The line that is meant is named, and what to do."""
+    text = json.dumps(["x" * 2_000_000])
+    for done in (
+        shell("submit", "answer", "--file", "-", stdin=f'["a"]\n\n{text}\n', code=2),
+        shell("submit", "answer", "--json", text, code=2),
+    ):
+        assert "2,000,004 bytes" in done.stderr
+        assert "pass a path or a key to the data instead" in done.stderr
+        assert "line 3: " in shell("submit", "answer", "--file", "-", stdin=f"[]\n[]\n{text}", code=2).stderr
+
+
+def test_what_is_said_of_jobs_that_go_on_or_were_there_before(shell: Shell) -> None:
+    waiting = Running("submit", "gated", "z-1", "--id", "z", "--wait", cwd=shell.folder)
+    waiting.says("job z\n")
+    eventually(lambda: shell.json("status", "z")["state"] == "running", "it never began")
+    assert waiting.end(signal.SIGINT) == 130
+    assert "job z goes on: `nalar result z --wait`" in waiting.said
+    assert "job z was there before and has begun" in shell("submit", "gated", "z-2", "--id", "z").stderr
+    assert "is cancelled" in shell("cancel", "z").stderr
+    again = shell("submit", "gated", "z-3", "--id", "z")
+    assert again.stdout == "z\n"
+    assert "job z was there before and has ended: it is cancelled; the same id is the same job" in again.stderr
+
+
+def test_a_folder_in_which_an_app_is_up_names_it(shell: Shell) -> None:
+    elsewhere = Shell(shell.folder.parent)
+    assert elsewhere("submit", "answer", "why", "--id", "f", "--wait", "--app", shell.folder).stdout
+    assert [job["id"] for job in elsewhere.json("jobs", "--app", shell.folder)["ended"]] == ["f"]
+    assert elsewhere.json("ps", "--app", shell.folder)["members"]
+    assert "there is no such file" in elsewhere("ps", "--app", ".", code=2).stderr
+
+
+def test_classes_of_the_app_that_is_up_here_can_be_read(shell: Shell) -> None:
+    """In a process that has not loaded it."""
+    found = nalar("call", "move", 'point:={"x": 1, "y": 2}', "by=3", cwd=shell.folder)
+    assert json.loads(found.stdout) == {"x": 4, "y": 2}
+    failed = nalar("call", "unfit", "oh", cwd=shell.folder, code=1)
+    assert failed.stderr.startswith("nalar: error: unfit failed: UnfitError: (5, 'oh')\n       at ")
+    assert re.search(r"jobs_app\.py:\d+$", failed.stderr.rstrip())
+    url = json.loads((shell.folder / ".nalar" / "runtime.json").read_text())
+    elsewhere = {"NATS_URL": url["url"], "NATS_TOKEN": url["token"]}
+    unread = nalar("call", "move", 'point:={"x": 1}', "by=3", cwd=shell.folder.parent, code=1, **elsewhere)
+    assert "what move gave cannot be read here" in unread.stderr
+    assert "--app APP" in unread.stderr
 
 
 # A broker that does not sync

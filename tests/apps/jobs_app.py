@@ -87,6 +87,15 @@ async def broken(text: str) -> None:
     raise KeyError(text)
 
 
+class UnfitError(Exception):
+    """Known to the app only."""
+
+
+@workflow
+async def unfit(text: str) -> None:
+    raise UnfitError(5, text)
+
+
 @workflow
 async def unspeakable(size: int) -> None:
     raise ValueError("\ud800" if size == 1 else "x" * size)
