@@ -57,6 +57,12 @@ def style_of(function: Callable[..., Any]) -> Style:
     return "generator" if inspect.isgeneratorfunction(plain) else "sync"
 
 
+def label_of(actor: str, method: str) -> str:
+    """`actor` or `actor.method`; also for an attribute, of which the name says by a sign what is done to it."""
+    method = method.lstrip(".=-+")
+    return f"{actor}.{method}" if method else actor
+
+
 class MethodSpec:
     """One thing an actor can be asked to do: a method of an agent, or the function that a tool or workflow is."""
 
@@ -74,7 +80,7 @@ class MethodSpec:
 
     def named(self, actor: str) -> MethodSpec:
         """This one, which from now on bears the label `actor` or `actor.method`."""
-        self.label = f"{actor}.{self.name}" if self.name else actor
+        self.label = label_of(actor, self.name)
         self.result_label = f"the result of {self.label}"
         return self
 

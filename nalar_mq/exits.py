@@ -88,9 +88,14 @@ def _call_failure(failure: CallFailed) -> str:
 
 
 def raised_at(error: BaseException) -> str:
-    """The line of a program at which it was raised by a callee, as `file:line`; empty if that is not known."""
+    """The line of a program at which it was raised by a callee, as `file:line`; empty if the runtime has raised it.
+
+    Where the runtime has raised it for a line of the program, as for an attribute that an agent has not, that line.
+    """
     tracebacks = str(error.__cause__ or "").split(_CAUSED)
     raised = next((each for each in tracebacks if each.rstrip().endswith(str(error).rstrip())), tracebacks[-1])
-    frames = _FRAME.findall(raised)
-    theirs = [frame for frame in frames if "/nalar_mq/" not in frame[0]] or frames
-    return f"{theirs[-1][0]}:{theirs[-1][1]}" if theirs else ""
+    for traceback in (raised, *tracebacks):
+        theirs = [frame for frame in _FRAME.findall(traceback) if "/nalar_mq/" not in frame[0]]
+        if theirs:
+            return f"{theirs[-1][0]}:{theirs[-1][1]}"
+    return ""

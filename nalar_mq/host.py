@@ -1185,7 +1185,8 @@ class Host:
             if session_key not in replica.instances:
                 self._hold(replica, session_key, call.tenant)
         if call.timeout_s is not None and now >= execution.arrived + call.timeout_s:
-            self.end(execution, None, CallTimeoutError(f"{execution.label} waited in the mailbox beyond its deadline"))
+            waited = f"it came {call.timeout_s:.3g} s before that and waited for {now - execution.arrived:.3g} s"
+            self.end(execution, None, CallTimeoutError(f"{execution.label} was not begun before its deadline: {waited}"))
             return False
         if execution.given is not None and (failed := self._failed_dependency(execution.given)) is not None:
             self._end_with_fail(execution, failed)
@@ -1392,6 +1393,10 @@ class Host:
     def _answer_error(self, execution: Execution, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError):
             error = CallCancelledError("cancelled itself", started=execution.started)
+        below = path_of(error)
+        if isinstance(error, CallTimeoutError) and error.actor and error.actor != execution.label:
+            below = below or (error.actor,)
+            error = self._late(execution, error, below)
         if isinstance(error, CallError):
             error.call_id = error.call_id or execution.call.id.hex()
             error.actor = error.actor or execution.label
@@ -1405,8 +1410,17 @@ class Host:
             self._calls.witness.void(history, losses)
         if execution.call.cast:
             _log.error("cast.failed", actor=execution.label, error=failure.text, kind=failure.kind)
-        path, epoch = _path(execution, path_of(error)), execution.call.epoch
+        path, epoch = _path(execution, below), execution.call.epoch
         self._answer(execution, Fail(execution.call.id, *failure, _names(execution.consumers), path, epoch))
+
+    def _late(self, execution: Execution, error: CallTimeoutError, below: tuple[str, ...]) -> CallTimeoutError:
+        """How a call ends that a time-out of a call it made ends: if its own deadline has passed, by that."""
+        timeout_s = execution.call.timeout_s
+        if timeout_s is None or self._loop.time() < execution.arrived + timeout_s:
+            return error
+        late = CallTimeoutError(f"{execution.label} did not end before its deadline: it waited for {' -> '.join(below)}")
+        late.__cause__ = error
+        return late
 
     def _answer(self, execution: Execution, message: Resolve | Fail) -> None:
         resumed = execution.resumed

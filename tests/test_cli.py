@@ -172,9 +172,26 @@ def failed_below() -> KeyError:
     return error
 
 
+RUNTIME = """Traceback (most recent call last):\n  File "/lib/nalar_mq/host.py", line 9, in read\nAttributeError: no x\n"""
+DRIVER = """Traceback (most recent call last):\n  File "/app/flow.py", line 3, in flow\nAttributeError: no x\n"""
+CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
+
+
+def failed_in_the_runtime(*tracebacks: str) -> Exception:
+    error = AttributeError("no x")
+    error.__cause__ = RemoteTraceback(CAUSED.join(tracebacks))
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
+        (
+            CallFailed(failed_in_the_runtime(RUNTIME, DRIVER), "flow"),
+            1,
+            "nalar: error: flow failed: AttributeError: no x\n       at /app/flow.py:3",
+        ),
+        (CallFailed(failed_in_the_runtime(RUNTIME), "flow"), 1, "nalar: error: flow failed: AttributeError: no x"),
         (ConfigError("wrong\nthere"), 2, "nalar: error: wrong there"),
         (BrokerUnreachableError("nobody answers"), 3, "nalar: error: nobody answers"),
         (UnknownActorError("nobody serves 'x'"), 1, "nalar: error: nobody serves 'x'"),

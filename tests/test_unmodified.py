@@ -17,7 +17,8 @@ import pytest
 from nalar_mq.app import load_app
 from nalar_mq.client import connect
 from nalar_mq.config import BrokerAccess, Settings
-from nalar_mq.errors import ArgumentError, RemoteTraceback
+from nalar_mq.errors import ArgumentError, RemoteTraceback, path_of
+from nalar_mq.exits import raised_at
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.worker import Worker
 
@@ -112,6 +113,10 @@ def own():
 
 def check_all(numbers):
     return [1 / number for number in numbers]
+
+
+def misspelt():
+    return Clerk().flie(3)
 """
 FAILING_MANIFEST = """
 [agents.clerk]
@@ -124,12 +129,51 @@ source = "failing:late"
 source = "failing:nested"
 [workflows.own]
 source = "failing:own"
+[workflows.misspelt]
+source = "failing:misspelt"
 """
+
+
+def outcome_of(folder: Path, access: BrokerAccess, monkeypatch: pytest.MonkeyPatch, workflow: str) -> BaseException:
+    """The error of a workflow of `FAILING`."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (folder / "failing.py").write_text(FAILING)
+    (folder / "nalar.toml").write_text(FAILING_MANIFEST)
+    app = load_app(folder)
+    settings = Settings(broker=access, namespace="unmodified", node="here")
+
+    async def call() -> BaseException:
+        hub = MemoryHub(seed=1)
+        async with (
+            Worker(app, settings, name="w", connect=hub.connect, lease_in_thread=False),
+            connect(settings=settings, connect=hub.connect) as client,
+        ):
+            with pytest.raises(Exception) as raised:
+                await client.call(workflow)
+            return raised.value
+
+    try:
+        return asyncio.run(call())
+    finally:
+        app.unload()
+
+
+def test_what_the_runtime_raises_for_a_line_of_the_program_is_told_of_that_line(
+    tmp_path: Path, broker_access: BrokerAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = outcome_of(tmp_path, broker_access, monkeypatch, "misspelt")
+    assert isinstance(error, AttributeError)
+    assert raised_at(error) == f"{tmp_path / 'failing.py'}:29"
+    assert path_of(error) == ("misspelt", "clerk.flie")
 
 
 @pytest.mark.parametrize(
     ("workflow", "error", "lines"),
-    [("late", KeyError, [3, 13, 11]), ("nested", ValueError, [7, 17]), ("own", ZeroDivisionError, [21, 25])],
+    [
+        ("late", KeyError, [3, 13, 11]),
+        ("nested", ValueError, [7, 17]),
+        ("own", ZeroDivisionError, [21, 25]),
+    ],
 )
 def test_a_traceback_shows_the_users_lines_and_no_others(
     tmp_path: Path,
@@ -139,24 +183,9 @@ def test_a_traceback_shows_the_users_lines_and_no_others(
     error: type[Exception],
     lines: list[int],
 ) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "failing.py").write_text(FAILING)
-    (tmp_path / "nalar.toml").write_text(FAILING_MANIFEST)
-    app = load_app(tmp_path)
-    settings = Settings(broker=broker_access, namespace="unmodified", node="here")
-
-    async def call() -> BaseException | None:
-        hub = MemoryHub(seed=1)
-        async with (
-            Worker(app, settings, name="w", connect=hub.connect, lease_in_thread=False),
-            connect(settings=settings, connect=hub.connect) as client,
-        ):
-            with pytest.raises(error) as raised:
-                await client.call(workflow)
-            return raised.value.__cause__
-
-    cause = asyncio.run(call())
-    app.unload()
+    found = outcome_of(tmp_path, broker_access, monkeypatch, workflow)
+    cause = found.__cause__
+    assert isinstance(found, error)
     assert isinstance(cause, RemoteTraceback)
     text = str(cause)
     assert set(re.findall(r'File "(.*?)"', text)) == {str(tmp_path / "failing.py")}

@@ -33,6 +33,17 @@ async def wait_at(name: str) -> str:
     return name
 
 
+@workflow
+async def asks_on_and_on(child: str) -> None:
+    while True:
+        await (echo(1) if child == "echo" else wait_at("never"))
+
+
+@workflow
+async def asks_impatiently() -> None:
+    await wait_at.options(timeout_s=0.1)("never")
+
+
 @tool
 async def large(size: int) -> bytes:
     return b"x" * size
