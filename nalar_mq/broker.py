@@ -16,7 +16,8 @@ Life of the child:
   what needs no disk goes on, and is restarted when there is: nothing that it has acknowledged is lost.
 * A restarted child gets the port and the secret of its predecessor, so clients reconnect by themselves.
 * The secret is a token that lets anybody do everything. With an issuer it is the password of one user, the gate, and whoever
-  else connects is let in by what the gate answers (`identity`).
+  else connects is let in by what the gate answers (`identity`). Both may take their time, whoever connects and the gate: on a
+  machine that has too much to do nobody is taken for a stranger because of that.
 * It dies with the thread that started it, even if that is ended by SIGKILL: on Linux the kernel sees to it. Elsewhere the
   next `start` on the folder ends the server that an earlier run left behind.
 * One folder has one broker: a lock on the folder is held from `start` to `aclose`.
@@ -63,6 +64,7 @@ _BINARY: Final = "nats-server"
 _READY_TIMEOUT_S: Final = 20.0
 _READY_POLL_S: Final = 0.005
 _STOP_TIMEOUT_S: Final = 5.0
+_CREDENTIALS_TIMEOUT_S: Final = 10  # longer than anybody tries to connect
 _STABLE_AFTER_S: Final = 2.0
 _BACKOFF_S: Final = 0.05
 _BACKOFF_MAX_S: Final = 2.0
@@ -300,7 +302,7 @@ class EmbeddedBroker:
 
         return (
             f"listen: {quote(f'{_bracketed(self.host)}:{-1 if port is None else port}')}\n"
-            f"authorization {{ {self._authorization()} }}\n"
+            f"authorization {{ timeout: {_CREDENTIALS_TIMEOUT_S}, {self._authorization()} }}\n"
             f"jetstream {{ store_dir: {quote(str(self.data_dir))}, sync_interval: always }}\n"
             f"ports_file_dir: {quote(str(self.data_dir))}\n"
             f"pid_file: {quote(str(self._pid_file))}\n"

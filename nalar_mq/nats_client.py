@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 from urllib.parse import ParseResult
 
@@ -89,6 +90,15 @@ class _Tcp(TcpTransport):
             transport, _ = await loop.create_connection(lambda: protocol, uri.hostname or "", uri.port or 0)
         self._bare_io_reader = self._io_reader = reader
         self._bare_io_writer = self._io_writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    async def readline(self) -> bytes:
+        """What nats-py reads while it connects. A server that takes its time to let somebody in asks meanwhile whether he is
+        there; nats-py takes the question for the end of that, and then neither sends nor fails.
+        """
+        read: Callable[[], Awaitable[bytes]] = cast("Any", super()).readline
+        while (line := await read()) == b"PING\r\n":
+            cast("Any", self).write(b"PONG\r\n")
+        return line
 
     async def connect_tls(
         self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
@@ -315,9 +325,11 @@ class NatsClient(Client):
 
 
 async def connected_client(
-    access: BrokerAccess, url: str, wanted: Mapping[str, Any], deadline_s: float, chance: random.Random
+    access: BrokerAccess, url: str, wanted: Mapping[str, Any], within_s: float, chance: random.Random
 ) -> NatsClient:
     """A client that has connected to `url` and reconnects from now on; `wanted` are options of nats-py.
+
+    A broker that is busy may take all the time there is to let it in, the first time; later there are many attempts.
 
     Raises:
         BrokerUnreachableError: no NATS server answers.
@@ -327,12 +339,12 @@ async def connected_client(
     options = {**_credentials(access), **wanted}
     client.needs_tls = "tls" in options or url.startswith(("tls://", "wss://"))
     try:
-        async with asyncio.timeout_at(deadline_s):
+        async with asyncio.timeout(within_s):
             await client.connect(
                 [url],
                 error_cb=_ignore_error,
                 allow_reconnect=False,
-                connect_timeout=_ATTEMPT_TIMEOUT_S,
+                connect_timeout=math.ceil(within_s),
                 max_outstanding_pings=_PINGS_OUTSTANDING,
                 max_reconnect_attempts=-1,
                 dont_randomize=True,
@@ -345,7 +357,7 @@ async def connected_client(
             raise
         raise connect_error(url, error, access) from error
     client.fails_fast = False
-    client.options["allow_reconnect"] = True
+    client.options |= {"allow_reconnect": True, "connect_timeout": _ATTEMPT_TIMEOUT_S}
     return client
 
 

@@ -78,7 +78,7 @@ class NatsConnection:
         ping_interval_s: float = _PING_INTERVAL_S,
         chance: random.Random | None = None,
     ) -> Self:
-        """Connects to the first of the URLs that accepts us; takes 5 s at most.
+        """Connects to the first of the URLs that accepts us; takes 5 s at most, of which each URL has its share.
 
         A connection over which the broker does not answer any more is replaced after 3 s, in time for a lease to be renewed.
 
@@ -97,13 +97,15 @@ class NatsConnection:
         if not access.urls:
             raise BrokerUnreachableError("no broker URL is given")
         failure: BrokerError | None = None
-        deadline_s = asyncio.get_running_loop().time() + _CONNECT_TIMEOUT_S
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + _CONNECT_TIMEOUT_S
         options: dict[str, Any] = {"name": name, "ping_interval": ping_interval_s}  # it sleeps for that long
         if inbox:
             options["inbox_prefix"] = inbox
-        for url in access.urls:
+        for tried, url in enumerate(access.urls):
+            share_s = (deadline_s - loop.time()) / (len(access.urls) - tried)
             try:
-                client = await connected_client(access, url, options, deadline_s, chance or random.Random())
+                client = await connected_client(access, url, options, share_s, chance or random.Random())
             except BrokerError as error:
                 # A refusal says more than a silence.
                 failure = error if failure is None or isinstance(error, BrokerAuthError) else failure

@@ -41,6 +41,8 @@ def connect_error(url: str, error: Exception, access: BrokerAccess) -> BrokerErr
     """What nats-py raised while it connected to `url`, as one of ours."""
     where = shown(url)
     text = str(error).removeprefix("nats: ").strip("'\" ")
+    if "authentication timeout" in text.lower():
+        return BrokerUnreachableError(f"the broker at {where} did not get the credentials in time", where)
     if "authorization" in text.lower() or "authentication" in text.lower():
         return BrokerAuthError(f"the broker at {where} refuses {_refused(access, url)}")
     if isinstance(error, ImportError):

@@ -26,10 +26,10 @@ from nalar_mq.broker import read_node_key, read_runtime_file, remove_runtime_fil
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
 from nalar_mq.errors import BrokerAuthError, MalformedMessageError
-from nalar_mq.gate import REQUESTS, can_be
+from nalar_mq.gate import REQUESTS, Gate, can_be
 from nalar_mq.guarded_broker import GuardedBroker
 from nalar_mq.identity import issued, password_of, presented, role_of
-from nalar_mq.nats_jwt import Issuer, read_request
+from nalar_mq.nats_jwt import ConnectOptions, Issuer, read_request
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.permissions import Permissions, Role
 from nalar_mq.transport import Delivered
@@ -64,6 +64,19 @@ async def test_each_process_is_who_its_credentials_say(broker: GuardedBroker) ->
         assert await can_be(transport, SUBJECTS, caller.name)
         for name in ("one", "client-other"):
             assert not await can_be(transport, SUBJECTS, name)
+
+
+async def test_a_gate_that_is_slow_refuses_nobody(broker: GuardedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one is whose machine has too much to do: the server itself would wait for two seconds."""
+    identify = Gate.identify
+
+    async def slowly(gate: Gate, presented: ConnectOptions) -> tuple[str, Role]:
+        await asyncio.sleep(2.5)
+        return await identify(gate, presented)
+
+    monkeypatch.setattr(Gate, "identify", slowly)
+    async with client(broker) as caller:
+        assert await can_be(caller.process.transport, SUBJECTS, caller.name)
 
 
 async def test_credentials_are_worth_nothing_under_another_name(broker: GuardedBroker) -> None:

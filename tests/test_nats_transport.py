@@ -139,8 +139,17 @@ async def info_of_another_shape(reader: asyncio.StreamReader, writer: asyncio.St
     await reader.read()
 
 
-@pytest.mark.parametrize("peer", [http, hangs_up, speaks_first, endless_line, broken_info, info_of_another_shape])
-async def test_port_that_is_not_of_a_nats_server(peer: Peer, capfd: pytest.CaptureFixture[str]) -> None:
+async def gives_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As a server does that hears of credentials too late: it has not refused them."""
+    writer.write(b'INFO {"server_id": "x", "version": "2.12.0", "proto": 1, "headers": true, "max_payload": 1048576}\r\n')
+    await reader.readline()
+    writer.write(b"-ERR 'Authentication Timeout'\r\n")
+    await writer.drain()
+    await reader.read()
+
+
+@pytest.mark.parametrize("peer", [http, hangs_up, speaks_first, endless_line, broken_info, info_of_another_shape, gives_up])
+async def test_port_at_which_nobody_lets_us_in_or_refuses_us(peer: Peer, capfd: pytest.CaptureFixture[str]) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await peer(reader, writer)
