@@ -53,7 +53,7 @@ async def test_a_worker_waits_for_a_broker_that_is_slow_to_open_its_streams(prox
 
 
 async def test_its_patience_has_an_end(proxy: Proxy, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(worker_process, "_PATIENCE_S", 2.5)
     made: list[Worker] = []
     proxy.delay(JETSTREAM)
     with pytest.raises(BrokerTimeoutError, match="did not answer"):
