@@ -667,7 +667,7 @@ class Intake:
             await asyncio.sleep(self._options.unserved_s / 4 * self._random.uniform(0.8, 1.2))
             with contextlib.suppress(BrokerError, WireError):
                 for subject in self._long_unserved(await self.jobs.queue.subjects()):
-                    await self._clear(subject, self._unserved(self.jobs.workflow_of(subject)))
+                    await self._clear(subject, self._unserved)
                 await self._clear_records()
 
     async def _clear_records(self) -> None:
@@ -688,7 +688,9 @@ class Intake:
         self._unserved_since = {subject: self._unserved_since.get(subject, now_s) for subject in unserved}
         return [subject for subject, since_s in self._unserved_since.items() if now_s - since_s >= self._options.unserved_s]
 
-    def _unserved(self, workflow: str) -> UnknownActorError:
+    def _unserved(self, workflow: str) -> UnknownActorError | None:
+        if self._table.replicas(workflow):
+            return None
         known = ", ".join(spec for spec in self._table.known_actors()) or "nothing"
         text = f"nobody has served {workflow!r} for {self._options.unserved_s:g} s; served are: {known}"
         return UnknownActorError(text, actor=workflow)
@@ -706,8 +708,7 @@ class Intake:
                 found = {self.jobs.kind_of(subject) for subject in await self.jobs.queue.subjects()}
                 found = {subject for subject in found if self._other_kind(self.jobs.workflow_of(subject))}
                 for subject in found & suspects:
-                    name = self.jobs.workflow_of(subject)
-                    await self._clear(subject, no_workflow(name, self._other_kind(name)))
+                    await self._clear(subject, self._not_for_jobs)
                 suspects = found
 
     def _other_kind(self, name: str) -> str:
@@ -715,10 +716,32 @@ class Intake:
         kinds = self._table.kinds(name)
         return "" if "workflow" in kinds or not self._table.replicas(name) else min(kinds)
 
-    async def _clear(self, subject: str, cause: NalarError) -> None:
-        while messages := await self.jobs.queue.pull(subject, batch=_BATCH, timeout_s=0.0, ack_wait_s=self._options.ack_wait_s):
+    def _not_for_jobs(self, name: str) -> UnknownActorError | None:
+        kind = self._other_kind(name)
+        return no_workflow(name, kind) if kind else None
+
+    async def _clear(self, subject: str, cause: Callable[[str], NalarError | None]) -> None:
+        """Rejects all jobs of a subject for as long as there is a `cause`, which is asked again: that takes its time."""
+        ack_wait_s, workflow = self._options.ack_wait_s, self.jobs.workflow_of(subject)
+        while cause(workflow) is not None:
+            messages = await self.jobs.queue.pull(subject, batch=_BATCH, timeout_s=0.0, ack_wait_s=ack_wait_s)
+            if not messages:
+                return
             for message in messages:
-                await self._reject(message, _id_or_nothing(message), cause)
+                error, id = cause(workflow), _id_or_nothing(message)
+                if error is None:
+                    await message.nak(0.0)
+                elif id and await self._is_in_hand(id, message):
+                    await message.nak(self._options.look_again_s)
+                else:
+                    await self._reject(message, id, error)
+
+    async def _is_in_hand(self, id: str, message: QueueMessage) -> bool:
+        """True if the job has begun under another message: then this one is a double, whatever it says."""
+        held = await self.jobs.patiently(lambda: self.jobs.holder(id))
+        if held is None or held[0].sequence == message.sequence:
+            return False
+        return await self.jobs.patiently(lambda: self.jobs.is_queued(held[0].sequence))
 
 
 async def _as_json(future: Future[Any]) -> msgspec.Raw:

@@ -515,8 +515,9 @@ class Jobs:
 
     async def _find_queued(self, id: str) -> Kept | None:
         async for message in _pages(self.queue.read, self._subjects.job(">")):
-            if job_id_of(message.headers, message.sequence) == id:
-                return message
+            with contextlib.suppress(AddressError):  # whoever takes it in finds that it is no job
+                if job_id_of(message.headers, message.sequence) == id:
+                    return message
         return None
 
     async def overview(self, limit: int = 50) -> Overview:

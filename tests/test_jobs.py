@@ -15,10 +15,12 @@ import pytest
 from waiting import until
 
 from nalar_mq import errors
+from nalar_mq.actor import function_spec
 from nalar_mq.address import Subjects
 from nalar_mq.app import App, load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.directives import Directives
 from nalar_mq.intake import IntakeOptions
 from nalar_mq.interchange import read_arguments, write_value
 from nalar_mq.job_commands import unserved
@@ -208,6 +210,43 @@ async def test_a_job_of_what_is_no_workflow_goes_to_the_dead_letters_at_once(ben
     letters = {letter.key: letter.cause async for letter in jobs.dead_letters()}
     assert letters.keys() == {"plain", "dotted"}
     assert "no workflow but a tool" in letters["plain"]
+
+
+async def test_jobs_of_what_has_become_a_workflow_are_not_turned_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another app begins to serve the name while jobs of it go to the dead letters."""
+    for number in range(40):
+        await bench.publish("double", b"[1]", Nats_Msg_Id=f"d{number}")
+    other = App(APP, {"double": function_spec("workflow", "double", bench.actors.echo.spec.target, Directives())})
+    worker = await bench.worker("one", msgspec.structs.replace(QUICK, no_workflow_s=3600.0))
+    intake, rejected = worker._intake, list[str]()
+    assert intake is not None
+    reject = intake._reject
+
+    async def then_served(message: QueueMessage, id: str, error: errors.NalarError) -> None:
+        await reject(message, id, error)
+        rejected.append(id)
+        if len(rejected) == 1:
+            made = Worker(other, bench.settings, name="two", intake=QUICK, connect=bench.connect, lease_in_thread=False)
+            await bench.stack.enter_async_context(made)
+            await until(lambda: "workflow" in worker.process.table.kinds("double"))
+
+    monkeypatch.setattr(intake, "_reject", then_served)
+    await intake._clear(bench.subjects.job("double"), intake._not_for_jobs)
+    states = [(await bench.result(f"d{number}")).state for number in range(40)]
+    assert (states.count("failed"), states.count("done"), len(rejected)) == (1, 39, 1)
+
+
+async def test_a_double_that_is_no_workflow_does_not_end_the_job_that_runs(bench: Bench) -> None:
+    await bench.worker("one")
+    await bench.publish("gated", b'["x"]', Nats_Msg_Id="x")
+    await until(lambda: "gated x" in bench.actors.RUNS)
+    await bench.publish("double", b"[1]", Nalar_Job_Id="x")
+    await bench.publish("double", b"[1]", Nats_Msg_Id="y")
+    assert (await bench.result("y")).state == "failed"
+    assert await (await bench.jobs()).ended("x") is None
+    bench.actors.GATES["x"].set()
+    assert (await bench.result("x")).state == "done"
+    await bench.emptied()
 
 
 async def test_a_failed_job_is_tried_as_often_as_its_workflow_says(bench: Bench) -> None:
@@ -568,6 +607,18 @@ async def test_a_cancelled_job_that_nobody_has_in_hand_leaves_the_queue_at_once(
     assert (overview.queued, overview.running) == ({"nobody": 1}, [])
     assert sorted(result.id for result in overview.ended) == ["f", "n1"]
     assert (await jobs.status("n2")).state == "queued"
+
+
+async def test_what_has_no_id_in_the_queue_keeps_nobody_from_seeing_the_others(bench: Bench) -> None:
+    """Whoever may publish puts it there, and it lies there for as long as nobody looks after its workflow."""
+    await bench.publish("nobody", b"[]", Nalar_Job_Id="no.id")
+    await bench.publish("nobody", b"[]", Nats_Msg_Id="a")
+    jobs = await bench.jobs()
+    assert (await jobs.status("a")).state == "queued"
+    assert await jobs.cancel("a")
+    assert (await jobs.overview()).queued == {"nobody": 1}
+    with pytest.raises(errors.UnknownJobError):
+        await jobs.status("b")
 
 
 async def test_a_worker_takes_only_what_it_has_room_for(bench: Bench) -> None:
