@@ -21,9 +21,9 @@ Loss. When the incarnation that has a call is lost, a call that was never sent t
 sent again under the same id if it may be retried, and else fails with `WorkerLostError`.
 
 Calls that were passed on after a session are followed by `crossings`. What a job sees of its calls, and when, is the
-matter of `witness`. What a call of a job has made and still runs when it ends with an error is cancelled. A job that is
-tried again makes the same calls (`history`): those whose outcome former attempts saw get it without being sent, those that
-still run somewhere are sent there, where they have a new owner from then on, and the others run.
+matter of `witness`. What a call of a job has made and still runs when it ends with an error is cancelled, and it makes no
+more. A job that is tried again makes the same calls (`history`): those whose outcome former attempts saw get it without being
+sent, those that still run somewhere are sent there, where they have a new owner from then on, and the others run.
 """
 
 from __future__ import annotations
@@ -656,7 +656,6 @@ class Calls:
         self.on_messages(self.me, messages)
 
     def lend(self, dep: Future[Any], consumer: Address, deadline: float | None) -> None:
-        """Sees to it that `consumer` gets the value of an argument."""
         """Sees to it that `consumer` gets the value of `dep`."""
         entry = self._entries.get(dep.id)
         if entry is None:

@@ -29,7 +29,8 @@ Seeing again. A later attempt is handed what the former ones observed (`journal`
                              has seen, and may be written after the next attempt has read what there was. So a failure is
                              not written at all, and a value is marked as late (`is_late`): it has no order, and does not
                              count where another attempt has observed the same call. It is observed when its call is made
-                             again. Looks and readings of code that goes on after its call has ended are not written.
+                             again. Looks and readings of code that goes on after its call has ended are not written, and
+                             it can call nothing more: that would be taken for the same call of the next attempt.
 
 The clock shows what it showed before, each reading by its number, and never less than at the last one; the random numbers
 of a call follow from its id.

@@ -130,6 +130,7 @@ HIGH_WATER = 250_000  # calls that a worker holds before it sheds; about 0.8 KB 
 REMEMBERED = 10_000  # calls that have ended and can be asked for; about 0.4 KB each
 _NOTHING = values.encode(None)
 _MOVED = "it moved with its session"
+_FAILED = "the call that made it has failed"
 _ALL: Group = ("", "", "")
 _NAMES_KEPT = 10_000
 _NAMES = re.compile(r"[A-Za-z0-9_-]*")
@@ -1299,15 +1300,23 @@ class Host:
                 pushed = _names(execution.consumers) if execution.consumers else ()
                 self._answer(execution, Resolve(execution.call.id, payload, pushed))
             else:
-                call = execution.call
-                if call.job and not (call.cast or execution.is_answered or self._is_closing):
-                    self._calls.abandon_children(call.id, "the call that made it has failed")
+                self._abandon(execution)
                 self._answer_error(execution, error)
         except Exception as cause:  # it does not fit through the transport
             execution.is_answered = False
+            self._abandon(execution)
             self._answer_error(execution, cause)
         finally:
             self._finish(execution)
+
+    def _abandon(self, execution: Execution) -> None:
+        """What a call of a job that has failed had called ends, and what it had begun calls no more: another attempt does."""
+        call, context = execution.call, execution.context
+        if call.job and not (call.cast or execution.is_answered or self._is_closing):
+            self._calls.abandon_children(call.id, _FAILED)
+            if context is not None and context.history is not None:
+                context.cancelled = context.cancelled or _FAILED
+                self._calls.witness.stop_repeating(context.history)
 
     async def _keep_and_end(self, execution: Execution, data: bytes) -> None:
         claim: bytes | None = None

@@ -9,6 +9,7 @@ import pytest
 
 from nalar_mq.errors import RemoteError
 from nalar_mq.jobs import DeadLetter, JobHandle
+from nalar_mq.worker import Worker
 from tests.test_resumption import PATIENCE_S, Site, lose_driver, site_of
 
 APP = Path(__file__).parent / "apps" / "resume_app.py"
@@ -28,6 +29,12 @@ async def error_of(job: JobHandle) -> str:
         await job.result(timeout=PATIENCE_S)
     assert caught.value.type_name == "WorkflowChangedError"
     return str(caught.value)
+
+
+def kept_in(worker: Worker) -> int:
+    """How many calls have ended there and are kept until their outcome is durable."""
+    host = worker._host
+    return len(host._kept) if host is not None else 0
 
 
 async def dead_letter(site: Site) -> DeadLetter:
@@ -116,6 +123,25 @@ async def test_a_workflow_that_ends_early_is_not_done(site: Site) -> None:
     site.actors.STRAYS.append("s")
     await lose_driver(site)
     assert "ends without the calls" in await error_of(job)
+
+
+async def test_nothing_is_left_of_what_waited_for_the_rest_of_a_workflow_that_ends_early(site: Site) -> None:
+    tools = await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("stops_short_beside", "s")
+    await site.ran("step 201")
+    await site.ran("gated s-beside")
+    await site.journaled(2)
+    site.actors.STRAYS.append("s")
+    site.hub.kill("driver")
+    other = await site.serve("driver2", "workflow")
+    await site.ran("strays s", 2)
+    await site.until(lambda: other.process.calls.pending == 2)  # the job and the call that goes on
+    site.open("s-beside")
+    await site.journaled(3)
+    site.open("s")
+    assert "ends without the calls" in await error_of(job)
+    await site.until(lambda: other.process.calls.pending == 0 and not kept_in(tools))
 
 
 async def test_a_cancelled_job_ends_while_it_repeats(site: Site) -> None:

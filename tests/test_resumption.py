@@ -585,6 +585,25 @@ async def test_what_a_failed_workflow_has_called_does_not_go_on_beside_its_next_
     assert await job.result(timeout=PATIENCE_S) == "b"
 
 
+@pytest.mark.parametrize("comes", ["before", "beside"])
+async def test_what_a_failed_workflow_has_begun_by_itself_calls_nothing_more(site: Site, comes: str) -> None:
+    """A task that nobody waits for any more: its calls are those that the next attempt makes, too."""
+    await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("leaves_a_task", "t")
+    await site.ran("leaves_a_task t", 2)
+    if comes == "beside":
+        site.open("t-2")
+        await site.ran("gated t")
+    site.open("t-1")
+    await site.until(lambda: "t-1 is over" in site.actors.RUNS)
+    site.open("t-2")
+    await site.ran("gated t")
+    site.open("t")
+    assert await job.result(timeout=PATIENCE_S) == ["t", "990"]
+    assert (site.count("leaves_a_task t"), site.count("gated t")) == (2, 1)
+
+
 @pytest.mark.parametrize("way", ["closed", "drained"])
 async def test_a_stopped_worker_is_waited_for_before_its_jobs_go_on(site: Site, way: str) -> None:
     await asyncio.gather(*(site.serve(f"tools{n}", "tool") for n in range(2)))

@@ -348,6 +348,18 @@ async def stops_short(name: str) -> int:
 
 
 @workflow
+async def stops_short_beside(name: str) -> int:
+    """Ends early while a call that goes on has ended, too, and waits for what the program does not do."""
+    RUNS.append(f"strays {name}")
+    gated(f"{name}-beside")
+    found = await step(200)
+    if name not in STRAYS:
+        found = await step(201)
+    await gate(name).wait()
+    return found
+
+
+@workflow
 async def sees_more(name: str) -> list[str]:
     """Two calls that go on when the workflow is lost, and one in between that takes the program its time."""
     RUNS.append(f"sees_more {name}")
@@ -541,3 +553,22 @@ async def loses_several(name: str) -> list[str]:
 
 async def _alone(name: str) -> str:
     return await Alone.wait(name)
+
+
+@workflow(retries=1)
+async def leaves_a_task(name: str) -> list[str]:
+    """Ends with an error while a task of its own goes on, which is nobody's then."""
+    number = min(2, RUNS.count(f"leaves_a_task {name}") + 1)
+    RUNS.append(f"leaves_a_task {name}")
+
+    async def goes_on() -> str:
+        await gate(f"{name}-{number}").wait()
+        try:
+            return await gated(name)
+        finally:
+            RUNS.append(f"{name}-{number} is over")
+
+    async def breaks() -> str:
+        return str(await fails_once(990))
+
+    return list(await asyncio.gather(goes_on(), breaks()))
