@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -151,10 +151,13 @@ class Root(NamedTuple):
     located: Address | None = None
 
 
+_OPTIONS: Final = ("cast", "init", "instance", "priority", "retries", "root", "session", "tenant", "timeout_s")
+
+
 class CallOptions:
     """How one call is made; None means: as the context or the actor's directives say."""
 
-    __slots__ = ("cast", "init", "instance", "priority", "retries", "root", "session", "tenant", "timeout_s")
+    __slots__ = _OPTIONS
 
     def __init__(
         self,
@@ -181,7 +184,7 @@ class CallOptions:
 
     def but(self, **changes: Any) -> CallOptions:
         """The same options with some of them changed."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        fields: dict[str, Any] = {name: getattr(self, name) for name in _OPTIONS}
         fields.update(changes)
         return CallOptions(**fields)
 
@@ -242,6 +245,27 @@ class CallContext(msgspec.Struct, eq=False):
     actor: str = ""
     tenant: str = ""
     workflow: str = ""
+
+    def of_effect(self, id: bytes) -> CallContext:
+        """The same for the code of an effect with that id, which is remembered as a whole: it has no history of its own."""
+        return CallContext(
+            self.caller,
+            id,
+            False,
+            self.session,
+            "",
+            self.priority,
+            self.deadline,
+            self.trace,
+            self.budget,
+            self.slot,
+            self.cancelled,
+            self.constructed,
+            None,
+            self.actor,
+            self.tenant,
+            self.workflow,
+        )
 
     def check_cancelled(self) -> None:
         """Raises `CallCancelledError` if this call must stop."""

@@ -41,7 +41,6 @@ from typing import Any
 import msgspec
 
 from nalar_mq import values
-from nalar_mq.actor import label_of
 from nalar_mq.address import Address, is_client_name
 from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.channel import Endpoint
@@ -189,7 +188,7 @@ class Calls:
         "_root",
         "_session_numbers",
         "_table",
-        "_thread",
+        "_thread_id",
         "_ticking",
         "_unrouted",
         "_unsettled",
@@ -230,7 +229,7 @@ class Calls:
         self._places = places
         self.claims = claims
         claims.tell = self.tell
-        self._thread = threading.get_ident()
+        self._thread_id = threading.get_ident()
         self._random = random
         self._unsettled: dict[bytes, Address] = {}
         self._root = random.getrandbits(64).to_bytes(8, "big")
@@ -295,7 +294,7 @@ class Calls:
             id = self._root + next(self._numbers).to_bytes(8, "big")
         shared, session = session, session or _auto_session(id)
         future: Future[Any] = Future(self, id, label, history)
-        is_on_loop = threading.get_ident() == self._thread
+        is_on_loop = threading.get_ident() == self._thread_id
         place = self._places.key(actor, session, options.instance) if info.stateful else ""
         call = Call(
             id,
@@ -359,7 +358,7 @@ class Calls:
         now, job = self.loop.time(), context.job
         entry = Entry(future, None, context.call_id, None, "", 0, name, now, context.session, job, context.priority)
         entry.part = JobPart(history, begin=functools.partial(begin, future), is_parked=is_parked)
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread_id:
             self._launch(entry)
         else:
             self._launch_from_thread(entry)
@@ -409,7 +408,7 @@ class Calls:
         """`actor.method`, which `_labels` keeps: the same object for all futures of a method."""
         if len(self._labels) > _LABELS_KEPT:
             self._labels.clear()
-        label = self._labels[actor, method] = label_of(actor, method)
+        label = self._labels[actor, method] = f"{actor}.{method}" if method else actor
         return label
 
     def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo, now: float) -> float | None:
@@ -456,7 +455,7 @@ class Calls:
 
     def credit(self, future: Future[Any], limit: int) -> None:
         """The consumer of a stream takes pieces up to number `limit`. Any thread."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread_id:
             self._credit(future.id, limit)
         else:
             self._inbox.put(lambda: self._credit(future.id, limit))
@@ -1166,7 +1165,7 @@ class Calls:
 
     def is_on_loop(self) -> bool:
         """True in the thread of the loop. Any thread."""
-        return threading.get_ident() == self._thread
+        return threading.get_ident() == self._thread_id
 
     @property
     def is_closed(self) -> bool:
@@ -1175,7 +1174,7 @@ class Calls:
 
     def run_on_loop(self, function: Callable[[], None]) -> None:
         """Calls it on the loop, at once if that is this thread. Any thread."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread_id:
             function()
         else:
             self._inbox.put(function)

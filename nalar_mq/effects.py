@@ -26,14 +26,12 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, overload
 
-import msgspec
-
 from nalar_mq import values
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.claims import INLINE_LIMIT_BYTES, check_size
 from nalar_mq.errors import CallCancelledError, ValueNotEncodableError
-from nalar_mq.event_loop import running_loop
-from nalar_mq.future import BlockingLoopError, Future
+from nalar_mq.event_loop import BlockingLoopError, running_loop
+from nalar_mq.future import Future
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -165,7 +163,7 @@ class _Effect:
         self._name = f"effect({_name_of(function)})"
         self._turn: Future[bool] = Future(context.caller, b"", self._name)
         self._future = context.caller.own(context, self._name, _told_apart(args, kwargs), lambda _: self._has_turn(True))
-        self._context = msgspec.structs.replace(context, call_id=self._future.id, is_root=False, history=None, job="")
+        self._context = context.of_effect(self._future.id)
         if not self._future.on_end(lambda: self._has_turn(False)):
             self._has_turn(False)
 

@@ -19,6 +19,13 @@ _CANCEL_AGAIN_S = 0.25
 _COLLECT_AFTER = 200_000
 
 
+class BlockingLoopError(RuntimeError):
+    """A thread's way of waiting was used on the event loop, where it would wait for ever."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(f"{what} would block the event loop it depends on: use {instead}")
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Runs `main` on a fresh loop and returns what it returns; an interrupt cancels it and is raised afterwards."""
     gc.set_threshold(_COLLECT_AFTER, 20, 20)

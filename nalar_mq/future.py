@@ -29,7 +29,7 @@ from nalar_mq import values
 from nalar_mq.call_context import CallContext, Caller, current_context
 from nalar_mq.claims import Held
 from nalar_mq.errors import CallCancelledError, CallTimeoutError, StreamRestartedError, WireError
-from nalar_mq.event_loop import running_loop
+from nalar_mq.event_loop import BlockingLoopError, running_loop
 from nalar_mq.history import History
 
 T = TypeVar("T")
@@ -471,13 +471,6 @@ async def _read_later(held: Held, caller: Caller) -> Any:
 
 
 _IMMUTABLE = frozenset({int, str, bytes, float, bool, type(None)})
-
-
-class BlockingLoopError(RuntimeError):
-    """A thread's way of waiting was used on the event loop, where it would wait for ever."""
-
-    def __init__(self, what: str, instead: str) -> None:
-        super().__init__(f"{what} would block the event loop it depends on: use {instead}")
 
 
 def _slot_for(*futures: Future[Any]) -> Any:

@@ -15,7 +15,8 @@ from waiting import until
 from nalar_mq import as_completed, gather, values, wait
 from nalar_mq.call_context import Caller
 from nalar_mq.errors import CallTimeoutError, StreamRestartedError
-from nalar_mq.future import STREAM_WINDOW, BlockingLoopError, Future
+from nalar_mq.event_loop import BlockingLoopError
+from nalar_mq.future import STREAM_WINDOW, Future
 
 
 class Owner:
