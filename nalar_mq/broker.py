@@ -631,6 +631,15 @@ def read_left_runtime_file(folder: Path) -> RuntimeFile | None:
     return content if content is not None and not _is_up(content) else None
 
 
+def what_died(folder: Path) -> str:
+    """What was up in `folder` and was killed, and how to go on; empty if there is no such thing."""
+    left = read_left_runtime_file(folder)
+    if left is None:
+        return ""
+    command = f"`nalar up {left.app or 'APP'}`"
+    return f"what was up here, process {left.pid}, has died: {command} in {folder.absolute()} goes on with what it has kept"
+
+
 def _runtime_file_in(folder: Path) -> RuntimeFile | None:
     try:
         return msgspec.json.decode((folder / RUNTIME_FOLDER / RUNTIME_FILE).read_bytes(), type=RuntimeFile)

@@ -65,7 +65,7 @@ def main() -> NoReturn:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code."""
-    options = _Options()
+    options, stdout = _Options(), sys.stdout
     try:
         ended = cli.main(list(arguments), prog_name="nalar", standalone_mode=False, auto_envvar_prefix="NALAR", obj=options)
         sys.stdout.flush()
@@ -73,6 +73,10 @@ def run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except SystemExit:
+        if sys.stdout is not stdout:  # click replaces it and wants to end when nobody reads it any more
+            return EXIT_OK
+        raise
     except (KeyboardInterrupt, asyncio.CancelledError, click.Abort):
         click.echo("nalar: interrupted", err=True)
         return EXIT_INTERRUPTED
@@ -110,6 +114,7 @@ _with_options = click.make_pass_decorator(_Options)
     type=click.Choice(["debug", "info", "warning", "error"]),
     help="What is logged on stderr.  [default: info for up, worker and controller, else warning]",
 )
+@click.version_option(package_name="nalar-mq", message="%(version)s", help="Print the version.")
 @click.pass_context
 def cli(context: click.Context, debug: bool, log_level: str | None) -> None:
     """Serve LLM agent workflows written in plain Python over NATS."""
@@ -405,11 +410,18 @@ def call(
 
 @cli.command()
 @click.option("--waiting", is_flag=True, help="The questions that wait for somebody's answer, instead.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="First wait until a worker serves, for so long at most: for scripts that begin with `nalar up APP &`.",
+)
 @_json_option
 @_app_option
 @_broker_options
 @_with_options
-def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **broker: str | None) -> None:
+def ps(options: _Options, /, waiting: bool, wait: float, json: bool, app: Path | None, **broker: str | None) -> None:
     """List the processes of a runtime, what they serve, and the calls they have in hand.
 
     \b
@@ -427,7 +439,7 @@ def ps(options: _Options, /, waiting: bool, json: bool, app: Path | None, **brok
         _show_questions(options, _choice(broker), app, json)
         return
     file = _app(app)
-    settings, seen, crashes = _run(options, commands.processes(_choice(broker), app=file))
+    settings, seen, crashes = _run(options, commands.processes(_choice(broker), app=file, wait_s=wait))
     rows = [_process_row(process) for process in seen]
     engine = local_engine_state()
     if json:
@@ -1155,11 +1167,7 @@ _NOBODY_LEADS: Final = "no global controller answers: start one with `nalar cont
 
 
 def _show_overview(overview: Overview) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
-    for part in _overview_parts(overview):
-        console.print(part)
+    _print(_overview_parts(overview))
 
 
 def _overview_parts(overview: Overview) -> list[RenderableType]:
@@ -1585,9 +1593,18 @@ def _show_findings(findings: Sequence[Finding]) -> None:
 
 
 def _show_table(head: list[str], rows: list[list[str]]) -> None:
+    _print([_table(head, rows)])
+
+
+def _print(parts: Sequence[RenderableType]) -> None:
+    """Through `click`: where nobody reads any more, rich would end the process in its own way."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False).print(_table(head, rows))
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
+    with console.capture() as printed:
+        for part in parts:
+            console.print(part)
+    _show(printed.get().removesuffix("\n"))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Table:

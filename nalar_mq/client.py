@@ -24,7 +24,7 @@ import msgspec
 from nalar_mq.address import CLIENT_PREFIX, Address, check_token, is_client_name, random_token
 from nalar_mq.annotations import from_json, to_json
 from nalar_mq.arguments import check_fit, parameters_of
-from nalar_mq.broker import read_runtime_file
+from nalar_mq.broker import read_runtime_file, what_died
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
 from nalar_mq.errors import (
@@ -91,12 +91,14 @@ def connect(
     advice = _UNREACHABLE if settings is None else ""
     if settings is None:
         place = Path.cwd() if app is None else Path(app)
-        running = read_runtime_file(place if place.is_dir() else place.parent)
+        folder = place if place.is_dir() else place.parent
+        running = read_runtime_file(folder)
         settings = load_settings(
             nats=url,
             runtime=running.access if running else None,
             app_namespace=running.namespace if running and url is None else "",
             advice=_ADVICE,
+            died="" if running else what_died(folder),
         )
     return Client(settings, name=name, tenant=tenant, connect=connect, random=random, clock=clock, advice=advice)
 

@@ -34,6 +34,7 @@ from nalar_mq.broker import (
     read_node_key,
     read_runtime_file,
     remove_runtime_file,
+    what_died,
     write_runtime_file,
 )
 from nalar_mq.client import Client, Migration, connect
@@ -57,7 +58,15 @@ from nalar_mq.controllers.reflexes import Reflexes
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
 from nalar_mq.doctor import examine
-from nalar_mq.errors import BrokerAuthError, BrokerError, ConfigError, MigrationError, UnknownCallError, UnknownClassError
+from nalar_mq.errors import (
+    BrokerAuthError,
+    BrokerError,
+    ConfigError,
+    MigrationError,
+    UnknownCallError,
+    UnknownClassError,
+    WorkerStartError,
+)
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed, Interrupted
 from nalar_mq.future import Future
@@ -86,6 +95,7 @@ _NODES: Final = "nodes"
 _SERVED_WITHIN_S: Final = 3.0
 _RUN_DRAIN_S: Final = 2.0
 _GOVERN_AGAIN_S: Final = 1.0
+_LOOK_AGAIN_S: Final = 0.1
 _CANCEL_AGAIN_S: Final = 5.0  # a cancellation that is lost is rare, and a clean-up that takes a while is not
 _log = logger(__name__)
 
@@ -373,10 +383,21 @@ class Seen(msgspec.Struct, frozen=True):
     glance: Glance | None
 
 
-async def processes(choice: BrokerChoice, *, app: Path | None) -> tuple[Settings, list[Seen], dict[str, dict[str, CrashRow]]]:
-    """The processes of a runtime that is there, how it was reached, and which workers of which nodes keep ending."""
-    settings = settings_of(choice, app)
+async def processes(
+    choice: BrokerChoice, *, app: Path | None, wait_s: float
+) -> tuple[Settings, list[Seen], dict[str, dict[str, CrashRow]]]:
+    """The processes of a runtime that is there, how it was reached, and which workers of which nodes keep ending.
+
+    Raises:
+        WorkerStartError: no worker served within `wait_s`, if that is not 0.
+    """
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + wait_s
+    settings = await _settings_within(wait_s, choice, app)
     async with connect(settings=settings) as client:
+        table = client.process.table
+        if wait_s and not await client.process.until(lambda: bool(table.known_actors()), max(until_s - loop.time(), 0.0)):
+            raise WorkerStartError(f"no worker serves anything yet, after {wait_s:g} s")
         views, crashes = await asyncio.gather(client.look(), _crashes(client))
         glances = {view.name: view.glance for view in views}
         others = [(name, member) for name, member in await client.members() if name != client.process.name]
@@ -762,7 +783,22 @@ def settings_of(choice: BrokerChoice, app: Path | None) -> Settings:
     Raises:
         ConfigError: no broker is named anywhere.
     """
-    return _settings(app.parent if app else Path.cwd(), choice, RuntimeEntry(), node=_node_name())
+    return _settings(_folder_of(app), choice, RuntimeEntry(), node=_node_name())
+
+
+async def _settings_within(wait_s: float, choice: BrokerChoice, app: Path | None) -> Settings:
+    """As `settings_of`; waits for so long for what is to come up."""
+    is_named = find_broker(nats=choice.nats, context=choice.context) is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            while not is_named:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+                is_named = read_runtime_file(_folder_of(app)) is not None
+    return settings_of(choice, app)
+
+
+def _folder_of(app: Path | None) -> Path:
+    return app.parent if app else Path.cwd()
 
 
 def _settings(folder: Path, choice: BrokerChoice, entry: RuntimeEntry, *, node: str) -> Settings:
@@ -775,6 +811,7 @@ def _settings(folder: Path, choice: BrokerChoice, entry: RuntimeEntry, *, node: 
         trust_broker=choice.trust_broker,
         app_namespace=_known_namespace(running, entry),
         node=node,
+        died="" if running else what_died(folder),
     )
 
 

@@ -116,6 +116,7 @@ def load_settings(
     trust_broker: bool = False,
     environ: Mapping[str, str] | None = None,
     advice: str = _ADVICE,
+    died: str = "",
 ) -> Settings:
     """Settings of a process that uses a broker which is already there.
 
@@ -129,6 +130,7 @@ def load_settings(
         trust_broker: given by hand; else `NALAR_TRUST_BROKER` counts.
         environ: stands in for the environment of the process.
         advice: what to do if no broker is named, for whoever asks.
+        died: what was up and how to have it again, if that is known, in place of the advice.
 
     Raises:
         ConfigError: no broker is named anywhere, or what names it cannot be understood.
@@ -136,7 +138,7 @@ def load_settings(
     env = os.environ if environ is None else environ
     access = find_broker(nats=nats, context=context, runtime=runtime, environ=env)
     if access is None:
-        raise ConfigError(f"no broker is known: {advice}")
+        raise ConfigError(f"no broker is known: {died or advice}")
     chosen = find_namespace(namespace, app_namespace, environ=env)
     return Settings(broker=access, namespace=chosen, node=node, trust_broker=trusts_broker(trust_broker, environ=env))
 

@@ -14,10 +14,8 @@ import msgspec
 from nalar_mq.address import check_token
 from nalar_mq.annotations import from_json
 from nalar_mq.arguments import parameters_of, parse_arguments
-from nalar_mq.broker import read_runtime_file
 from nalar_mq.client import Client, connect
-from nalar_mq.commands import BrokerChoice
-from nalar_mq.config import load_settings
+from nalar_mq.commands import BrokerChoice, settings_of
 from nalar_mq.errors import ConfigError, MalformedMessageError, UnknownJobError, ValueTooLargeError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.exits import CallFailed
@@ -285,13 +283,4 @@ async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncIterator[T]:
 
 def client_of(choice: BrokerChoice, app: Path | None) -> Client:
     """A client of the runtime that is meant."""
-    running = read_runtime_file(app.parent if app else Path.cwd())
-    settings = load_settings(
-        nats=choice.nats,
-        context=choice.context,
-        runtime=running.access if running else None,
-        namespace=choice.namespace,
-        trust_broker=choice.trust_broker,
-        app_namespace=running.namespace if running else "",
-    )
-    return connect(settings=settings)
+    return connect(settings=settings_of(choice, app))

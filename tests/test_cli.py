@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -21,6 +22,7 @@ from nalar_mq.app import load_app
 from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
 from nalar_mq.broker import write_runtime_file
 from nalar_mq.cli import run_command
+from nalar_mq.client import connect
 from nalar_mq.client_module import client_module
 from nalar_mq.errors import BrokerUnreachableError, ConfigError, RemoteTraceback, UnknownActorError
 from nalar_mq.exits import CallFailed, Interrupted, explain
@@ -240,8 +242,9 @@ def test_help_does_not_load_the_runtime():
     assert done.returncode == 0, done.stderr
 
 
-def test_version(capsys):
-    assert run_command(["version"]) == 0
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_version(capsys, word):
+    assert run_command([word]) == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
@@ -660,7 +663,54 @@ def test_killing_up_kills_its_children(app):
     children = running.children()
     assert running.end(signal.SIGKILL) == -signal.SIGKILL
     eventually(lambda: all(map(is_gone, children)), "a child goes on")
-    assert "no broker is known" in nalar_here("ps", cwd=app, code=2).stderr
+    said = nalar_here("ps", cwd=app, code=2).stderr
+    assert f"no broker is known: what was up here, process {running.process.pid}, has died: `nalar up nalar.toml` in" in said
+    with contextlib.chdir(app), pytest.raises(ConfigError, match=f"process {running.process.pid}, has died"):
+        connect()
+
+
+def test_a_script_waits_for_what_is_to_come_up(app):
+    assert "no broker is known: start one" in nalar("ps", "--wait", "0.2", cwd=app, code=2).stderr
+    running = Running("up", ".", "--workers", "1", cwd=app)
+    try:
+        assert "answer" in nalar("ps", "--wait", PATIENCE_S, cwd=app).stdout
+        assert nalar_here("call", "answer", "question=why", cwd=app).stdout
+    finally:
+        running.end()
+
+
+def test_who_reads_no_further_is_no_failure(runtime):
+    nalar_here("ps", "--wait", PATIENCE_S, cwd=runtime)
+    eventually(lambda: nalar_here("top", "--once", cwd=runtime).stdout, "nobody leads")
+    for command in (["top", "--once"], ["ps"], ["jobs"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing) as stdout:
+            done = subprocess.run(
+                [NALAR, *command], cwd=runtime, env=environment(runtime), stdout=stdout, stderr=subprocess.PIPE, text=True
+            )
+        assert (done.returncode, "Traceback" in done.stderr, "BrokenPipe" in done.stderr) == (0, False, False), done.stderr
+
+
+@pytest.mark.parametrize("module", ["nalar_mq.cli", "click", "nalar_mq.commands", "nalar_mq.client"])
+def test_an_interrupt_while_modules_are_loaded_is_one_line(tmp_path, module):
+    program = f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["nalar", "call", "nothing", "--nats", "nats://127.0.0.1:1"]
+from nalar_mq.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.strip()) == (130, "nalar: interrupted")
 
 
 @pytest.mark.parametrize("command", [("ps",), ("ps", "--json"), ("trace", "--last"), ("trace", "some-session", "--json")])

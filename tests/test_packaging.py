@@ -50,7 +50,7 @@ def test_the_wheel_holds_every_module_once_and_nothing_at_the_top(wheel):
 def test_the_wheel_says_what_it_is(wheel):
     archive = zipfile.ZipFile(wheel)
     info = next(name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name)
-    assert "nalar = nalar_mq.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert "nalar = nalar_mq.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
