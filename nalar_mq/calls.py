@@ -41,6 +41,7 @@ from typing import Any
 import msgspec
 
 from nalar_mq import values
+from nalar_mq.actor import label_of
 from nalar_mq.address import Address, is_client_name
 from nalar_mq.call_context import CallContext, CallOptions, Root
 from nalar_mq.channel import Endpoint
@@ -408,7 +409,7 @@ class Calls:
         """`actor.method`, which `_labels` keeps: the same object for all futures of a method."""
         if len(self._labels) > _LABELS_KEPT:
             self._labels.clear()
-        label = self._labels[actor, method] = f"{actor}.{method}" if method else actor
+        label = self._labels[actor, method] = label_of(actor, method)
         return label
 
     def _deadline(self, context: CallContext, options: CallOptions, info: ActorInfo, now: float) -> float | None:

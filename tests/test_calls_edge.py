@@ -296,6 +296,24 @@ async def test_an_endless_timeout_is_none(runtime: Runtime) -> None:
     assert await a.echo.options(timeout_s=1e300)(1) == 1
 
 
+@pytest.mark.parametrize("child", ["wait_at", "echo"])
+async def test_a_deadline_names_the_call_that_it_was_given_for(runtime: Runtime, child: str) -> None:
+    client = await runtime.open_client()
+    for _ in range(5):
+        with pytest.raises(errors.CallTimeoutError, match=r"^asks_on_and_on did not end before its deadline") as raised:
+            await client.options(timeout_s=0.2).call("asks_on_and_on", child)
+        assert raised.value.actor == "asks_on_and_on"
+        assert errors.path_of(raised.value) in ((), ("asks_on_and_on", child))
+        assert "mailbox" not in str(raised.value)
+
+
+async def test_a_deadline_of_a_child_that_is_before_that_of_its_caller_is_its_own(runtime: Runtime) -> None:
+    client = await runtime.open_client()
+    with pytest.raises(errors.CallTimeoutError, match=r"^wait_at did not end before its deadline") as raised:
+        await client.options(timeout_s=PATIENCE_S).call("asks_impatiently")
+    assert errors.path_of(raised.value) == ("asks_impatiently", "wait_at")
+
+
 async def test_a_cast_ends_at_its_deadline(runtime: Runtime) -> None:
     client = await runtime.open_client()
     client.options(timeout_s=2.0).cast("wait_at", "never")
