@@ -115,7 +115,7 @@ async def test_a_bad_connection_is_found_out_and_nothing_is_lost(
     behind: str, fault: Fault, app: App, broker_access: BrokerAccess, namespace: str, witness: Witness
 ) -> None:
     settings = Settings(broker=broker_access, namespace=namespace, node="here")
-    async with Pair.made(app, settings, behind, ping_interval_s=0.2, request_timeout_s=2.0) as pair:
+    async with Pair.made(app, settings, behind, ping_interval_s=0.6, request_timeout_s=3.0) as pair:
         await pair.go_through(fault, witness, "x")
 
 
