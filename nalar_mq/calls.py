@@ -382,13 +382,14 @@ class Calls:
     def ask(self, future: Future[Any], question: Question, on_answer: Callable[[Answer], None]) -> None:
         """Asks somebody outside what `future`, made by `own`, waits for; on the loop.
 
-        The question goes away when the future ends, unless a job goes on elsewhere.
+        The question goes away when the future ends, unless a job goes on elsewhere or may be tried again.
         """
         assert self.asker is not None
         entry = self._entries.get(future.id)
+        part = None if entry is None or not question.job else entry.part
         actor = self.host.label_of(entry.parent) if entry is not None and self.host is not None else ""
         end = self.asker.ask(msgspec.structs.replace(question, asker=actor, process=str(self.me)), on_answer)
-        if not future.on_end(lambda: end(self._closed is None or not question.job)):
+        if not future.on_end(lambda: end(part is None or not (part.is_abandoned or self._closed is not None))):
             end(True)
 
     def _as_future(self, arguments: bytes, label: str, deps: list[values.Deferred], job: str) -> bytes:

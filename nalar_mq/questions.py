@@ -10,7 +10,8 @@ several the first one counts, and the others are told. When the deadline has pas
 the default or with nothing, so that an answer at the last moment counts or is refused, but not both.
 
 Whoever lists or answers questions takes away those that nobody waits for any more: of jobs that have ended, and of processes
-that are gone. All others are taken away by who asked them, once it is durable what became of them.
+that are gone. All others are taken away by who asked them, once it is durable what became of them; but what an attempt at a job
+has asked, and not seen answered when it failed, stays for the next one.
 """
 
 from __future__ import annotations

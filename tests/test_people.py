@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 import nalar_mq
 from nalar_mq.agents import human
@@ -81,6 +82,29 @@ async def test_an_answer_that_comes_while_nobody_is_there_counts(site: Site) -> 
     await site.client.answer(question.id, {"good": True})
     await site.serve("driver2", "workflow", "tool")
     assert await job.result(timeout=PATIENCE_S) == "True "
+
+
+@pytest.mark.parametrize("by_tool", [False, True])
+async def test_a_question_stays_as_it_is_when_its_job_is_tried_again(site: Site, by_tool: bool) -> None:
+    """It can be answered meanwhile, and its deadline does not begin anew."""
+    site.intake = msgspec.structs.replace(site.intake, back_off_s=2.0)
+    await site.serve("driver", "workflow", "tool")
+    job = await site.submit("asks_and_fails", "it", by_tool)
+    [first] = await questions(site)
+    site.actors.GATES["it"].set()
+    jobs = await site.client.jobs()
+
+    async def waits_for_another_attempt() -> bool:
+        held = await jobs.holder(job.id)
+        return held is not None and held[0].failures == 1
+
+    await until(waits_for_another_attempt)
+    assert await questions(site) == [first]
+    assert site.count("asks it") == 1
+    await site.client.answer(first.id, "blue")
+    assert await job.result(timeout=PATIENCE_S) == "blue"
+    assert site.count("asks it") == 2
+    await questions(site, 0)
 
 
 async def test_answers_are_seen_again_in_their_order(site: Site) -> None:

@@ -67,6 +67,17 @@ async def asks_and_forgets(name: str) -> str:
     return name
 
 
+@workflow(timeout_s=None, retries=1)
+async def asks_and_fails(name: str, by_tool: bool) -> str:
+    """Fails once, when it has asked."""
+    RUNS.append(f"asks {name}")
+    question = choose(f"{name}?") if by_tool else nalar_mq.ask(f"{name}?", schema=str, timeout_s=3600.0)
+    if RUNS.count(f"asks {name}") == 1:
+        await GATES.setdefault(name, asyncio.Event()).wait()
+        raise ValueError(name)
+    return await question
+
+
 @tool(timeout_s=None)
 def choose(question: str) -> str:
     return human.ask(question, ["red", "blue"])
