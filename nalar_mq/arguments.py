@@ -19,13 +19,16 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from nalar_mq.errors import ConfigError
-from nalar_mq.syntax import parse
+from nalar_mq.syntax import parse, parse_expression
 
 Arguments: TypeAlias = tuple[list[Any], dict[str, Any]]
 
 _NAMED = re.compile(r"([^\W\d]\w*)(:?=)(.*)", re.DOTALL)
 _TEXT_ANNOTATIONS: Final = frozenset({"str"})
 _OPTIONAL_TEXT_ANNOTATIONS: Final = frozenset({"str | None", "None | str", "Optional[str]", "typing.Optional[str]"})
+_TYPES: Final[dict[str, Any]] = {
+    each.__name__: each for each in (str, int, float, bool, bytes, list, dict, tuple, set, frozenset)
+}
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +58,34 @@ def parameters_of(signature: str) -> Parameters:
     by_position = [*spec.posonlyargs, *spec.args]
     annotations = {arg.arg: _readable(arg.annotation) for arg in [*by_position, *spec.kwonlyargs]}
     return Parameters(annotations=annotations, positional=len(by_position), takes_any_name=spec.kwarg is not None)
+
+
+def wanted_type(annotation: str) -> Any:
+    """What a readable annotation says as far as the built-in types can say it; `Any` stands for every other part of it."""
+    try:
+        return _type(parse_expression(annotation.strip()))
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return Any
+
+
+def _type(node: ast.expr) -> Any:
+    match node:
+        case ast.Name(name):
+            return _TYPES.get(name, Any)
+        case ast.Constant(None):
+            return None
+        case ast.BinOp(left, ast.BitOr(), right):
+            arms = _type(left), _type(right)
+            return Any if Any in arms else arms[0] | arms[1]
+        case ast.Subscript(ast.Name("Optional") | ast.Attribute(ast.Name("typing"), "Optional"), inner):
+            wanted = _type(inner)
+            return Any if wanted is Any else wanted | None
+        case ast.Subscript(ast.Name("list" | "set" | "frozenset" as name), inner):
+            return _TYPES[name][_type(inner)]
+        case ast.Subscript(ast.Name("dict" as name), ast.Tuple([key, item])):
+            return _TYPES[name][_type(key), _type(item)]
+        case _:
+            return Any
 
 
 def check_fit(signature: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import msgspec
 
 from nalar_mq.address import CLIENT_PREFIX, Address, check_token, is_client_name, random_token
-from nalar_mq.annotations import from_json, to_json
-from nalar_mq.arguments import check_fit, parameters_of
+from nalar_mq.annotations import check, from_json, to_json
+from nalar_mq.arguments import check_fit, parameters_of, wanted_type
 from nalar_mq.broker import read_runtime_file, what_died
 from nalar_mq.call_context import DEFAULT_OPTIONS, CallContext, CallOptions, current_context
 from nalar_mq.config import Settings, load_settings
@@ -35,12 +35,13 @@ from nalar_mq.errors import (
     DrainError,
     MigrationError,
     UnknownActorError,
+    ValueNotEncodableError,
     nobody_serves,
 )
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.future import Future, Stream
 from nalar_mq.identity import new_secret, presented
-from nalar_mq.interchange import write_value
+from nalar_mq.interchange import json_argument, write_value
 from nalar_mq.jobs import JobHandle, Jobs, check_durable, no_workflow
 from nalar_mq.lookout import View
 from nalar_mq.messages import Drainage, Member
@@ -57,6 +58,8 @@ _ADVICE = (
 )
 _UNREACHABLE = "start it, or name another one by `connect(url)` or NATS_URL"
 _REJOIN_PAUSE_S = 1.0
+_SAYS_NOTHING = ("", "Any", "typing.Any", "object")  # annotations
+_BYTES = (bytes, bytearray, memoryview)
 _NOT_OPEN = (
     "the client is not open: use it as `async with connect() as client`, without an event loop as `with connect() as client`"
 )
@@ -171,6 +174,9 @@ class Caller:
         Raises:
             AddressError: `workflow` or `job_id` is no token.
             ArgumentError: positional and named arguments cannot be put together, or whoever serves it does not take them.
+            ValueNotEncodableError: an argument has no form in JSON, as an object without fields, NaN, or a dict with numbers
+                as keys; or it is bytes, and the parameter has no annotation to say so.
+            ValueTooLargeError: the arguments are larger than one message of the broker.
             UnknownActorError: what is served under that name is no workflow.
             BrokerFeatureError: the broker is known to acknowledge what it has not synced to disk, and not trusted.
             BrokerError: it may have been accepted or not; to submit it again under the same `job_id` is safe.
@@ -349,31 +355,12 @@ class Client(Caller):
     ) -> JobHandle:
         """As `submit`, on behalf of a tenant, or of the client's if that is None."""
         jobs = await self.jobs(to_submit=True)
-        self._check_job(workflow, args, kwargs)
-        named = kwargs if not args else self._by_name(workflow, args, kwargs) if kwargs else None
-        payload = write_value(list(args) if named is None else named)
-        id = await jobs.submit(workflow, payload, job_id, self._tenant if tenant is None else tenant)
-        return JobHandle(jobs, id)
-
-    def _check_job(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Returns unless it is known already that the job would fail."""
         info = self.process.table.info(workflow)
-        if info is None:
-            return
-        if info.kind != "workflow":
+        if info is not None and info.kind != "workflow":
             raise no_workflow(workflow, info.kind)
-        try:
-            check_fit(info.methods.get("", ""), args, kwargs)
-        except TypeError as error:
-            raise ArgumentError(f"{workflow}: {error}", actor=workflow) from None
-
-    def _by_name(self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        info = self.process.table.info(workflow)
-        names = list(parameters_of(info.methods.get("", "")).annotations) if info is not None else []
-        given = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or given.keys() & kwargs.keys():
-            raise ArgumentError(f"{workflow}: give the arguments of a job by name", actor=workflow)
-        return given | kwargs
+        given = _job_arguments(workflow, args, kwargs, info.methods.get("", "") if info is not None else None)
+        id = await jobs.submit(workflow, write_value(given), job_id, self._tenant if tenant is None else tenant)
+        return JobHandle(jobs, id)
 
     @_on_its_loop
     async def job(self, id: str) -> JobHandle:
@@ -531,6 +518,47 @@ class Migration(NamedTuple):
 
     frozen_s: float
     size_bytes: int
+
+
+def _job_arguments(
+    workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any], signature: str | None
+) -> list[Any] | dict[str, Any]:
+    """Arguments as they stand in the message of a job, by name if any is; None for `signature` if nobody serves the workflow.
+
+    Raises:
+        ArgumentError: it is known already that the job would fail.
+        ValueNotEncodableError: one of them cannot be said in JSON.
+    """
+    try:
+        check_fit(signature or "", args, kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"{workflow}: {error}", actor=workflow) from None
+    known = parameters_of(signature or "")
+    names = list(known.annotations)[: known.positional]
+
+    def plain(name: str, value: Any) -> Any:
+        annotation = known.annotations.get(name, "")
+        what = f"argument {name!r} of {workflow}"
+        try:
+            value = check(value, wanted_type(annotation), what)
+            if type(value) in _BYTES and signature is not None and annotation in _SAYS_NOTHING:
+                raise ValueNotEncodableError("bytes arrive as a text unless the parameter is annotated `bytes`")
+            return json_argument(value)
+        except ArgumentError as error:
+            error.actor = workflow
+            raise
+        except ValueNotEncodableError as error:
+            text = f"{what} cannot be submitted, since arguments of jobs travel as JSON: {error}"
+            raise ValueNotEncodableError(text, actor=workflow) from None
+
+    by_position = [plain(names[place] if place < len(names) else str(place), value) for place, value in enumerate(args)]
+    by_name = {name: plain(name, value) for name, value in kwargs.items()}
+    if not by_name:
+        return by_position
+    given = dict(zip(names, by_position, strict=False))
+    if len(args) > len(names) or given.keys() & by_name.keys():
+        raise ArgumentError(f"{workflow}: give the arguments of a job by name", actor=workflow)
+    return given | by_name
 
 
 def _client_name(name: str) -> str:

@@ -19,7 +19,7 @@ from commands import NALAR, Running, environment, is_gone, nalar, nalar_here
 from waiting import PATIENCE_S, eventually
 
 from nalar_mq.app import load_app
-from nalar_mq.arguments import Parameters, parameters_of, parse_arguments
+from nalar_mq.arguments import Parameters, parameters_of, parse_arguments, wanted_type
 from nalar_mq.broker import write_runtime_file
 from nalar_mq.cli import run_command
 from nalar_mq.client import connect
@@ -153,6 +153,26 @@ def test_arguments_that_are_refused(words, json_text, says):
     parameters = parameters_of("(question: str, limit: int = 3) -> str")
     with pytest.raises(ConfigError, match=says):
         parse_arguments(words, json_text, parameters)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "wanted"),
+    [
+        ("str", str),
+        ("str | None", str | None),
+        ("Optional[int]", int | None),
+        ("typing.Optional[Point]", Any),
+        ("list[dict[str, Point]]", list[dict[str, Any]]),
+        ("Point | int", Any),
+        ("tuple[int, ...]", Any),
+        ("Literal['str']", Any),
+        ("", Any),
+        ("not python", Any),
+        ("list[int, int]", list[Any]),
+    ],
+)
+def test_annotations_are_known_as_far_as_built_in_types_can_say(annotation: str, wanted: object) -> None:
+    assert wanted_type(annotation) == wanted
 
 
 def test_signatures_that_cannot_be_read_know_nothing():

@@ -7,7 +7,9 @@ import importlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
+from datetime import date
+from math import nan
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -658,6 +660,48 @@ async def test_objects_arrive_as_the_annotations_say(bench: Bench) -> None:
         await client.submit("move", 1, point=3)
     with pytest.raises(errors.AddressError):
         await client.submit("move", 1, by=2, job_id="no token")
+
+
+class Title(str):
+    """A text that is more than one."""
+
+
+async def test_what_json_can_say_arrives_as_the_annotations_say(bench: Bench) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    await client.wait_for("kinds")
+    handle = await client.submit("kinds", Title("x"), tags={"y"}, data=b"z", when=date(2030, 1, 2))
+    assert await handle.result(timeout=PATIENCE_S) == ["'x'", "{'y'}", "b'z'", "datetime.date(2030, 1, 2)"]
+    handle = await client.submit("echo", (1, {2}, PurePosixPath("a"), bench.actors.Point(3, 4)))
+    assert await handle.result(timeout=PATIENCE_S) == [1, [2], "a", {"x": 3, "y": 4}]
+
+
+@only_in_memory
+@pytest.mark.parametrize(
+    ("name", "value", "refused", "why"),
+    [
+        ("kinds", object(), errors.ArgumentError, "argument 'text' of kinds must be str, not object"),
+        ("kinds", b"x", errors.ArgumentError, "must be str, not bytes b'x'"),
+        ("kinds", date(2030, 1, 2), errors.ArgumentError, "must be str, not date"),
+        ("kinds", ["x"], errors.ArgumentError, "must be str, not list"),
+        ("echo", object(), errors.ValueNotEncodableError, "argument 'value' of echo .* class object has no form in JSON"),
+        ("echo", [{"a": ValueError("x")}], errors.ValueNotEncodableError, "class ValueError has no form in JSON"),
+        ("echo", [nan], errors.ValueNotEncodableError, "the number nan has no form in JSON"),
+        ("echo", {1: 2}, errors.ValueNotEncodableError, "the key 1 of a dict would become a text"),
+        ("echo", b"x", errors.ValueNotEncodableError, "annotated `bytes`"),
+        ("nobody", object(), errors.ValueNotEncodableError, "argument '0' of nobody"),
+    ],
+)
+async def test_an_argument_that_would_arrive_as_something_else_is_refused(
+    bench: Bench, name: str, value: object, refused: type[errors.CallError], why: str
+) -> None:
+    await bench.worker("one")
+    client = await bench.client()
+    await client.wait_for("kinds")
+    with pytest.raises(refused, match=why) as error:
+        await client.submit(name, value)
+    assert error.value.actor == name
+    assert await (await bench.jobs()).queue.depth() == 0
 
 
 async def test_failures_reach_the_client_by_type(bench: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,11 @@ async def late() -> None:
 @workflow
 async def echo(value: Any) -> Any:
     return value
+
+
+@workflow
+async def kinds(text: str = "", tags: set[str] | None = None, data: bytes = b"", when: date | None = None) -> list[str]:
+    return [repr(each) for each in (text, tags, data, when)]
 
 
 @workflow(concurrency=64)
