@@ -303,9 +303,11 @@ class CallStub(Generic[P, R_co]):
             priority: higher runs earlier.
             timeout_s: seconds until the deadline, never later than the caller's own; None for no deadline.
             retries: how often the call may be sent again after its worker was lost.
+
+        Raises:
+            AddressError: the session is no token.
+            ArgumentError: one of the others is no number.
         """
-        if session is not None:
-            check_token(session, "session")
         options = self._options.with_given(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
         return CallStub(self.spec, self._method, options)
 

@@ -74,10 +74,17 @@ def check_token(name: str, what: str = "name") -> str:
     Raises:
         AddressError: `name` is not a token; `what` names its role in the message.
     """
+    if not is_text(name):
+        raise AddressError(f"{what} is a text of 1 to 128 characters of A-Z, a-z, 0-9, '_' and '-', not {name!r}")
     if _TOKEN.fullmatch(name) is None:
         shown = name if len(name) <= 140 else name[:137] + "..."
         raise AddressError(f"{what} {shown!r} is not allowed: 1 to 128 characters of A-Z, a-z, 0-9, '_' and '-' are")
     return name
+
+
+def is_text(given: object) -> bool:
+    """True for a text: what a user has given may be anything, whatever the annotation says."""
+    return isinstance(given, str)
 
 
 def random_token(prefix: str, entropy: bytes | None = None) -> str:

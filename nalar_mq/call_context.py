@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
-from nalar_mq.address import Address
-from nalar_mq.errors import CallCancelledError, NotConnectedError
+from nalar_mq.address import Address, check_token
+from nalar_mq.errors import ArgumentError, CallCancelledError, NotConnectedError
 from nalar_mq.history import History
 
 if TYPE_CHECKING:
@@ -196,7 +197,16 @@ class CallOptions:
         Args:
             session, priority, retries: not given if None.
             timeout_s: not given if negative; None is no deadline.
+
+        Raises:
+            AddressError: the session is no token.
+            ArgumentError: one of the others is no number, or not a whole one.
         """
+        if session is not None:
+            check_token(session, "session")
+        _check_number("priority", priority, Integral, "a whole number")
+        _check_number("retries", retries, Integral, "a whole number")
+        _check_number("timeout_s", timeout_s, Real, "a number of seconds, or None for no deadline")
         given: dict[str, Any] = {"session": session, "priority": priority, "retries": retries}
         changes = {name: value for name, value in given.items() if value is not None}
         if timeout_s is None or timeout_s >= 0:
@@ -205,6 +215,11 @@ class CallOptions:
 
 
 DEFAULT_OPTIONS = CallOptions()
+
+
+def _check_number(name: str, value: object, kind: type, wanted: str) -> None:
+    if value is not None and (not isinstance(value, kind) or value != value):
+        raise ArgumentError(f"{name} is {wanted}, not {value!r}")
 
 
 class CallContext(msgspec.Struct, eq=False):

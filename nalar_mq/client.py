@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from random import Random
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import msgspec
 
-from nalar_mq.address import CLIENT_PREFIX, Address, check_token, is_client_name, random_token
+from nalar_mq.address import CLIENT_PREFIX, Address, check_token, is_client_name, is_text, random_token
 from nalar_mq.annotations import check, from_json, to_json
 from nalar_mq.arguments import check_fit, parameters_of, wanted_type
 from nalar_mq.broker import read_runtime_file, what_died
@@ -130,9 +131,11 @@ class Caller:
             timeout_s: seconds until the deadline; None for no deadline; what the actor's directives say if left out.
             retries: how often a call may be sent again after its worker was lost.
             tenant: on whose behalf calls and jobs are made, in place of the client's; what they call inherits it.
+
+        Raises:
+            AddressError: session or tenant are no tokens.
+            ArgumentError: one of the others is no number.
         """
-        if session is not None:
-            check_token(session, "session")
         if tenant:
             check_token(tenant, "tenant")
         changed = self._options.with_given(session=session, priority=priority, timeout_s=timeout_s, retries=retries)
@@ -142,15 +145,16 @@ class Caller:
         """Calls a workflow, a tool or `agent.method`; the future is there at once. Any thread.
 
         Raises:
+            ArgumentError: the name is no text.
             ValueNotEncodableError, ValueTooLargeError: an argument cannot travel.
         """
-        actor, _, method = name.partition(".")
+        actor, method = _actor_and_method(name)
         context = self._client.context
         return context.caller.call(context, actor, method, args, kwargs, self._options)
 
     def cast(self, name: str, /, *args: Any, **kwargs: Any) -> None:
         """Calls and wants no result."""
-        actor, _, method = name.partition(".")
+        actor, method = _actor_and_method(name)
         context = self._client.context
         context.caller.call(context, actor, method, args, kwargs, self._options.but(cast=True))
 
@@ -195,6 +199,9 @@ def _on_its_loop(
         client.check_awaited(method.__name__)
         return method(client, *args, **kwargs)
 
+    signature = inspect.signature(method)
+    returned = f"Coroutine[Any, Any, {signature.return_annotation}]"  # for `help`, which finds no `async` here
+    cast("Any", checked).__signature__ = signature.replace(return_annotation=returned)
     return checked
 
 
@@ -346,7 +353,7 @@ class Client(Caller):
         Raises:
             UnknownActorError: nobody did within `timeout_s`.
         """
-        actor = name.partition(".")[0]
+        actor, _ = _actor_and_method(name)
         if not await self.process.wait_for(actor, timeout_s):
             raise UnknownActorError(nobody_serves(actor, self.process.table.known_actors()), actor=actor)
 
@@ -354,18 +361,27 @@ class Client(Caller):
         self, workflow: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, job_id: str, tenant: str | None
     ) -> JobHandle:
         """As `submit`, on behalf of a tenant, or of the client's if that is None."""
+        check_token(workflow, "workflow")
         jobs = await self.jobs(to_submit=True)
         info = self.process.table.info(workflow)
         if info is not None and info.kind != "workflow":
             raise no_workflow(workflow, info.kind)
         given = _job_arguments(workflow, args, kwargs, info.methods.get("", "") if info is not None else None)
         id = await jobs.submit(workflow, write_value(given), job_id, self._tenant if tenant is None else tenant)
-        return JobHandle(jobs, id)
+        return JobHandle(self._opened_jobs, id)
 
-    @_on_its_loop
-    async def job(self, id: str) -> JobHandle:
-        """A job that was submitted by anybody, whether it is known or not."""
-        return JobHandle(await self.jobs(), id)
+    def job(self, id: str) -> JobHandle:
+        """A job that was submitted by anybody, whether it is known or not: `await client.job("first").result()`.
+
+        In a program without an event loop `client.run(client.job("first").result)`. Nothing is asked of the broker before that.
+
+        Raises:
+            AddressError: the id is no token.
+        """
+        return JobHandle(self._opened_jobs, id)
+
+    async def _opened_jobs(self) -> Jobs:
+        return await self.jobs()
 
     @_on_its_loop
     async def jobs(self, *, to_submit: bool = False) -> Jobs:
@@ -408,7 +424,7 @@ class Client(Caller):
     async def _open_questions(self) -> Questions:
         return await Questions.open(self.process.transport, self.process.subjects)
 
-    def run(self, method: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(self, method: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """What an asynchronous method comes to, in a program without an event loop: `client.run(client.submit, "report")`.
 
         Args:
@@ -561,8 +577,17 @@ def _job_arguments(
     return given | by_name
 
 
+def _actor_and_method(name: str) -> tuple[str, str]:
+    if not is_text(name):
+        what = "what is called is named by a text, as 'workflow', 'tool' or 'agent.method'"
+        raise ArgumentError(f"{what}, not by {name!r}")
+    actor, _, method = name.partition(".")
+    return actor, method
+
+
 def _client_name(name: str) -> str:
     """By which everybody knows that it serves nothing."""
+    check_token(name, "client name")
     return check_token(name if is_client_name(name) else f"{CLIENT_PREFIX}{name}", "client name")
 
 

@@ -58,7 +58,7 @@ import contextlib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
@@ -71,6 +71,7 @@ from nalar_mq.errors import (
     BrokerError,
     BrokerFeatureError,
     CallCancelledError,
+    CallTimeoutError,
     KeyConflictError,
     MalformedMessageError,
     ObjectDamagedError,
@@ -654,11 +655,21 @@ async def check_durable(transport: Transport) -> None:
 
 
 class JobHandle:
-    """A job as its client sees it. Made by `Client.submit` and `Client.job`."""
+    """A job as its client sees it. Made by `Client.submit` and `Client.job`; what it does is asynchronous.
 
-    def __init__(self, jobs: Jobs, id: str) -> None:
-        self._jobs = jobs
+    To await the handle itself gives the handle.
+    """
+
+    def __init__(self, open_jobs: Callable[[], Awaitable[Jobs]], id: str) -> None:
+        self._open_jobs = open_jobs
         self.id = check_token(id, "job id")
+
+    def __await__(self) -> Generator[Any, None, JobHandle]:
+        async def opened() -> JobHandle:
+            await self._open_jobs()
+            return self
+
+        return opened().__await__()
 
     async def result(self, timeout: float | None = None) -> Any:
         """The job's value, as JSON has it: dicts, lists, texts, numbers.
@@ -670,10 +681,17 @@ class JobHandle:
             RemoteError: it failed; `type_name` says with what.
             CallCancelledError: somebody cancelled it.
             ValueLostError: its value is large, and missing or damaged.
-            TimeoutError: it has not ended within `timeout`.
+            CallTimeoutError: it has not ended within `timeout`.
         """
-        async with asyncio.timeout(timeout):
-            return value_of(await self._jobs.whole(await self._jobs.wait(self.id)))
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                jobs = await self._open_jobs()
+                return value_of(await jobs.whole(await jobs.wait(self.id)))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise CallTimeoutError(f"job {self.id!r} had no result after {timeout} s; it goes on") from None
 
     async def status(self) -> JobStatus:
         """Where it stands.
@@ -681,7 +699,7 @@ class JobHandle:
         Raises:
             UnknownJobError: there is no such job, or its result is not kept any more.
         """
-        return await self._jobs.status(self.id)
+        return await (await self._open_jobs()).status(self.id)
 
     async def cancel(self) -> bool:
         """Ends it without a value, whether it runs or not; False if it had ended.
@@ -689,7 +707,7 @@ class JobHandle:
         Raises:
             UnknownJobError: there is no such job.
         """
-        return await self._jobs.cancel(self.id)
+        return await (await self._open_jobs()).cancel(self.id)
 
     def __repr__(self) -> str:
         return f"<job {self.id}>"

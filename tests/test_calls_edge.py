@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import GetSetDescriptorType, MemberDescriptorType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from virtual_time import simulated
@@ -458,3 +459,36 @@ async def _error(future: Any) -> BaseException | None:
     except BaseException as error:
         return error
     return None
+
+
+# What a program gives by mistake.
+
+
+async def test_what_is_no_name_and_no_option_is_refused_with_what_would_be(runtime: Runtime) -> None:
+    client: Any = await runtime.open_client()
+    for make in (client.call, client.cast, client.stream, None):
+        with pytest.raises(errors.ArgumentError, match=r"'agent\.method', not by"):
+            make(make) if make is not None else await client.wait_for(5)
+    stub = runtime.actors.asks_impatiently
+    for given in (client, stub):
+        with pytest.raises(errors.AddressError, match=r"session is a text of .*, not 5"):
+            given.options(session=5)
+        with pytest.raises(errors.ArgumentError, match="timeout_s is a number of seconds, or None for no deadline, not '3'"):
+            given.options(timeout_s="3")
+        with pytest.raises(errors.ArgumentError, match=r"timeout_s is .*, not nan"):
+            given.options(timeout_s=math.nan)
+        with pytest.raises(errors.ArgumentError, match=r"priority is a whole number, not 1\.5"):
+            given.options(priority=1.5)
+        with pytest.raises(errors.ArgumentError, match="retries is a whole number, not '1'"):
+            given.options(retries="1")
+    with pytest.raises(errors.AddressError, match="tenant is a text"):
+        client.options(tenant=5)
+    with pytest.raises(errors.AddressError, match="client name is a text"):
+        runtime.client(cast("Any", 5))
+    with pytest.raises(errors.AddressError, match="workflow is a text"):
+        await client.submit(5)
+
+
+def test_help_shows_what_is_asynchronous() -> None:
+    for method in (Client.members, Client.wait_for, Client.submit):
+        assert "-> 'Coroutine[" in str(inspect.signature(method))

@@ -662,6 +662,23 @@ async def test_objects_arrive_as_the_annotations_say(bench: Bench) -> None:
         await client.submit("move", 1, by=2, job_id="no token")
 
 
+async def test_a_job_that_was_submitted_elsewhere(bench: Bench) -> None:
+    """Its handle can be used as it is, and awaited."""
+    await bench.worker("one")
+    client = await bench.client()
+    job = client.job("a")
+    with pytest.raises(errors.UnknownJobError):
+        await job.status()
+    await bench.publish("gated", b'["a-x"]', Nats_Msg_Id="a")
+    with pytest.raises(errors.CallTimeoutError, match=r"job 'a' had no result after 0\.05 s; it goes on"):
+        await job.result(timeout=0.05)
+    bench.actors.GATES["a"].set()
+    assert await client.job("a").result(timeout=PATIENCE_S) == "a-x"
+    assert await job is job
+    with pytest.raises(errors.AddressError, match="job id is a text"):
+        client.job(7)  # type: ignore[arg-type]
+
+
 class Title(str):
     """A text that is more than one."""
 
