@@ -4,7 +4,7 @@ A request is arguments as `interchange` describes them, the answer is the value 
 `Nalar-Session`, `Nalar-Timeout-S`, `Nalar-Priority`. What fails is answered with `Nats-Service-Error` and a code:
 
     400   the request cannot be read, or its arguments do not fit
-    404   nobody serves that name
+    404   nobody serves that name, nor began to within the 3 s that a call waits for that
     408   the deadline has passed
     413   the value is larger than what one message holds
     499   the call was cancelled

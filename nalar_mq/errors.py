@@ -370,7 +370,9 @@ class UnknownClassError(MalformedMessageError):
     """
 
     def __init__(self, class_name: str) -> None:
-        super().__init__(f"no class or function {class_name!r} that may travel is loaded in this process")
+        super().__init__(
+            f"no class or function {class_name!r} that may travel is loaded in this process, which has to import it"
+        )
         self.class_name = class_name
 
 

@@ -111,7 +111,7 @@ def _read(data: bytes, is_json: bool) -> Any:
     try:
         return msgspec.json.decode(data) if is_json else _msgpack.decode(data)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise MalformedMessageError(f"not {'JSON' if is_json else 'MessagePack'}: {error}") from None
+        raise MalformedMessageError(f"{'not JSON' if is_json else 'neither JSON nor MessagePack'}: {error}") from None
 
 
 def _refuse_extension(code: int, _data: memoryview) -> NoReturn:

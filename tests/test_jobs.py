@@ -1068,9 +1068,21 @@ def test_a_value_comes_back_from_both_forms(value: Any) -> None:
         assert (arguments.args, arguments.is_json) == ([value], is_json)
 
 
-@pytest.mark.parametrize("data", [b"{", b"nul", b"\xc1", b"\x81", b"\xd9\x02\xff\xff", b"\x81\x01\x01", b"\xc7\x01\x07a"])
-def test_what_is_neither_form_is_malformed(data: bytes) -> None:
-    with pytest.raises(errors.MalformedMessageError):
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"{", "^not JSON: "),
+        (b"nul", "^not JSON: "),
+        (b"\xff\xfe not json", "^neither JSON nor MessagePack: "),
+        (b"\xc1", "^neither JSON nor MessagePack: "),
+        (b"\x81", "^neither JSON nor MessagePack: "),
+        (b"\xd9\x02\xff\xff", "^neither JSON nor MessagePack: "),
+        (b"\x81\x01\x01", "names that are texts"),
+        (b"\xc7\x01\x07a", "extension 7 is not understood"),
+    ],
+)
+def test_what_is_neither_form_is_malformed(data: bytes, why: str) -> None:
+    with pytest.raises(errors.MalformedMessageError, match=why):
         read_arguments(data)
 
 
