@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -326,7 +327,14 @@ async def run(
         else:
             namespace = _namespace(choice, entry)
             access = named or await _short_lived_broker(stack, namespace)
-            settings = Settings(broker=access, namespace=namespace, node=_node_name(), adopts_state=named is None)
+            ends_since_s = time.time() if named is None else None
+            settings = Settings(
+                broker=access,
+                namespace=namespace,
+                node=_node_name(),
+                adopts_state=named is None,
+                ends_since_s=ends_since_s,
+            )
         client = await stack.enter_async_context(connect(settings=settings))
         guards: list[Coroutine[Any, Any, None]] = []
         if running is None:

@@ -72,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             `NALAR_LOCAL_STORE`, else `nalar-<user>` in the folder for temporary files.
         state: folder for the managed state of sessions; if empty, `NALAR_STATE`, else `.nalar/state` beside the app.
         adopts_state: sessions that were kept under another broker are entered in this one's directory: it is the app's own.
+        ends_since_s: the runtime ends with a call that was made then, in seconds since 1970: what has been kept since then of
+            sessions that nobody named is removed at the end. None if it goes on.
     """
 
     broker: BrokerAccess
@@ -82,6 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     local_store: str = ""
     state: str = ""
     adopts_state: bool = False
+    ends_since_s: float | None = None
 
 
 def find_state(given: str, beside: Path, *, environ: Mapping[str, str] | None = None) -> Path:

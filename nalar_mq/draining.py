@@ -33,6 +33,7 @@ directory says which. Nobody waits for a worker that cannot be reached: what it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 from collections import Counter
@@ -42,7 +43,7 @@ from typing import Any, Final
 
 from nalar_mq.address import Address
 from nalar_mq.door import Door
-from nalar_mq.errors import BrokerError, CallError, NalarError, SessionLostError
+from nalar_mq.errors import BrokerError, CallError, NalarError, SessionLostError, StoreError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.execution import Execution, session_key_of
 from nalar_mq.host import Host
@@ -427,6 +428,11 @@ class Draining:
             if committer.store.id in self._heirs and await self._find_heir(committer.store, is_due=True):
                 self._handed_over += 1
         await self._empty_stores()
+        ends_since_s = self._process.settings.ends_since_s
+        if ends_since_s is not None:  # a later run finds the sessions that have names, and nobody the others
+            with contextlib.suppress(StoreError):
+                await asyncio.to_thread(self._stores.forget_since, "auto-", ends_since_s)
+            return
         for committer in self._stores.all:
             if committer.store.id not in self._heirs:
                 # Of sessions that have left, marks stay there.

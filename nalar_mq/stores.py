@@ -426,6 +426,16 @@ class Stores:
                     gone.append((session.name, committer.store.id))
         return gone
 
+    def forget_since(self, prefix: str, since_s: float) -> None:
+        """Removes all sessions whose names begin with `prefix` and that somebody has changed since then."""
+        for committer in self._all():
+            after: tuple[str, str] | None = None
+            while sessions := committer.store.sessions(after):
+                for session in sessions:
+                    if session.name.startswith(prefix) and session.header is not None and session.header.used_s >= since_s:
+                        committer.put(Removal(session), lambda _: None)
+                after = sessions[-1].actor, sessions[-1].name
+
     async def _note_closing(self, committers: Iterable[Committer]) -> None:
         """Copies that have been made of the stores while they were open do not go on in their place."""
         if self._openings is None or not self._openings.is_reachable:

@@ -94,6 +94,14 @@ def test_beside_a_worker_and_after_it(shell: Shell, running: Running) -> None:
     assert done.stdout == "3\n"
 
 
+def test_a_run_says_nothing_of_sessions_and_leaves_those_that_have_a_name(shell: Shell) -> None:
+    shutil.copy(APP, shell.folder)
+    for session in ([], ["--session", "ann"], []):
+        done = nalar("run", APP.name, "Notebook.note", "hello", "--workers", "1", *session, cwd=shell.folder)
+        assert (done.stdout, done.stderr) == ("1\n", "")
+    assert [row["session"].partition("/")[0] for row in shell.json("state", "ls", "Notebook")] == ["ann"]
+
+
 def test_lists_and_shows(shell: Shell, kept: Path) -> None:
     rows = shell.json("state", "ls")
     assert [(row["store"], row["sessions"], row["directory"], row["pid"]) for row in rows] == [
