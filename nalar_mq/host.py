@@ -1243,8 +1243,11 @@ class Host:
             if context.cancelled:
                 error = CallCancelledError(context.cancelled, started=True)
             history = context.history
-            if error is None and history is not None and history.next_wanted is not None:
-                error = _changed(execution, history, "it ends without the calls that it made before")
+            if error is None and history is not None and history.is_repeating:
+                if history.next_wanted is not None:
+                    error = _changed(execution, history, "it ends without the calls that it made before")
+                else:
+                    self._calls.witness.skip_looks(history)
         if payload is not None and (len(payload) > INLINE_LIMIT_BYTES or payload[:1] == MARK):
             is_wanted = error is None and not execution.is_answered and not execution.call.cast
             if is_wanted and payload[:1] != MARK:

@@ -7,8 +7,8 @@ A call that a job makes ends in two steps:
                    └─ its first outcome is on the way into the journal
 
 A later attempt (`history`) repeats what former ones saw, in the order in which they saw it. Until it has seen all of that,
-outcomes that come anew are held. Looks that found nothing and readings of the clock are known to the program at once: they
-become durable before anything that it does next leaves the process.
+outcomes that come anew are held, until its end at most. Looks that found nothing and readings of the clock are known to the
+program at once: they become durable before anything that it does next leaves the process.
 
 A standstill. A workflow that has changed may wait for what no former attempt waited for, while all that these saw waits for its
 turn. Found waiting for long, and no further, it is told so.
@@ -217,6 +217,11 @@ class Witness:
         """The call has been cancelled: what it has made ends now."""
         history.stop_repeating()
         self._go_on(history)
+
+    def skip_looks(self, history: History) -> None:
+        """The call has ended, and done without looks and readings that a former attempt did: what waited for them appears."""
+        while history.skip_looks():
+            self._go_on(history)
 
     def watch(self, history: History) -> None:
         """Watches over a workflow that repeats a job: it may come to a standstill."""

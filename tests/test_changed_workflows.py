@@ -9,6 +9,7 @@ import pytest
 
 from nalar_mq.errors import RemoteError
 from nalar_mq.jobs import DeadLetter, JobHandle
+from nalar_mq.messages import Unseen
 from nalar_mq.worker import Worker
 from tests.test_resumption import PATIENCE_S, Site, lose_driver, site_of
 
@@ -141,6 +142,23 @@ async def test_nothing_is_left_of_what_waited_for_the_rest_of_a_workflow_that_en
     await site.journaled(3)
     site.open("s")
     assert "ends without the calls" in await error_of(job)
+    await site.until(lambda: other.process.calls.pending == 0 and not kept_in(tools))
+
+
+async def test_nothing_is_left_of_what_waited_for_a_look_that_a_workflow_does_without(site: Site) -> None:
+    tools = await site.serve("tools", "tool")
+    await site.serve("driver", "workflow")
+    job = await site.submit("looks_less", "l")
+    await site.ran("gated l-beside")
+    await site.journaled(1, Unseen)
+    site.actors.STRAYS.append("l")
+    site.hub.kill("driver")
+    other = await site.serve("driver2", "workflow")
+    await site.ran("looks_less l", 2)
+    site.open("l-beside")
+    await site.journaled(1)
+    site.open("l")
+    assert await job.result(timeout=PATIENCE_S) == "l"
     await site.until(lambda: other.process.calls.pending == 0 and not kept_in(tools))
 
 

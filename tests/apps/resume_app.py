@@ -360,6 +360,17 @@ async def stops_short_beside(name: str) -> int:
 
 
 @workflow
+async def looks_less(name: str) -> str:
+    """Does without a look, as what goes by the clock may, while a call that it does not wait for ends."""
+    RUNS.append(f"looks_less {name}")
+    beside = gated(f"{name}-beside")
+    if name not in STRAYS:
+        beside.available()
+    await gate(name).wait()
+    return name
+
+
+@workflow
 async def sees_more(name: str) -> list[str]:
     """Two calls that go on when the workflow is lost, and one in between that takes the program its time."""
     RUNS.append(f"sees_more {name}")
