@@ -74,6 +74,7 @@ Errors carry fields, not sentences to parse. Who is at fault is in the type: `Co
         ├── SessionUnavailableError  nobody has the state of a session open; `retry_after_s`
         ├── WorkflowChangedError     a job was begun by other code than is there to go on; `job`, `old_version`, `new_version`
         ├── StateWriteError          managed state is changed where it can only be read
+        ├── StateTypeError           (also a TypeError) what a call put into managed state is not of the type of the field
         ├── StateMutatedError        a value in managed state was changed in place and not assigned back
         └── StreamRestartedError     a stream whose chunks were already taken began again
 """
@@ -610,6 +611,10 @@ class WorkflowChangedError(CallError):
 
 class StateWriteError(CallError):
     """Managed state was to be changed by code that may only read it: anything but the call that holds the session."""
+
+
+class StateTypeError(CallError, TypeError):
+    """What a call put into managed state is not of the type that the field is annotated with; the field is as it was."""
 
 
 class StateMutatedError(CallError):

@@ -6,6 +6,9 @@ A class of the user's is its name, wherever it is: a module that is renamed chan
 type. A field may come to hold more than before: `list[int]` may become `list[int | str]`, `list[float]`, `list[Any]`, or
 `list[Base]` of a base class. What cannot be judged, such as a `Protocol`, a bare `list` or a name that is imported for type
 checkers alone, is `Any`, which fits everything and which everything fits: only what is certain to be another type is refused.
+
+What a call puts into a field is held against the same annotation (`Elements`), as `annotations.check` does it with arguments,
+but nothing is converted: a dict is no dataclass there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import types
 import typing
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
+
+from nalar_mq.annotations import check
+from nalar_mq.errors import ArgumentError, StateTypeError
 
 _LONGEST: Final = 300  # in characters; a longer one says nothing
 _ANY: Final = "Any"
@@ -33,6 +39,7 @@ _SPELLINGS: Final = {
     "NoneType": "None",
     "object": _ANY,
 }
+_UNIONS: Final = (typing.Union, types.UnionType)
 _FORMS: Final = ("Annotated", "Literal", "Optional", "Union", "Callable")
 _FITS_TOO: Final = frozenset({("bool", "int"), ("bool", "float"), ("int", "float")})
 
@@ -52,6 +59,70 @@ class _Type(NamedTuple):
 
 
 _UNKNOWN: Final = _Type(_ANY)
+
+
+_NUMBERS: Final[dict[Any, tuple[type[Any], ...]]] = {
+    int: (int, bool),
+    float: (float, int, bool),
+    complex: (complex, float, int, bool),
+}
+
+
+class Elements:
+    """What may be put into a field, or into one half of the pairs of a dict.
+
+    Attributes:
+        exact: classes whose very instances fit without being looked at.
+    """
+
+    __slots__ = ("_annotation", "_kind", "_parts", "exact")
+
+    def __init__(self, annotation: Any) -> None:
+        self._annotation = annotation
+        self.exact = frozenset(_exact(annotation))
+        self._kind: Any = typing.get_origin(annotation)
+        self._parts = [frozenset(_exact(part)) for part in typing.get_args(annotation)]
+
+    def check(self, value: Any, what: str) -> None:
+        """Raises `StateTypeError` if `value` does not fit; `what` names the field."""
+        if self._fits_at_once(value):
+            return
+        try:
+            fitted = check(value, self._annotation, what)
+        except ArgumentError as error:
+            raise StateTypeError(str(error)) from None
+        if fitted is not value and type(fitted) is not type(value) and not isinstance(value, (int, float)):
+            raise StateTypeError(f"{what} must be made a {type(fitted).__qualname__} before it is kept: {value!r:.120}")
+
+    def _fits_at_once(self, value: Any) -> bool:
+        """True for a list or dict of what fits without being looked at: to ask `check` takes twenty times as long."""
+        if type(value) is not self._kind:
+            return False
+        parts = self._parts
+        if self._kind is list:
+            return parts[0].issuperset(map(type, value))
+        return self._kind is dict and parts[0].issuperset(map(type, value)) and parts[1].issuperset(map(type, value.values()))
+
+
+def _exact(annotation: Any) -> Iterable[type[Any]]:
+    if annotation is None:
+        return (types.NoneType,)
+    if isinstance(annotation, type) and annotation in _NUMBERS:
+        return _NUMBERS[annotation]
+    if typing.get_origin(annotation) in _UNIONS:
+        return [cls for arm in typing.get_args(annotation) for cls in _exact(arm)]
+    return (annotation,) if isinstance(annotation, type) and not typing.get_args(annotation) else ()
+
+
+def elements_of(annotation: Any, module: str, cls: type[Any]) -> tuple[Elements | None, ...]:
+    """What stands between the brackets of a field, arguments as for `describe`; None for what everything fits."""
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, _names(module, cls))
+        except Exception:
+            return ()
+    parts = typing.get_args(annotation)
+    return tuple(None if part in (Any, object) or isinstance(part, typing.TypeVar) else Elements(part) for part in parts)
 
 
 def describe(kind: str, annotation: Any, module: str, cls: type[Any]) -> str:
@@ -96,9 +167,12 @@ def classes_in(annotation: Any, module: str, cls: type[Any]) -> list[type[Any]]:
 
 def _resolved(annotation: Any, module: str, cls: type[Any]) -> _Type:
     """The annotation of a field, with forward references followed as far as that goes."""
+    return _of(annotation, _names(module, cls), 0)
+
+
+def _names(module: str, cls: type[Any]) -> dict[str, Any]:
     inner = {name: found for name, found in vars(cls).items() if isinstance(found, type)}  # not fields of the name of a type
-    names = {**vars(typing), **inner, **vars(sys.modules.get(module, typing))}
-    return _of(annotation, names, 0)
+    return {**vars(typing), **inner, **vars(sys.modules.get(module, typing))}
 
 
 def _of(annotation: Any, names: dict[str, Any], depth: int) -> _Type:
@@ -117,7 +191,7 @@ def _of(annotation: Any, names: dict[str, Any], depth: int) -> _Type:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _of(args[0], names, depth + 1)
-    if origin is typing.Union or origin is types.UnionType:
+    if origin in _UNIONS:
         return _union(_of(arg, names, depth + 1) for arg in args)
     if origin is typing.Literal:
         return _union(_of(type(arg), names, depth + 1) for arg in args)

@@ -117,7 +117,7 @@ class SessionState:
         if self.is_beginning and not self.was_kept:
             return
         if self.is_kept and (self._writer is None or current_context.get() is not self._writer):
-            raise StateWriteError(f"{self._name(field)} {_why_not(self._writer)}")
+            raise StateWriteError(f"{self.name_of(field)} {_why_not(self._writer)}")
 
     def put(self, field: str, order: int, *cells: Any) -> None:
         """Notes that an entry consists of `cells` from now on: a value, or a key and a value."""
@@ -147,7 +147,7 @@ class SessionState:
         """
         if type(value) in _PLAIN:
             return value
-        nested = Nested(values.encode(value, None, self._name(field)), value, is_out=True)
+        nested = Nested(values.encode(value, None, self.name_of(field)), value, is_out=True)
         if self.is_kept:
             self._out.append((field, nested))
         return nested
@@ -195,7 +195,7 @@ class SessionState:
             for field, nested in self._out:
                 if nested.is_held and not _is_unchanged(nested):
                     raise StateMutatedError(
-                        f"{self._name(field)}: a value was changed in place, and the state has not seen it: "
+                        f"{self.name_of(field)}: a value was changed in place, and the state has not seen it: "
                         f"assign it back as a whole, as in `state[key] = value`; it is now {_shown(nested.value)}"
                     )
             self._writer = None
@@ -224,7 +224,8 @@ class SessionState:
         self._writer = None
         self._written, self._way_back, self._way_end, self._out = {}, [], {}, []
 
-    def _name(self, field: str) -> str:
+    def name_of(self, field: str) -> str:
+        """What a field is called in messages."""
         return f"{self.where}.{field}" if self.where else field or "a managed value"
 
 

@@ -46,7 +46,7 @@ import msgspec
 
 from nalar_mq import values
 from nalar_mq.errors import DirectiveError, StateSchemaError
-from nalar_mq.field_types import classes_in, describe, fits, kind_in
+from nalar_mq.field_types import Elements, classes_in, describe, elements_of, fits, kind_in
 from nalar_mq.session_state import Entries, SessionState, bytes_of, cell_from, cells_from, hold, pair_from, pairs_from, value_of
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class ManagedList(MutableSequence[T]):
     def __init__(self, items: Iterable[T] = ()) -> None:
         self._state = SessionState()
         self._field = ""
+        self._elements: Elements | None = None
         self._cells: list[Any] = []
         self._orders: list[int] = []
         self.extend(items)
@@ -317,9 +318,15 @@ class ManagedList(MutableSequence[T]):
         except IndexError:
             raise IndexError("list index out of range") from None
 
-    def _new_cells(self, items: Iterable[Any]) -> list[Any]:
-        self._state.check_writable(self._field)
-        return [self._state.cell(self._field, item) for item in items]
+    def _new_cells(self, items: list[Any]) -> list[Any]:
+        state, field, elements = self._state, self._field, self._elements
+        state.check_writable(field)
+        if elements is not None:
+            exact = elements.exact
+            for item in items:
+                if type(item) not in exact:
+                    elements.check(item, f"an item of {state.name_of(field)}")
+        return [state.cell(field, item) for item in items]
 
     def _splice(self, start: int, stop: int, items: list[Any]) -> None:
         """Puts `items` in the place of those from `start` to before `stop`, and writes no more than that."""
@@ -435,6 +442,8 @@ class ManagedDict(MutableMapping[K, V]):
     def __init__(self, items: Mapping[K, V] | Iterable[tuple[K, V]] = ()) -> None:
         self._state = SessionState()
         self._field = ""
+        self._keys: Elements | None = None
+        self._elements: Elements | None = None
         self._slots: dict[Any, _Slot] = {}
         self._next = _FIRST
         self.update(items)
@@ -541,6 +550,10 @@ class ManagedDict(MutableMapping[K, V]):
     def __setitem__(self, key: K, value: V) -> None:
         state, field, slots = self._state, self._field, self._slots
         state.check_writable(field)
+        if self._keys is not None and type(key) not in self._keys.exact:
+            self._keys.check(key, f"a key of {state.name_of(field)}")
+        if self._elements is not None and type(value) not in self._elements.exact:
+            self._elements.check(value, f"a value of {state.name_of(field)}")
         values.encode(key, None, f"a key of {field or 'a managed dict'}")
         cell = state.cell(field, value)
         with state.lock:
@@ -644,6 +657,7 @@ class ManagedValue(Generic[T]):
     def __init__(self, default: T = _NONE) -> None:
         self._state = SessionState()
         self._field = ""
+        self._elements: Elements | None = None
         self._default = default
         self._cell: Any = _MISSING
 
@@ -675,6 +689,8 @@ class ManagedValue(Generic[T]):
     def value(self, value: T) -> None:
         state, field = self._state, self._field
         state.check_writable(field)
+        if self._elements is not None and type(value) not in self._elements.exact:
+            self._elements.check(value, state.name_of(field))
         cell = state.cell(field, value)
         with state.lock:
             old, self._cell = self._cell, cell
@@ -736,7 +752,20 @@ class _Declared:
 
     def made(self) -> Managed:
         """The field of a session that has not begun."""
-        return cast("Managed", ManagedValue(self._default) if self._kind is ManagedValue else self._kind())
+        part: Any = ManagedValue(self._default) if self._kind is ManagedValue else self._kind()
+        keys, elements = self._wanted
+        if self._kind is ManagedDict:
+            part._keys = keys
+        part._elements = elements
+        return cast("Managed", part)
+
+    @functools.cached_property
+    def _wanted(self) -> tuple[Elements | None, Elements | None]:
+        """What its keys and its values have to be. Of a plain `list` or `dict` nothing is wanted, as in plain Python."""
+        if _kind_of(self._annotation, self._base) is None:
+            return None, None
+        found = elements_of(self._annotation, self._base.__module__, self._base)
+        return (found[0] if len(found) > 1 else None), (found[-1] if len(found) > 0 else None)
 
     def __get__(self, instance: object | None, owner: type) -> Any:
         if instance is None:

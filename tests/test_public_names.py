@@ -40,6 +40,7 @@ PUBLIC = [
     "SessionLostError",
     "StateLostError",
     "StateMutatedError",
+    "StateTypeError",
     "StateWriteError",
     "Stream",
     "StreamRestartedError",

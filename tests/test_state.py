@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nalar_mq import ManagedDict, ManagedList, ManagedValue, agent, method, values
 from nalar_mq.actor import spec_of
 from nalar_mq.call_context import CallContext, current_context
-from nalar_mq.errors import DirectiveError, StateMutatedError, StateWriteError, ValueNotEncodableError
+from nalar_mq.errors import DirectiveError, StateMutatedError, StateTypeError, StateWriteError, ValueNotEncodableError
 from nalar_mq.session_state import SessionState
 from nalar_mq.state import Arrival, bind, declare, entries_of
 
@@ -38,15 +38,15 @@ declare(Notebook)
 class Session:
     """An instance as a worker has it, calls to it, and a store that gets nothing but changes."""
 
-    def __init__(self) -> None:
-        self.instance = Notebook()
+    def __init__(self, kind: type[Any] = Notebook) -> None:
+        self.instance: Any = kind()
         self.state = SessionState("Notebook[s]", is_kept=True)
         self.stored: dict[tuple[str, int], bytes] = {}
         self.changed: dict[tuple[str, int], None] = {}
         self._numbers = itertools.count(1)
         bind(self.instance, self.state, {})
 
-    def call(self, body: Callable[[Notebook], Any], *, fails: bool = False) -> int:
+    def call(self, body: Callable[[Any], Any], *, fails: bool = False) -> int:
         """Runs `body` as a call; returns how many entries it wrote."""
         caller: Any = None
         context = CallContext(caller, next(self._numbers).to_bytes(16, "big"))
@@ -72,12 +72,12 @@ class Session:
                 self.stored[field, order] = data
         return len(changes)
 
-    def reopened(self) -> Notebook:
+    def reopened(self) -> Any:
         """Another instance, made of what has been stored."""
         entries: dict[str, list[tuple[int, bytes]]] = {}
         for (field, order), data in sorted(self.stored.items()):
             entries.setdefault(field, []).append((order, data))
-        instance = Notebook()
+        instance = type(self.instance)()
         bind(instance, SessionState("Notebook[s]", is_kept=True), entries)
         return instance
 
@@ -445,3 +445,90 @@ def test_fields_are_found_by_their_annotations() -> None:
         declare(type("Full", (), {**_body(items="ManagedList[int]"), "items": ManagedList([1])}))
     with pytest.raises(DirectiveError, match="cannot begin as 3"):
         declare(type("Full", (), {**_body(items="ManagedList[int]"), "items": 3}))
+
+
+class Typed:
+    texts: ManagedList[str]
+    floats: ManagedList[float]
+    messages: ManagedList[Message]
+    many: ManagedList[list[int] | None]
+    rows: ManagedList[dict[str, int]]
+    kinds: ManagedList[Literal["a", "b"]]
+    anything: ManagedList[Any]
+    unknown: ManagedList[Missing]  # type: ignore[name-defined]  # noqa: F821 - as with a name for type checkers alone
+    counts: ManagedDict[str, int]
+    title: ManagedValue[str] = ManagedValue("untitled")
+
+
+declare(Typed)
+
+
+def typed() -> Any:
+    made = Typed()
+    bind(made, SessionState("Typed[s]"), {})
+    return made
+
+
+FITTING: list[Callable[[Any], object]] = [
+    lambda t: t.texts.extend(["a", "b"]),
+    lambda t: t.texts.insert(0, "c"),
+    lambda t: t.floats.extend([1, 1.5, True]),
+    lambda t: t.messages.append(Message("a", ["x"])),
+    lambda t: t.many.extend([[1], None, []]),
+    lambda t: t.rows.append({"a": 1}),
+    lambda t: t.kinds.append("a"),
+    lambda t: t.anything.extend([1, "a", None]),
+    lambda t: t.unknown.append(5),
+    lambda t: t.counts.update(a=1),
+    lambda t: setattr(t.title, "value", "x"),
+]
+UNFIT: dict[str, Callable[[Any], object]] = {
+    "append": lambda t: t.texts.append(5),
+    "extend": lambda t: t.texts.extend(["a", 5]),
+    "insert": lambda t: t.texts.insert(0, 5),
+    "+=": lambda t: t.texts.__iadd__([5]),
+    "item": lambda t: t.texts.__setitem__(0, 5),
+    "slice": lambda t: t.texts.__setitem__(slice(None), [5]),
+    "assignment": lambda t: setattr(t, "texts", [5]),
+    "float": lambda t: t.floats.append("1.5"),
+    "class": lambda t: t.messages.append({"text": "a", "tags": []}),
+    "inside": lambda t: t.many.append(["a"]),
+    "inside a dict": lambda t: t.rows.append({"a": "b"}),
+    "literal": lambda t: t.kinds.append("c"),
+    "key": lambda t: t.counts.__setitem__(1, 1),
+    "dict value": lambda t: t.counts.__setitem__("a", "b"),
+    "update": lambda t: t.counts.update(a="b"),
+    "setdefault": lambda t: t.counts.setdefault("z", "b"),
+    "ior": lambda t: t.counts.__ior__({"a": None}),
+    "value": lambda t: setattr(t.title, "value", 5),
+}
+
+
+@pytest.mark.parametrize("change", FITTING)
+def test_what_is_of_the_type_of_a_field_may_be_put_into_it(change: Callable[[Any], object]) -> None:
+    change(typed())
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_is_of_another_type_is_refused_and_changes_nothing(name: str) -> None:
+    made = typed()
+    made.texts.append("first")
+    made.counts["a"] = 1
+    before = [list(made.texts), dict(made.counts), made.title.value]
+    with pytest.raises(StateTypeError, match=r"Typed\[s\]\.\w+ must be "):
+        UNFIT[name](made)
+    assert [list(made.texts), dict(made.counts), made.title.value] == before
+    assert not any([made.floats, made.messages, made.many, made.rows, made.kinds])
+
+
+def test_a_call_that_puts_another_type_into_a_field_leaves_no_trace() -> None:
+    session = Session(Typed)
+    session.call(lambda t: t.texts.append("a"))
+
+    def careless(typed: Typed) -> None:
+        typed.texts.append("b")
+        typed.texts.append(5)  # type: ignore[arg-type]
+
+    with pytest.raises(StateTypeError):
+        session.call(careless)
+    assert session.instance.texts == session.reopened().texts == ["a"]
