@@ -5,7 +5,8 @@ named `<job>.job.<digest of its content>`: another attempt at the job that makes
 same arguments, means the same object. No process holds it, and nobody counts who refers to it.
 
 Whoever stores one listens for the result of the job, which ends it whatever it is, and removes the value then. What is left
-behind, since its process was killed or the end was not heard, a sweep removes: what belongs to a job that has a result.
+behind, since its process was killed or the end was not heard, a sweep removes: what belongs to a job that has a result. One
+that was tried again after it had failed has not ended by a failure that was written late (`jobs`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from nalar_mq.address import Subjects
 from nalar_mq.errors import BrokerError, WireError
-from nalar_mq.jobs import read_result
+from nalar_mq.jobs import is_tried_again, read_result, sequence_in
 from nalar_mq.logs import logger
 from nalar_mq.transport import Delivered, Ledger, ObjectStore, Subscription, Transport
 
@@ -101,7 +102,8 @@ class JobValues:
             self._ledger = await self._transport.ledger(self._subjects.results_ledger, [self._subjects.result("*")])
         found = await self._ledger.last(self._subjects.result(job))
         with contextlib.suppress(WireError):  # what is no result ends no job
-            return found is not None and read_result(found.data).id == job
+            if found is not None and read_result(found.data).id == job:
+                return not await is_tried_again(self._transport, self._subjects, job, sequence_in(found.headers))
         return False
 
     async def _remove(self, job: str, names: Iterable[str]) -> None:

@@ -45,7 +45,7 @@ message that has failed, no other, so that what the first one has come to is fou
 says in `Nalar-Sequence` which message it stands for: the failure of that one does not end it, and goes. It may be written
 late, by a process that stood still: who fails looks first whether its record still stands, but may stand still after that.
 Until the next holder has removed it, who asks how the job has ended finds the record of a message that stands for the failed
-one, and is told that it has not.
+one, and is told that it has not; and its large values and what lies in journals of it stay.
 
 Headers are the publisher's word: permissions of the broker are about subjects. So whoever may publish a job may give it any
 id, and by these two headers have one that has failed run again, in other words as well; what has ended otherwise stays.
@@ -639,6 +639,15 @@ class Jobs:
 
     async def _remove(self, letter: DeadLetter) -> None:
         await self._dead.purge(self._subjects.dead(letter.key), below=letter.sequence + 1)
+
+
+async def is_tried_again(transport: Transport, subjects: Subjects, id: str, failed: int) -> bool:
+    """True if somebody has a later message of a job in hand than the one that has failed: what the job has is still needed."""
+    if not failed:
+        return False
+    running = await transport.ledger(subjects.running_ledger, [subjects.running("*")], per_subject=1)
+    kept = await running.last(subjects.running(id))
+    return kept is not None and _read_running(kept).sequence > failed
 
 
 async def check_durable(transport: Transport) -> None:

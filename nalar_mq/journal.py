@@ -33,6 +33,7 @@ from typing import Final
 from nalar_mq.address import Address, Subjects
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.event_loop import cancel_all
+from nalar_mq.jobs import is_tried_again, sequence_in
 from nalar_mq.logs import logger
 from nalar_mq.messages import (
     WIRE_VERSION,
@@ -212,7 +213,8 @@ class Journal:
         job = self._job_of[oldest]
         with contextlib.suppress(BrokerError):
             results = await self._transport.ledger(self._subjects.results_ledger, [self._subjects.result("*")])
-            if await results.last(self._subjects.result(job)) is not None:
+            found = await results.last(self._subjects.result(job))
+            if found is not None and not await is_tried_again(self._transport, self._subjects, job, sequence_in(found.headers)):
                 for parent in [parent for parent, of in self._job_of.items() if of == job]:
                     self.release(parent)
 

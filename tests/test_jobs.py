@@ -430,6 +430,35 @@ async def test_a_failure_that_comes_late_does_not_end_what_was_published_again(b
     assert [other.cause async for other in jobs.dead_letters()] == ([] if ends == "done" else ["ValueError: it broke"])
 
 
+async def test_a_failure_that_comes_late_takes_nothing_from_what_was_published_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its large values nor what is in the journal."""
+    monkeypatch.setattr("nalar_mq.journal._TRIM_EVERY_S", 0.05)
+    jobs, message = await failed_by_one_that_died(bench, "gated_twice", b'["x"]', "x")
+    letter = await jobs.dead_letter("x")
+    assert letter is not None
+    await jobs.retry(letter)
+    process = (await bench.worker("one", msgspec.structs.replace(QUICK, ack_wait_s=60.0))).process
+    await until(lambda: "gated_twice x" in bench.actors.RUNS)
+    journal = process.calls.journal
+    assert journal is not None
+    await until(lambda: journal.has_of("x"))
+    objects = await process.claims._open()
+    await process.claims._of_jobs.put(name := "x.job." + "0" * 32, b"value")
+    late = JobResult("x", "gated_twice", "failed", error=JobError("KeyError", "late"))
+    assert await jobs.finish(late, failed=message.sequence)
+    await asyncio.sleep(0.5)  # enough for both to be taken away
+    assert await objects.get(name) == b"value"
+    assert journal.has_of("x")
+    bench.actors.GATES["x"].set()
+    await jobs.forget_result("x", failed=message.sequence)  # as its holder does now and then
+    assert (await bench.result("x")).state == "done"
+    async with asyncio.timeout(PATIENCE_S):
+        while await objects.get(name) is not None or journal.has_of("x"):
+            await asyncio.sleep(0.02)
+
+
 async def test_what_goes_on_can_be_cancelled_though_a_failure_has_come_late(bench: Bench) -> None:
     jobs, message = await failed_by_one_that_died(bench, "gated", b'["x"]', "x")
     letter = await jobs.dead_letter("x")

@@ -68,6 +68,15 @@ async def gated(name: str) -> str:
 
 
 @workflow
+async def gated_twice(name: str) -> int:
+    """Has a call behind it when it waits."""
+    found = await double(1)
+    note(f"gated_twice {name}")
+    await GATES.setdefault(name, asyncio.Event()).wait()
+    return found
+
+
+@workflow
 async def gated_broken(name: str) -> None:
     note(f"gated_broken {name}")
     await GATES.setdefault(name, asyncio.Event()).wait()
