@@ -1,7 +1,8 @@
 """Who is alive: every process keeps a leased record in the members bucket and a routing table of everybody else's.
 
 A record is renewed three times per lease, by a thread with a connection of its own where one is given, so that code which
-blocks the event loop costs nobody his lease. Joining and leaving are learnt by watching the bucket, death by reading.
+blocks the event loop costs nobody his lease; of a worker that thread tells of such code (`loop_watch`). Joining and leaving are
+learnt by watching the bucket, death by reading.
 
 Death
     When a member's renewals have not been seen for a lease, its key is read: an absent one has expired. Only a process that
@@ -46,6 +47,7 @@ from nalar_mq.config import LEASE_S
 from nalar_mq.errors import BrokerError, KeyConflictError, WireError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
+from nalar_mq.loop_watch import LoopWatch
 from nalar_mq.messages import WIRE_VERSION, ActorInfo, Lost, Member, decode_lost, decode_member, encode_record
 from nalar_mq.placement import RoutingTable
 from nalar_mq.transport import KeyEntry, KeyValue, Transport
@@ -233,6 +235,7 @@ class LeaseThread:
         self._member = member
         self._lease_s = lease_s
         self._owner = asyncio.get_running_loop()
+        self._watch = LoopWatch(self._owner, name)
         self._ready: asyncio.Future[None] = self._owner.create_future()
         self._events = events
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -272,9 +275,11 @@ class LeaseThread:
             self._tell(error)
             return
         self._tell(None)
-        keeping = asyncio.create_task(self._lease.keep(self._lease_s / 3))
+        beside = [asyncio.create_task(self._lease.keep(self._lease_s / 3))]
+        if self._member.role == "worker":
+            beside.append(asyncio.create_task(self._watch.run()))
         await self._stop.wait()
-        await cancel_all([keeping])
+        await cancel_all(beside)
         if transport.is_connected:  # else it runs out by itself
             await self._lease.release()
 
