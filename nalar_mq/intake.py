@@ -101,7 +101,7 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     look_again_s: float = 1.0
     losses: int = 8
     unserved_s: float = 900.0
-    no_workflow_s: float = 5.0
+    no_workflow_s: float = 30.0
     back_off_s: float = 1.0
 
 
@@ -698,8 +698,8 @@ class Intake:
     async def _turn_away(self) -> None:
         """Jobs of what is served, but is no workflow, go to the dead letters.
 
-        A name that another app begins to serve as a workflow is known to whoever publishes before it is known here: hence the
-        second look.
+        A name that another app begins to serve as a workflow is known to whoever publishes before it is known here, and one
+        whose workers are all started anew is not served for a moment: hence the second look, and the long pause before it.
         """
         suspects: set[str] = set()
         while True:

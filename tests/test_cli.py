@@ -278,6 +278,9 @@ def test_wrong_command_lines(capsys, app):
     assert "nats://host:4222" in complains(capsys, "worker", app, "--nats", "http://x")
     assert "namespace 'a.b' is not allowed" in complains(capsys, "worker", app, "--nats", "x", "--namespace", "a.b")
     assert "node 'a b' is not allowed" in complains(capsys, "worker", app, "--nats", "x", "--node", "a b")
+    assert "is a name of more than" in complains(capsys, "worker", app, "--nats", "x", "--resources", f"{'g' * 1000}=1")
+    many = ",".join(f"gpu{number}=1" for number in range(257))
+    assert "at most 256 resources, not 257" in complains(capsys, "worker", app, "--nats", "x", "--resources", many)
 
 
 def test_wrong_apps(capsys, tmp_path):
