@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import msgspec
 
 from nalar_mq.address import Address, Subjects, check_token, random_token
-from nalar_mq.app import App, load_app
 from nalar_mq.arguments import Arguments, Parameters, parameters_of, parse_arguments
 from nalar_mq.broker import (
     NODE_KEY_FILE,
@@ -58,7 +57,6 @@ from nalar_mq.controllers.node_folder import NodeFolder, NodeRecord
 from nalar_mq.controllers.reflexes import Reflexes
 from nalar_mq.controllers.supervision import Limits
 from nalar_mq.directives import did_you_mean
-from nalar_mq.doctor import examine
 from nalar_mq.errors import (
     BrokerAuthError,
     BrokerError,
@@ -86,6 +84,7 @@ from nalar_mq.streams import lay_out
 from nalar_mq.traces import Trace
 
 if TYPE_CHECKING:
+    from nalar_mq.app import App
     from nalar_mq.controllers.deciding import Decider
     from nalar_mq.controllers.global_controller import GlobalController
 
@@ -146,6 +145,8 @@ def app_file(path: Path) -> Path:
 
 def load_quietly(app: Path) -> App:
     """Loads an app; what its modules print while they are imported goes to stderr."""
+    from nalar_mq.app import load_app  # most commands load none, and it takes a tenth of their start
+
     with contextlib.redirect_stdout(sys.stderr):
         return load_app(app)
 
@@ -459,6 +460,8 @@ async def migrate(choice: BrokerChoice, agent: str, session: str, target: str, *
 
 async def doctor(choice: BrokerChoice, *, app: Path | None, take: Callable[[Finding], None]) -> None:
     """Hands each finding about this machine and the broker that is named to `take`."""
+    from nalar_mq.doctor import examine
+
     folder = app.parent if app else Path.cwd()
     running = read_runtime_file(folder)
 
