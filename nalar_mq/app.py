@@ -138,7 +138,7 @@ class _ManifestLoader:
         """Imports foreign modules first, so that the app's own find the stand-ins in them."""
         self._finder.install()
         try:
-            lines = {entry.module: entry.line for entry in reversed(self._manifest.actors)}
+            lines = {entry.module: entry.source_line for entry in reversed(self._manifest.actors)}
             for name in sorted(lines, key=lambda name: self._file_of(name) is not None):
                 module = _imported(name, self._file_of(name), f"{self._manifest.path}:{lines[name]}: ")
                 self._replace_in(module)
@@ -188,9 +188,10 @@ class _ManifestLoader:
             try:
                 moves.stand_in(target, replacement)
             except (AttributeError, TypeError):
+                where = f"{self._manifest.path}:{entry.source_line}: {entry.kind} {entry.name!r}"
                 raise DirectiveError(
-                    f"{self._manifest.path}:{entry.line}: {entry.kind} {entry.name!r}: {entry.attribute!r} is built into "
-                    f"Python or an extension: write a {'class' if entry.kind == 'agent' else 'function'} of your own around it"
+                    f"{where}: {entry.attribute!r} is built into Python or an extension: "
+                    f"write a {'class' if entry.kind == 'agent' else 'function'} of your own around it"
                 ) from None
             setattr(holder, last, replacement)
 
@@ -201,7 +202,7 @@ class _ManifestLoader:
             names: list[str] = [*map(str, dir(holder))]
             known = tuple(found for found in names if not found.startswith("_"))
             message = f"module {entry.module!r} has no {entry.attribute!r}: {did_you_mean(name, known)}"
-            raise AppError(f"{self._manifest.path}:{entry.line}: {message}") from None
+            raise AppError(f"{self._manifest.path}:{entry.source_line}: {message}") from None
 
     def _spec(self, entry: ActorEntry, target: Any) -> ActorSpec:
         decorated = spec_of(target)
@@ -216,7 +217,7 @@ class _ManifestLoader:
                 raise DirectiveError(f"{entry.kind} {entry.name!r}: {entry.attribute!r} is not a function")
             return function_spec(entry.kind, entry.name, target, entry.directives, transparent=True)
         except DirectiveError as error:
-            raise DirectiveError(f"{self._manifest.path}:{entry.line}: {error}") from None
+            raise DirectiveError(f"{self._manifest.path}:{entry.source_line}: {error}") from None
 
     def _agent_spec(self, entry: ActorEntry, target: Any) -> ActorSpec:
         if not isinstance(target, type):

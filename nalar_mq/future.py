@@ -21,7 +21,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar, cast, overload
 
 import msgspec
 
@@ -326,6 +326,11 @@ class Future(values.Deferred, Generic[T_co]):
     def __await__(self) -> Generator[Any, None, T_co]:
         """Waits without blocking the loop; the same value and errors as `value`."""
         return self.arrival() if self._history is None else self._arrival_in_job(self._history)
+
+    if not TYPE_CHECKING:  # type checkers are to say that it has none
+
+        def __aiter__(self) -> Any:
+            raise TypeError(f"a future is awaited: for what {self.actor} yields, write `async for piece in future.stream()`")
 
     def _arrival_in_job(self, history: History) -> Generator[Any, None, T_co]:
         with _Wait(history, self._caller, self.id) as wait:

@@ -49,6 +49,7 @@ class ActorEntry(msgspec.Struct, frozen=True, kw_only=True):
         module: dotted name of the module, looked for beside the manifest first.
         attribute: dotted name of the class or function in it.
         line: where its table begins, for messages.
+        source_line: where its `source` stands.
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class ActorEntry(msgspec.Struct, frozen=True, kw_only=True):
     attribute: str
     directives: Directives
     line: int
+    source_line: int
 
 
 class RuntimeEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,8 +150,16 @@ class _Reader:
             self._refuse(key, f"{kind} {name!r} has no 'source': add source = \"module:attribute\"")
         module, attribute = self._source((*key, "source"), table.pop("source"))
         directives = self._directives(key, kind, table)
-        line = self._lines.of(key)
-        return ActorEntry(kind=kind, name=name, module=module, attribute=attribute, directives=directives, line=line)
+        line, source_line = self._lines.of(key), self._lines.of((*key, "source"))
+        return ActorEntry(
+            kind=kind,
+            name=name,
+            module=module,
+            attribute=attribute,
+            directives=directives,
+            line=line,
+            source_line=source_line,
+        )
 
     def _source(self, key: tuple[str, ...], value: object) -> tuple[str, str]:
         if not isinstance(value, str):

@@ -286,3 +286,10 @@ async def _all(stream: Any) -> list[Any]:
 
 async def _value(future: Future[Any]) -> Any:
     return await future
+
+
+async def test_a_future_that_is_iterated_over_names_its_stream(owner: Owner) -> None:
+    future: Any = owner.future()
+    with pytest.raises(TypeError, match=r"what actor\.method yields, write `async for piece in future\.stream\(\)`"):
+        async for _ in future:
+            pass

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -24,15 +25,21 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the checkout, so that nothing of earlier builds gets into it."""
-    copy = tmp_path_factory.mktemp("build") / "source"
+def copied(folder: Path) -> Path:
+    """A copy of the checkout, so that nothing of earlier builds gets into one."""
+    copy = folder / "source"
     copy.mkdir()
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in FOLDERS:
+        shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the checkout."""
+    copy = copied(tmp_path_factory.mktemp("build"))
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out", ".", cwd=copy)
     return next((copy / "out").glob("nalar_mq-*.whl"))
@@ -62,6 +69,34 @@ def test_the_installed_wheel_is_imported_from_where_it_lies(wheel, tmp_path):
     program = "import nalar_mq.controllers.supervision as s, nalar_mq.agents as a, nalar_mq as n; print(s.__file__, a.__file__)"
     printed = run(sys.executable, "-P", "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert all(path.startswith(str(tmp_path / "site" / "nalar_mq")) for path in printed.split())
+
+
+USER = """\
+from nalar_mq import Future, tool
+
+
+@tool
+async def search(query: str) -> list[str]:
+    return [query]
+
+
+found: Future[list[str]] = search("whales")
+"""
+
+
+def test_type_checkers_see_an_editable_install(tmp_path):
+    copy, user = copied(tmp_path), tmp_path / "user"
+    run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--quiet")
+    alone = ("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed")
+    run(*pip, *alone, "--editable", copy, cwd=tmp_path, PYTHONPATH=sysconfig.get_path("purelib"))  # where setuptools is
+    user.mkdir()
+    (user / "search.py").write_text(USER)
+    outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "search.py"]
+    done = subprocess.run(command, cwd=user, env=outside, capture_output=True, text=True, timeout=300)
+    assert "Success" in done.stdout, done.stdout + done.stderr
 
 
 def test_links_show_the_two_folders_inside_the_package():
