@@ -31,6 +31,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -74,6 +75,7 @@ _LOG_LIMIT_BYTES: Final = 8 * 1024 * 1024
 _GATE: Final = "gate"
 _IN_USE: Final = "address already in use"  # as the server says it
 _CANNOT_WRITE: Final = ("critical write error", "no space left on device", "will be disabled")  # likewise
+_OF_A_CLIENT: Final = re.compile(r" - \wid:\d+ - ")  # in a line about a connection, which may quote what a stranger has sent
 _LINES_KEPT: Final = 100
 _CHUNK_BYTES: Final = 65536
 
@@ -457,7 +459,7 @@ class _ServerLog:
     def _take(self, line: str) -> None:
         if line.strip():
             self._lines.append(line)
-        if any(sign in line.lower() for sign in _CANNOT_WRITE):
+        if any(sign in line.lower() for sign in _CANNOT_WRITE) and not _OF_A_CLIENT.search(line):
             self.cannot_write.set()
 
 

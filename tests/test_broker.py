@@ -77,6 +77,19 @@ async def test_broker_serves_jetstream_on_loopback_with_a_token(broker: Embedded
         await NatsTransport.connect(BrokerAccess(urls=(broker.url,)), name="test")
 
 
+async def test_a_stranger_whose_name_reads_like_a_failed_write_ends_no_server(broker: EmbeddedBroker) -> None:
+    pid = pid_of(broker)
+    with pytest.raises(BrokerAuthError):
+        stranger = BrokerAccess(urls=(broker.url,), user="no space left on device", password="x")
+        await NatsTransport.connect(stranger, name="test")
+    await until(lambda: "no space left on device" in (broker.data_dir / "nats-server.log").read_text())
+    async with await NatsTransport.connect(broker.access, name="test") as transport:
+        await transport.key_value("b")
+    assert broker.pid == pid
+    assert is_alive(pid)
+    assert not broker._log.cannot_write.is_set()
+
+
 async def test_token_is_seen_by_the_owner_only(broker: EmbeddedBroker) -> None:
     token = broker.access.token
     config = broker.data_dir / "nats-server.conf"
