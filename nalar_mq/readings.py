@@ -31,6 +31,7 @@ import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 import msgspec
@@ -54,6 +55,7 @@ _MUTATORS: Final[dict[type, tuple[str, ...]]] = {
     ),
 }
 _LEAVES: Final = frozenset({type(None), bool, int, float, complex, str, bytes, range, slice, type(...)})
+_PATHS: Final = frozenset({PurePath, PurePosixPath, PureWindowsPath, type(Path())})  # they note in themselves what they compute
 _ORIGINAL: Final = "__nalar_original__"
 
 
@@ -65,7 +67,7 @@ def lent(x: Any) -> Any:
     copy = _COPIES.get(kind)
     if copy is not None:
         return copy(x)
-    if isinstance(x, (BaseException, enum.Enum, type)) or hasattr(kind, "__nalar_reference__"):
+    if isinstance(x, (BaseException, enum.Enum, type)) or kind in _PATHS or hasattr(kind, "__nalar_reference__"):
         return x
     if isinstance(x, tuple):
         return _lent_tuple(x)
@@ -248,7 +250,7 @@ def _of_struct(kind: Any) -> dict[str, Any]:
     def equal(self: Any, other: Any) -> Any:
         return kind.__eq__(copied(self), copied(other) if is_lent(other) and class_of(other) is kind else other)
 
-    return {"__copy__": copied, "__eq__": equal, "__hash__": kind.__hash__}
+    return {"__copy__": copied, "__eq__": equal, "__hash__": lambda self: kind.__hash__(copied(self))}
 
 
 def _unseen(meta: Any, kind: type[Any], body: dict[str, Any]) -> Any:

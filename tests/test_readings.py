@@ -12,6 +12,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import attrs
@@ -174,6 +175,27 @@ def test_classes_of_users_are_not_told() -> None:
     before = Told.told
     assert readings.is_lent(readings.lent(Told()))
     assert Told.told == before
+
+
+def test_paths_can_be_used() -> None:
+    root, parts = readings.lent((Path("/data"), [PurePosixPath("a"), PureWindowsPath("b")]))
+    assert root / "x.txt" == Path("/data/x.txt")
+    assert (root / "x.txt").suffix == ".txt"
+    assert [str(part) for part in parts] == ["a", "b"]
+    assert root.parent == Path("/")
+    assert {Path("/data"): 1}[root] == 1
+
+
+class Key(msgspec.Struct, frozen=True):
+    number: int
+
+
+def test_frozen_structs_are_found_as_keys() -> None:
+    key = readings.lent(Key(1))
+    assert {Key(1): 2}[key] == 2
+    assert {key: 2}[Key(1)] == 2
+    assert hash(key) == hash(Key(1))
+    assert readings.lent({Key(1): [2]})[Key(1)] == [2]
 
 
 def test_arrays_are_read_only() -> None:
