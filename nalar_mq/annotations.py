@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any, cast
 
@@ -41,6 +41,28 @@ def check(value: Any, annotation: Any, what: str) -> Any:
     except _Unfit as unfit:
         reason = f": {unfit}" if str(unfit) else ""
         raise ArgumentError(f"{what} must be {_show_type(annotation)}, not {_show_value(value)}{reason}") from None
+
+
+def is_of(value: Any, annotation: Any) -> bool:
+    """True if a value is of an annotated type as it is: everything in it too, and objects of derived classes as well."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return is_of(value, parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of(value, arm) for arm in parts)
+    try:
+        if not isinstance(origin, type):
+            if isinstance(annotation, type) and not typing.is_typeddict(annotation):
+                return (
+                    isinstance(value, (bytes, bytearray, memoryview))
+                    if annotation is bytes
+                    else _is_instance(value, annotation)
+                )
+            fitted = check(value, annotation, "")
+            return fitted is value or type(fitted) is type(value)
+        return isinstance(value, origin) and _are_of(value, origin, parts)
+    except (ArgumentError, TypeError, RecursionError):
+        return False
 
 
 def to_json(value: Any) -> bytes:
@@ -79,6 +101,23 @@ class _Unfit(Exception):
     """The value does not fit; the text says where, if that is not obvious."""
 
 
+def _are_of(value: Any, origin: type[Any], parts: tuple[Any, ...]) -> bool:
+    """True if what stands in a container is of the types between the brackets of its annotation."""
+    if issubclass(origin, tuple):
+        if parts[1:] == (...,):
+            return all(is_of(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(is_of, value, parts))
+    if issubclass(origin, Mapping):
+        return len(parts) < 2 or all(is_of(key, parts[0]) and is_of(item, parts[1]) for key, item in value.items())
+    if (
+        len(parts) == 1
+        and origin.__module__ in ("builtins", "collections", "collections.abc")
+        and issubclass(type(value), Collection)
+    ):
+        return isinstance(value, str) or all(is_of(item, parts[0]) for item in value)
+    return True
+
+
 def _is_instance(value: Any, cls: type[Any]) -> bool:
     if cls is float or cls is complex:
         return isinstance(value, (cls, int, float))
@@ -108,6 +147,8 @@ def _convert(value: Any, annotation: Any) -> Any:
         target: Any = annotation
         return msgspec.convert(value, target, dec_hook=_instance)
     except msgspec.ValidationError as error:
+        if is_of(value, annotation):  # an object of a derived class inside a list, which msgspec does not take
+            return value
         raise _Unfit(_where(str(error))) from None
     except RecursionError:
         raise _Unfit("nested too deeply") from None

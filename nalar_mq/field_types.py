@@ -22,7 +22,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
-from nalar_mq.annotations import check
+from nalar_mq.annotations import check, is_of
 from nalar_mq.errors import ArgumentError, StateTypeError
 
 _LONGEST: Final = 300  # in characters; a longer one says nothing
@@ -91,7 +91,8 @@ class Elements:
             fitted = check(value, self._annotation, what)
         except ArgumentError as error:
             raise StateTypeError(str(error)) from None
-        if fitted is not value and type(fitted) is not type(value) and not isinstance(value, (int, float)):
+        is_made = fitted is not value and type(fitted) is not type(value) and not isinstance(value, (int, float))
+        if is_made and not is_of(value, self._annotation):
             raise StateTypeError(f"{what} must be made a {type(fitted).__qualname__} before it is kept: {value!r:.120}")
 
     def _fits_at_once(self, value: Any) -> bool:

@@ -689,8 +689,9 @@ class ManagedValue(Generic[T]):
     def value(self, value: T) -> None:
         state, field = self._state, self._field
         state.check_writable(field)
-        if self._elements is not None and type(value) not in self._elements.exact:
-            self._elements.check(value, state.name_of(field))
+        elements = self._elements
+        if elements is not None and type(value) not in elements.exact and value is not self._default:
+            elements.check(value, state.name_of(field))  # what it begins with may be put back
         cell = state.cell(field, value)
         with state.lock:
             old, self._cell = self._cell, cell

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 from nalar_mq import ManagedDict, ManagedList, ManagedValue, agent, method, values
 from nalar_mq.actor import spec_of
 from nalar_mq.call_context import CallContext, current_context
-from nalar_mq.errors import DirectiveError, StateMutatedError, StateTypeError, StateWriteError, ValueNotEncodableError
+from nalar_mq.errors import (
+    ArgumentError,
+    DirectiveError,
+    StateMutatedError,
+    StateTypeError,
+    StateWriteError,
+    ValueNotEncodableError,
+)
 from nalar_mq.session_state import SessionState
 from nalar_mq.state import Arrival, bind, declare, entries_of
 
@@ -23,6 +31,11 @@ from nalar_mq.state import Arrival, bind, declare, entries_of
 class Message:
     text: str
     tags: list[str]
+
+
+@dataclass
+class Letter(Message):
+    to: str = "you"
 
 
 class Notebook:
@@ -454,6 +467,10 @@ class Typed:
     many: ManagedList[list[int] | None]
     rows: ManagedList[dict[str, int]]
     kinds: ManagedList[Literal["a", "b"]]
+    threads: ManagedDict[str, list[tuple[int, Message]]]
+    orders: ManagedList[Sequence[int]]
+    blobs: ManagedList[bytes]
+    empty: ManagedValue[str] = ManagedValue(None)  # type: ignore[arg-type]
     anything: ManagedList[Any]
     unknown: ManagedList[Missing]  # type: ignore[name-defined]  # noqa: F821 - as with a name for type checkers alone
     counts: ManagedDict[str, int]
@@ -476,7 +493,13 @@ FITTING: list[Callable[[Any], object]] = [
     lambda t: t.messages.append(Message("a", ["x"])),
     lambda t: t.many.extend([[1], None, []]),
     lambda t: t.rows.append({"a": 1}),
+    lambda t: t.rows.extend([Counter("a"), defaultdict(int, a=1), OrderedDict(a=1)]),
     lambda t: t.kinds.append("a"),
+    lambda t: t.messages.append(Letter("a", [])),
+    lambda t: t.threads.update(a=[(1, Letter("a", []))]),
+    lambda t: t.orders.extend([[1], (1, 2)]),
+    lambda t: t.blobs.append(bytearray(b"a")),
+    lambda t: setattr(t.empty, "value", None),
     lambda t: t.anything.extend([1, "a", None]),
     lambda t: t.unknown.append(5),
     lambda t: t.counts.update(a=1),
@@ -494,6 +517,9 @@ UNFIT: dict[str, Callable[[Any], object]] = {
     "class": lambda t: t.messages.append({"text": "a", "tags": []}),
     "inside": lambda t: t.many.append(["a"]),
     "inside a dict": lambda t: t.rows.append({"a": "b"}),
+    "inside a pair": lambda t: t.threads.update(a=[(1, "a")]),
+    "beside a derived one": lambda t: t.threads.update(a=[(1, Letter("a", [])), (2, 3)]),
+    "inside a derived dict": lambda t: t.rows.append(defaultdict(str, a="b")),
     "literal": lambda t: t.kinds.append("c"),
     "key": lambda t: t.counts.__setitem__(1, 1),
     "dict value": lambda t: t.counts.__setitem__("a", "b"),
@@ -502,6 +528,19 @@ UNFIT: dict[str, Callable[[Any], object]] = {
     "ior": lambda t: t.counts.__ior__({"a": None}),
     "value": lambda t: setattr(t.title, "value", 5),
 }
+
+
+def test_arguments_of_derived_classes_fit_inside_lists_and_dicts() -> None:
+    @agent
+    class Post:
+        @method
+        async def send(self, letters: list[Message], by_name: dict[str, Message]) -> None: ...
+
+    given = [[Letter("a", [])], {"a": Letter("b", [])}]
+    spec = spec_of(Post).methods["send"]
+    assert spec.fitted("Post.send", list(given), {})[0] == given
+    with pytest.raises(ArgumentError, match=r"'by_name' of Post\.send must be dict"):
+        spec.fitted("Post.send", [given[0], {"a": Letter("b", []), "b": 3}], {})
 
 
 @pytest.mark.parametrize("change", FITTING)
