@@ -118,13 +118,17 @@ class MethodSpec:
         by_position, rest, by_name, others = self._wanted
         for position, value in enumerate(args):
             name, wanted = by_position[position] if position < len(by_position) else rest
-            if wanted is not Any and not (type(value) is wanted and wanted in _EXACT):
+            if wanted is not Any and not (type(value) is wanted and wanted in _EXACT) and not self._begins_as(name, value):
                 args[position] = check(value, wanted, f"argument {name!r} of {actor}")
         for name, value in kwargs.items():
             wanted = by_name.get(name, others)
-            if wanted is not Any:
+            if wanted is not Any and not self._begins_as(name, value):
                 kwargs[name] = check(value, wanted, f"argument {name!r} of {actor}")
         return args, kwargs
+
+    def _begins_as(self, name: str, value: Any) -> bool:
+        """True for the None of `name: int = None`, which may also be given."""
+        return value is None and name in self.signature.parameters and self.signature.parameters[name].default is None
 
     @functools.cached_property
     def _exact(self) -> list[Any] | None:

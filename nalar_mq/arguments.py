@@ -38,11 +38,13 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
         annotations: readable annotation by name, in order, empty where there is none.
         positional: how many of them, from the first, can be given by position.
         takes_any_name: it has a `**kwargs`, or nothing is known of it.
+        none_by_default: the names of those that are None where nothing is given, so that None may be given whatever they are.
     """
 
     annotations: dict[str, str] = {}
     positional: int = 0
     takes_any_name: bool = True
+    none_by_default: frozenset[str] = frozenset()
 
 
 def parameters_of(signature: str) -> Parameters:
@@ -57,7 +59,18 @@ def parameters_of(signature: str) -> Parameters:
         return Parameters()
     by_position = [*spec.posonlyargs, *spec.args]
     annotations = {arg.arg: _readable(arg.annotation) for arg in [*by_position, *spec.kwonlyargs]}
-    return Parameters(annotations=annotations, positional=len(by_position), takes_any_name=spec.kwarg is not None)
+    defaults = [
+        *zip(reversed(by_position), reversed(spec.defaults), strict=False),
+        *zip(spec.kwonlyargs, spec.kw_defaults, strict=True),
+    ]
+    return Parameters(
+        annotations=annotations,
+        positional=len(by_position),
+        takes_any_name=spec.kwarg is not None,
+        none_by_default=frozenset(
+            arg.arg for arg, default in defaults if isinstance(default, ast.Constant) and default.value is None
+        ),
+    )
 
 
 def wanted_type(annotation: str) -> Any:

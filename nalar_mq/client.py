@@ -555,6 +555,8 @@ def _job_arguments(
     def plain(name: str, value: Any) -> Any:
         annotation = known.annotations.get(name, "")
         what = f"argument {name!r} of {workflow}"
+        if value is None and name in known.none_by_default:
+            return None
         try:
             value = check(value, wanted_type(annotation), what)
             if type(value) in _BYTES and signature is not None and annotation in _SAYS_NOTHING:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nalar_mq import ManagedDict, ManagedList, ManagedValue, agent, method, values
 from nalar_mq.actor import spec_of
+from nalar_mq.arguments import parameters_of
 from nalar_mq.call_context import CallContext, current_context
 from nalar_mq.errors import (
     ArgumentError,
@@ -541,6 +542,26 @@ def test_arguments_of_derived_classes_fit_inside_lists_and_dicts() -> None:
     assert spec.fitted("Post.send", list(given), {})[0] == given
     with pytest.raises(ArgumentError, match=r"'by_name' of Post\.send must be dict"):
         spec.fitted("Post.send", [given[0], {"a": Letter("b", []), "b": 3}], {})
+
+
+def test_none_may_be_given_for_what_is_none_by_default() -> None:
+    @agent
+    class Post:
+        @method
+        async def send(  # as programs have it whose author never heard of `Optional`
+            self,
+            text: str = None,  # type: ignore[assignment]  # noqa: RUF013
+            *,
+            count: int = None,  # type: ignore[assignment]  # noqa: RUF013
+            many: int = 1,
+        ) -> None: ...
+
+    spec = spec_of(Post).methods["send"]
+    assert spec.fitted("Post.send", [None], {"count": None}) == ([None], {"count": None})
+    with pytest.raises(ArgumentError, match="'many'"):
+        spec.fitted("Post.send", [None], {"many": None})
+    known = parameters_of("(a: int, text: str = None, *, count: int = None, many: int = 1)")
+    assert known.none_by_default == {"text", "count"}
 
 
 @pytest.mark.parametrize("change", FITTING)
