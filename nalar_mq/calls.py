@@ -517,8 +517,10 @@ class Calls:
         else:
             address = self._ordered(call) if self._table.is_governed else None
             address = address or self._table.choose(call.actor, self.in_flight.get(call.actor, _NONE))
-            assert address is not None
-            self._send(entry, call, address)
+            if address is None:
+                self._hold_unrouted(entry, call.actor)
+            else:
+                self._send(entry, call, address)
 
     def _ordered(self, call: Call) -> Address | None:
         """Where the global controller wants the call; None if that is not decided."""

@@ -8,8 +8,9 @@
                 cannot; they are served until they have been quiet for a second.
     closing     All that is waited for has ended, or the grace period has. What still runs is ended: owners send it again if
                 they may, jobs go on elsewhere, and calls of sessions that cannot move end with `SessionLostError`. No call of
-                a session in a store begins; those that wait go back to their owners. Calls that belong to one which still
-                runs and holds a session are let through, since it waits for them.
+                a session in a store begins; those that wait go back to their owners. So do calls without state, even if
+                nobody else serves them: what begins now would be lost. Calls that belong to one which still runs here, or
+                holds a session, are let through, since it waits for them.
     left        `Bye` tells everybody which messages have been read; owners send the others, and what came back, to whoever
                 has the sessions then, in their order. The stores are closed. A later call of a session that was in memory is
                 told `StateLostError`, once.
@@ -108,7 +109,7 @@ class Draining:
         self._intake: Intake | None = None
         self._door: asyncio.Task[None] | None = None
         self._is_begun = False
-        self._is_closing = False
+        self.is_closing = False
         self._grace_until = 0.0
         self._swept = -1
         self._heirs: dict[str, Address] = {}
@@ -145,7 +146,7 @@ class Draining:
     def on_bequest(self, sender: Address, bequest: Bequest) -> None:
         """A worker that drains has a store to give away."""
         folder = Path(bequest.folder)
-        if self._is_closing:
+        if self.is_closing:
             refusal = f"worker {self._process.name!r} is about to leave itself"
         elif self._stores is None or not self._stores.may_open(folder):
             refusal = f"worker {self._process.name!r} keeps no sessions in {folder.parent}"
@@ -180,15 +181,16 @@ class Draining:
 
     def refusal(self, replica: Replica) -> CallError | None:
         """What calls of that actor end with; None if they do not."""
-        return _session_lost(replica.spec.name) if self._is_closing and _is_in_memory(replica) else None
+        return _session_lost(replica.spec.name) if self.is_closing and _is_in_memory(replica) else None
 
     def returns(self, owner: Address, call: Call, replica: Replica) -> bool:
         """True if the call goes back to its owner, who sends it elsewhere."""
         if self._calls.is_lost(owner) or (call.cast and call.deps):
             return False  # nobody would send it again, or it would not get what it depends on
         if not replica.spec.stateful:
-            return bool(self._others(call.actor))
-        return self._is_closing and replica.stores is not None and not call.holds
+            is_needed_here = bool(call.holds) or owner == self._process.me
+            return bool(self._others(call.actor)) or (self.is_closing and not is_needed_here)
+        return self.is_closing and replica.stores is not None and not call.holds
 
     def _others(self, actor: str) -> list[Address]:
         return [address for address in self._table.replicas(actor) if address != self._process.me]
@@ -306,7 +308,7 @@ class Draining:
 
     async def _close(self) -> None:
         """Returns when nothing runs and nothing begins."""
-        self._is_closing = True
+        self.is_closing = True
         self._end_sessions()
         self._give_back()
         for replica in self._host.replicas:

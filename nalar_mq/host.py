@@ -142,7 +142,13 @@ Remember = Callable[[str, tuple[str, ...]], Coroutine[Any, Any, Memory]]
 
 
 class Gate(Protocol):
-    """Decides about the calls that come to a worker which drains."""
+    """Decides about the calls that come to a worker which drains.
+
+    Attributes:
+        is_closing: what comes back from here was not to begin, also of what nobody else serves.
+    """
+
+    is_closing: bool
 
     def refusal(self, replica: Replica) -> CallError | None:
         """What calls of that actor end with; None if they do not."""
@@ -462,7 +468,7 @@ class Host:
     def _return(self, owner: Address, call: Call, replica: Replica) -> None:
         if replica.stores is not None and self.migrations is not None:
             self.migrations.on_given_back((call.actor, session_key_of(call)), owner)
-        self._calls.tell(owner, Returned(call))
+        self._calls.tell(owner, Returned(call, is_closing=self.gate is not None and self.gate.is_closing))
 
     def end_with(self, execution: Execution, error: CallError) -> None:
         """Answers a call with an error, and ends it."""

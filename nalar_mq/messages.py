@@ -400,10 +400,12 @@ class Returned(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=15):
     Attributes:
         call: with the time that it has left.
         store: where its session is, if it comes back to be sent there in its order; empty if the worker drains.
+        is_closing: the worker begins nothing any more, also of what nobody else serves.
     """
 
     call: Call
     store: str = ""
+    is_closing: bool = False
 
 
 class Drain(msgspec.Struct, array_like=True, frozen=True, gc=False, tag=16):

@@ -11,7 +11,8 @@ what the caller has in flight, whatever a report that was long on its way says. 
 that reported less in all is taken. Reports of unknown processes and of former incarnations, and those that a later one has
 overtaken, change nothing.
 
-Workers that drain are not chosen, unless nobody else serves the actor: then what calls that have begun need is run there.
+Workers that drain are not chosen, unless nobody else serves the actor: then what calls that have begun need is run there, until
+they have said that they begin nothing any more.
 
 Calls of a stateful actor go where the session is; the first one goes to the replica that ranks highest for the session's key
 (rendezvous hashing), so that callers who begin at the same moment propose the same place.
@@ -68,6 +69,7 @@ class RoutingTable:
         self._last_infos: dict[str, ActorInfo] = {}
         self._holders: dict[str, Address] = {}
         self._buried: dict[str, int] = {}
+        self._closing: set[Address] = set()
         self._reports: dict[str, Load] = {}
         self._backlog: dict[str, dict[str, int]] = {}
         self._busy: dict[str, int] = {}
@@ -109,6 +111,13 @@ class RoutingTable:
         self._rebuild()
         return True
 
+    def close(self, address: Address) -> bool:
+        """Notes that a member which drains begins nothing any more; True if that is new."""
+        if address in self._closing or not self.is_alive(address):
+            return False
+        self._closing.add(address)
+        return True
+
     def leave(self, address: Address) -> bool:
         """Removes a member for good unless it is of a higher incarnation; True if it was there."""
         self._buried[address.name] = max(address.incarnation, self._buried.get(address.name, -1))
@@ -138,6 +147,7 @@ class RoutingTable:
             for name, member in self._members.items()
             for store in (*member.stores, *member.replicated)
         }
+        self._closing = {address for address in self._closing if self.is_alive(address)}
         # Replaced, never changed: threads that make calls read them meanwhile.
         self._leaving = {actor: found for actor, found in leaving.items() if not replicas.get(actor)}
         served = (*replicas.items(), *self._leaving.items())
@@ -268,9 +278,9 @@ class RoutingTable:
     def choose(self, actor: str, in_flight: Mapping[str, int]) -> Address | None:
         """The replica for a call without state; `in_flight` counts the actor's calls of this process by process name.
 
-        None if nobody serves the actor; if only workers do that are drained, one of them.
+        None if nobody serves the actor; if only workers do that are drained, one of them that still begins something.
         """
-        replicas = self._replicas.get(actor) or self._leaving.get(actor)
+        replicas = self._replicas.get(actor) or [one for one in self._leaving.get(actor, ()) if one not in self._closing]
         if not replicas:
             return None
         count = len(replicas)

@@ -16,7 +16,9 @@ from nalar_mq.address import Address
 from nalar_mq.app import load_app
 from nalar_mq.client import Client, connect
 from nalar_mq.config import BrokerAccess, Settings
+from nalar_mq.draining import Draining
 from nalar_mq.errors import DrainError, SessionLostError, StateLostError, WorkerLostError
+from nalar_mq.future import Future
 from nalar_mq.memory_transport import MemoryHub
 from nalar_mq.messages import Drainage
 from nalar_mq.worker import Worker
@@ -234,9 +236,44 @@ async def test_without_another_worker_it_ends_at_once_and_keeps_what_it_has(runt
 async def test_what_has_begun_is_finished_when_all_workers_are_drained(runtime: Runtime) -> None:
     async with runtime.worker("first") as first, runtime.worker("second") as second:
         running = [runtime.client.call("report", 20, 0.02) for _ in range(4)]
-        await until(lambda: first.running + second.running >= 4, "some never began")
+        await until(lambda: begun(first, "report") + begun(second, "report") == 4, "some never began")
         await asyncio.gather(first.drain(30.0), second.drain(30.0))
         assert await asyncio.gather(*running) == [20] * 4
+
+
+async def test_a_worker_that_closes_begins_nothing_that_others_can(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two workers that are drained at once the first to be done gives back what a workflow at the other one calls."""
+    bequeath, closing, goes_on = Draining._bequeath, asyncio.Event(), asyncio.Event()
+    async with runtime.worker("first") as first, runtime.worker("second") as second:
+        running = runtime.client.call("echoes", 30, 0.02)
+        await until(lambda: begun(first, "echoes") + begun(second, "echoes") == 1, "it never began")
+        busy, idle = (first, second) if begun(first, "echoes") else (second, first)
+
+        async def held(self: Draining) -> None:
+            if self._process is idle.process:
+                closing.set()
+                await goes_on.wait()
+            await bequeath(self)
+
+        monkeypatch.setattr(Draining, "_bequeath", held)
+        drains = [asyncio.create_task(worker.drain(30.0)) for worker in (busy, idle)]
+        await asyncio.wait_for(closing.wait(), PATIENCE_S)
+        assert idle._host is not None
+        completed = idle._host.completed
+        assert await asyncio.wait_for(_value(running), PATIENCE_S) == 30
+        assert idle._host.completed == completed
+        goes_on.set()
+        await asyncio.gather(*drains)
+
+
+def begun(worker: Worker, actor: str) -> int:
+    """How many calls of that actor run there."""
+    assert worker._host is not None
+    return sum(execution.started and execution.call.actor == actor for execution in worker._host.executions)
+
+
+async def _value(future: Future[Any]) -> Any:
+    return await future
 
 
 async def test_a_client_drains_a_worker_and_hears_what_became_of_it(runtime: Runtime) -> None:

@@ -50,6 +50,14 @@ class Counter:
 
 
 @workflow
+async def echoes(steps: int, seconds: float) -> int:
+    """Calls a tool, again and again."""
+    for _ in range(steps):
+        await echo(seconds)
+    return steps
+
+
+@workflow
 async def report(steps: int, seconds: float) -> int:
     """Calls a tool and a session one after the other."""
     for _ in range(steps):
