@@ -9,12 +9,13 @@ from __future__ import annotations
 import enum
 import inspect
 import json
+import numbers
 import sys
 import types
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import PurePath
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -97,6 +98,14 @@ def from_json(data: bytes | str) -> Any:
         raise MalformedMessageError(f"not JSON: {error}") from None
 
 
+# Those of numpy are of these as well, and compute like Python's own.
+_KINDS_OF_NUMBERS: Final[dict[type[Any], type[Any]]] = {
+    int: numbers.Integral,
+    float: numbers.Real,
+    complex: numbers.Complex,
+}
+
+
 class _Unfit(Exception):
     """The value does not fit; the text says where, if that is not obvious."""
 
@@ -119,8 +128,8 @@ def _are_of(value: Any, origin: type[Any], parts: tuple[Any, ...]) -> bool:
 
 
 def _is_instance(value: Any, cls: type[Any]) -> bool:
-    if cls is float or cls is complex:
-        return isinstance(value, (cls, int, float))
+    if cls in _KINDS_OF_NUMBERS:
+        return isinstance(value, _KINDS_OF_NUMBERS[cls])
     if cls.__class__ is type:
         return isinstance(value, cls)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import re
 import signal
 import socket
@@ -366,12 +367,22 @@ def _load_what_is_up(settings: Settings) -> bool:
     running = read_runtime_file(Path.cwd())
     if running is None or not running.app or settings.broker.urls != (running.url,):
         return False
+    if Path(running.app).name != running.app or not _is_our_own(Path.cwd() / running.app):
+        return False  # somebody else's code, which nobody has asked for here
     try:
         load_quietly(Path.cwd() / running.app)
     except ConfigError as error:
         _log.debug("app.not_loaded", app=running.app, error=str(error))
         return False
     return True
+
+
+def _is_our_own(path: Path) -> bool:
+    """False for what belongs to another user, or is not there."""
+    try:
+        return path.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 async def prepare(choice: BrokerChoice, *, app: Path | None) -> None:

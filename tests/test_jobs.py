@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
+import numpy
 import pytest
 from waiting import until
 
@@ -718,6 +719,8 @@ async def test_what_json_can_say_arrives_as_the_annotations_say(bench: Bench) ->
     await client.wait_for("kinds")
     handle = await client.submit("kinds", Title("x"), tags={"y"}, data=b"z", when=date(2030, 1, 2))
     assert await handle.result(timeout=PATIENCE_S) == ["'x'", "{'y'}", "b'z'", "datetime.date(2030, 1, 2)"]
+    handle = await client.submit("move", bench.actors.Point(1, 2), by=numpy.int64(3))
+    assert await handle.result(timeout=PATIENCE_S) == {"x": 4, "y": 2}
     handle = await client.submit("echo", (1, {2}, PurePosixPath("a"), bench.actors.Point(3, 4)))
     assert await handle.result(timeout=PATIENCE_S) == [1, [2], "a", {"x": 3, "y": 4}]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -504,6 +505,9 @@ FITTING: list[Callable[[Any], object]] = [
     lambda t: t.anything.extend([1, "a", None]),
     lambda t: t.unknown.append(5),
     lambda t: t.counts.update(a=1),
+    lambda t: t.counts.update(a=numpy.int64(1)),
+    lambda t: t.floats.extend([numpy.float32(1.5), numpy.int64(1)]),
+    lambda t: t.rows.append({"a": numpy.int8(1)}),
     lambda t: setattr(t.title, "value", "x"),
 ]
 UNFIT: dict[str, Callable[[Any], object]] = {
@@ -515,6 +519,7 @@ UNFIT: dict[str, Callable[[Any], object]] = {
     "slice": lambda t: t.texts.__setitem__(slice(None), [5]),
     "assignment": lambda t: setattr(t, "texts", [5]),
     "float": lambda t: t.floats.append("1.5"),
+    "float of numpy": lambda t: t.counts.update(a=numpy.float64(1)),
     "class": lambda t: t.messages.append({"text": "a", "tags": []}),
     "inside": lambda t: t.many.append(["a"]),
     "inside a dict": lambda t: t.rows.append({"a": "b"}),
