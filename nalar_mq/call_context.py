@@ -189,10 +189,10 @@ class CallOptions:
         fields.update(changes)
         return CallOptions(**fields)
 
-    def with_given(
-        self, *, session: str | None, priority: int | None, timeout_s: float | None, retries: int | None
-    ) -> CallOptions:
+    def with_given(self, *, session: Any, priority: Any, timeout_s: Any, retries: Any) -> CallOptions:
         """The same options with those changed that are given: what was chosen in an earlier step stays.
+
+        What is given comes from a program as it is, and may be of any type.
 
         Args:
             session, priority, retries: not given if None.
@@ -207,10 +207,10 @@ class CallOptions:
         _check_number("priority", priority, Integral, "a whole number")
         _check_number("retries", retries, Integral, "a whole number")
         _check_number("timeout_s", timeout_s, Real, "a number of seconds, or None for no deadline")
-        given: dict[str, Any] = {"session": session, "priority": priority, "retries": retries}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes: dict[str, Any] = {} if session is None else {"session": session}
+        changes |= {name: int(n) for name, n in (("priority", priority), ("retries", retries)) if n is not None}
         if timeout_s is None or timeout_s >= 0:
-            changes["timeout_s"] = timeout_s
+            changes["timeout_s"] = None if timeout_s is None else float(timeout_s)
         return self.but(**changes)
 
 

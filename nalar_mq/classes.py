@@ -38,6 +38,20 @@ _PLAIN_STDLIB = frozenset({"argparse:Namespace"})
 _WORD_BYTES = 8
 
 
+class Deferred:
+    """Something that stands for a value that may not be there yet; the runtime's futures are."""
+
+    __slots__ = ()
+
+    def ref(self) -> bytes:
+        """The id of the future, 16 bytes."""
+        raise NotImplementedError
+
+    def payload(self) -> bytes | None:
+        """The encoded value, or None while there is none. Raises the error of a future that failed."""
+        raise NotImplementedError
+
+
 class BuiltinBase(NamedTuple):
     """How the built-in part of an instance of a subclass is read and written, past anything the subclass overrides."""
 

@@ -48,7 +48,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from nalar_mq import actions, origins, values
-from nalar_mq.actor import ActorSpec, MethodSpec
+from nalar_mq.actor import ActorSpec
 from nalar_mq.address import LONGEST_TOKEN, Address, is_client_name
 from nalar_mq.call_context import CallContext
 from nalar_mq.calls import Calls
@@ -111,7 +111,7 @@ from nalar_mq.session_state import SessionState
 from nalar_mq.state import Arrival
 from nalar_mq.store import Outcome
 from nalar_mq.stores import Kept, Stores
-from nalar_mq.stub import CONSTRUCT
+from nalar_mq.stub import method_of_instance
 from nalar_mq.threads import LoopInbox, Threads
 
 _EARLY = 1_000  # credits and priorities that are kept for calls which have not come yet
@@ -324,7 +324,7 @@ class Host:
             return
         if replica.stores is not None and self._is_elsewhere(owner, call, hops, replica):
             return
-        method = replica.spec.methods.get(call.method) or _method_of_instance(replica.spec, call.method)
+        method = replica.spec.methods.get(call.method) or method_of_instance(replica.spec, call.method)
         if method is None:
             known = ", ".join(name for name in replica.spec.methods if name) or "none; it is called by its own name"
             wrong = f"has no method {call.method!r}" if call.method else "is an agent and is called by `agent.method`"
@@ -1690,45 +1690,6 @@ def _malformed(call: Call) -> ArgumentError | None:
     else:
         return None
     return ArgumentError(f"{call.actor!r} cannot be called so: {wrong}", actor=call.actor)
-
-
-def _method_of_instance(spec: ActorSpec, name: str) -> MethodSpec | None:
-    """What `name` asks for beside methods, of unmodified Python: to read or write an attribute, or just the instance."""
-    if spec.transparent and spec.kind == "agent":
-        if name == CONSTRUCT:
-            return MethodSpec(name, _made, bound=True).named(spec.name)
-        if name[:1] == ".":
-            return MethodSpec(name, _attribute_reader(name[1:]), bound=True).named(spec.name)
-        if name[:1] == "=":
-            return MethodSpec(name, _attribute_writer(name[1:]), bound=True).named(spec.name)
-        if name[:1] == "-":
-            return MethodSpec(name, _attribute_deleter(name[1:]), bound=True).named(spec.name)
-    return None
-
-
-def _made(instance: object) -> None:
-    """The instance is there; nothing else was asked for."""
-
-
-def _attribute_reader(name: str) -> Callable[..., Any]:
-    def read(instance: object) -> Any:
-        return getattr(instance, name)
-
-    return read
-
-
-def _attribute_writer(name: str) -> Callable[..., Any]:
-    def write(instance: object, value: Any) -> None:
-        setattr(instance, name, value)
-
-    return write
-
-
-def _attribute_deleter(name: str) -> Callable[..., Any]:
-    def delete(instance: object) -> None:
-        delattr(instance, name)
-
-    return delete
 
 
 def _batch_key(call: Call) -> str:

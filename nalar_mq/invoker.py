@@ -11,6 +11,7 @@ before it stood still waits until it is current again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import hashlib
@@ -182,15 +183,12 @@ class Invoker:
 
     async def _pour(self, execution: Execution, pieces: AsyncIterator[Any]) -> Any:
         outflow = self._host.outflow(execution)
-        try:
+        async with _closing(pieces):
             async for piece in pieces:
                 if not outflow.put(outflow.encoded(piece)):
                     room: asyncio.Future[None] = self._loop.create_future()
                     outflow.on_room(functools.partial(settle, room))
                     await room
-        finally:
-            if isinstance(pieces, AsyncGenerator):
-                await cast("AsyncGenerator[Any, None]", pieces).aclose()
         await outflow.drained()
         return None if outflow.is_streaming else outflow.rest()
 
@@ -288,6 +286,13 @@ class Invoker:
             replica.stop()
         finally:
             self._inbox.put(functools.partial(settle, done))
+
+
+def _closing(pieces: AsyncIterator[Any]) -> contextlib.AbstractAsyncContextManager[Any]:
+    """Closes a generator at the end; what else gives pieces has nothing to close."""
+    if isinstance(pieces, AsyncGenerator):
+        return contextlib.aclosing(cast("AsyncGenerator[Any, None]", pieces))
+    return contextlib.nullcontext()
 
 
 def _is_driver(spec: ActorSpec) -> bool:

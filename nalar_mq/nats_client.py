@@ -35,7 +35,7 @@ from nalar_mq.errors import BrokerAuthError
 from nalar_mq.event_loop import cancel_all
 from nalar_mq.logs import logger
 from nalar_mq.nats_errors import connect_error
-from nalar_mq.nats_reader import Sorter, SortingReader
+from nalar_mq.nats_reader import Sorter
 from nalar_mq.stand_in import loaded_when_used
 from nalar_mq.transport import Handler
 
@@ -68,6 +68,20 @@ _HARMLESS_ERRORS: Final = (
 )
 
 
+class _SortingReader(asyncio.StreamReader):
+    """A stream in which only those bytes arrive that the sorter gives back."""
+
+    def __init__(self, sort: Callable[[bytes], bytes], limit: int) -> None:
+        super().__init__(limit, asyncio.get_running_loop())
+        self._sort = sort
+
+    def feed_data(self, data: Any) -> None:
+        """Called with what comes from the socket."""
+        others = self._sort(data)
+        if others:
+            super().feed_data(others)
+
+
 class _Tcp(TcpTransport):
     """nats-py's connection with asyncio's own upgrade to TLS, which ends without warnings.
 
@@ -83,7 +97,7 @@ class _Tcp(TcpTransport):
         return True
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
-        reader = SortingReader(Sorter(self._handlers).sort, buffer_size)
+        reader = _SortingReader(Sorter(self._handlers).sort, buffer_size)
         protocol = asyncio.StreamReaderProtocol(reader)
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(connect_timeout):

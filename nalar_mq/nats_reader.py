@@ -12,9 +12,8 @@ What is no such command, and everything after it, is given back as it is: the cl
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
 from nalar_mq.logs import logger
 from nalar_mq.transport import Delivered, Handler
@@ -123,17 +122,3 @@ def parsed_headers(block: bytes) -> dict[str, str] | None:
         if colon and name:
             found[name.decode("utf-8", "replace")] = value.strip().decode("utf-8", "replace")
     return found or None
-
-
-class SortingReader(asyncio.StreamReader):
-    """A stream in which only those bytes arrive that the sorter gives back."""
-
-    def __init__(self, sort: Callable[[bytes], bytes], limit: int) -> None:
-        super().__init__(limit, asyncio.get_running_loop())
-        self._sort = sort
-
-    def feed_data(self, data: Any) -> None:
-        """Called with what comes from the socket."""
-        others = self._sort(data)
-        if others:
-            super().feed_data(others)

@@ -425,3 +425,42 @@ def _special(name: str) -> Callable[..., Any]:
 
     made: dict[str, Callable[..., Any]] = {"__call__": call, "__next__": following, "__exit__": leave, "__aexit__": leave}
     return made.get(name, special)
+
+
+def method_of_instance(spec: ActorSpec, name: str) -> MethodSpec | None:
+    """What `name` asks for beside methods, of unmodified Python: to read or write an attribute, or just the instance."""
+    if spec.transparent and spec.kind == "agent":
+        if name == CONSTRUCT:
+            return MethodSpec(name, _made, bound=True).named(spec.name)
+        if name[:1] == ".":
+            return MethodSpec(name, _attribute_reader(name[1:]), bound=True).named(spec.name)
+        if name[:1] == "=":
+            return MethodSpec(name, _attribute_writer(name[1:]), bound=True).named(spec.name)
+        if name[:1] == "-":
+            return MethodSpec(name, _attribute_deleter(name[1:]), bound=True).named(spec.name)
+    return None
+
+
+def _made(instance: object) -> None:
+    """The instance is there; nothing else was asked for."""
+
+
+def _attribute_reader(name: str) -> Callable[..., Any]:
+    def read(instance: object) -> Any:
+        return getattr(instance, name)
+
+    return read
+
+
+def _attribute_writer(name: str) -> Callable[..., Any]:
+    def write(instance: object, value: Any) -> None:
+        setattr(instance, name, value)
+
+    return write
+
+
+def _attribute_deleter(name: str) -> Callable[..., Any]:
+    def delete(instance: object) -> None:
+        delattr(instance, name)
+
+    return delete

@@ -51,6 +51,7 @@ from msgspec.msgpack import Ext
 
 from nalar_mq import classes, readings
 from nalar_mq.annotations import check, from_json, to_json
+from nalar_mq.classes import Deferred
 from nalar_mq.errors import (
     CallError,
     MalformedMessageError,
@@ -119,20 +120,6 @@ def _meet_extension(code: int, body: memoryview) -> object:
 _decode_plain: Final = msgspec.msgpack.Decoder(ext_hook=_meet_extension).decode
 _decode_plain_arguments: Final = msgspec.msgpack.Decoder(tuple[list[Any], dict[str, Any]], ext_hook=_meet_extension).decode
 _PLAIN_SIZE: Final = 1024  # for more bytes an attempt that fails would cost more than it saves
-
-
-class Deferred:
-    """Something that stands for a value that may not be there yet; the runtime's futures are."""
-
-    __slots__ = ()
-
-    def ref(self) -> bytes:
-        """The id of the future, 16 bytes."""
-        raise NotImplementedError
-
-    def payload(self) -> bytes | None:
-        """The encoded value, or None while there is none. Raises the error of a future that failed."""
-        raise NotImplementedError
 
 
 def encode(value: object, deps: list[Deferred] | None = None, what: str = "value") -> bytes:

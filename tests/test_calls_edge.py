@@ -8,10 +8,12 @@ import inspect
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from fractions import Fraction
 from pathlib import Path
 from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, cast
 
+import numpy
 import pytest
 from virtual_time import simulated
 from waiting import until
@@ -481,6 +483,8 @@ async def test_what_is_no_name_and_no_option_is_refused_with_what_would_be(runti
             given.options(priority=1.5)
         with pytest.raises(errors.ArgumentError, match="retries is a whole number, not '1'"):
             given.options(retries="1")
+    numbers = {"priority": numpy.int64(1), "retries": numpy.int8(2), "timeout_s": Fraction(PATIENCE_S)}
+    assert await runtime.actors.echo.options(**numbers)(1) == 1
     with pytest.raises(errors.AddressError, match="tenant is a text"):
         client.options(tenant=5)
     with pytest.raises(errors.AddressError, match="client name is a text"):
