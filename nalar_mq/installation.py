@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import find_spec
 from typing import Final
 
 from nalar_mq.exits import EXIT_CONFIG, EXIT_OK
 
 _PACKAGE: Final = "nalar-mq"
+_HOT_MODULE: Final = "nalar_mq.channel"  # one of those that `compile_hot_path.py` compiles
 _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^]]*\])?(?P<limits>[^;]*);?(?P<condition>.*)")
 _LIMIT = re.compile(r"(>=|<=|==|!=|>|<)\s*([0-9.]+)")
 _COMPARED: Final[dict[str, Callable[[list[int], list[int]], bool]]] = {
@@ -72,7 +75,15 @@ def examine_installation() -> list[Finding]:
             Finding(_PACKAGE, State.WARNING, "runs without being installed", "`pip install` its folder"),
         ]
     python = examine_python(platform.python_version(), ours["Requires-Python"])
-    return [python, *examine_packages(metadata.requires(_PACKAGE) or [], _installed_version)]
+    code = "its hot modules are compiled" if is_compiled() else "plain Python"
+    ours_found = Finding(_PACKAGE, State.OK, f"{ours['Version']}, {code}")
+    return [python, ours_found, *examine_packages(metadata.requires(_PACKAGE) or [], _installed_version)]
+
+
+def is_compiled() -> bool:
+    """True if the code that runs was compiled when it was built: `NALAR_COMPILE=1 pip install` of a checkout."""
+    spec = find_spec(_HOT_MODULE)
+    return spec is not None and isinstance(spec.loader, ExtensionFileLoader)
 
 
 def examine_python(version: str, limits: str) -> Finding:

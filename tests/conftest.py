@@ -15,11 +15,20 @@ from hypothesis import HealthCheck, settings
 
 from nalar_mq.broker import EmbeddedBroker
 from nalar_mq.config import BrokerAccess
+from nalar_mq.installation import is_compiled
 from nalar_mq.syntax import uncollected
 
 # How long an example takes is a matter of the machine; all else is as it is by default, in continuous integration as well.
 settings.register_profile("unhurried", parent=settings(), deadline=None, suppress_health_check=(HealthCheck.too_slow,))
 settings.load_profile("unhurried")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is compiled cannot be patched: tests that do that are for plain Python."""
+    if is_compiled():
+        for item in items:
+            if item.get_closest_marker("interpreted"):
+                item.add_marker(pytest.mark.skip(reason="patches what is compiled here"))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

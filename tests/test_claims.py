@@ -315,6 +315,7 @@ async def test_beyond_the_limit_is_an_error_that_says_what_to_do(runtime: Runtim
     assert len(await within(client.call("make", SIZE))) == SIZE
 
 
+@pytest.mark.interpreted
 async def test_a_claim_that_makes_no_sense_fails_its_future_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     await runtime.worker("only")
     client = await runtime.client()

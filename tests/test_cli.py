@@ -265,7 +265,7 @@ def test_help_does_not_load_the_runtime():
 @pytest.mark.parametrize("word", ["version", "--version"])
 def test_version(capsys, word):
     assert run_command([word]) == 0
-    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*( \(compiled\))?\n", capsys.readouterr().out)
 
 
 def test_wrong_command_lines(capsys, app):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nalar_mq import engines
+from nalar_mq import channel, engines
 from nalar_mq.broker import EmbeddedBroker, find_nats_server, is_embedded, read_runtime_file, write_runtime_file
 from nalar_mq.config import BrokerAccess, NamedBroker, find_named_broker
 from nalar_mq.doctor import examine, examine_disk, examine_port
@@ -98,6 +98,12 @@ def test_a_package_may_be_absent_too_old_or_dispensable() -> None:
 def test_python_may_be_too_old() -> None:
     assert examine_python("3.10.2", ">=3.11").state is State.WRONG
     assert {finding.state for finding in examine_installation()} == {State.OK}
+
+
+def test_whether_the_code_is_compiled() -> None:
+    [ours] = [finding for finding in examine_installation() if finding.check == "nalar-mq"]
+    assert ("plain Python" in ours.found) == (channel.__file__ or "").endswith(".py")
+    assert ("compiled" in ours.found) != ("plain Python" in ours.found)
 
 
 def test_a_missing_package_is_named_although_nothing_can_be_imported_without_it(tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+OFFLINE = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
 FOLDERS = {"nalar_mq": "nalar_mq", "agents": "nalar_mq/agents", "controllers": "nalar_mq/controllers"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs a checkout")
 
 
-def run(*command: str | Path, cwd: Path, **env: str) -> str:
+def run(*command: str | Path, cwd: Path, timeout_s: float = 100, **env: str) -> str:
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=100
+        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout_s
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -31,7 +33,7 @@ def copied(folder: Path) -> Path:
     copy.mkdir()
     for part in FOLDERS:
         shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "compile_hot_path.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
 
@@ -40,8 +42,7 @@ def copied(folder: Path) -> Path:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the checkout."""
     copy = copied(tmp_path_factory.mktemp("build"))
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out", ".", cwd=copy)
+    run(*PIP, "wheel", *OFFLINE, "-w", "out", ".", cwd=copy)
     return next((copy / "out").glob("nalar_mq-*.whl"))
 
 

@@ -845,6 +845,7 @@ async def test_a_call_that_is_lost_too_often_is_made_again_when_its_job_is_tried
     assert ended.timings.attempts == 2
 
 
+@pytest.mark.interpreted
 async def test_what_is_void_is_said_by_the_next_attempt_if_it_was_not_durable(
     site: Site, one_retry: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

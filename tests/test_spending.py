@@ -184,6 +184,7 @@ def test_of_former_incarnations_only_the_sums_are_kept() -> None:
     assert view.spending.totals("agent") == {"agent": 50.0}
 
 
+@pytest.mark.interpreted
 def test_a_controller_that_begins_later_learns_what_tenants_have_spent_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes_module, "MOST_ACCOUNTS", 5)
     changes = Changes("w", 1, "n")
