@@ -218,7 +218,7 @@ DEFAULT_OPTIONS = CallOptions()
 
 
 def _check_number(name: str, value: object, kind: type, wanted: str) -> None:
-    if value is not None and (not isinstance(value, kind) or value != value):
+    if value is not None and not (isinstance(value, kind) and bool(value == value)):
         raise ArgumentError(f"{name} is {wanted}, not {value!r}")
 
 

@@ -59,11 +59,11 @@ def is_rewritten(code: types.CodeType) -> bool:
     return bool(consts) and consts[-1] is MARK
 
 
-_FOLDER: Final = os.path.dirname(__file__)
+_FOLDERS: Final = (os.path.dirname(__file__), "nalar_mq")  # as Python names it, and as compiled modules do
 
 
 def _is_runtime(code: types.CodeType) -> bool:
-    return code.co_filename.rpartition(os.sep)[0] == _FOLDER
+    return code.co_filename.rpartition(os.sep)[0] in _FOLDERS
 
 
 def user_frame(frame: types.FrameType | None = None) -> types.FrameType | None:
