@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 import click
 
 from nalar_mq.address import LONGEST_TOKEN
-from nalar_mq.directives import MOST_RESOURCES
 from nalar_mq.errors import ConfigError
 from nalar_mq.exits import EXIT_BROKER, EXIT_CALL_FAILED, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, explain
 
@@ -175,6 +174,8 @@ def _capacities(context: click.Context, option: click.Parameter, text: str | Non
             raise click.BadParameter(f"{part!r} is not NAME=AMOUNT, with an amount of 0 or more")
         if len(name.strip()) > LONGEST_TOKEN:
             raise click.BadParameter(f"{name.strip()[:40]!r}... is a name of more than {LONGEST_TOKEN} characters")
+    from nalar_mq.directives import MOST_RESOURCES  # only here: `nalar doctor` also runs where a package is missing
+
     if len(found) > MOST_RESOURCES:
         raise click.BadParameter(f"a node has at most {MOST_RESOURCES} resources, not {len(found)}")
     return found
