@@ -232,12 +232,12 @@ def _submissions(
             value = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError) as error:
             raise ConfigError(f"line {number} is not JSON: {error}") from None
-        yield _submit_line(number, jobs.submit(workflow, write_value(value), f"{prefix}-{number}" if prefix else "", tenant))
+        yield _submit_line(jobs, workflow, number, write_value(value), f"{prefix}-{number}" if prefix else "", tenant)
 
 
-async def _submit_line(number: int, submission: Coroutine[Any, Any, str]) -> str:
+async def _submit_line(jobs: Jobs, workflow: str, number: int, arguments: bytes, id: str, tenant: str) -> str:
     try:
-        return await submission
+        return await jobs.submit(workflow, arguments, id, tenant)
     except ValueTooLargeError as error:
         raise ValueTooLargeError(
             f"line {number}: {error}", actor=error.actor, size_bytes=error.size_bytes, limit_bytes=error.limit_bytes

@@ -29,6 +29,7 @@ with loaded_when_used("aiohttp"):
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingParameterType=false, reportPrivateUsage=false
 
+_READS: Final = 5  # of a page of which answers were lost
 READ_BYTES: Final = 8 * 1024 * 1024  # that one exchange reads
 _STREAM_EXISTS: Final = 10058
 _NO_MESSAGE: Final = (10037, 10043, 10057)
@@ -391,19 +392,38 @@ async def _subjects_of(connection: NatsConnection, stream: str) -> dict[str, int
 async def read_stream(
     connection: NatsConnection, stream: str, subject: str, after: int, limit: int, timeout_s: float | None = None
 ) -> list[Kept]:
-    """Messages of a stream in one exchange: a batched direct get (ADR-31), whose answers end with a status."""
+    """Messages of a stream in one exchange: a batched direct get (ADR-31), whose answers end with a status.
+
+    The broker may answer in part over a connection that is gone and in part over the next one. Each answer bears the number of
+    the one before it: where one is missing, all are asked for again.
+    """
     checked_pattern(subject)
+    for _ in range(_READS):
+        found = await _read_once(connection, stream, subject, after, limit, timeout_s)
+        if found is not None:
+            return found
+    raise BrokerError(f"reading {stream!r}: answers of the broker were lost {_READS} times")
+
+
+async def _read_once(
+    connection: NatsConnection, stream: str, subject: str, after: int, limit: int, timeout_s: float | None
+) -> list[Kept] | None:
+    """None if answers are missing."""
     found: list[Kept] = []
     ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    last, is_whole = 0, True
 
     def on_message(message: Delivered) -> None:
+        nonlocal last, is_whole
         headers = dict(message.headers or {})
         status = headers.get("Status")
-        if status is not None:
-            if not ended.done():
-                ended.set_result(status)
-            return
-        found.append(Kept(headers["Nats-Subject"], message.data, int(headers["Nats-Sequence"]), _own_headers(headers)))
+        if status is None or status == "204":
+            is_whole = is_whole and int(headers.get("Nats-Last-Sequence", last)) == last
+        if status is None:
+            last = int(headers["Nats-Sequence"])
+            found.append(Kept(headers["Nats-Subject"], message.data, last, _own_headers(headers)))
+        elif not ended.done():
+            ended.set_result(status)
 
     wanted = {"seq": after + 1, "next_by_subj": subject, "batch": limit, "max_bytes": READ_BYTES}
     inbox = connection.client.new_inbox()
@@ -420,7 +440,7 @@ async def read_stream(
         connection.client.forget(sid)
     if status not in ("204", "404"):
         raise BrokerError(f"reading {stream!r}: the broker answers with status {status}")
-    return found
+    return found if is_whole else None
 
 
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from nalar_mq.errors import (
     ObjectDamagedError,
     ValueTooLargeError,
 )
+from nalar_mq.nats_client import NatsClient
 from nalar_mq.nats_transport import NatsTransport
 from nalar_mq.transport import Delivered
 
@@ -572,3 +573,29 @@ async def test_an_object_that_lacks_a_piece_is_damaged(broker_access: BrokerAcce
         await transport.jetstream.delete_msg(f"OBJ_{namespace}", 2)
         with pytest.raises(ObjectDamagedError, match="one"):
             await store.get("one")
+
+
+@pytest.mark.parametrize("lost", [(0,), (1, 2), (4,), (0, 1, 2, 3, 4)])
+async def test_answers_that_went_to_a_connection_which_is_gone_are_asked_for_again(
+    transport: NatsTransport, namespace: str, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, ...]
+) -> None:
+    """A broker that stood still has answered in part before the client connected again: the rest alone is not the whole."""
+    ledger = await transport.ledger(f"{namespace}-ledger", [f"{namespace}.l.*"])
+    last = 0
+    for number in range(5):
+        last = await ledger.append(f"{namespace}.l.a", str(number).encode(), last=last)
+    listen, readings = NatsClient.listen, list[str]()
+
+    def losing(self: NatsClient, subject: str, listener: Callable[[Delivered], None]) -> int:
+        readings.append(subject)
+        answers, is_first = iter(range(100)), len(readings) == 1
+
+        def hear(message: Delivered) -> None:
+            if not is_first or "Status" in dict(message.headers or {}) or next(answers) not in lost:
+                listener(message)
+
+        return listen(self, subject, hear)
+
+    monkeypatch.setattr(NatsClient, "listen", losing)
+    assert [kept.data for kept in await ledger.read(f"{namespace}.l.a")] == [b"0", b"1", b"2", b"3", b"4"]
+    assert len(readings) == 2

@@ -48,5 +48,5 @@ def test_what_cannot_be_managed_is_said(tmp_path: Path, field: str, said: str) -
     module = f"plain_{field}"
     (tmp_path / f"{module}.py").write_text("class Notes:\n    title: str\n    def note(self) -> None: ...\n")
     (tmp_path / "nalar.toml").write_text(f'[agents.Notes]\nsource = "{module}:Notes"\nmanaged = ["{field}"]\n')
-    with pytest.raises(DirectiveError, match=rf"nalar\.toml:1: class Notes: {said}"):
+    with pytest.raises(DirectiveError, match=rf"nalar\.toml:2: class Notes: {said}"):
         load_app(tmp_path)
