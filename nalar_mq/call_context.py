@@ -217,7 +217,7 @@ class CallOptions:
 DEFAULT_OPTIONS = CallOptions()
 
 
-def _check_number(name: str, value: object, kind: type, wanted: str) -> None:
+def _check_number(name: str, value: Any, kind: type, wanted: str) -> None:
     if value is not None and not (isinstance(value, kind) and bool(value == value)):
         raise ArgumentError(f"{name} is {wanted}, not {value!r}")
 

@@ -95,7 +95,7 @@ def raised_at(error: BaseException) -> str:
     tracebacks = str(error.__cause__ or "").split(_CAUSED)
     raised = next((each for each in tracebacks if each.rstrip().endswith(str(error).rstrip())), tracebacks[-1])
     for traceback in (raised, *tracebacks):
-        theirs = [frame for frame in _FRAME.findall(traceback) if "/nalar_mq/" not in frame[0]]
+        theirs = [frame for frame in _FRAME.findall(traceback) if "/nalar_mq/" not in f"/{frame[0]}"]
         if theirs:
             return f"{theirs[-1][0]}:{theirs[-1][1]}"
     return ""

@@ -40,9 +40,10 @@ class Point(msgspec.Struct, eq=False, gc=False):
     def sum(self) -> float:
         return self.x + self.y
 '''
-# The promises of channels, queues and futures, real workflows, and workers that are killed.
+# The promises of channels, queues, futures and streams, real workflows and their tracebacks, and workers that are killed.
 SHOWN = (
-    *("test_channel.py", "test_mailbox.py", "test_future.py", "test_calls_edge.py", "test_corpus_runtime.py"),
+    *("test_channel.py", "test_mailbox.py", "test_future.py", "test_calls_edge.py", "test_claims.py"),
+    *("test_corpus_runtime.py", "test_unmodified.py"),
     *("test_processes.py::test_a_worker_killed_under_load", "test_fire.py::test_killed_workers"),
 )
 
