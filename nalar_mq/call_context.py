@@ -218,7 +218,8 @@ DEFAULT_OPTIONS = CallOptions()
 
 
 def _check_number(name: str, value: Any, kind: type, wanted: str) -> None:
-    if value is not None and not (isinstance(value, kind) and bool(value == value)):
+    is_itself: Any = value == value  # what is no number is not; of numpy, that is no `bool`
+    if value is not None and not (isinstance(value, kind) and is_itself):
         raise ArgumentError(f"{name} is {wanted}, not {value!r}")
 
 
