@@ -92,7 +92,9 @@ class Crossings:
     def on_returned(self, sender: Address, returned: Returned) -> None:
         """A call has come back from a worker that drains, or that has passed former ones of its session on."""
         call = returned.call
-        if not returned.store and (self._table.drain(sender) or (returned.is_closing and self._table.close(sender))):
+        if returned.is_closing:
+            self._table.close(sender)
+        if not returned.store and self._table.drain(sender):
             self._calls.on_table_changed()
         entry = self._entries.get(call.id) or (self._calls.cast_again(sender, call) if call.cast else None)
         if returned.store and entry is not None and entry.place not in self.open:

@@ -111,12 +111,10 @@ class RoutingTable:
         self._rebuild()
         return True
 
-    def close(self, address: Address) -> bool:
-        """Notes that a member which drains begins nothing any more; True if that is new."""
-        if address in self._closing or not self.is_alive(address):
-            return False
-        self._closing.add(address)
-        return True
+    def close(self, address: Address) -> None:
+        """Notes that a member which drains begins nothing any more."""
+        if self.is_alive(address):
+            self._closing.add(address)
 
     def leave(self, address: Address) -> bool:
         """Removes a member for good unless it is of a higher incarnation; True if it was there."""

@@ -178,3 +178,16 @@ def test_two_apps_may_know_an_actor_as_different_things() -> None:
     assert (table.kinds("plain"), table.kinds("single")) == ({"tool"}, set())
     table.join("b", as_workflow)
     assert table.kinds("plain") == {"tool", "workflow"}
+
+
+def test_of_workers_that_drain_those_that_begin_nothing_any_more_are_not_chosen() -> None:
+    table = RoutingTable(Random(1))
+    first, second = Address("first", 1), Address("second", 1)
+    for address in (first, second):
+        table.join(address.name, _member(1, frozenset({"plain"}), draining=True))
+    table.close(first)
+    assert {table.choose("plain", {}) for _ in range(20)} == {second}
+    table.close(second)
+    assert table.choose("plain", {}) is None
+    table.join("first", _member(2, frozenset({"plain"}), draining=True))
+    assert table.choose("plain", {}) == Address("first", 2)
