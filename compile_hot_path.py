@@ -14,7 +14,8 @@ traceback names is found in the source.
 
 What compiled code gives up:
 
-- its frames in a traceback have file and line, but no variables, and debuggers and profilers of Python do not step into it;
+- its frames in a traceback have line and file, the latter as `nalar_mq/calls.py`, but no variables, and debuggers and profilers
+  of Python do not step into it;
 - the modules' functions, classes and methods cannot be replaced from outside (a test that patches one changes nothing);
 - a generator expression that is an argument is made whole before the call: a list in its place;
 - an argument of another type than the annotation says is a `TypeError`, where an interpreter would go on until it mattered;
